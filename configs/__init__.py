@@ -1,0 +1,1 @@
+"""Presets, found by name: `--config NAME` reads NAME.yaml from this folder."""

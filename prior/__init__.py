@@ -1,0 +1,1 @@
+"""Stage two: an autoregressive transformer over code sequences."""

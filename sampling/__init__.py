@@ -1,0 +1,1 @@
+"""Sampling: codes drawn from the prior, decoded into images."""

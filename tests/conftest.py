@@ -1,0 +1,84 @@
+"""What every test file shares: one thread a process, a way to call a program, and the programs that are installed."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported; processes that tests start inherit it. pytest's workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+# No deadline: on a shared machine time says nothing. In CI the same examples each time.
+settings.register_profile("vqgen", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("vqgen")
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Call a program's `main` with words of the command line (anything with a `str`); a `Result` comes back."""
+
+    def call(main: Callable[[Sequence[str]], int], *words: Any) -> Result:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as ending:  # a run that a signal stopped
+            code = int(ending.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Program:
+    """A console script: its configuration class and the function that runs it."""
+
+    config: type
+    run: Callable[[Any], None]
+
+
+@pytest.fixture(scope="session")
+def project() -> dict[str, Any]:
+    """pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def programs(project: dict[str, Any]) -> dict[str, Program]:
+    """Every console script of pyproject.toml, by name: what its `main` hands to `command`."""
+    found: dict[str, Program] = {}
+
+    def note(program: str, config: type, run: Callable[[Any], None], arguments: Sequence[str] | None = None) -> int:
+        found[program] = Program(config, run)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, target in project["project"]["scripts"].items():
+            module, _, function = target.partition(":")
+            loaded = importlib.import_module(module)
+            patch.setattr(loaded, "command", note)
+            getattr(loaded, function)([])
+            assert name in found, f"{target} does not call command({name!r}, …)"
+    return found

@@ -1,0 +1,35 @@
+"""vqgen: two-stage image generation with a VQ tokenizer and a GPT-style prior on its codes.
+
+Public names load on first use, so that `import vqgen` costs nothing and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Tokenizer": ".tokenizer.model",
+    "CodeFiles": ".tokenizer.codes",
+    "Prior": ".prior.model",
+    "Generator": ".sampling.pipeline",
+    "UserError": ".errors",
+}
+__all__ = ["CodeFiles", "Generator", "Prior", "Tokenizer", "UserError", "__version__"]
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .prior.model import Prior  # pyright: ignore[reportMissingImports]
+    from .sampling.pipeline import Generator  # pyright: ignore[reportMissingImports]
+    from .tokenizer.codes import CodeFiles  # pyright: ignore[reportMissingImports]
+    from .tokenizer.model import Tokenizer  # pyright: ignore[reportMissingImports]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name], __name__), name)
+    raise AttributeError(f"module 'vqgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

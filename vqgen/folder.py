@@ -1,0 +1,61 @@
+"""A run folder: whose it is, what of it may be resumed, and what --overwrite removes."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import config as configuration
+from .checkpoint import checkpoints
+from .errors import UsageError, UserError
+
+# Options that do not change what a run computes, so that they may differ when it resumes.
+_OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "log_with", "log_every", "checkpoint_every"}
+_OPERATIONAL |= {"keep_checkpoints", "steps"}
+# What a run writes, and all that --overwrite removes; config.yaml comes last, by it the folder is known as a run's.
+_OWN = ("checkpoints", "images", "tokenizer", "logs", "metrics.jsonl", "config.json", "vqgen.json")
+_OWN += ("model.safetensors", "config.yaml")
+
+
+def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
+    """See that `folder` is new, or that what it holds is the run of `config` or may be overwritten.
+
+    Raises `UserError` where it is another program's or was begun with options that compute something else.
+    """
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"--output: {folder} holds files of something else; choose another folder")
+        return
+    try:
+        before = configuration.read_saved(saved, type(config))
+    except UsageError as error:
+        raise UserError(f"--output: {saved} is of another program ({error}); choose another folder") from error
+    begun = checkpoints(folder / "checkpoints") or (folder / "vqgen.json").exists()
+    if not begun or overwrite:
+        return
+    for name, value in configuration.values_of(config).items():
+        if name not in _OPERATIONAL and before.get(name) != value:
+            raise UserError(
+                f"{folder} was started with --{name.replace('_', '-')} {before.get(name)}, now {value}: "
+                "give the same options to resume, --overwrite to start anew, or another --output"
+            )
+
+
+def take_folder(folder: Path, config: Any, overwrite: bool) -> None:
+    """Clear `folder` of what is not to be resumed, and write the configuration."""
+    if overwrite:
+        remove([folder / name for name in _OWN])
+    # A kill while a file was being written leaves its temporary.
+    left = (folder.glob(f"{where}.*.part") for where in ("", "checkpoints/", "images/"))
+    remove(path for paths in left for path in paths)
+    configuration.save(config, folder / "config.yaml")
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders that may be there. Raises `UserError` naming the first that cannot be removed."""
+    for path in paths:
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from error

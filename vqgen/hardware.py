@@ -1,0 +1,33 @@
+"""What the machine offers: processes, devices, and the precision they compute in."""
+
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from .errors import UsageError
+
+
+def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
+    """Accelerate's name of the precision; `auto` takes bf16 where the hardware computes in it."""
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError(f"--precision: fp16 needs a CUDA device, found {device.type}; use auto, bf16 or fp32")
+    if precision == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        # These CPU checks are private in some versions of torch; where they are missing float32 is always right.
+        checks = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        return "bf16" if device.type == "cpu" and any(check() for check in checks if check) else "no"
+    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]  # type: ignore[return-value]
+
+
+def processes(cpu: bool = False, **settings: Any) -> PartialState:
+    """Accelerate's view of the processes; the first call decides, `settings` go to torch's process group.
+
+    Args:
+        cpu: compute on the CPU whatever there is. Where there is nothing else it must be said: Accelerate then takes
+            the processes that a launcher started for so many runs of one process each, in one and the same folder.
+    """
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, **settings)

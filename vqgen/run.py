@@ -1,0 +1,350 @@
+"""A training run: its folder, its Accelerator, and the loop both stages share.
+
+A trainer brings `step` and `validate`; the run brings precision, logging, checkpoints, exact resume, signals and the
+watch over finite numbers. After a step nothing depends on how the run got there, only on (seed, step, weights).
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .artifact import write_text
+from .checkpoint import (
+    NonFinite,
+    checkpoints,
+    finite_or_raise,
+    load_checkpoint,
+    non_finite,
+    save_checkpoint,
+)
+from .errors import UsageError, UserError
+from .folder import check_folder, take_folder
+from .hardware import precision_of, processes
+from .health import Finding, Row
+from .order import step_seed
+from .tracking import JsonlTracker, further_trackers, progress
+
+
+@dataclass
+class RunConfig:
+    """How long, how exact, how often."""
+
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Examples a step, over all processes and accumulated parts together."""
+    accumulate: int = 1
+    """Parts into which a process splits its share of a step, to save memory."""
+    seed: int = 0
+    """Seed of weights, data order, augmentation and dropout."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast; auto takes bf16 where the hardware has it, else fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile (needs a C++ compiler)."""
+    log_every: int = 20
+    """Steps between rows of training figures in metrics.jsonl."""
+    validate_every: int = 500
+    """Steps between validations on held-out data."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    log_with: list[str] = field(default_factory=list)
+    """Further trackers beside metrics.jsonl: tensorboard, wandb."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every")
+        for name in (*names, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+
+
+class Trainer(Protocol):
+    """What a stage brings to the loop."""
+
+    modules: dict[str, nn.Module]
+    """Everything with weights or buffers that a checkpoint must hold, unwrapped."""
+    optimizers: dict[str, Any]
+    """Optimizers and schedules."""
+    extra: dict[str, Any]
+    """Small JSON-able state, e.g. the best held-out loss."""
+
+    def begin(self, first_step: int) -> None:
+        """Called once, after a restore: open the data at this step."""
+        ...
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """One optimizer step; scalars to log. Raises `NonFinite` before the weights are touched."""
+        ...
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Figures on held-out data, to log."""
+        ...
+
+    def diagnose(self, rows: list[Row]) -> list[Finding]:
+        """What is wrong, by the rows logged so far."""
+        ...
+
+    def origin(self) -> str:
+        """Where a non-finite number of the last step began."""
+        ...
+
+    def finished(self) -> str | None:
+        """Why to stop before the last step (early stopping), or None."""
+        ...
+
+    def save(self) -> None:
+        """Write the model folder at the root of the run."""
+        ...
+
+
+class Run:
+    """A run folder with its Accelerator.
+
+    Args:
+        folder: made if missing; one that holds the same run is resumed, one that holds another is refused.
+        config: the whole resolved configuration, saved as `config.yaml`.
+        overwrite: when training begins, remove what an earlier run left in `folder` and start anew.
+
+    Until `fit` nothing in the folder changes: what is found wrong before costs no earlier run.
+    """
+
+    def __init__(self, folder: Path, config: Any, settings: RunConfig, overwrite: bool) -> None:
+        self.folder, self.config, self.settings, self.overwrite = folder, config, settings, overwrite
+        mixed = precision_of(settings.precision, cast(torch.device, processes().device))
+        # Accelerate keeps one precision a Python process; a second run in it (both stages in one) brings its own.
+        AcceleratorState._reset_state()
+        # Every rank computes the same buffers (the codebook is kept equal by the quantizer): nothing to broadcast.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(
+            mixed_precision=mixed,
+            gradient_accumulation_steps=settings.accumulate,
+            log_with=[JsonlTracker(folder / "metrics.jsonl"), *further_trackers(settings.log_with)],  # type: ignore[list-item]
+            project_dir=str(folder / "logs"),
+            kwargs_handlers=[ddp],
+            step_scheduler_with_optimizer=False,
+        )
+        parts = self.accelerator.num_processes * settings.accumulate
+        if settings.batch_size % parts:
+            raise UsageError(
+                f"--batch-size: {settings.batch_size} does not divide into {self.accelerator.num_processes} "
+                f"processes x --accumulate {settings.accumulate}; use a multiple of {parts}"
+            )
+        self.micro_batch = settings.batch_size // parts
+        if self.main:
+            check_folder(folder, config, overwrite)
+        self.accelerator.wait_for_everyone()
+        self.rows: list[Row] = []
+        self._sums: dict[str, tuple[Tensor, int]] = {}  # of the figures since the last row, with their counts
+        self._signal: int | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def say(self, text: str) -> None:
+        """Print a line from the main process, above any progress bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def completed(self) -> bool:
+        """Whether the folder holds the finished run, with as many steps as asked for now."""
+        if self.overwrite:
+            return False
+        path = self.folder / "checkpoints" / "done.json"
+        done = path.is_file() and json.loads(path.read_text())["steps"] >= self.settings.steps
+        return done and (self.folder / "vqgen.json").is_file()
+
+    def _restore(self, trainer: Trainer) -> int:
+        """Load the newest checkpoint, cut the history to it, and return the next step."""
+        found = checkpoints(self.folder / "checkpoints")
+        if not found:
+            if (self.folder / "vqgen.json").exists():
+                raise UserError(
+                    f"--output: {self.folder} holds a finished model but no checkpoint to go on from; "
+                    "--overwrite to start anew, or choose another folder"
+                )
+            if self.main:
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            return 0
+        state = load_checkpoint(found[-1], trainer.modules, self._optimizers(trainer))
+        sums = state["extra"].pop("sums")
+        self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
+        trainer.extra.update(state["extra"])
+        history = self.folder / "metrics.jsonl"
+        lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
+        for line in lines:
+            # A kill can leave half a line at the end; rows after the checkpoint will be computed again.
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= state["step"]:
+                self.rows.append(row)
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            write_text(history, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.say(f"resuming from {found[-1]}")
+        return state["step"]
+
+    def _optimizers(self, trainer: Trainer) -> dict[str, Any]:
+        """Optimizers and schedules, and the gradient scaler where fp16 needs one."""
+        scaler = self.accelerator.scaler
+        return trainer.optimizers if scaler is None else {**trainer.optimizers, "scaler": scaler}
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """One row of metrics.jsonl, and the same to the other trackers."""
+        self.rows.append({"step": step, **values})
+        self.accelerator.log(dict(values), step=step)
+
+    def checkpoint(self, trainer: Trainer, step: int) -> None:
+        """Save, unless a weight is not finite: the last good checkpoint must stay the last."""
+        bad = non_finite(trainer.modules)
+        if bad:
+            raise NonFinite(f"weights {bad}")
+        totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
+        extra = {**trainer.extra, "sums": {name: [total, self._sums[name][1]] for name, total in totals.items()}}
+        if self.main:
+            folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
+            save_checkpoint(folder, step, trainer.modules, self._optimizers(trainer), extra, keep)
+        self.accelerator.wait_for_everyone()
+
+    def backward(self, terms: Mapping[str, Tensor], total: Tensor) -> None:
+        """Back-propagate `total`; raises `NonFinite` first where one of the named `terms` is not finite."""
+        finite_or_raise({**terms, "loss": total})
+        self.accelerator.backward(total)
+
+    def update(self, model: nn.Module, optimizer: Any, schedule: Any, clip: float) -> Tensor:
+        """Clip, check and take one optimizer step; returns the gradient's norm. Raises `NonFinite` before the step."""
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), clip or float("inf")))
+        if self.accelerator.scaler is None:  # under fp16 the scaler skips such a step and lowers its scale
+            finite_or_raise({"gradient norm": norm})
+        optimizer.step()
+        schedule.step()
+        return norm.detach()
+
+    def part(self, model: nn.Module, index: int) -> AbstractContextManager[Any]:
+        """The context of accumulation part `index`: gradients are exchanged between processes in the last alone."""
+        return nullcontext() if index == self.settings.accumulate - 1 else self.accelerator.no_sync(model)
+
+    def fit(self, trainer: Trainer) -> None:
+        """Train to the last step: resume, step, log, validate, checkpoint; then write the model folder.
+
+        SIGTERM and SIGINT save a checkpoint and end the process with 128 + the signal's number.
+        """
+        if self.main:
+            take_folder(self.folder, self.config, self.overwrite)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("vqgen", config={})
+        first = self._restore(trainer)
+        trainer.begin(first)
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._loop(trainer, first)
+        except NonFinite as error:
+            found = checkpoints(self.folder / "checkpoints")
+            last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was saved yet"
+            raise UserError(
+                f"not finite: {error}; it began in {trainer.origin()}; {last}. Lower --lr, raise --lr-warmup, "
+                "or use --precision fp32"
+            ) from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.main:
+            trainer.save()
+            write_text(self.folder / "checkpoints" / "done.json", json.dumps({"steps": self.settings.steps}))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _loop(self, trainer: Trainer, first: int) -> None:
+        settings, sums, seconds = self.settings, self._sums, 0.0
+        done = logged = first
+        with progress(settings.steps, self.folder.name, "step", self.main, first) as bar:
+            while done < settings.steps and not trainer.finished():
+                torch.manual_seed(step_seed(settings.seed, done, self.accelerator.process_index))
+                start = time.perf_counter()
+                try:
+                    figures = trainer.step(done)
+                except RuntimeError:
+                    # A signal to the whole process group ends the decoding workers too, before this step did anything.
+                    if not self._signal or self.accelerator.num_processes > 1:
+                        raise
+                    self._stop(trainer, done, self._signal)
+                seconds += time.perf_counter() - start
+                for name, value in figures.items():
+                    total, count = sums.get(name, (0.0, 0))
+                    sums[name] = (value + total, count + 1)
+                done += 1
+                bar.update()
+                last = done == settings.steps
+                if done % settings.log_every == 0 or last:
+                    means = self._over_processes({name: total / count for name, (total, count) in sums.items()})
+                    rate = (done - logged) * settings.batch_size / seconds
+                    self.log({f"train/{n}": v for n, v in means.items()} | {"train/per_second": rate}, done)
+                    bar.set_postfix({"loss": f"{means['loss']:.3f}"})
+                    sums.clear()
+                    logged, seconds = done, 0.0
+                if done % settings.validate_every == 0 or last:
+                    self._validate(trainer, done)
+                if stopping := self._stopping():
+                    bar.close()
+                    self._stop(trainer, done, stopping)
+                if done % settings.checkpoint_every == 0 or last or trainer.finished():
+                    self.checkpoint(trainer, done)
+        if reason := trainer.finished():
+            self.say(reason)
+
+    def _over_processes(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars -> their means over all processes; one wait for the device."""
+        if not values:
+            return {}
+        local = torch.stack([value.float().to(self.device) for value in values.values()])
+        return dict(zip(values, cast(Tensor, self.accelerator.reduce(local, "mean")).tolist()))
+
+    def _validate(self, trainer: Trainer, step: int) -> None:
+        figures = trainer.validate(step)
+        self.log({f"heldout/{name}": value for name, value in figures.items()}, step)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        self.say(f"step {step}: {shown}")
+        named = {row.get("health") for row in self.rows}
+        for finding in trainer.diagnose(self.rows):
+            if finding.name not in named:
+                self.log({"health": finding.name, "message": str(finding)}, step)
+                self.say(f"warning: {finding}")
+
+    def _stop(self, trainer: Trainer, step: int, number: int) -> NoReturn:
+        """Save after `step` steps and end the process as signal `number` asked."""
+        self.checkpoint(trainer, step)
+        self.say(f"stopped by a signal after step {step}, saved; the same command goes on from there")
+        self.accelerator.end_training()
+        raise SystemExit(128 + number)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _stopping(self) -> int | None:
+        """The signal that any process received, agreed on by all."""
+        number = self._signal or 0
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.gather(torch.tensor([number], device=self.device))
+            number = int(cast(Tensor, flags).max())
+        return number or None

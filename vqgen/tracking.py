@@ -1,0 +1,62 @@
+"""Where a run's figures go: always `metrics.jsonl`, and further trackers by name; and what people watch meanwhile."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+from tqdm import tqdm
+
+from .errors import UsageError, UserError
+
+
+class JsonlTracker(GeneralTracker):
+    """One JSON object a line in `metrics.jsonl`, flushed as it is written."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The configuration is in config.yaml already."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **clean}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def further_trackers(names: Sequence[str]) -> list[str]:
+    """`names` as given, each checked to be known and installed: Accelerate drops a missing one without a word."""
+    known: dict[str, Callable[[], bool | None]] = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+    }
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--log-with: found {name}, expected {' or '.join(known)}")
+        if not known[name]():
+            raise UsageError(f"--log-with: {name} is not installed; pip install {name}")
+    return list(names)
+
+
+def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> tqdm:
+    """A progress bar on the main process; none where the output is no terminal, e.g. in a log file."""
+    hidden = None if main else True
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, file=sys.stderr, smoothing=0.1)
