@@ -1,0 +1,90 @@
+"""vqgen-tokenize against the bare encoder: how much of its rate is left once images are decoded and codes written.
+
+    python benchmarks/encode.py              # demo images, an untrained tokenizer of the demo's size
+    python benchmarks/encode.py --tokenizer runs/tokenizer --data photos --batch-size 32 --workers -1
+
+Both encode the same number of images at the same batch size and precision, in turns, so that whatever else the
+machine does falls on both. The bare encoder gets one batch that lies in the device's memory again and again;
+vqgen-tokenize starts from the encoded files (the first decoding counts) and ends with the manifest on disk.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+from vqgen.tokenizer.encode import encode_batch, tokenize
+from vqgen.tokenizer.images import ImageConfig
+from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
+from vqgen.tokenizer.plan import TokenizeConfig, build_job
+from vqgen.tokenizer.quantize import QuantizerConfig
+
+
+def bare(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:
+    """Images a second of `tokenizer.encode` on a batch (B, C, H, W) that lies in memory, `count` images in all."""
+    start = time.perf_counter()
+    batches = -(-count // len(images))
+    codes = [encode_batch(tokenizer, images, images.device, precision) for _ in range(batches)]
+    torch.cat(codes).cpu()  # waits for the device
+    return batches * len(images) / (time.perf_counter() - start)
+
+
+def end_to_end(config: TokenizeConfig, count: int) -> float:
+    """Images a second from encoded files to the manifest, the loading of the tokenizer included."""
+    start = time.perf_counter()
+    with redirect_stdout(StringIO()):
+        tokenize(config)
+    return count / (time.perf_counter() - start)
+
+
+def untrained(folder: Path) -> Path:
+    """A tokenizer of the demo's size; a code costs the same whether it means something or not."""
+    model = ModelConfig(width=32, multipliers=[1, 2, 4], blocks=1, groups=8)
+    tokenizer = Tokenizer(TokenizerConfig([32, 32], 1, model, QuantizerConfig()))
+    tokenizer.save(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, help="run or model folder; none: an untrained small one")
+    parser.add_argument("--data", default="demo")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes of vqgen-tokenize")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = TokenizeConfig(
+            tokenizer=options.tokenizer or untrained(Path(scratch) / "tokenizer"),
+            data=options.data,
+            output=Path(scratch) / "codes",
+            overwrite=True,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            device=options.device,
+            images=ImageConfig(workers=options.workers, max_broken=1),
+        )
+        job = build_job(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        count = sum(len(dataset) for dataset in job.datasets.values())
+        batch = job.datasets["train"].__getitems__(range(min(options.batch_size, len(job.datasets["train"]))))
+        images = batch.images.to(job.device)
+        bare(job.tokenizer, images, 2 * len(images), job.precision)  # warms up kernels and threads
+        ratios = []
+        print(f"{count} images, batch {options.batch_size}, {job.precision} on {job.device}")
+        for turn in range(options.rounds):
+            alone, whole = bare(job.tokenizer, images, count, job.precision), end_to_end(config, count)
+            ratios.append(whole / alone)
+            print(f"round {turn + 1}: encoder alone {alone:.0f} images/s, vqgen-tokenize {whole:.0f}, {ratios[-1]:.1%}")
+        print(f"median: vqgen-tokenize reaches {statistics.median(ratios):.1%} of the encoder alone")
+
+
+if __name__ == "__main__":
+    main()
