@@ -1,0 +1,260 @@
+"""The prior: a vocabulary of codes, classes and one null token, and a transformers causal LM over it.
+
+A sequence is `[condition][codes in raster order, depth innermost]`. The condition is a class id, or the null id, which
+stands for "unconditional" and is the start token where there are no classes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from vqgen.artifact import copy_artifact, load_artifact, read_json, save_artifact, write_text
+from vqgen.config import from_dict
+from vqgen.errors import UsageError, UserError
+
+from ..tokenizer.model import Tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids: `depth` ranges of `codebook_size` codes, then one id a class, then the null id."""
+
+    codebook_size: int
+    depth: int
+    grid: tuple[int, int]
+    classes: int
+
+    @property
+    def length(self) -> int:
+        """Code tokens an image."""
+        return self.grid[0] * self.grid[1] * self.depth
+
+    @property
+    def null(self) -> int:
+        """The id that is both "unconditional" and the start of an unconditional sequence."""
+        return self.codebook_size * self.depth + self.classes
+
+    @property
+    def size(self) -> int:
+        """Number of ids, the null id included."""
+        return self.null + 1
+
+    def class_id(self, labels: Tensor) -> Tensor:
+        """Labels (B,) -> token ids (B,); -1 (no label) becomes the null id."""
+        return torch.where(labels < 0, self.null, labels + self.codebook_size * self.depth)
+
+    def allowed(self, position: int) -> tuple[int, int]:
+        """First and one-past-last id that may stand at code position `position` (0 is the first code)."""
+        start = position % self.depth * self.codebook_size
+        return start, start + self.codebook_size
+
+    def to_tokens(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, h, w) or (B, h, w, depth) -> tokens (B, length), raster order, depth innermost."""
+        shape = (*self.grid, self.depth) if self.depth > 1 else self.grid
+        if codes.shape[1:] != torch.Size(shape):
+            raise UserError(f"codes have shape {tuple(codes.shape[1:])}, this prior was made for {tuple(shape)}")
+        ranges = torch.arange(self.depth, device=codes.device) * self.codebook_size
+        return (codes.reshape(len(codes), self.length // self.depth, self.depth) + ranges).flatten(1)
+
+    def to_codes(self, tokens: Tensor) -> Tensor:
+        """The inverse of `to_tokens`."""
+        ranges = torch.arange(self.depth, device=tokens.device) * self.codebook_size
+        codes = tokens.reshape(len(tokens), *self.grid, self.depth) - ranges
+        return codes if self.depth > 1 else codes.squeeze(-1)
+
+
+@dataclass
+class PriorConfig:
+    """The transformer."""
+
+    backbone: Literal["llama", "qwen3", "gpt2"] = "llama"
+    """Architecture, by its name in transformers."""
+    dim: int = 512
+    """Width of the residual stream."""
+    layers: int = 8
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads; must divide --dim."""
+    hidden_dim: int | None = None
+    """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2, rounded up to 64."""
+    dropout: float = 0.1
+    """Dropout of embeddings, attention output and feed-forward output."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name}: found {getattr(self, name)}, expected at least 1")
+        if self.dim % self.heads:
+            raise UsageError(f"--heads: {self.heads} does not divide --dim {self.dim}; choose a divisor")
+        if self.backbone != "gpt2" and self.dim // self.heads % 2:
+            raise UsageError(f"--heads: --dim / --heads is {self.dim // self.heads}, rotary positions need it even")
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise UsageError(f"--hidden-dim: found {self.hidden_dim}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout: found {self.dropout}, expected 0 <= dropout < 1")
+
+
+def backbone_config(config: PriorConfig, vocabulary: Vocabulary) -> LlamaConfig | Qwen3Config | GPT2Config:
+    """The transformers configuration of a prior of this size over this vocabulary."""
+    positions = vocabulary.length + 1  # the condition and every code
+    share = 4 if config.backbone == "gpt2" else 8 / 3
+    hidden = config.hidden_dim or -(-int(config.dim * share) // 64) * 64
+    # There is no end token: every sequence has the same length.
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary.size,
+        "bos_token_id": vocabulary.null,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    if config.backbone == "gpt2":
+        return GPT2Config(
+            n_embd=config.dim,
+            n_layer=config.layers,
+            n_head=config.heads,
+            n_inner=hidden,
+            n_positions=positions,
+            embd_pdrop=config.dropout,
+            resid_pdrop=config.dropout,
+            attn_pdrop=0.0,
+            **common,
+        )
+    shape: dict[str, Any] = {
+        "hidden_size": config.dim,
+        "intermediate_size": hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "head_dim": config.dim // config.heads,
+        "max_position_embeddings": positions,
+        **common,
+    }
+    return LlamaConfig(**shape) if config.backbone == "llama" else Qwen3Config(**shape)
+
+
+def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
+    """Dropout where GPT-2 has it, for backbones without any, as hooks: names and saved weights stay as they are."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], dropout, module.training), *output[1:])
+        return F.dropout(output, dropout, module.training)
+
+    if dropout and backbone.config.model_type != "gpt2":  # GPT-2 has its own
+        backbone.get_input_embeddings().register_forward_hook(hook)
+        for layer in backbone.model.layers:
+            layer.self_attn.register_forward_hook(hook)
+            layer.mlp.register_forward_hook(hook)
+
+
+def _compare(path: Path, own: PreTrainedConfig) -> None:
+    """Refuse a `config.json` that describes another network than `vqgen.json`: each reader would see another model."""
+    try:
+        stated = AutoConfig.for_model(**read_json(path)).to_dict()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is no transformers configuration ({error}); restore the file") from error
+    for key, value in own.to_dict().items():
+        # These name the writer, not the network.
+        if key not in ("architectures", "dtype", "transformers_version") and stated.get(key) != value:
+            raise UserError(f"{path} has {key} {stated.get(key)!r}, vqgen.json needs {value!r}; restore the file")
+
+
+class Prior(nn.Module):
+    """An autoregressive model of code sequences; it returns logits and nothing else.
+
+    Args:
+        image_shape: channels, height and width of the images behind the codes (for bits per dimension).
+        class_names: one a class, or None where the model is unconditional.
+        tokenizer_fingerprint: of the tokenizer that made the codes.
+        backbone: a transformers configuration; by default the one that `config` describes.
+    """
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        vocabulary: Vocabulary,
+        image_shape: tuple[int, int, int],
+        class_names: list[str] | None,
+        tokenizer_fingerprint: str,
+    ) -> None:
+        super().__init__()
+        self.config, self.vocabulary, self.image_shape = config, vocabulary, image_shape
+        self.class_names, self.tokenizer_fingerprint = class_names, tokenizer_fingerprint
+        self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(
+            backbone_config(config, vocabulary), attn_implementation="sdpa", dtype=torch.float32
+        )
+        _add_dropout(self.backbone, config.dropout)
+        self.fingerprint: str | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 (B, T) -> logits (B, T, vocabulary.size); position t sees tokens 0..t."""
+        return self.backbone(input_ids=tokens, use_cache=False).logits
+
+    def save(self, folder: Path, tokenizer_folder: Path) -> str:
+        """Write a model folder with a copy of the tokenizer inside, and return the fingerprint.
+
+        `config.json` and `model.safetensors` are what `AutoModelForCausalLM.from_pretrained` reads.
+        """
+        folder = Path(folder)
+        found = Tokenizer.load(tokenizer_folder).fingerprint
+        if found != self.tokenizer_fingerprint:
+            raise UserError(
+                f"{tokenizer_folder} has fingerprint {str(found)[:12]}, but this prior was trained on codes of "
+                f"{self.tokenizer_fingerprint[:12]}; name the tokenizer that made the codes"
+            )
+        copy_artifact(tokenizer_folder, folder / "tokenizer")
+        settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
+        write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        description = {
+            "prior": vars(self.config),
+            "codebook_size": self.vocabulary.codebook_size,
+            "depth": self.vocabulary.depth,
+            "grid": list(self.vocabulary.grid),
+            "classes": self.vocabulary.classes,
+            "class_names": self.class_names,
+            "image_shape": list(self.image_shape),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+        }
+        self.fingerprint = save_artifact(folder, "prior", description, self.backbone.state_dict())
+        return self.fingerprint
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
+        """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
+        folder = Path(folder)
+        artifact = load_artifact(folder, "prior")
+        about = artifact.description
+        try:
+            vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), about["classes"])
+            prior = cls(
+                from_dict(PriorConfig, about["prior"], str(folder / "vqgen.json")),
+                vocabulary,
+                tuple(about["image_shape"]),
+                about["class_names"],
+                about["tokenizer_fingerprint"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            path = folder / "vqgen.json"
+            raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
+        _compare(folder / "config.json", prior.backbone.config)
+        try:
+            prior.backbone.load_state_dict(artifact.tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: weights and vqgen.json do not fit: {reason}") from error
+        prior.fingerprint = artifact.fingerprint
+        return prior.eval().to(device)

@@ -1,0 +1,183 @@
+"""vqgen-train-prior: main -> build -> Run.fit -> step / validate."""
+
+import copy
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from vqgen.config import command
+from vqgen.errors import UsageError, UserError
+from vqgen.health import Finding, Row, non_finite_origin, overfitting
+from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
+from vqgen.run import Run, RunConfig
+
+from ..tokenizer.codes import CodeFiles
+from ..tokenizer.model import Tokenizer
+from ..tokenizer.pixels import to_uint8
+from ..tokenizer.reconstruct import write_png_atomic
+from .data import Sequences, vocabulary_of
+from .likelihood import likelihood, token_nats
+from .model import Prior, PriorConfig
+from .preview import preview_codes
+
+
+@dataclass
+class PriorTraining:
+    """Everything a prior run is made of."""
+
+    codes: Path
+    """Folder of code files, as vqgen-tokenize writes it."""
+    output: Path = Path("runs/prior")
+    """Run folder; finished, it is the prior's model folder, with the tokenizer inside."""
+    overwrite: bool = False
+    """Remove an earlier run in --output and start anew."""
+    label_dropout: float = 0.1
+    """Share of sequences trained without their class, which guidance needs."""
+    patience: int = 5
+    """Stop after this many validations without a better held-out loss; 0 = train to the last step. The best weights
+    are saved either way."""
+    validation_images: int = 2000
+    """Held-out images that each validation measures; 0 = all."""
+    preview_images: int = 40
+    """Images drawn at each validation and written under images/; 0 = none."""
+    model: PriorConfig = field(default_factory=PriorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UsageError(f"--label-dropout: found {self.label_dropout}, expected 0 to 1")
+        for name in ("patience", "validation_images", "preview_images"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
+
+
+class PriorTrainer:
+    """Stage two: next-token prediction of codes; see `Trainer` for the methods."""
+
+    def __init__(self, run: Run, config: PriorTraining, train: CodeFiles, heldout: CodeFiles) -> None:
+        self.run, self.config = run, config
+        self.tokenizer_folder = config.codes / "tokenizer"
+        self.vocabulary = vocabulary_of(train)
+        self.train_codes = Sequences(train, self.vocabulary)
+        self.heldout_codes = Sequences(heldout, self.vocabulary)
+        self.tokenizer = Tokenizer.load(self.tokenizer_folder, run.device)
+        torch.manual_seed(config.run.seed)
+        image_shape = (train.channels, *train.image_size)
+        names, mark = train.class_names, train.tokenizer_fingerprint
+        prior = Prior(config.model, self.vocabulary, image_shape, names, mark).to(run.device)
+        if run.device.type == "cpu" and self.vocabulary.length <= 256:
+            # The fused kernel's backward pass is the slower one on CPUs at such lengths (benchmarks/train_step.py).
+            prior.backbone.set_attn_implementation("eager")
+        self.average = averaged(prior)
+        self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
+        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
+        optimizer, self.schedule = optimizer_for(prior, config.optimizer, config.run.steps)
+        if config.run.compile:
+            prior.compile()
+        self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)
+        self.prior = prior
+        self.modules: dict[str, nn.Module] = {"prior": prior, "average": self.average, "best": self.best}
+        self.optimizers: dict[str, Any] = {"prior": optimizer, "prior_schedule": self.schedule}
+
+    def begin(self, first_step: int) -> None:
+        share = self.run.micro_batch * self.config.run.accumulate
+        accelerator, seed = self.run.accelerator, self.config.run.seed
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.batches = self.train_codes.training(share, seed, first_step, rank, world)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        tokens = next(self.batches).to(self.run.device, non_blocking=True)
+        dropped = torch.rand(len(tokens), device=tokens.device) < self.config.label_dropout
+        tokens[:, 0] = torch.where(dropped, self.vocabulary.null, tokens[:, 0])
+        parts = tokens.chunk(self.config.run.accumulate)
+        mean = torch.zeros((), device=tokens.device)
+        for index, part in enumerate(parts):
+            with self.run.part(self.model, index):
+                self.last_tokens = part
+                loss = token_nats(self.model(part[:, :-1]), part[:, 1:]).mean()
+                self.run.backward({"cross-entropy": loss}, loss)
+            mean += loss.detach() / len(parts)
+        norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
+        self.optimizer.zero_grad()
+        update_average(self.average, self.prior, self.config.optimizer.ema_decay, step)
+        return {"loss": mean, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
+
+    def validate(self, step: int) -> dict[str, float]:
+        count = len(self.heldout_codes)
+        if self.config.validation_images:
+            count = min(count, self.config.validation_images)
+        rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
+        batches = self.heldout_codes.ordered(range(rank, count, world), max(1, self.run.micro_batch))
+        average = cast(Prior, self.average.module)
+        found = likelihood(average, batches, self.run.accelerator)
+        if found.nats_per_token < self.extra["best"]:
+            self.extra.update(best=found.nats_per_token, stale=0)
+            self.best.load_state_dict(average.state_dict())
+        else:
+            self.extra["stale"] += 1
+        if self.config.preview_images and self.run.main:
+            self._preview(step, average)
+        return vars(found)
+
+    def _preview(self, step: int, prior: Prior) -> None:
+        """Samples of the averaged weights as `images/step-N.png`, the classes in columns."""
+        with self.run.accelerator.autocast(), torch.no_grad():
+            codes = preview_codes(prior, self.config.preview_images, self.config.run.seed)
+            images = to_uint8(self.tokenizer.decode(codes).float())
+        columns = self.vocabulary.classes if 2 <= self.vocabulary.classes <= 20 else 8
+        grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+        write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
+
+    def diagnose(self, rows: list[Row]) -> list[Finding]:
+        finding = overfitting(rows)
+        return [finding] if finding else []
+
+    def origin(self) -> str:
+        return non_finite_origin(self.prior, lambda: self.prior(self.last_tokens[:, :-1]))
+
+    def finished(self) -> str | None:
+        if self.config.patience and self.extra["stale"] >= self.config.patience:
+            return f"stopped early: {self.extra['stale']} validations without a better held-out loss"
+        return None
+
+    def save(self) -> None:
+        self.best.save(self.run.folder, self.tokenizer_folder)
+
+
+def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
+    """The run and its trainer, or None where the folder already holds the finished run."""
+    run = Run(config.output, config, config.run, config.overwrite)
+    if run.completed():
+        run.say(f"{config.output} is finished; --steps for more, --overwrite to start anew")
+        return None
+    train, heldout = (CodeFiles(config.codes, split) for split in ("train", "heldout"))
+    if not len(heldout):
+        raise UserError(f"{config.codes} holds no held-out codes; tokenize again with --holdout above 0")
+    return run, PriorTrainer(run, config, train, heldout)
+
+
+def train(config: PriorTraining) -> None:
+    """Train an autoregressive prior on code files, and measure it on held-out codes."""
+    built = build(config)
+    if built:
+        run, trainer = built
+        run.fit(trainer)
+        best = trainer.extra["best"]
+        run.say(f"prior: {config.output} (held-out {best:.4f} nats per token)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return command("vqgen-train-prior", PriorTraining, train, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
