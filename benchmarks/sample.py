@@ -1,0 +1,98 @@
+"""Cached decoding of vqgen against `transformers.generate` on the same random model, in one run.
+
+    python benchmarks/sample.py --batch-sizes 64 1
+
+Both draw from the whole distribution at temperature 1. `generate` runs as it comes: its default cache and the attention
+that the model was loaded with. Runs alternate and the best of each counts, since other work on the machine only slows.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from vqgen.hardware import precision_of
+from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
+from vqgen.sampling.generate import Decoder, generate, image_uniforms
+from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.pipeline import CPU_ROWS, find_device
+
+
+def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Seconds that `work` takes, the device's part included."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=["llama", "qwen3", "gpt2"], default="llama")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--codebook-size", type=int, default=1024)
+    parser.add_argument("--grid", type=int, nargs=2, default=[16, 16], metavar=("H", "W"), help="codes an image")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 1])
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+
+    device = find_device(arguments.device)
+    precision = precision_of(arguments.precision, device).replace("no", "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    vocabulary = Vocabulary(arguments.codebook_size, 1, tuple(arguments.grid), classes=10)
+    shape = PriorConfig(arguments.backbone, arguments.dim, arguments.layers, arguments.heads)
+    torch.manual_seed(0)
+
+    def model_with(attention: str) -> torch.nn.Module:
+        config = backbone_config(shape, vocabulary)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model.eval().to(device)
+
+    theirs = model_with("sdpa")
+    ours = model_with("eager" if device.type == "cpu" else "sdpa")
+    ours.load_state_dict(theirs.state_dict())
+    length, count = vocabulary.length, sum(p.numel() for p in ours.parameters())
+    decoder = Decoder(ours, length)  # type: ignore[arg-type]
+    allowed = [vocabulary.allowed(position) for position in range(length)]
+    print(f"{arguments.backbone}, {count / 1e6:.1f} M parameters, {length} codes of {arguments.codebook_size}, "
+          f"{precision} on {device}, {torch.get_num_threads()} threads")  # fmt: skip
+
+    for batch in arguments.batch_sizes:
+        prompt = vocabulary.class_id(torch.arange(batch) % vocabulary.classes)[:, None]
+        uniforms = image_uniforms(0, range(batch), length)
+        rows = CPU_ROWS if device.type == "cpu" and precision == "fp32" else 1
+
+        def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows) -> torch.Tensor:
+            return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows)
+
+        def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
+            return theirs.generate(  # type: ignore[operator]
+                prompt.to(device),
+                attention_mask=torch.ones_like(prompt, device=device),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=length,
+                min_new_tokens=length,
+                pad_token_id=vocabulary.null,
+            )
+
+        best = {"vqgen": float("inf"), "transformers": float("inf")}
+        for _ in range(arguments.repeats):
+            for name, work in (("vqgen", vqgen), ("transformers", transformers)):
+                best[name] = min(best[name], seconds(work, device))
+        for name, took in best.items():
+            print(f"batch {batch:3d}  {name:12s} {batch / took:8.2f} images/s {batch * length / took:9.0f} tokens/s")
+        print(f"batch {batch:3d}  ratio        {best['transformers'] / best['vqgen']:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

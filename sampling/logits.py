@@ -1,0 +1,119 @@
+"""From logits to a token: guidance, temperature, top-k, top-p, min-p and the draw, as pure functions.
+
+Logits are float32 (B, V), one row an image; a filtered-out token has logit -inf. No function looks across rows, so
+what is drawn for a row depends on that row's logits and uniform number alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. Applied in this order: guidance, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0
+    """Divides the logits: below 1 safer, above 1 more varied, 0 = always the most likely code."""
+    top_k: int = 0
+    """Draw from the k most likely codes only (those tied with the last of them stay too); 0 = from all."""
+    top_p: float = 1.0
+    """Draw from the fewest codes that hold this share of the probability (Holtzman et al. 2020); 1 = from all."""
+    min_p: float = 0.0
+    """Drop codes less likely than this share of the likeliest one (Nguyen et al. 2024); 0 = none."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 = none, more = closer to the class and less varied, 0 = class ignored."""
+
+    def __post_init__(self) -> None:
+        def check(name: str, fine: bool, expected: str) -> None:
+            if not fine:
+                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected {expected}")
+
+        check("temperature", 0 <= self.temperature < math.inf, "a number of at least 0")
+        check("top_k", self.top_k >= 0, "a count of codes, or 0 for all")
+        check("top_p", 0 < self.top_p <= 1, "0 < top-p <= 1")
+        check("min_p", 0 <= self.min_p <= 1, "0 <= min-p <= 1")
+        check("guidance_scale", 0 <= self.guidance_scale < math.inf, "a number of at least 0")
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = 1 + w), on logits (B, V) -> (B, V).
+
+    Scale 1 gives `conditional`, 0 gives `unconditional`, more than 1 moves past the conditional.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by a temperature > 0, shifted so that the largest is 0: no temperature, however low, overflows."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits of each row, and all that equal the k-th; k = 0 or k >= V keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest tokens of each row whose probabilities reach p, at least one; of equals the lower id first."""
+    if p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1, dtype=torch.float64)
+    before = probabilities.cumsum(-1) - probabilities
+    before[:, 0] = 0  # the likeliest token stays, however small p is
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    return logits.masked_fill(dropped, -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens at least p times as likely as the likeliest one of their row; 0 keeps all."""
+    if p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token a row by the inverse of the cumulative distribution.
+
+    Args:
+        logits: (B, V); at least one finite a row.
+        uniforms: float64 (B,) in [0, 1), one a row.
+
+    Returns:
+        Token ids int64 (B,), each of positive probability.
+    """
+    # float64, because in float32 the product below can round up to the total and pass every token. Tokens that were
+    # filtered out get 0 and so are never above the target, even where a parallel sum is not quite monotonic.
+    probabilities = logits.softmax(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0)
+    target = uniforms.unsqueeze(-1) * cumulative.amax(-1, keepdim=True)
+    return (cumulative > target).to(torch.uint8).argmax(-1)  # the first maximum
+
+
+def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings, unconditional: Tensor | None = None) -> Tensor:
+    """One token a row under `settings`.
+
+    Args:
+        logits: (B, V) float32, given the condition.
+        uniforms: float64 (B,) in [0, 1).
+        unconditional: (B, V) logits without the condition, for guidance; None = no guidance.
+
+    Returns:
+        Token ids int64 (B,).
+    """
+    if unconditional is not None:
+        logits = guide(logits, unconditional, settings.guidance_scale)
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    logits = apply_temperature(logits, settings.temperature)
+    logits = keep_top_k(logits, settings.top_k)
+    logits = keep_top_p(logits, settings.top_p)
+    return draw(keep_min_p(logits, settings.min_p), uniforms)

@@ -1,0 +1,323 @@
+"""Cached decoding: equal to the full forward, independent of its batch, and drawing what the model says."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vqgen.errors import UserError
+from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
+from vqgen.sampling.generate import Decoder, decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.pipeline import CPU_ROWS
+
+backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
+attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+def model_of(
+    vocabulary: Vocabulary, backbone="llama", dim=32, heads=2, attention="eager", sharp=1.0
+) -> PreTrainedModel:
+    """A random causal LM; `sharp` multiplies its logits."""
+    torch.manual_seed(0)
+    config = backbone_config(PriorConfig(backbone=backbone, dim=dim, layers=2, heads=heads), vocabulary)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharp)
+    return model
+
+
+def allowed_of(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    return [vocabulary.allowed(position) for position in range(vocabulary.length)]
+
+
+def conditions(vocabulary: Vocabulary, count: int) -> torch.Tensor:
+    return vocabulary.class_id(torch.arange(count) % max(vocabulary.classes, 1))[:, None]
+
+
+class Recorder(Decoder):
+    """A decoder that keeps every logit it gave."""
+
+    def start(self, rows):
+        super().start(rows)
+        self.given: list[torch.Tensor] = []
+
+    def feed(self, tokens):
+        self.given.append(super().feed(tokens))
+        return self.given[-1]
+
+
+@backbones
+@attentions
+@pytest.mark.parametrize("depth", [1, 2])
+def test_cached_decoding_equals_the_full_forward(backbone, attention, depth):
+    vocabulary = Vocabulary(codebook_size=20, depth=depth, grid=(3, 4), classes=3)
+    model = model_of(vocabulary, backbone, attention=attention, sharp=20)
+    decoder, prompt = Recorder(model, vocabulary.length), conditions(vocabulary, 3)
+    uniforms = image_uniforms(0, range(3), vocabulary.length)
+    greedy = SamplingSettings(temperature=0)
+    tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, greedy)
+    with torch.inference_mode():
+        full = model(input_ids=torch.cat([prompt, tokens], 1), use_cache=False).logits[:, :-1]
+    torch.testing.assert_close(torch.stack(decoder.given, 1), full, rtol=1e-4, atol=1e-4)
+    for position, (start, end) in enumerate(allowed_of(vocabulary)):
+        assert torch.equal(tokens[:, position], full[:, position, start:end].argmax(-1) + start)
+    assert tokens.unique().numel() > 4  # a constant would prove little
+
+
+@backbones
+def test_future_tokens_change_no_earlier_logit(backbone):
+    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=0)
+    decoder = Recorder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    first, second = torch.randint(20, (2, 1, vocabulary.length), generator=torch.Generator().manual_seed(0))
+    second[:, :6] = first[:, :6]
+    given = []
+    with torch.inference_mode():
+        for tokens in (first, second):
+            decoder.start(1)
+            for position in range(vocabulary.length):
+                decoder.feed(tokens[:, position, None])
+            given.append(torch.cat(decoder.given))
+    assert torch.equal(given[0][:6], given[1][:6])
+    assert not torch.isclose(given[0][6:], given[1][6:]).all(-1).any()
+
+
+@backbones
+def test_a_longer_prompt_goes_in_at_once(backbone):
+    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = Decoder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
+    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings())
+    prompt = torch.cat([conditions(vocabulary, 3), whole[:, :5]], 1)
+    rest = generate(decoder, prompt, legal[5:], uniforms[:, 5:], SamplingSettings())
+    assert torch.equal(rest, whole[:, 5:])
+
+
+def test_the_cache_is_exact_and_used_again():
+    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
+    legal, settings = allowed_of(vocabulary), SamplingSettings()
+
+    def drawn(seed, count=4):
+        uniforms = image_uniforms(seed, range(count), vocabulary.length)
+        return generate(decoder, conditions(vocabulary, count), legal, uniforms, settings)
+
+    first = drawn(0)
+    cache = decoder._cache
+    assert cache is not None and cache.layers[0].keys.shape[2] == vocabulary.length
+    keys = cache.layers[0].keys.data_ptr()
+    second = drawn(1)
+    assert decoder._cache is cache and cache.layers[0].keys.data_ptr() == keys
+    assert not torch.equal(first, second)
+    drawn(2, count=2)
+    assert torch.equal(drawn(0), first)
+    with pytest.raises(ValueError, match="13 tokens fed to a cache of 12"):
+        generate(decoder, first.new_zeros(1, 2), legal, image_uniforms(0, [0], 12), settings)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_logits_do_not_depend_on_the_batch(scale):
+    """Bit for bit, not only in the tokens: a last bit would turn a token once in many thousand images."""
+    vocabulary = Vocabulary(codebook_size=64, depth=1, grid=(1, 3), classes=3)
+    # This width is one where products of 17, 31 and 63 rows round differently from 16, 32 and 64.
+    decoder = Recorder(model_of(vocabulary, dim=256, heads=4, sharp=5), vocabulary.length)
+    prompt, null = conditions(vocabulary, 64), torch.full((64, 1), vocabulary.null)
+    uniforms = image_uniforms(3, range(64), vocabulary.length)
+    settings = SamplingSettings(guidance_scale=scale)
+
+    def drawn(part):
+        legal = allowed_of(vocabulary)
+        tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, null[part], rows=CPU_ROWS)
+        return tokens, torch.stack(decoder.given, 1)[: len(tokens)]
+
+    tokens, logits = drawn(slice(64))
+    for part in (slice(0, 1), slice(9, 10), slice(7, 14), slice(17), slice(33, 64)):
+        other_tokens, other_logits = drawn(part)
+        assert torch.equal(other_tokens, tokens[part])
+        assert torch.equal(other_logits, logits[part])
+
+
+def test_bfloat16_does_not_depend_on_the_batch():
+    vocabulary = Vocabulary(codebook_size=64, depth=1, grid=(1, 3), classes=3)
+    decoder = Recorder(model_of(vocabulary, dim=64, sharp=5).to(torch.bfloat16), vocabulary.length)
+    prompt, uniforms = conditions(vocabulary, 64), image_uniforms(3, range(64), vocabulary.length)
+
+    def drawn(part):
+        tokens = generate(decoder, prompt[part], allowed_of(vocabulary), uniforms[part], SamplingSettings())
+        return tokens, torch.stack(decoder.given, 1)
+
+    tokens, logits = drawn(slice(64))
+    for part in (slice(0, 1), slice(9, 10), slice(7, 14), slice(33, 64)):
+        other_tokens, other_logits = drawn(part)
+        assert torch.equal(other_tokens, tokens[part])
+        assert torch.equal(other_logits, logits[part])
+
+
+def test_uniforms_are_a_function_of_seed_and_index():
+    whole = image_uniforms(5, range(100), 64)
+    assert whole.dtype == torch.float64 and whole.shape == (100, 64)
+    assert whole.min() >= 0 and whole.max() < 1
+    assert torch.equal(image_uniforms(5, [7, 99], 64), whole[[7, 99]])
+    assert torch.equal(image_uniforms(5, [7], 16), whole[[7], :16])
+    assert whole.unique().numel() == whole.numel()
+    assert not torch.isin(image_uniforms(6, range(100), 64), whole).any()
+    assert not torch.isin(image_uniforms(0, [1], 64), image_uniforms(1, [0], 64)).any()
+    assert image_uniforms(2**64 - 1, [2**64 - 1], 3).shape == (1, 3)
+    assert image_uniforms(0, [], 3).shape == (0, 3)
+    # Fixed for ever: a samples.json names a seed, and must still name the same images.
+    assert image_uniforms(0, [0], 2)[0].tolist() == pytest.approx(FIRST_UNIFORMS, abs=0)
+    histogram = torch.histc(whole, 16, 0, 1)
+    assert ((histogram - 400) ** 2 / 400).sum() < critical(15)
+
+
+FIRST_UNIFORMS = [0.011546754286331562, 0.24154919656271812]
+
+
+def critical(freedom: int) -> float:
+    """The chi-square value exceeded once in 10,000 (Wilson & Hilferty 1931)."""
+    share = 2 / (9 * freedom)
+    return freedom * (1 - share + 3.719 * share**0.5) ** 3
+
+
+def filtered(logits: np.ndarray, unconditional: np.ndarray, settings: SamplingSettings) -> np.ndarray:
+    """The distribution that the settings ask for, in plain numpy."""
+    logits = unconditional + settings.guidance_scale * (logits - unconditional)
+    weights = np.exp((logits - logits.max()) / settings.temperature)
+    if settings.top_k:
+        weights[weights < np.sort(weights)[-settings.top_k]] = 0
+    order = np.argsort(-weights)
+    total = np.cumsum(weights[order]) / weights.sum()
+    weights[order[int((total < settings.top_p).sum()) + 1 :]] = 0
+    weights[weights < settings.min_p * weights.max()] = 0
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplingSettings(),
+        SamplingSettings(temperature=0.5),
+        SamplingSettings(temperature=2.0),
+        SamplingSettings(top_k=3),
+        SamplingSettings(top_p=0.8),
+        SamplingSettings(min_p=0.4),
+        SamplingSettings(guidance_scale=3.0),
+        SamplingSettings(temperature=1.5, top_k=4, top_p=0.9, guidance_scale=1.7),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_distribution(settings):
+    """Pairs of codes against the products of the model's own conditional probabilities."""
+    vocabulary, count = Vocabulary(codebook_size=5, depth=1, grid=(1, 2), classes=2), 5_000
+    model = model_of(vocabulary, dim=16, sharp=40)
+    prompt = vocabulary.class_id(torch.ones(count, dtype=torch.long))[:, None]
+    null = torch.full_like(prompt, vocabulary.null)
+    uniforms = image_uniforms(1, range(count), 2)
+    tokens = generate(Decoder(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
+    counted = torch.bincount(tokens[:, 0] * 5 + tokens[:, 1], minlength=25).numpy()
+
+    def logits(*prefix: int) -> np.ndarray:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([prefix])).logits[0, -1, :5].double().numpy()
+
+    condition = int(prompt[0])
+    first = filtered(logits(condition), logits(vocabulary.null), settings)
+    second = [filtered(logits(condition, a), logits(vocabulary.null, a), settings) for a in range(5)]
+    expected = count * (first[:, None] * np.stack(second)).reshape(-1)
+    assert counted[expected == 0].sum() == 0
+    frequent = expected > 5
+    assert frequent.sum() >= 2
+    statistic = ((counted - expected)[frequent] ** 2 / expected[frequent]).sum()
+    assert statistic < critical(int(frequent.sum()))
+
+
+def test_only_legal_codes_are_drawn():
+    vocabulary = Vocabulary(codebook_size=4, depth=3, grid=(2, 2), classes=2)
+    model = model_of(vocabulary)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every id, classes and null too, is as likely as any other
+    uniforms = image_uniforms(0, range(200), vocabulary.length)
+    tokens = generate(
+        Decoder(model, vocabulary.length),
+        conditions(vocabulary, 200),
+        allowed_of(vocabulary),
+        uniforms,
+        SamplingSettings(),
+    )
+    for position, (start, end) in enumerate(allowed_of(vocabulary)):
+        assert tokens[:, position].unique().tolist() == list(range(start, end))
+
+
+def test_guidance_doubles_the_rows_only_where_it_does_something():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = Recorder(model_of(vocabulary, sharp=20), vocabulary.length)
+    prompt, null = conditions(vocabulary, 3), torch.full((3, 1), vocabulary.null)
+    uniforms = image_uniforms(0, range(3), vocabulary.length)
+
+    def drawn(scale, unconditional):
+        settings = SamplingSettings(guidance_scale=scale)
+        tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, settings, unconditional)
+        return tokens, len(decoder.given[0])
+
+    plain, rows = drawn(1.0, null)
+    assert rows == 3
+    assert drawn(5.0, None)[1] == 3
+    guided, rows = drawn(5.0, null)
+    assert rows == 6 and not torch.equal(guided, plain)
+    without = generate(decoder, null, allowed_of(vocabulary), uniforms, SamplingSettings())
+    assert torch.equal(drawn(0.0, null)[0], without)
+
+
+def test_every_token_is_shown_as_it_is_drawn():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder, seen = Decoder(model_of(vocabulary), vocabulary.length), []
+    uniforms = image_uniforms(0, range(3), vocabulary.length)
+    legal, prompt = allowed_of(vocabulary), conditions(vocabulary, 3)
+    tokens = generate(decoder, prompt, legal, uniforms, SamplingSettings(), rows=CPU_ROWS, on_token=seen.append)
+    assert torch.equal(torch.stack(seen, 1), tokens)
+
+
+def test_steps_compose_to_the_whole():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
+    uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
+    with torch.inference_mode():
+        logits = prefill(decoder, conditions(vocabulary, 3))
+        tokens = decode_n(decoder, logits, legal, uniforms, SamplingSettings())
+    assert torch.equal(tokens, generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()))
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    model = model_of(vocabulary)
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = torch.nan
+    uniforms = image_uniforms(0, range(2), vocabulary.length)
+    with pytest.raises(UserError, match="not finite"):
+        generate(
+            Decoder(model, 4),
+            conditions(vocabulary, 2),
+            allowed_of(vocabulary),
+            uniforms,
+            SamplingSettings(temperature=0),
+        )
+
+
+def test_a_model_in_training_mode_is_refused():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = Decoder(model_of(vocabulary).train(), vocabulary.length)
+    with pytest.raises(ValueError, match="training mode"):
+        generate(
+            decoder,
+            conditions(vocabulary, 2),
+            allowed_of(vocabulary),
+            image_uniforms(0, range(2), 4),
+            SamplingSettings(),
+        )
+
+
+def test_nothing_to_draw_is_nothing():
+    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = Decoder(model_of(vocabulary), vocabulary.length)
+    none = conditions(vocabulary, 0)
+    assert generate(decoder, none, allowed_of(vocabulary), image_uniforms(0, [], 4), SamplingSettings()).shape == (0, 4)
