@@ -1,0 +1,460 @@
+"""vqgen/config.py: dataclasses <-> YAML <-> command line, and what it says when something does not fit."""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqgen.config import as_dict, build, command, from_dict, help_text, options, parse, read_saved, save, values_of
+from vqgen.errors import UsageError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Inner:
+    """A section."""
+
+    steps: int = 10
+    """How many steps."""
+    lr: float = 1e-3
+    """Learning rate."""
+    size: list[int] = field(default_factory=lambda: [32, 32])
+    """Height and width."""
+    rates: list[float] = field(default_factory=list)
+    """Some rates."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"--steps: found {self.steps}, expected at least 1")
+
+
+@dataclass
+class Example:
+    """A program's configuration."""
+
+    output: Path
+    """Where it
+    goes."""
+    name: str = "plain"
+    """A name."""
+    title: str | None = None
+    """A title, if any."""
+    model: Path | None = None
+    """A folder, if any."""
+    limit: int | None = None
+    """A limit, if any."""
+    flip: bool = False
+    """Mirror."""
+    ema: bool = True
+    """Average."""
+    precision: Literal["no", "bf16", "auto"] = "auto"
+    """Precision."""
+    channels: Literal[1, 3] = 3
+    """Channels."""
+    class_: list[str] | None = None
+    """Classes."""
+    scale: float | Literal["auto"] = "auto"
+    """A scale."""
+    inner: Inner = field(default_factory=lambda: Inner(steps=20))
+
+
+def example(*words: str) -> Example:
+    return parse(Example, ["--output", "o", *words])
+
+
+def in_file(tmp_path: Path, text: str, *words: str) -> Example:
+    (tmp_path / "c.yaml").write_text(text)
+    return parse(Example, ["--config", str(tmp_path / "c.yaml"), "--output", "o", *words])
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_sections_and_option_names() -> None:
+    config = example()
+    assert config == Example(output=Path("o"))
+    assert config.inner.steps == 20  # the section's default factory, not its class, has the last word
+    found = {option.flag: option for option in options(Example)}
+    assert list(found)[-4:] == ["--steps", "--lr", "--size", "--rates"]
+    assert found["--steps"].path == ("inner", "steps") and found["--steps"].default == 20
+    assert found["--output"].help == "Where it goes."
+    assert found["--class"].path == ("class",)
+
+
+def test_defaults_are_not_shared_between_configurations() -> None:
+    first = example()
+    first.inner.size.append(3)
+    assert example().inner.size == [32, 32]
+
+
+def test_help_texts_of_a_base_class_are_found() -> None:
+    @dataclass
+    class Child(Inner):
+        """Derived."""
+
+        extra: int = 1
+        """One more."""
+
+    texts = {option.name: option.help for option in options(Child)}
+    assert texts["steps"] == "How many steps." and texts["extra"] == "One more."
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        ("--steps 7", "inner.steps", 7),
+        ("--steps=7", "inner.steps", 7),
+        ("--steps 1e3", "inner.steps", 1000),
+        ("--steps 2.0", "inner.steps", 2),
+        ("--limit -1", "limit", -1),
+        ("--limit=none", "limit", None),
+        ("--limit null", "limit", None),
+        ("--lr 1e-4", "inner.lr", 1e-4),
+        ("--lr -3", "inner.lr", -3.0),
+        ("--size 28 30", "inner.size", [28, 30]),
+        ("--size 28,30", "inner.size", [28, 30]),
+        ("--size=28,30", "inner.size", [28, 30]),
+        ("--size [28,30]", "inner.size", [28, 30]),
+        ("--size 1e3 2", "inner.size", [1000, 2]),
+        ("--rates 1 1e-4", "inner.rates", [1.0, 1e-4]),
+        ("--rates []", "inner.rates", []),
+        ("--class 3", "class_", ["3"]),
+        ("--class no 3 null", "class_", ["no", "3", "null"]),
+        ("--class dress,coat", "class_", ["dress", "coat"]),
+        ("--class '[no, 03]'", "class_", ["no", "03"]),
+        ("--class 'ankle boot' t-shirt/top", "class_", ["ankle boot", "t-shirt/top"]),
+        ("--class none", "class_", None),
+        ("--name no", "name", "no"),
+        ("--name 1e3", "name", "1e3"),
+        ("--name null", "name", "null"),
+        ("--name ''", "name", ""),
+        ("--name 'a: b # c'", "name", "a: b # c"),
+        ("--name=--odd", "name", "--odd"),
+        ("--title none", "title", None),
+        ("--model x/y", "model", Path("x/y")),
+        ("--precision no", "precision", "no"),
+        ("--channels 1", "channels", 1),
+        ("--scale 2", "scale", 2.0),
+        ("--scale auto", "scale", "auto"),
+        ("--flip", "flip", True),
+        ("--no-flip", "flip", False),
+        ("--flip=false", "flip", False),
+        ("--flip=no", "flip", False),
+        ("--flip --no-flip", "flip", False),
+        ("--no-ema", "ema", False),
+        ("--steps 7 --steps 8", "inner.steps", 8),
+    ],
+)
+def test_the_command_line_reads(words: str, path: str, value: Any) -> None:
+    found: Any = example(*shlex.split(words))
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_underscores_are_read_as_hyphens() -> None:
+    @dataclass
+    class Two:
+        top_k: int = 1
+
+    assert parse(Two, ["--top_k", "5"]).top_k == parse(Two, ["--top-k=5"]).top_k == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 1.5", "--steps: found 1.5, expected int"),
+        ("--steps yes", "--steps: found yes, expected int"),
+        ("--steps true", "--steps: found True, expected int"),
+        ("--steps null", "--steps: found None, expected int"),
+        ("--steps ''", "--steps: found '', expected int"),
+        ("--steps '['", "--steps: found [, expected int"),
+        ("--steps '{a: 1}'", "--steps: found {'a': 1}, expected int"),
+        ("--steps inf", "--steps: found inf, expected int"),
+        ("--limit 1.5", "--limit: found 1.5, expected int"),
+        ("--lr fast", "--lr: found fast, expected float"),
+        ("--lr true", "--lr: found True, expected float"),
+        ("--size 28 x", "--size: found [28, 'x'], expected list of int"),
+        ("--size 28.5", "--size: found [28.5], expected list of int"),
+        ("--size '[28, 30'", "--size: found ['[28', 30], expected list of int"),
+        ("--precision fp8", "--precision: found fp8, expected no | bf16 | auto"),
+        ("--channels 2", "--channels: found 2, expected 1 | 3"),
+        ("--scale big", "--scale: found big, expected float | auto"),
+        ("--flip=maybe", "--flip: found maybe, expected true or false"),
+        ("--flip false", "unexpected argument 'false': options begin with --"),
+        ("--model=", "--model: found '', expected path"),
+        ("--steps", "--steps needs a value"),
+        ("--steps --flip", "--steps needs a value"),
+        ("--config", "--config needs a value"),
+        ("extra", "unexpected argument 'extra': options begin with --"),
+        ("-n 3", "unexpected argument '-n': options begin with --"),
+        ("--stepz 3", "unknown option --stepz; did you mean --steps?"),
+        ("--ste 3", "unknown option --ste; did you mean --steps?"),
+        ("--no-steps", "unknown option --no-steps; did you mean --steps?"),
+        ("--zzzzzzz 1", "unknown option --zzzzzzz"),
+        ("--steps 0", "--steps: found 0, expected at least 1"),
+    ],
+)
+def test_the_command_line_refuses(words: str, message: str) -> None:
+    assert refusal(example, *shlex.split(words)) == message
+
+
+def test_a_needed_option_is_named() -> None:
+    assert refusal(parse, Example, []) == "--output is needed; --help lists all options"
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("inner: {steps: 1e3}", "inner.steps", 1000),
+        ("inner: {steps: 010}", "inner.steps", 10),
+        ("inner: {lr: 1e-4}", "inner.lr", 1e-4),
+        ("inner: {lr: 5}", "inner.lr", 5.0),
+        ("inner: {lr: .inf}", "inner.lr", float("inf")),
+        ("inner: {size: [1e2, 3]}", "inner.size", [100, 3]),
+        ("inner:", "inner.steps", 20),
+        ("", "name", "plain"),
+        ("# only a comment", "name", "plain"),
+        ("precision: no", "precision", "no"),
+        ("class: [no, on, 'null', a b]", "class_", ["no", "on", "null", "a b"]),
+        ("class: null", "class_", None),
+        ("name: 1:30", "name", "1:30"),
+        ("name: 2020-01-01", "name", "2020-01-01"),
+        ("name: off", "name", "off"),
+        ("title: 'null'", "title", "null"),
+        ("title: ~", "title", None),
+        ("model: 'null'", "model", Path("null")),
+        ("flip: yes", "flip", True),
+        ("flip: True", "flip", True),
+        ("ema: off", "ema", False),
+        ("channels: 1", "channels", 1),
+    ],
+)
+def test_yaml_reads(tmp_path: Path, text: str, path: str, value: Any) -> None:
+    found: Any = in_file(tmp_path, text)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inner: {step: 3}", "unknown key inner.step; did you mean inner.steps?"),
+        ("steps: 3", "unknown key steps; did you mean inner.steps?"),
+        ("inner: {lr: 1, nam: 1}", "unknown key inner.nam; did you mean name?"),
+        ("class_: [a]", "unknown key class_; did you mean class?"),
+        ("zzzzz: 1", "unknown key zzzzz"),
+        ("inner: {steps: 1.5}", "inner.steps: found 1.5, expected int"),
+        ("inner: {steps: true}", "inner.steps: found True, expected int"),
+        ("inner: {steps: }", "inner.steps: found None, expected int"),
+        ("inner: {lr: [1]}", "inner.lr: found [1], expected float"),
+        ("inner: {size: 32}", "inner.size: found 32, expected list of int"),
+        ("inner: {size: [32, true]}", "inner.size: found [32, True], expected list of int"),
+        ("inner: 3", "inner is a int, expected keys"),
+        ("[1, 2]", "the file is a list, expected keys"),
+        ("name: 3", "name: found 3, expected text"),
+        ("name: true", "name: found True, expected text"),
+        ("class: [1]", "class: found [1], expected list of text"),
+        ("channels: true", "channels: found True, expected 1 | 3"),
+        ("precision: null", "precision: found None, expected no | bf16 | auto"),
+        ("flip: 1", "flip: found 1, expected true or false"),
+    ],
+)
+def test_yaml_refuses(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(in_file, tmp_path, text) == f"{tmp_path / 'c.yaml'}: {message}"
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "\tx: 1", "name: a\nname: b"])
+def test_broken_yaml_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    message = refusal(in_file, tmp_path, text)
+    assert message.startswith(f"{tmp_path / 'c.yaml'} is not valid YAML: ") and "line" in message
+
+
+def test_the_line_wins_over_the_file_wherever_either_stands(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: file\nflip: true\nclass: [a]\ninner: {steps: 5, lr: 0.5}\n")
+    for words in (
+        ["--config", str(file), "--output", "o", "--steps", "9", "--no-flip", "--class", "b"],
+        ["--output", "o", "--steps", "9", "--no-flip", "--class", "b", f"--config={file}"],
+        ["--steps", "9", "--no-flip", "--class", "b", "--config", str(file), "--output", "o"],
+    ):
+        config = parse(Example, words)
+        assert (config.inner.steps, config.flip, config.class_) == (9, False, ["b"])
+        assert (config.name, config.inner.lr) == ("file", 0.5)
+
+
+def test_an_option_on_the_line_that_equals_the_default_still_wins(tmp_path: Path) -> None:
+    assert in_file(tmp_path, "name: file", "--name", "plain").name == "plain"
+
+
+def test_presets_are_found_by_name_and_files_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(example, "--config", "no-such-preset")
+    assert message.startswith("--config: no file and no preset 'no-such-preset'; presets: ")
+    for preset in ROOT.joinpath("configs").glob("*.yaml"):
+        assert preset.stem in message
+    assert refusal(example, "--config", "none.yaml") == "--config: none.yaml does not exist"
+    (tmp_path / "folder.yaml").mkdir()
+    assert refusal(example, "--config", str(tmp_path / "folder.yaml")).startswith(f"--config: {tmp_path}")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(example, "--config", str(tmp_path / "bytes.yaml"))
+    (tmp_path / "plain").write_text("name: by path")
+    monkeypatch.chdir(tmp_path)
+    assert example("--config", "plain").name == "by path"
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in ROOT.joinpath("configs").glob("*.yaml")))
+def test_each_preset_opens_with_the_command_that_runs_it(preset: str, programs: dict[str, Any]) -> None:
+    lines = (ROOT / "configs" / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()
+    text = ""
+    for line in lines:
+        assert line.startswith("#"), f"{preset}.yaml does not open with the command that runs it"
+        text += line.lstrip("# ").rstrip("\\ ") + " "
+        if not line.endswith("\\"):
+            break
+    name, *words = shlex.split(text)
+    assert words[words.index("--config") + 1] == preset
+    parse(programs[name].config, words)
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+counts = st.integers(-(10**20), 10**20)
+floats = st.floats(allow_nan=False)
+examples = st.builds(
+    Example,
+    output=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).map(Path),
+    name=texts,
+    title=st.none() | texts,
+    model=st.none() | st.sampled_from(["a/b", "null", "1", "no", "~", "with space", "…"]).map(Path),
+    limit=st.none() | counts,
+    flip=st.booleans(),
+    ema=st.booleans(),
+    precision=st.sampled_from(["no", "bf16", "auto"]),
+    channels=st.sampled_from([1, 3]),
+    class_=st.none() | st.lists(texts, max_size=3),
+    scale=st.just("auto") | floats,
+    inner=st.builds(Inner, st.integers(1, 10**12), floats, st.lists(counts, max_size=3), st.lists(floats, max_size=3)),
+)
+
+
+@given(config=examples)
+def test_what_is_saved_reads_back_the_same(config: Example, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+    save(config, file)
+    assert parse(Example, ["--config", str(file)]) == config
+    assert read_saved(file, Example) == values_of(config)
+    assert from_dict(Inner, json.loads(json.dumps(as_dict(config.inner))), "file") == config.inner
+
+
+@given(config=examples)
+def test_what_is_typed_reads_back_the_same(config: Example) -> None:
+    def word(value: Any) -> str:
+        plain = yaml.safe_dump(value, default_flow_style=True, width=10**9)
+        return value if isinstance(value, str) else plain.removesuffix("\n").removesuffix("\n...")
+
+    config = replace(config, title="text" if config.title in ("none", "null") else config.title)
+    config = replace(config, model=None if config.model == Path("null") else config.model)
+    words = [f"--{name.replace('_', '-')}={word(value)}" for name, value in values_of(config).items()]
+    assert parse(Example, words) == config
+
+
+def test_as_dict_is_plain_and_from_dict_its_inverse() -> None:
+    tree = as_dict(example("--class", "a", "--model", "m"))
+    assert tree["class"] == ["a"] and tree["model"] == "m" and tree["inner"]["steps"] == 20 and "class_" not in tree
+    json.dumps(tree)
+    assert from_dict(Inner, {"steps": 3}, "f") == Inner(steps=3)
+    assert build(Inner, {"lr": 2.0}) == Inner(lr=2.0)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"inner": {"stepz": 1}}, "vqgen.json: unknown key stepz; it was written by another version of vqgen"),
+        ({"inner": 3, "output": "o"}, "vqgen.json: found 3 where the keys of Inner belong"),
+        ([1], "vqgen.json: found [1] where the keys of Example belong"),
+        ({"name": "x"}, "vqgen.json: "),
+    ],
+)
+def test_a_description_that_does_not_fit_names_its_file(tree: Any, message: str) -> None:
+    assert refusal(from_dict, Example, tree, "vqgen.json").startswith(message)
+
+
+def program(action: Callable[[Example], None]) -> Callable[[list[str]], int]:
+    def run(config: Example) -> None:
+        """Does a thing.
+
+        Not for the help."""
+        action(config)
+
+    return lambda words: command("vqgen-x", Example, run, words)
+
+
+def nothing(config: Example) -> None:
+    pass
+
+
+def failing(error: BaseException) -> Callable[[Example], None]:
+    def action(config: Example) -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "words", "code", "err"),
+    [
+        (nothing, ["--output", "o"], 0, ""),
+        (nothing, [], 2, "vqgen-x: --output is needed; --help lists all options\n"),
+        (nothing, ["--outptu", "o"], 2, "vqgen-x: unknown option --outptu; did you mean --output?\n"),
+        (failing(UserError("a: b\n  c")), ["--output", "o"], 1, "vqgen-x: a: b c\n"),
+        (failing(UsageError("--a: b")), ["--output", "o"], 2, "vqgen-x: --a: b\n"),
+        (failing(OSError(28, "No space")), ["--output", "o"], 1, "vqgen-x: OSError: [Errno 28] No space (--debug"),
+        (
+            failing(ValueError("two\nlines")),
+            ["--output", "o"],
+            1,
+            "vqgen-x: ValueError: two lines (--debug shows where)",
+        ),
+        (failing(KeyboardInterrupt()), ["--output", "o"], 130, "vqgen-x: interrupted\n"),
+    ],
+)
+def test_exit_codes_and_one_line_errors(
+    cli: Callable[..., Any], action: Callable[[Example], None], words: list[str], code: int, err: str
+) -> None:
+    result = cli(program(action), *words)
+    assert (result.code, result.out) == (code, "")
+    assert result.err.startswith(err) and result.err.count("\n") == (1 if code else 0)
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("x"), 1), (UsageError("x"), 2), (ValueError("x"), 1)])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+    cli: Callable[..., Any], error: Exception, code: int
+) -> None:
+    result = cli(program(failing(error)), "--debug", "--output", "o")
+    assert result.code == code
+    assert "Traceback" in result.err and "test_config.py" in result.err
+
+
+def test_help_and_version(cli: Callable[..., Any]) -> None:
+    result = cli(program(failing(AssertionError())), "--help")
+    assert result.code == 0 and result.err == ""
+    for option in options(Example):
+        assert f"  {option.flag}" in result.out and option.help in result.out
+    assert "Does a thing." in result.out and "Not for the help" not in result.out
+    for entry in ("--output path  (needed)", "--steps int  (default 20)", "--no-ema", "--limit int  (default none)"):
+        assert entry in result.out
+    assert "\ninner:\n" in help_text("x", "y", Example)
+    version = cli(program(nothing), "--version")
+    assert version.code == 0 and version.out.startswith("vqgen ")
