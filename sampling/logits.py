@@ -68,7 +68,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1, dtype=torch.float64)
     before = probabilities.cumsum(-1) - probabilities
-    before[:, 0] = 0  # the likeliest token stays, however small p is
+    # `before` is 0 for the likeliest token, so it stays however small p is.
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(dropped, -math.inf)
 

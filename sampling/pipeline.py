@@ -18,9 +18,10 @@ from .generate import Decoder, generate, image_uniforms
 from .logits import SamplingSettings
 
 DEFAULT_MODEL = Path("runs/demo/prior")
-# On a CPU the float32 matrix products round differently for row counts that are small or no multiple of 4, whatever
-# the number of threads; at multiples of 16 they agree. bf16 ones agree at all counts. (Measured with MKL and oneDNN,
-# eager attention; sdpa depends on the number of threads.)
+# In float32 on a CPU the last bits of a row depend on how many rows there are: matrix products of 1 to 3 (with two
+# threads 7) rows take another path, and the end of an array that does not fill a vector is rounded differently from
+# the rest. At multiples of 16 all agree, with one thread and with two; in bf16 they agree at every count. This was
+# measured with MKL and oneDNN and eager attention; what sdpa gives depends on the number of threads.
 CPU_ROWS = 16
 # Images are decoded in chunks that depend on their size alone, in float32, because convolutions choose their algorithm
 # by the shape of the batch. At least 4, so that two or four threads share the images and not the sums.

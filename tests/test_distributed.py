@@ -1,0 +1,203 @@
+"""Two processes on the CPU compute what one does, and hold the same codebook."""
+
+import math
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import PRIOR, TOKENIZE, TOKENIZER, in_step, launch, rows, run, run_two, steps, weights, write_images
+from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
+
+from vqgen.artifact import load_artifact
+from vqgen.tokenizer.quantize import QuantizerConfig, VectorQuantizer
+
+# No dropout: its noise is each process's own.
+STAGE_ONE = (
+    "--data demo --channels 1 --size 16 --flip --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 8 "
+    "--codebook-size 32 --code-dim 4 --revive-after 2 --gan-weight 0.5 --gan-start 1 --gan-warmup 1 --gan-ramp 1 "
+    "--gan-width 8 --gan-layers 2 --batch-size 16 --lr-warmup 2 --steps 6 --validation-images 40 --precision fp32 "
+    "--log-every 1 --validate-every 4 --checkpoint-every 3"
+).split()
+STAGE_TWO = (
+    "--dim 16 --layers 1 --heads 2 --dropout 0 --label-dropout 0 --preview-images 10 --lr-warmup 2 --batch-size 16 "
+    "--steps 6 --precision fp32 --log-every 1 --validate-every 3 --checkpoint-every 3"
+).split()
+TOKENIZING = "--shard-size 50 --holdout 0.2 --precision fp32".split()
+LAUNCH = (
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port 0 -m"
+).split()
+
+
+def alike(found: Path, expected: Path, names: list[str], tolerance: float) -> None:
+    """The two histories have the same rows once each, and the same figures under `names`."""
+    assert [row["step"] for row in rows(found)] == [row["step"] for row in rows(expected)]
+    for row, other in zip(rows(found), rows(expected)):
+        for name in names:
+            if name in other:
+                assert row[name] == pytest.approx(other[name], rel=tolerance), (name, row["step"])
+
+
+def main_alone_speaks(ended: list[Any]) -> None:
+    """What is printed is printed once."""
+    first, second = ended
+    assert "step 6: " in first.ok().err
+    assert "step 6: " not in second.ok().err
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer trained by one process."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    run(TOKENIZER, *STAGE_ONE, "--output", folder).ok()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two."""
+    folder = tmp_path_factory.mktemp("double") / "run"
+    main_alone_speaks(run_two(TOKENIZER, *STAGE_ONE, "--output", folder))
+    return folder
+
+
+def test_two_processes_train_the_tokenizer_that_one_does(single: Path, double: Path) -> None:
+    first, expected = rows(double)[0], rows(single)[0]
+    for name in ("reconstruction", "quantizer", "loss", "grad_norm", "lr"):
+        assert first[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-5), name
+    # Later steps follow, but for what differs by nature: rounding, which random latent a revived code takes, and the
+    # adaptive weight of the adversarial loss, of which every process has its own.
+    alike(double, single, ["train/reconstruction", "heldout/psnr"], 0.05)
+    assert "train/discriminator" in rows(double)[-2]
+    tensors = load_artifact(double, "tokenizer").tensors
+    assert tensors.keys() == load_artifact(single, "tokenizer").tensors.keys()
+
+
+def test_two_processes_resume(tmp_path: Path, double: Path) -> None:
+    """Stopped by a signal that one of them alone received, they save at the same step and end as if undisturbed."""
+    folder = tmp_path / "run"
+    words = [*STAGE_ONE, "--output", folder]
+    stopped = run_two(TOKENIZER, *words, hooks=[None, in_step(4, signal.SIGTERM)])
+    assert [ended.code for ended in stopped] == [143, 143], stopped
+    assert steps(folder) == [3, 4]
+    main_alone_speaks(run_two(TOKENIZER, *words))
+    assert weights(folder) == weights(double)
+    assert rows(folder) == rows(double)
+
+
+def test_two_processes_refuse_a_batch_that_does_not_divide(tmp_path: Path) -> None:
+    ended = run_two(TOKENIZER, *STAGE_ONE, "--batch-size", 7, "--output", tmp_path / "run")
+    assert all(process.code for process in ended)
+    # The other may have found its partner gone before it came to look.
+    next(process for process in ended if process.code == 2).refused(2, "--batch-size", "7", "2 processes")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory, single: Path) -> Path:
+    """Code files of 200 of the demo's images in five shards, made by one process."""
+    folder = tmp_path_factory.mktemp("codes")
+    write_images(folder / "images", 200)
+    run(TOKENIZE, *TOKENIZING, "--data", folder / "images", "--tokenizer", single, "--output", folder / "codes").ok()
+    return folder / "codes"
+
+
+def test_two_processes_write_the_codes_that_one_does(tmp_path: Path, codes: Path, single: Path) -> None:
+    words = [*TOKENIZING, "--data", codes.parent / "images", "--tokenizer", single, "--output", tmp_path / "codes"]
+    first, second = run_two(TOKENIZE, *words)
+    assert "training images" in first.ok().out and not second.ok().out, "each took all the work"
+    names = [path.name for path in sorted(codes.glob("*.safetensors"))]
+    assert names == [path.name for path in sorted((tmp_path / "codes").glob("*.safetensors"))] and len(names) >= 5
+    for name in [*names, "manifest.json", "tokenizer/model.safetensors"]:
+        assert (codes / name).read_bytes() == (tmp_path / "codes" / name).read_bytes(), name
+
+
+def test_two_processes_train_the_prior_that_one_does(tmp_path: Path, codes: Path) -> None:
+    words = ["--codes", codes, *STAGE_TWO, "--output"]
+    run(PRIOR, *words, tmp_path / "one").ok()
+    main_alone_speaks(run_two(PRIOR, *words, tmp_path / "two"))
+    first, expected = rows(tmp_path / "two")[0], rows(tmp_path / "one")[0]
+    assert first["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+    # The gradient is summed in another order, and AdamW magnifies that where a gradient is about zero.
+    names = ["train/loss", "train/grad_norm", "heldout/nats_per_token", "heldout/bits_per_dimension"]
+    alike(tmp_path / "two", tmp_path / "one", names, 1e-3)
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch(tmp_path: Path, double: Path) -> None:
+    assert shutil.which(LAUNCH[0])
+    ended = launch([*LAUNCH, TOKENIZER], *STAGE_ONE, "--output", tmp_path / "run").wait().ok()
+    assert ended.err.count("step 6: ") == 1
+    assert weights(tmp_path / "run") == weights(double)
+    assert rows(tmp_path / "run") == rows(double)
+
+
+# The quantizer by itself: its codebook on two processes, each with half of the latents.
+
+KINDS: tuple[Literal["ema", "gradient"], ...] = ("ema", "gradient")
+States = list[dict[str, Tensor]]
+
+
+def _latents(step: int) -> Tensor:
+    """Latents (8, 6, 4, 4) whose directions change with the steps, so that codes fall out of use."""
+    generator = torch.Generator().manual_seed(step)
+    shift = torch.tensor([math.cos(step), math.sin(step), 0, 0, 0, 0]).view(1, 6, 1, 1)
+    return torch.randn(8, 6, 4, 4, generator=generator) + 3 * shift
+
+
+def _train_quantizers(rank: int, folder: str) -> None:
+    """Start, update and revive a codebook of each kind on one process of two; all states go to a file of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    states: dict[str, States] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        torch.manual_seed(0)
+        config = QuantizerConfig(24, 4, codebook=kind, revive_after=3, codebook_decay=0.8)
+        quantizer = VectorQuantizer(6, config)
+        torch.manual_seed(100 + rank)  # from here on each process draws its own numbers
+        for step in range(10):
+            mine = _latents(step).chunk(2)[rank]
+            quantizer(mine) if step else quantizer.start(mine)
+            states[kind].append({name: value.clone() for name, value in quantizer.state_dict().items()})
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def codebooks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[States]]:
+    """Every state on both processes, of an EMA and of a gradient codebook."""
+    folder = tmp_path_factory.mktemp("codebooks")
+    start_processes(_train_quantizers, (str(folder),), nprocs=2, start_method="forkserver")
+    both = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return {kind: [found[kind] for found in both] for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codebooks_stay_the_same_on_both(codebooks: dict[str, list[States]], kind: str) -> None:
+    ours, theirs = codebooks[kind]
+    revived = 0
+    for step, (state, other) in enumerate(zip(ours, theirs)):
+        for name, value in state.items():
+            assert torch.equal(value, other[name]), f"{name} differs after step {step}"
+        if step:
+            # Without an optimizer a gradient codebook moves by revival alone; an EMA code revived has the mean count.
+            moved = (state["codebook"] != ours[step - 1]["codebook"]).any(dim=1)
+            here = state["counts"] == 128 / 24 if kind == "ema" else moved
+            assert (ours[step - 1]["idle"][here] == 2).all() and moved[here].all()
+            revived += int(here.sum())
+    assert revived > 0, "no code fell out of use: revival was not seen"
+
+
+def test_one_update_of_two_processes_is_that_of_one(codebooks: dict[str, list[States]]) -> None:
+    """k-means start and EMA update over both halves, as one process over the whole."""
+    states = codebooks["ema"][0]
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(6, QuantizerConfig(24, 4, revive_after=3, codebook_decay=0.8))
+    torch.manual_seed(100)
+    quantizer.start(_latents(0))
+    torch.testing.assert_close(dict(quantizer.state_dict()), states[0])
+    quantizer(_latents(1))
+    torch.testing.assert_close(dict(quantizer.state_dict()), states[1])

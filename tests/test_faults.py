@@ -1,0 +1,209 @@
+"""What goes wrong ends a run with one line that names it, and loses nothing that was saved."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from processes import PRIOR, TOKENIZER, Ended, rows, run, steps, weights
+from safetensors.torch import load_file
+
+from vqgen.checkpoint import load_checkpoint, save_checkpoint
+from vqgen.errors import UserError
+
+TINY = (
+    "--data demo --channels 1 --size 16 --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 8 "
+    "--codebook-size 32 --code-dim 4 --batch-size 8 --steps 6 --validation-images 16 --precision fp32 --log-every 1 "
+    "--validate-every 4 --checkpoint-every 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without faults."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(TOKENIZER, *TINY, "--keep-checkpoints", 9, "--output", folder).ok()
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that a test may fill."""
+    place = tmp_path / "small"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(place: Path, room: int) -> Path:
+    """Leave `room` bytes on a file system; the file that takes the rest comes back."""
+    ballast = place / "ballast"
+    free = shutil.disk_usage(place).free
+    ballast.write_bytes(bytes(max(0, free - room)))
+    return ballast
+
+
+def finite(folder: Path) -> None:
+    """Every tensor of a checkpoint loads and is finite."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert {"tokenizer.safetensors", "average.safetensors"} <= {path.name for path in files}
+    for path in files:
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(path).values()), path
+    torch.load(folder / "optimizers.pt", weights_only=True)
+    json.loads((folder / "state.json").read_text())
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*TINY, "--lr", "1e19", "--lr-warmup", 0, "--grad-clip", 0, "--checkpoint-every", 1, "--output", folder]
+    line = run(TOKENIZER, *words).refused(1, "not finite: ", "loss", "it began in the output of encoder.", "Lower --lr")
+    last = folder / f"checkpoints/step-{steps(folder)[-1]:08d}"
+    assert f"last good checkpoint: {last}" in line
+    finite(last)
+    assert not (folder / "model.safetensors").exists()
+    run(TOKENIZER, *words, "--checkpoint-every", 9, "--overwrite").refused(1, "no checkpoint was saved")
+    assert steps(folder) == []
+
+
+def test_a_disk_that_is_full(small: Path, whole: Path) -> None:
+    folder = small / "run"
+    words = [*TINY, "--output", folder]
+    run(TOKENIZER, *words, "--steps", 3).ok()
+    shutil.rmtree(folder)
+
+    # Room for one checkpoint, not for two.
+    size = sum(path.stat().st_size for path in (whole / "checkpoints/step-00000002").iterdir())
+    ballast = fill(small, 2 * size - 50_000)
+    line = run(TOKENIZER, *words).refused(1, "cannot write", str(folder), "No space left")
+    assert "Error" not in line.split("cannot write")[0]
+    assert steps(folder) == [2]
+    finite(folder / "checkpoints/step-00000002")
+    assert not list(folder.rglob("*.part"))
+
+    # No room for a row of history.
+    ballast.write_bytes(ballast.read_bytes())
+    with open(ballast, "ab") as file:
+        file.write(bytes(max(0, shutil.disk_usage(small).free)))
+    run(TOKENIZER, *words).refused(1, "cannot write", str(folder), "No space left")
+    assert steps(folder) == [2]
+
+    # With room again it goes on and loses nothing.
+    ballast.unlink()
+    run(TOKENIZER, *words).ok()
+    assert weights(folder) == weights(whole)
+    assert rows(folder) == rows(whole)
+
+
+def test_history_and_pictures_on_a_full_disk(small: Path, whole: Path) -> None:
+    folder = small / "run"
+    words = [*TINY, "--checkpoint-every", 9, "--output", folder]
+    for room in (4096, 12 * 1024):
+        ballast = fill(small, room)
+        run(TOKENIZER, *words).refused(1, "cannot write", str(folder))
+        ballast.unlink()
+    assert not list(folder.glob("images/*.png")), "a picture that is cut off"
+    run(TOKENIZER, *words).ok()
+    assert rows(folder) == rows(whole)
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, whole: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    run(TOKENIZER, *TINY, "--output", file).refused(1, str(file))
+    run(TOKENIZER, *TINY, "--output", file / "run").refused(1, str(file / "run"))
+    assert file.read_text() == "mine"
+    place = tmp_path / "readonly"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True).returncode == 0:
+        try:
+            run(TOKENIZER, *TINY, "--output", place / "run").refused(1, str(place / "run"), "Read-only")
+            run(TOKENIZER, *TINY, "--output", place).refused(1, str(place), "Read-only")
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+
+def test_a_checkpoint_that_is_cut_off(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest = folder / "checkpoints/step-00000006"
+    words = [*TINY, "--steps", 8, "--output", folder]
+    for name in ("tokenizer.safetensors", "optimizers.pt"):
+        data = (newest / name).read_bytes()
+        (newest / name).write_bytes(data[: len(data) // 2])
+        line = run(TOKENIZER, *words).refused(1, str(newest / name), f"remove {newest}")
+        assert len(line) < 600
+        (newest / name).write_bytes(data)
+    # What the line advises helps.
+    shutil.rmtree(newest)
+    assert "step-00000004" in run(TOKENIZER, *words).ok().err
+    assert steps(folder)[-1] == 8
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"{}", b'{"step": "'])
+@pytest.mark.parametrize("name", ["state.json", "net.safetensors", "optimizers.pt"])
+def test_a_checkpoint_file_that_is_not_what_it_should_be(tmp_path: Path, name: str, content: bytes | None) -> None:
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {"net": optimizer}, {"best": 1.5}, keep=2)
+    assert load_checkpoint(path, {"net": net}, {"net": optimizer}) == {"step": 3, "extra": {"best": 1.5}}
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path, {"net": net}, {"net": optimizer})
+    line = str(caught.value)
+    assert str(path / name) in line and f"remove {path}" in line and "\n" not in line and len(line) < 600
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {}, {}, keep=2)
+    with pytest.raises(UserError, match=r"net\.safetensors is damaged or of another run"):
+        load_checkpoint(path, {"net": other}, {})
+
+
+def usage(ended: Ended, *parts: str) -> None:
+    ended.refused(2, *parts)
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def test_combinations_that_cannot_be(tmp_path: Path) -> None:
+    """Refused as usage, before any data is looked for: none of it exists."""
+    one = [*TINY, "--data", tmp_path / "nothing", "--output", tmp_path / "run"]
+    usage(run(TOKENIZER, *one, "--batch-size", 10, "--accumulate", 4), "--batch-size", "10", "--accumulate 4")
+    usage(run(TOKENIZER, *one, "--size", 15), "--size", "15x15", "2")
+    usage(run(TOKENIZER, *one, "--groups", 3), "--groups", "3", "8")
+    usage(run(TOKENIZER, *one, "--log-with", "nothing"), "--log-with", "nothing", "tensorboard")
+    usage(run(TOKENIZER, *one, "--log-with", "wandb", hook=without_wandb), "--log-with", "wandb is not installed")
+    two = ["--codes", tmp_path / "nothing", "--output", tmp_path / "run"]
+    usage(run(PRIOR, *two, "--dim", 16, "--heads", 3), "--heads", "3", "16")
+    usage(run(PRIOR, *two, "--batch-size", 10, "--accumulate", 4), "--batch-size", "10")
+    assert run(PRIOR, *two).refused(1, str(tmp_path / "nothing"))
+    assert not (tmp_path / "run").exists()
+
+
+def without_wandb() -> None:
+    import vqgen.tracking
+
+    vqgen.tracking.is_wandb_available = lambda: False
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    run(TOKENIZER, *TINY, "--log-with", "tensorboard", "--output", folder).ok()
+    places = {path.parent for path in (folder / "logs").rglob("events.out.tfevents.*")}
+    assert places
+    found: dict[str, list[int]] = {}
+    for place in places:
+        events = EventAccumulator(str(place))
+        events.Reload()
+        found |= {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found["train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert found["heldout/psnr"] == [4, 6]

@@ -1,0 +1,265 @@
+"""A run that was stopped, however, ends as if it had not been: real processes, killed and signalled."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import (
+    PRIOR,
+    TOKENIZE,
+    TOKENIZER,
+    at_row,
+    in_checkpoint,
+    in_step,
+    rows,
+    run,
+    start,
+    start_module,
+    steps,
+    tree,
+    weights,
+    write_images,
+)
+from safetensors.torch import load_file
+
+# Everything that has a state: discriminator and its optimizer, averages, dropout, augmentation, revival, accumulation.
+STAGE_ONE = (
+    "--data demo --channels 1 --size 16 --flip --random-crop 0.25 --width 8 --multipliers 1 2 --groups 4 "
+    "--blocks 1 --latent-dim 8 --dropout 0.2 --codebook-size 64 --code-dim 4 --revive-after 2 "
+    "--gan-weight 0.5 --gan-start 1 --gan-warmup 1 --gan-ramp 3 --gan-width 8 --gan-layers 2 --lr 3e-3 "
+    "--lr-warmup 3 --batch-size 8 --accumulate 2 --steps 12 --validation-images 16 --precision fp32 "
+    "--log-every 1 --validate-every 5 --checkpoint-every 4"
+).split()
+STAGE_TWO = (
+    "--dim 16 --layers 1 --heads 2 --dropout 0.2 --label-dropout 0.3 --patience 2 --preview-images 10 --ema-decay 0.5 "
+    "--batch-size 8 --accumulate 2 --steps 60 --precision fp32 --log-every 1 --validate-every 3 --checkpoint-every 4 "
+    "--lr 12 --lr-warmup 60"  # the rate rises until the loss does, too: early stopping has something to do
+).split()
+
+
+def same(folder: Path, reference: Path) -> None:
+    """The two runs ended alike: the model, every checkpoint they both kept, and the history but for its timing."""
+    assert weights(folder) == weights(reference)
+    assert rows(folder) == rows(reference)
+    last = steps(reference)[-1]
+    assert steps(folder)[-1] == last
+    for path in (reference / f"checkpoints/step-{last:08d}").glob("*.safetensors"):
+        assert path.read_bytes() == (folder / path.relative_to(reference)).read_bytes(), path.name
+    assert not list(folder.rglob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("one") / "reference"
+    run(TOKENIZER, *STAGE_ONE, "--output", folder).ok()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
+    """Code files with two views and labels, of 120 of the demo's images."""
+    folder = tmp_path_factory.mktemp("codes")
+    write_images(folder / "images", 120)
+    words = ["--tokenizer", one, "--data", folder / "images", "--views", 2, "--flip", "--holdout", 0.2]
+    run(TOKENIZE, *words, "--output", folder / "codes").ok()
+    return folder / "codes"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, codes: Path) -> Path:
+    """A prior run that nothing disturbed; it ends by early stopping."""
+    folder = tmp_path_factory.mktemp("two") / "reference"
+    ended = run(PRIOR, "--codes", codes, *STAGE_TWO, "--output", folder).ok()
+    assert "stopped early" in ended.err
+    return folder
+
+
+def test_the_reference_uses_what_is_to_be_resumed(one: Path, two: Path) -> None:
+    train = [row for row in rows(one) if "train/loss" in row]
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert {"train/discriminator", "train/adversarial", "train/adaptive_ratio"} <= train[-1].keys()
+    checkpoint = one / "checkpoints/step-00000012"
+    modules = {path.stem for path in checkpoint.glob("*.safetensors")}
+    assert modules == {"tokenizer", "average", "discriminator"}
+    optimizers = torch.load(checkpoint / "optimizers.pt", weights_only=True)
+    assert len(optimizers["discriminator"]["state"]) > 0
+    # No code is idle for longer than --revive-after allows, though no batch uses them all: some were revived.
+    idle = load_file(checkpoint / "tokenizer.safetensors")["quantizer.idle"]
+    assert idle.max() < 2
+    assert max(row["train/usage"] for row in train) < 1
+    average, now = (load_file(checkpoint / f"{name}.safetensors") for name in ("average", "tokenizer"))
+    assert not torch.equal(average["module.decoder.last.weight"], now["decoder.last.weight"])
+    state = json.loads((sorted((two / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+    assert state["extra"]["stale"] == 2
+    assert "best" in {path.stem for path in (two / "checkpoints").glob("step-*/*.safetensors")}
+
+
+def test_tokenizer_killed_as_python_dash_m(tmp_path: Path, one: Path) -> None:
+    folder = tmp_path / "run"
+    killed = start_module(TOKENIZER, *STAGE_ONE, "--output", folder).signal(signal.SIGKILL, folder, 6)
+    assert killed.code == -signal.SIGKILL
+    assert not (folder / "model.safetensors").exists()
+    resumed = start_module(TOKENIZER, *STAGE_ONE, "--output", folder).wait().ok()
+    assert "resuming from" in resumed.err and "step-00000004" in resumed.err
+    same(folder, one)
+
+
+def test_tokenizer_killed_early_in_a_checkpoint_and_again(tmp_path: Path, one: Path) -> None:
+    words = [*STAGE_ONE, "--output", tmp_path / "run"]
+    folder = tmp_path / "run"
+    # Before the first checkpoint: it starts anew.
+    assert run(TOKENIZER, *words, hook=at_row(3)).code == -signal.SIGKILL
+    assert steps(folder) == []
+    # With half of a checkpoint on disk: that one does not count.
+    assert run(TOKENIZER, *words, hook=in_checkpoint(8)).code == -signal.SIGKILL
+    assert steps(folder) == [4]
+    assert list((folder / "checkpoints").glob(".*.part/optimizers.pt"))
+    # Again, between two checkpoints, with half a row of history left.
+    assert run(TOKENIZER, *words, hook=at_row(11)).code == -signal.SIGKILL
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "train/lo')
+    assert steps(folder) == [4, 8]
+    run(TOKENIZER, *words).ok()
+    same(folder, one)
+
+
+def test_tokenizer_stopped_by_signals(tmp_path: Path, one: Path) -> None:
+    words, folder = [*STAGE_ONE, "--output", tmp_path / "run"], tmp_path / "run"
+    stopped = start(TOKENIZER, *words).signal(signal.SIGTERM, folder, 2)
+    assert stopped.code == 128 + signal.SIGTERM
+    at = steps(folder)[-1]
+    assert at in (2, 3, 5, 6, 7), "stopped at the step of a checkpoint, which shows nothing"
+    assert f"stopped by a signal after step {at}, saved" in stopped.err
+    assert max(row["step"] for row in rows(folder)) == at
+    interrupted = run(TOKENIZER, *words, hook=at_row(10, signal.SIGINT))
+    assert interrupted.code == 128 + signal.SIGINT
+    assert "after step 10, saved" in interrupted.err and steps(folder)[-1] == 10
+    run(TOKENIZER, *words).ok()
+    same(folder, one)
+
+
+def test_rows_of_several_steps_survive_a_signal(tmp_path: Path, one: Path) -> None:
+    """A row is a mean over --log-every steps, those before a stop included."""
+    words, folder = [*STAGE_ONE, "--log-every", 6, "--output", tmp_path / "run"], tmp_path / "run"
+    assert run(TOKENIZER, *words, hook=in_step(4, signal.SIGTERM)).code == 128 + signal.SIGTERM
+    assert steps(folder) == [4] and rows(folder) == []
+    run(TOKENIZER, *words).ok()
+    assert weights(folder) == weights(one)
+    single = {row["step"]: row["train/loss"] for row in rows(one) if "train/loss" in row}
+    found = {row["step"]: row["train/loss"] for row in rows(folder) if "train/loss" in row}
+    assert found == {last: pytest.approx(sum(single[s] for s in range(last - 5, last + 1)) / 6) for last in (6, 12)}
+
+
+def test_prior_killed_and_stopped(tmp_path: Path, codes: Path, two: Path) -> None:
+    words, folder = ["--codes", codes, *STAGE_TWO, "--output", tmp_path / "run"], tmp_path / "run"
+    last = steps(two)[-1]
+    assert last >= 9
+    assert run(PRIOR, *words, hook=at_row(6)).code == -signal.SIGKILL
+    assert steps(folder) == [4]
+    assert run(PRIOR, *words, hook=in_checkpoint(last)).code == -signal.SIGKILL
+    assert steps(folder)[-1] < last
+    interrupted = run(PRIOR, *words, hook=at_row(last - 1, signal.SIGTERM))
+    assert interrupted.code == 143 and steps(folder)[-1] == last - 1
+    run(PRIOR, *words).ok()
+    same(folder, two)
+
+
+@pytest.mark.slow
+def test_prior_killed_as_python_dash_m(tmp_path: Path, codes: Path, two: Path) -> None:
+    words, folder = ["--codes", codes, *STAGE_TWO, "--output", tmp_path / "run"], tmp_path / "run"
+    for step in (3, 6):
+        assert start_module(PRIOR, *words).signal(signal.SIGKILL, folder, step).code == -signal.SIGKILL
+    start_module(PRIOR, *words).wait().ok()
+    same(folder, two)
+
+
+@pytest.mark.slow
+def test_signals_to_the_whole_group_save_too(tmp_path: Path, one: Path) -> None:
+    """A terminal sends SIGINT, and a cluster SIGTERM, to the processes that decode images as well."""
+    words, folder = [*STAGE_ONE, "--workers", 1, "--cache-mb", 0, "--output", tmp_path / "run"], tmp_path / "run"
+    for number, step in ((signal.SIGINT, 2), (signal.SIGTERM, 7)):
+        ended = start_module(TOKENIZER, *words).signal(number, folder, step, group=True)
+        assert ended.code == 128 + number and "saved" in ended.last, ended.err
+    run(TOKENIZER, *words).ok()
+    same(folder, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    ["--precision bf16", "--codebook gradient --no-kmeans-start --accumulate 1", "--workers 1", "--no-channels-last"],
+)
+def test_tokenizer_killed_in_other_settings(tmp_path: Path, changes: str) -> None:
+    words = [*STAGE_ONE, *changes.split(), "--output"]
+    run(TOKENIZER, *words, tmp_path / "whole").ok()
+    assert run(TOKENIZER, *words, tmp_path / "run", hook=at_row(7)).code == -signal.SIGKILL
+    run(TOKENIZER, *words, tmp_path / "run").ok()
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run(tmp_path: Path, one: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(one, folder)
+    words = [*STAGE_ONE, "--output", folder]
+    before = tree(folder)
+
+    again = run(TOKENIZER, *words, "--log-with", "tensorboard", "--keep-checkpoints", 5).ok()
+    assert "is finished" in again.last
+    fewer = run(TOKENIZER, *words, "--steps", 7).ok()
+    assert "is finished" in fewer.last
+    run(TOKENIZER, *words, "--lr", 0.5).refused(1, "--lr", "0.003", "0.5", "--overwrite")
+    run(TOKENIZER, *words, "--no-flip").refused(1, "--flip", "True", "False")
+    assert tree(folder) == before, "a finished run was touched"
+
+    # What does not change the result may change when it goes on.
+    more = ["--steps", 14, "--log-every", 2, "--checkpoint-every", 13, "--workers", 0, "--cache-mb", 0]
+    run(TOKENIZER, *words, *more).ok()
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == [*range(1, 13), 14]
+    assert steps(folder) == [13, 14]
+    assert weights(folder) != weights(one)
+
+    # The model alone, without what resuming needs, is not trained over.
+    shutil.rmtree(folder / "checkpoints")
+    before = tree(folder)
+    run(TOKENIZER, *words).refused(1, str(folder), "no checkpoint", "--overwrite")
+    assert {**tree(folder), "config.yaml": b""} == {**before, "config.yaml": b""}
+
+    (folder / "notes.txt").write_text("mine")
+    run(TOKENIZER, *words, "--overwrite").ok()
+    same(folder, one)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, one: Path, codes: Path) -> None:
+    foreign = tmp_path / "foreign"
+    (foreign / "images").mkdir(parents=True)
+    (foreign / "images" / "holiday.png").write_bytes(b"a picture")
+    (foreign / "model.safetensors").write_bytes(b"a model")
+    before = tree(foreign)
+    for words in ([], ["--overwrite"]):
+        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(1, "--output", str(foreign), "choose another")
+    (foreign / "config.yaml").write_text("model: resnet\n")
+    for words in ([], ["--overwrite"]):
+        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(1, "--output", str(foreign), "choose another")
+    del before
+    assert sorted(tree(foreign)) == ["config.yaml", "images/holiday.png", "model.safetensors"]
+
+    # The other stage's run is something else, too, and so are code files.
+    for words in ([], ["--overwrite"]):
+        for folder in (one, codes):
+            before = tree(folder)
+            run(PRIOR, "--codes", codes, *STAGE_TWO, "--output", folder, *words).refused(1, "--output", str(folder))
+            assert tree(folder) == before
+
+
+def test_a_mistake_at_the_start_can_be_mended(tmp_path: Path) -> None:
+    """A run that never began leaves nothing that would refuse the right options."""
+    folder = tmp_path / "run"
+    run(TOKENIZER, *STAGE_ONE, "--data", tmp_path / "nothing", "--output", folder).refused(1, str(tmp_path / "nothing"))
+    assert run(TOKENIZER, *STAGE_ONE, "--lr", 1, "--output", folder, hook=at_row(2)).code == -signal.SIGKILL
+    run(TOKENIZER, *STAGE_ONE, "--steps", 1, "--output", folder).ok()
+    assert [row["step"] for row in rows(folder)] == [1, 1]
