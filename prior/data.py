@@ -30,7 +30,7 @@ class Sequences:
     def rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
         """Sequences of the given images and views."""
         tokens = self.vocabulary.to_tokens(self.codes.gather(indices, views))
-        labels = torch.from_numpy(np.asarray(self.codes.labels)[indices].astype(np.int64))
+        labels = torch.from_numpy(self.codes.labels[indices])
         if self.vocabulary.classes == 0:
             labels = torch.full_like(labels, -1)
         return torch.cat([self.vocabulary.class_id(labels)[:, None], tokens], dim=1)

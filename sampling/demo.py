@@ -52,7 +52,12 @@ def demo(config: DemoConfig) -> None:
     if drawn(samples, prior):
         print(f"{samples} holds the samples of this prior already", file=sys.stderr)
     else:
-        sample(parse(SampleConfig, ["--config", "demo-samples", "--model", str(prior), "--output", str(samples)]))
+        sample(
+            parse(
+                SampleConfig,
+                ["--config", "demo-samples", "--model", str(prior), "--output", str(samples), "--overwrite"],
+            )
+        )
     print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}")
 
 

@@ -108,6 +108,11 @@ class Generator:
 
     def check(self, settings: SamplingSettings) -> None:
         """Raise `UsageError` for settings that this model has no use for."""
+        if settings.guidance_scale != 1 and self.classes and not self.prior.label_dropout:
+            raise UsageError(
+                f"--guidance-scale: found {settings.guidance_scale:g}, but the prior was trained with "
+                "--label-dropout 0 and never saw an image without its class; leave it at 1"
+            )
         if settings.guidance_scale != 1 and not self.classes:
             raise UsageError(
                 f"--guidance-scale: found {settings.guidance_scale:g}, but the model is unconditional; leave it at 1"

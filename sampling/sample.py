@@ -46,7 +46,7 @@ class SampleConfig:
     n: int = 64
     """Number of images."""
     class_: list[str] | None = None
-    """Classes by name or index, one or several, given to the images in turn. By default every class."""
+    """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class."""
     output: Path = Path("samples")
     """Folder for the images; one that holds files already is refused."""
     overwrite: bool = False
@@ -83,17 +83,21 @@ def find_classes(words: Sequence[str] | None, prior: Prior) -> list[int]:
     if not count:
         raise UsageError(f"--class: found {' '.join(words)}, but the model is unconditional; leave --class out")
     found = []
+    folded = [name.casefold() for name in names]
     for word in words:
         if word in names:
             found.append(names.index(word))
+        elif folded.count(word.casefold()) == 1:
+            found.append(folded.index(word.casefold()))
         elif re.fullmatch(r"-?\d+", word):
             if not 0 <= int(word) < count:
                 raise UsageError(f"--class: found {word}, expected an index from 0 to {count - 1} or a name")
             found.append(int(word))
         else:
-            folded = {name.casefold(): name for name in names}
             close = difflib.get_close_matches(word.casefold(), folded, n=1)
-            hint = f"did you mean {folded[close[0]]!r}?" if close else f"give an index from 0 to {count - 1}"
+            hint = (
+                f"did you mean {names[folded.index(close[0])]!r}?" if close else f"give an index from 0 to {count - 1}"
+            )
             listed = f" (the classes are {', '.join(names)})" if names and not close and count <= 20 else ""
             raise UsageError(f"--class: the model knows no class {word!r}; {hint}{listed}")
     if not found:
@@ -120,11 +124,18 @@ def former_run(output: Path) -> list[Path]:
     return [path for path in files if lists and path.is_file()] + leftovers + lists
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, n: int, overwrite: bool) -> None:
     """Raise `UsageError` where `output` cannot take the samples."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output: {output} is a file; name a folder")
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if overwrite and names:
+        written = {*map(file_name, range(n)), GRID, FINISHED, UNFINISHED}
+        foreign = sorted(written.intersection(names) - {path.name for path in former_run(output)})
+        if foreign:
+            raise UsageError(
+                f"--output: {output} holds {foreign[0]}, which is no sample of a former run; choose another"
+            )
     if names and not overwrite:
         if FINISHED in names:
             what = "the samples of another run"
@@ -170,7 +181,7 @@ def sample(config: SampleConfig) -> None:
     if state.num_processes > 1 and device.type == "cuda":
         device = torch.device(state.device or device)
     # Every process checks everything before any writes: they refuse together, and none waits for another.
-    check_output(output, config.overwrite)
+    check_output(output, config.n, config.overwrite)
     generator = Generator.load(folder, device, config.precision)
     generator.check(config.sampling)
     classes = find_classes(config.class_, generator.prior)

@@ -480,7 +480,7 @@ def test_a_finished_folder_is_left_alone(make, reference, capsys):
     "change",
     [
         {"views": 2}, {"seed": 6}, {"shard_size": 30}, {"precision": "bf16"}, {"flip": False}, {"random_crop": 0.5},
-        {"fit": "pad"}, {"holdout": 0.2},
+        {"holdout": 0.2},
     ],
 )  # fmt: skip
 def test_a_folder_begun_under_other_options_is_refused(make, reference, tmp_path, change):

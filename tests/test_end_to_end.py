@@ -47,13 +47,14 @@ def files(folder: Path) -> set[str]:
 def test_everything_is_there_and_nothing_else(runs: Path) -> None:
     pictures = {f"images/step-{step:08d}.png" for step in (4, 8, 12)}
     model = {"vqgen.json", "model.safetensors"}
-    assert files(runs / "tokenizer") == {*model, "config.yaml", "metrics.jsonl", *pictures}
+    run_files = {*model, "config.yaml", "metrics.jsonl", "finished.json"}
+    assert files(runs / "tokenizer") == {*run_files, *pictures}
     checkpoint = {"tokenizer.safetensors", "average.safetensors", "optimizers.pt", "state.json"}
     assert {path.name for path in (runs / "tokenizer/checkpoints/step-00000012").iterdir()} == checkpoint
     inner = {f"tokenizer/{name}" for name in model}
     assert {"manifest.json", "codes-00000.safetensors", *inner} <= files(runs / "codes")
     pictures = {f"images/step-{step:08d}.png" for step in (6, 12)}
-    assert files(runs / "prior") == {*model, *inner, "config.json", "config.yaml", "metrics.jsonl", *pictures}
+    assert files(runs / "prior") == {*run_files, *inner, "config.json", *pictures}
     assert {"grid.png", "samples.json"} <= files(runs / "samples")
     assert sum(name.endswith(".png") for name in files(runs / "samples")) == 5 + 1
     pickles = {path for path in runs.rglob("*") if path.suffix in (".bin", ".pkl", ".pt", ".pth", ".pickle", ".ckpt")}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, groupby
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,7 +42,7 @@ from .codes import (
     used_codes,
     write_shard,
 )
-from .images import Batch, Key
+from .images import Batch, Key, mirrored
 from .loader import worker_count
 from .model import Tokenizer
 from .pixels import to_float
@@ -65,6 +65,13 @@ def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, pre
         return tokenizer.encode(pixels.contiguous(memory_format=torch.channels_last)).to(torch.int32)
 
 
+def view_seed(config: TokenizeConfig, index: int, view: int) -> int:
+    """The augmentation seed of a view: a function of (seed, image, view). With flips, odd views are the mirrored ones,
+    so that no view repeats another by chance."""
+    seeds = (hash64("view", config.seed, index, view, attempt) for attempt in count())
+    return next(seed for seed in seeds if not config.images.flip or mirrored(seed) == bool(view % 2))
+
+
 def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, int, Batch]]:
     """The batches of some shards of a split, each with its shard and view: one stream without pauses."""
     dataset, size = job.datasets[split], job.config.batch_size
@@ -73,7 +80,7 @@ def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tupl
     def plan(done: int) -> Iterator[list[Key]]:
         for shard, view, at in pieces[done:]:
             indices = range(at, min(at + size, shard.stop))
-            yield [(i, hash64("view", job.config.seed, i, view)) if view else i for i in indices]
+            yield [(i, view_seed(job.config, i, view)) if view else i for i in indices]
 
     def cached() -> bool:
         return dataset.cached(augmented=False)

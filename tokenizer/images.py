@@ -93,17 +93,30 @@ class Batch:
     broken: list[str]
 
 
+def mirrored(seed: int) -> bool:
+    """Whether an augmentation seed flips, where flips are configured."""
+    return bool(hash64("flip", seed) & 1)
+
+
 class BrokenImages:
     """The broken images of one split met so far, counted once each, held against what the configuration allows."""
 
     def __init__(self, source: Source, config: ImageConfig):
         self.source, self.config = source, config
         self.names: dict[str, None] = {}
+        self.report: Callable[[str], None] | None = None
+        """Called with a line for each broken image as it is first met."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "report": None}  # the reporting is the main process's
 
     def add(self, names: Iterable[str]) -> None:
         """Count the images a batch named. Raises `UserError` on any where `broken` is "error", or beyond the share."""
         new = [name for name in names if name not in self.names]
         self.names.update(dict.fromkeys(new))
+        if self.report:
+            for name in new:
+                self.report(f"skipped, broken: {name}")
         if new and self.config.broken == "error":
             raise UserError(f"--broken error: {new[0]}; mend or remove it")
         if new and len(self.names) > self.config.max_broken * len(self.source):
@@ -177,7 +190,7 @@ class ImageDataset(Dataset[Sample]):
             top = hash64("top", seed) % (image.shape[1] - height + 1)
             left = hash64("left", seed) % (image.shape[2] - width + 1)
             image = image[:, top : top + height, left : left + width]
-        return image[:, :, ::-1] if self.config.flip and hash64("flip", seed) & 1 else image
+        return image[:, :, ::-1] if self.config.flip and mirrored(seed) else image
 
     def _load(self, index: int, wide: bool) -> np.ndarray:
         """The fitted image before augmentation, from memory or decoded. Raises `BrokenImage`."""

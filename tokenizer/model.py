@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class TokenizerConfig:
     """1 for grey, 3 for RGB."""
     model: ModelConfig = field(default_factory=ModelConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    fit: Literal["crop", "pad"] = "crop"
+    """How training images of another aspect ratio were fitted; tokenizing does the same."""
 
     def __post_init__(self) -> None:
         factor = self.model.factor

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqgen.errors import UserError
+from vqgen.errors import UsageError, UserError
 
 # Positions of the convolutions in torchvision's `features` of each network.
 _CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}
@@ -31,7 +31,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, net: Literal["vgg", "alex"], weights: str) -> None:
         super().__init__()
-        self.net, self.smallest = net, _SMALLEST[net]
+        self.net = net
         # Before the network is built, which takes seconds.
         found, source = _convolutions(net, weights)
         import lpips  # the library is needed by runs with a perceptual distance alone
@@ -69,16 +69,20 @@ class PerceptualDistance(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """LPIPS of each pair: (B, C, H, W) in [-1, 1] twice -> (B,), float32; grey is repeated to three channels.
 
-        Raises `UserError` for images too small for the backbone's pooling.
+        Raises `UsageError` for images too small for the backbone's pooling.
         """
-        height, width = images.shape[2:]
-        if min(height, width) < self.smallest:
-            raise UserError(
-                f"--perceptual-net: {self.net} needs at least {self.smallest} pixels a side, found {height}x{width}; "
-                f"use {'vgg' if self.net == 'alex' else 'larger images, or no perceptual loss'}"
-            )
+        check_size(self.net, *images.shape[2:])
         pair = [t.expand(-1, 3, -1, -1) if t.shape[1] == 1 else t for t in (images, targets)]
         return self.distance(*pair).float().flatten()
+
+
+def check_size(net: str, height: int, width: int) -> None:
+    """Raise `UsageError` for images that leave nothing after the backbone's last pooling."""
+    if min(height, width) < _SMALLEST[net]:
+        raise UsageError(
+            f"--perceptual-net: {net} needs at least {_SMALLEST[net]} pixels a side, found {height}x{width}; "
+            f"use {'vgg' if net == 'alex' else 'larger images, or no perceptual loss'}"
+        )
 
 
 def _convolutions(net: str, weights: str) -> tuple[dict[str, Tensor], str]:

@@ -68,6 +68,8 @@ class TokenizeConfig:
         augmented = self.images.flip or self.images.random_crop > 0
         if self.views > 1 and not augmented:
             raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-crop")
+        if self.views > 2 and self.images.random_crop == 0:
+            raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-crop for more")
         if self.views == 1 and augmented:
             option = "--flip" if self.images.flip else "--random-crop"
             raise UsageError(f"{option}: --views 1 is of the image as it is; ask for --views 2 or leave {option} out")
@@ -130,7 +132,9 @@ class Job:
 def _fitted(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeConfig:
     """The configuration with the tokenizer's image size and channels; others that were asked for are refused."""
     default, images = ImageConfig(), config.images
-    for name, needed in (("size", list(tokenizer.config.image_size)), ("channels", tokenizer.config.channels)):
+    made_for = tokenizer.config
+    needs = {"size": list(made_for.image_size), "channels": made_for.channels, "fit": made_for.fit}
+    for name, needed in needs.items():
         asked = getattr(images, name)
         if asked not in (needed, getattr(default, name)):
             raise UsageError(f"--{name}: found {asked}, but {config.tokenizer} takes {needed}; leave the option out")

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from vqgen.artifact import atomic_path
@@ -78,7 +78,7 @@ def reconstruct(
             originals.append(original.cpu())
             images.append(result.cpu())
     total, *means = cast(Tensor, accelerator.reduce(sums, "sum")).tolist()
-    counts = cast(Tensor, accelerator.reduce(histogram, "sum")).double()
+    counts = cast(Tensor, accelerator.reduce(histogram, "sum")).cpu().double()
     share = counts / counts.sum()
     used = int((counts > 0).sum())
     figures = {name: value / total for name, value in zip(names[1:], means)}
@@ -103,8 +103,10 @@ def _ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 def write_png_atomic(path: Path, image: Tensor) -> None:
     """Write a uint8 image (1 or 3, H, W) as PNG, atomically."""
+    # Encoded in memory first: torchvision's own writing to a file does not notice a full disk.
+    data = encode_png(image.cpu()).numpy().tobytes()
     with atomic_path(path) as temporary:
-        write_png(image.cpu(), str(temporary))
+        temporary.write_bytes(data)
 
 
 def write_comparison(path: Path, result: Reconstructions) -> None:

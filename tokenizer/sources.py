@@ -333,18 +333,18 @@ def _number_labels(data: str, parts: Mapping[str, Part]) -> tuple[list[str] | No
     """Class names and each part's labels (n,) int64, -1 for none; the classes are those of all parts together."""
     nothing = {split: np.full(len(part.items), -1, dtype=np.int64) for split, part in parts.items()}
     raws = {split: part.raw for split, part in parts.items() if part.raw is not None}
-    if len(raws) < len(parts) or len({raw.dtype.kind for raw in raws.values()}) > 1:
-        return None, nothing
+    if len({raw.dtype.kind for raw in raws.values()}) > 1:
+        raise UserError(f"--data: {data} has labels as numbers in one split and as text in another; make them alike")
 
     def given(raw: np.ndarray) -> np.ndarray:
         return raw != "" if raw.dtype.kind == "U" else raw >= 0
 
-    present = np.unique(np.concatenate([raw[given(raw)] for raw in raws.values()]))
-    names = next(iter(parts.values())).names if present.dtype.kind != "U" else None
+    present = np.unique(np.concatenate([raw[given(raw)] for raw in raws.values()])) if raws else np.empty(0)
+    names = next((part.names for part in parts.values() if part.names and present.dtype.kind != "U"), None)
     values = present if names is None else np.arange(len(names))
     names = names or [str(value) for value in present]
     if len(present) and present[-1] not in values:
         raise UserError(f"--data: {data} has label {present[-1]} but names {len(names)} classes; mend its features")
     if len(names) < 2 or not len(present):
         return None, nothing
-    return names, {s: np.where(given(raw), np.searchsorted(values, raw), -1) for s, raw in raws.items()}
+    return names, nothing | {s: np.where(given(raw), np.searchsorted(values, raw), -1) for s, raw in raws.items()}

@@ -28,7 +28,7 @@ from .losses import (
     reconstruction_loss,
 )
 from .model import Tokenizer, TokenizerConfig, TokenizerOutput
-from .perceptual import PerceptualDistance
+from .perceptual import PerceptualDistance, check_size
 from .pixels import to_float
 from .quantize import QuantizerConfig
 from .reconstruct import reconstruct, write_comparison
@@ -60,12 +60,17 @@ class TokenizerTraining:
         if self.validation_images < 0:
             raise UsageError(f"--validation-images: found {self.validation_images}, expected at least 0")
         self.architecture()  # impossible combinations are refused before anything is loaded
+        height, width = self.images.size
+        if self.loss.perceptual_weights:
+            check_size(self.loss.perceptual_net, height, width)
+        if min(height, width) < 8:
+            raise UsageError(f"--size: found {height}x{width}, expected at least 8 pixels a side (SSIM needs them)")
         if self.gan.gan_weight:
             PatchDiscriminator(self.images.channels, self.images.size, 1, self.gan.gan_layers)
 
     def architecture(self) -> TokenizerConfig:
         """The part that goes into the model folder."""
-        return TokenizerConfig(self.images.size, self.images.channels, self.model, self.quantizer)
+        return TokenizerConfig(self.images.size, self.images.channels, self.model, self.quantizer, self.images.fit)
 
 
 class TokenizerTrainer:
@@ -110,6 +115,16 @@ class TokenizerTrainer:
     def begin(self, first_step: int) -> None:
         accelerator, seed = self.run.accelerator, self.config.run.seed
         share = self.run.micro_batch * self.config.run.accumulate
+        for dataset in (self.train_images, self.heldout_images):
+            dataset.broken.report = self.run.say
+        if self.perceptual is None:
+            self.run.say("LPIPS is not measured: name its backbone with --perceptual-weights")
+        gan, steps = self.config.gan, self.config.run.steps
+        if gan.gan_weight and not gan.weight(steps - 1):
+            felt = gan.gan_start + gan.gan_warmup
+            self.run.say(
+                f"warning: --gan-weight has no effect: --steps {steps} end before step {felt}, where it begins"
+            )
 
         def batches(step: int) -> Iterator[Batch]:
             rank, world = accelerator.process_index, accelerator.num_processes
@@ -231,7 +246,10 @@ class TokenizerTrainer:
         # The codebook learned from what was not finite: the averaged one, a step older, is put in its place.
         self.tokenizer.quantizer.load_state_dict(self.average.module.quantizer.state_dict())  # type: ignore[union-attr]
         self.tokenizer.eval()  # no more learning, which would wait for the other processes
-        return non_finite_origin(self.tokenizer, lambda: self.tokenizer(self.last_images))
+        found = non_finite_origin(self.tokenizer, lambda: self.tokenizer(self.last_images))
+        if found == "the loss itself" and self.config.gan.gan_weight:
+            return "the discriminator: " + non_finite_origin(self.judge, lambda: self.judge(self.last_images))
+        return found
 
     def finished(self) -> str | None:
         return None
@@ -248,8 +266,6 @@ def build(config: TokenizerTraining) -> tuple[Run, TokenizerTrainer] | None:
         return None
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
-    if config.loss.perceptual_weights is None:
-        run.say("LPIPS is not measured: name its backbone with --perceptual-weights")
     return run, TokenizerTrainer(run, config, train, heldout)
 
 
@@ -259,7 +275,8 @@ def train(config: TokenizerTraining) -> None:
     if built:
         run, trainer = built
         run.fit(trainer)
-        run.say(f"tokenizer: {config.output}")
+        broken = len(trainer.train_images.broken.names) + len(trainer.heldout_images.broken.names)
+        run.say(f"tokenizer: {config.output}" + (f" ({broken} broken images skipped)" if broken else ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import yaml
 from . import __version__
 from .artifact import write_text
 from .errors import UsageError, UserError
-from .values import YamlLoader, checked, from_words, kinds, type_name
+from .values import YamlDumper, YamlLoader, checked, from_words, kinds, type_name
 
 C = TypeVar("C")
 
@@ -243,9 +243,9 @@ def read_saved(path: Path, config: type) -> dict[str, Any]:
     return {name: str(v) if isinstance(v, Path) else v for name, v in _read_file(config, str(path)).items()}
 
 
-def save(config: Any, path: Path) -> None:
-    """Write the resolved configuration as YAML; `--config path` reads it back."""
-    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
+def save(config: Any, path: Path, heading: str = "") -> None:
+    """Write the resolved configuration as YAML under a comment line; `--config path` reads it back."""
+    write_text(path, heading + yaml.dump(as_dict(config), Dumper=YamlDumper, sort_keys=False))
 
 
 def help_text(program: str, description: str, config: type) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from .checkpoint import checkpoints
 from .errors import UsageError, UserError
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
-_OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "log_with", "log_every", "checkpoint_every"}
-_OPERATIONAL |= {"keep_checkpoints", "steps"}
+_OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
+_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps"}
+FINISHED = "finished.json"
 # What a run writes, and all that --overwrite removes; config.yaml comes last, by it the folder is known as a run's.
-_OWN = ("checkpoints", "images", "tokenizer", "logs", "metrics.jsonl", "config.json", "vqgen.json")
-_OWN += ("model.safetensors", "config.yaml")
+_OWN = ("checkpoints/step-*", "images/step-*.png", "logs/vqgen", "tokenizer/vqgen.json", "tokenizer/model.safetensors")
+_OWN += (FINISHED, "metrics.jsonl", "config.json", "vqgen.json", "model.safetensors", "config.yaml")
+_FOLDERS = ("checkpoints", "images", "logs", "tokenizer")
+# A config.yaml of somebody's own may lie beside images of somebody's own: only this line makes a folder a run's.
+_MARK = "# Written by vqgen: the resolved configuration of the run in this folder.\n"
 
 
 def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
@@ -23,7 +28,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
     Raises `UserError` where it is another program's or was begun with options that compute something else.
     """
     saved = folder / "config.yaml"
-    if not saved.is_file():
+    if not _marked(saved):
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"--output: {folder} holds files of something else; choose another folder")
         return
@@ -45,11 +50,22 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
 def take_folder(folder: Path, config: Any, overwrite: bool) -> None:
     """Clear `folder` of what is not to be resumed, and write the configuration."""
     if overwrite:
-        remove([folder / name for name in _OWN])
+        remove(path for pattern in _OWN for path in folder.glob(pattern))
+        for name in _FOLDERS:
+            with suppress(OSError):  # not there, or not empty: then something else is in it
+                (folder / name).rmdir()
     # A kill while a file was being written leaves its temporary.
-    left = (folder.glob(f"{where}.*.part") for where in ("", "checkpoints/", "images/"))
-    remove(path for paths in left for path in paths)
-    configuration.save(config, folder / "config.yaml")
+    patterns = (f"{where}.*.{kind}" for where in ("", "checkpoints/", "images/") for kind in ("part", "old.*"))
+    remove(path for pattern in patterns for path in folder.glob(pattern))
+    configuration.save(config, folder / "config.yaml", _MARK)
+
+
+def _marked(saved: Path) -> bool:
+    """Whether a config.yaml is one that a run wrote."""
+    try:
+        return saved.read_text(encoding="utf-8").startswith(_MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def remove(paths: Iterable[Path]) -> None:

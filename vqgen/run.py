@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .artifact import write_text
+from .artifact import read_json, write_json, write_text
 from .checkpoint import (
     NonFinite,
     checkpoints,
@@ -32,11 +32,11 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .errors import UsageError, UserError
-from .folder import check_folder, take_folder
+from .folder import FINISHED, check_folder, take_folder
 from .hardware import precision_of, processes
 from .health import Finding, Row
 from .order import step_seed
-from .tracking import JsonlTracker, further_trackers, progress
+from .tracking import JsonlTracker, further_trackers, progress, read_history
 
 
 @dataclass
@@ -48,11 +48,11 @@ class RunConfig:
     batch_size: int = 64
     """Examples a step, over all processes and accumulated parts together."""
     accumulate: int = 1
-    """Parts into which a process splits its share of a step, to save memory."""
+    """Parts into which a process splits its share of a step, to save memory; a codebook learns after each part."""
     seed: int = 0
     """Seed of weights, data order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; auto takes bf16 where the hardware has it, else fp32."""
+    """Autocast; auto takes bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     compile: bool = False
     """Compile the model with torch.compile (needs a C++ compiler)."""
     log_every: int = 20
@@ -169,8 +169,8 @@ class Run:
         """Whether the folder holds the finished run, with as many steps as asked for now."""
         if self.overwrite:
             return False
-        path = self.folder / "checkpoints" / "done.json"
-        done = path.is_file() and json.loads(path.read_text())["steps"] >= self.settings.steps
+        path = self.folder / FINISHED
+        done = path.is_file() and read_json(path).get("steps", 0) >= self.settings.steps
         return done and (self.folder / "vqgen.json").is_file()
 
     def _restore(self, trainer: Trainer) -> int:
@@ -189,16 +189,10 @@ class Run:
         sums = state["extra"].pop("sums")
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
         trainer.extra.update(state["extra"])
+        if state["step"] > self.settings.steps:
+            raise UserError(f"--steps: found {self.settings.steps}, but {found[-1]} is further; ask for more steps")
         history = self.folder / "metrics.jsonl"
-        lines = history.read_text(encoding="utf-8").splitlines(keepends=True) if history.is_file() else []
-        for line in lines:
-            # A kill can leave half a line at the end; rows after the checkpoint will be computed again.
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= state["step"]:
-                self.rows.append(row)
+        self.rows += read_history(history, state["step"])
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(history, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -262,22 +256,22 @@ class Run:
         except NonFinite as error:
             found = checkpoints(self.folder / "checkpoints")
             last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was saved yet"
-            raise UserError(
-                f"not finite: {error}; it began in {trainer.origin()}; {last}. Lower --lr, raise --lr-warmup, "
-                "or use --precision fp32"
-            ) from error
+            text = f"not finite: {error}; it began in {trainer.origin()}"
+            self.log({"health": "not finite", "message": text}, self.done)
+            remedy = "Lower --lr, raise --lr-warmup, or use --precision fp32"
+            raise UserError(f"{text}; {last}. {remedy}") from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.main:
             trainer.save()
-            write_text(self.folder / "checkpoints" / "done.json", json.dumps({"steps": self.settings.steps}))
+            write_json(self.folder / FINISHED, {"steps": self.settings.steps})
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _loop(self, trainer: Trainer, first: int) -> None:
         settings, sums, seconds = self.settings, self._sums, 0.0
-        done = logged = first
+        self.done = done = logged = first
         with progress(settings.steps, self.folder.name, "step", self.main, first) as bar:
             while done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, done, self.accelerator.process_index))
@@ -293,7 +287,7 @@ class Run:
                 for name, value in figures.items():
                     total, count = sums.get(name, (0.0, 0))
                     sums[name] = (value + total, count + 1)
-                done += 1
+                self.done = done = done + 1
                 bar.update()
                 last = done == settings.steps
                 if done % settings.log_every == 0 or last:

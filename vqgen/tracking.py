@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def further_trackers(names: Sequence[str]) -> list[str]:
         if not known[name]():
             raise UsageError(f"--log-with: {name} is not installed; pip install {name}")
     return list(names)
+
+
+def read_history(path: Path, last: int) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` up to step `last`; later ones, and half a line of a killed run, are left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if row["step"] <= last:
+                rows.append(row)
+    return rows
 
 
 def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> tqdm:

@@ -43,6 +43,16 @@ for _tag, _first, _pattern in (
     YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+class YamlDumper(yaml.SafeDumper):
+    """Quotes whatever either `YamlLoader` or any other reader of YAML would take for something else than text."""
+
+
+YamlDumper.yaml_implicit_resolvers = {
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + YamlLoader.yaml_implicit_resolvers.get(first, [])
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *YamlLoader.yaml_implicit_resolvers}
+}
+
+
 def kinds(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
