@@ -4,6 +4,7 @@ Importing torch takes seconds a process. All but the few that must show `python 
 server that has imported everything once and computed nothing; for signals, files and exit codes they are the same.
 """
 
+import atexit
 import importlib
 import json
 import multiprocessing
@@ -64,6 +65,12 @@ class Started:
 
     def __init__(self, process: Any, log: Path) -> None:
         self.process, self.log = process, log
+        atexit.register(self._end)  # where the tests are interrupted
+
+    def _end(self) -> None:
+        if self.running():
+            self.process.kill()
+        shutil.rmtree(self.log, ignore_errors=True)
 
     def running(self) -> bool:
         return (self.process.poll() is None) if isinstance(self.process, subprocess.Popen) else self.process.is_alive()
@@ -77,7 +84,8 @@ class Started:
             time.sleep(0.005)
         code = self.process.returncode if isinstance(self.process, subprocess.Popen) else self.process.exitcode
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in _streams(self.log))
-        shutil.rmtree(self.log)
+        atexit.unregister(self._end)
+        self._end()
         return Ended(int(code), out, err)
 
     def signal(self, number: int, folder: Path, step: int, group: bool = False) -> Ended:

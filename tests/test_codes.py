@@ -43,8 +43,8 @@ from vqgen.tokenizer.codes import (
     used_codes,
     write_shard,
 )
-from vqgen.tokenizer.encode import tokenize
-from vqgen.tokenizer.images import ImageConfig, open_images
+from vqgen.tokenizer.encode import tokenize, view_seed
+from vqgen.tokenizer.images import ImageConfig, mirrored, open_images
 from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.pixels import to_float
@@ -412,7 +412,7 @@ def dying(source, target):
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     replace(source, target)
 os.replace = dying
-from vqgen.tokenizer.encode import main
+from vqgen.tokenizer.encode import view_seed, main
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -615,6 +615,13 @@ def test_broken_images_are_named_counted_and_left_out(make, images, tmp_path, ca
     one_line(error, "--max-broken 0.1", "23 of 70 train images")
 
 
+def test_with_flips_every_other_view_is_mirrored(make, tmp_path):
+    config = make(tmp_path / "codes", flip=True)
+    for index in range(20):
+        seeds = [view_seed(config, index, view) for view in (1, 2, 3)]
+        assert [mirrored(seed) for seed in seeds] == [True, False, True] and len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize(
     "change, option",
     [
@@ -626,6 +633,8 @@ def test_broken_images_are_named_counted_and_left_out(make, images, tmp_path, ca
         ({"views": 1, "flip": False}, "--random-crop"),
         ({"size": [64, 64]}, "--size"),
         ({"channels": 1, "size": [32, 48]}, "--size"),
+        ({"fit": "pad"}, "--fit"),
+        ({"views": 3, "random_crop": 0.0}, "--views"),
         ({"tokenizer": None}, "--tokenizer"),
         ({"data": None}, "--data"),
         ({"precision": "fp16"}, "--precision"),

@@ -542,11 +542,26 @@ def test_broken_images_are_left_out_and_named_once(damaged):
 def test_broken_images_are_replaced_in_training(damaged):
     config = replace(SMALL, max_broken=0.1)
     dataset = open_images(damaged, "train", config, replace_broken=True)
+    said: list[str] = []
+    dataset.broken.report = said.append
     runs = [list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, config), 8)) for _ in range(2)]
     for a, b in zip(*runs):
         assert len(a.indices) == 5 and a.indices.equal(b.indices) and a.images.equal(b.images)
         assert not {4, 9} & set(a.indices.tolist())
     assert len(dataset.broken.names) == 2
+    assert sorted(line.split(" (")[0][-7:] for line in said) == ["004.png", "009.png"]
+
+
+def test_labels_of_one_split_survive_another_without_any(tmp_path, rows):
+    images = [{"bytes": data, "path": None} for data in rows[0][:6]]
+    table = {"image": images[:4], "label": [1, 0, 1, 1]}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": images[4:]}), tmp_path / "test.parquet")
+    assert open_images(str(tmp_path), "train", SMALL).labels.tolist() == [1, 0, 1, 1]
+    assert open_images(str(tmp_path), "heldout", SMALL).labels.tolist() == [-1, -1]
+    pq.write_table(pa.table({"image": images[4:], "label": ["a", "b"]}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="numbers in one split and as text"):
+        open_images(str(tmp_path), "train", SMALL)
 
 
 def test_broken_images_end_the_run_where_configured(damaged):

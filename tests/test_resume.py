@@ -215,6 +215,13 @@ def test_a_finished_run(tmp_path: Path, one: Path) -> None:
     run(TOKENIZER, *words, "--no-flip").refused(1, "--flip", "True", "False")
     assert tree(folder) == before, "a finished run was touched"
 
+    # An unfinished one cannot end before the step it has reached.
+    half = tmp_path / "half"
+    shutil.copytree(one, half)
+    for name in ("finished.json", "vqgen.json"):
+        (half / name).unlink()
+    run(TOKENIZER, *STAGE_ONE, "--output", half, "--steps", 7).refused(1, "--steps", "7", "step-00000012")
+
     # What does not change the result may change when it goes on.
     more = ["--steps", 14, "--log-every", 2, "--checkpoint-every", 13, "--workers", 0, "--cache-mb", 0]
     run(TOKENIZER, *words, *more).ok()

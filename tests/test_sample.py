@@ -27,7 +27,7 @@ from vqgen.tokenizer.quantize import QuantizerConfig
 NAMES = ["shirt", "shoe", "bag"]
 
 
-def make_model(folder: Path, classes=3, channels=3, seed=0) -> Path:
+def make_model(folder: Path, classes=3, channels=3, seed=0, label_dropout=0.1) -> Path:
     """A random prior of 2x3 codes with its tokenizer, images 4x6."""
     torch.manual_seed(seed)
     architecture = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
@@ -36,7 +36,8 @@ def make_model(folder: Path, classes=3, channels=3, seed=0) -> Path:
     )
     mark = tokenizer.save(folder / "made-of")
     config = PriorConfig(dim=32, layers=2, heads=2)
-    prior = Prior(config, Vocabulary(16, 1, (2, 3), classes), (channels, 4, 6), NAMES[:classes] or None, mark)
+    vocabulary, names = Vocabulary(16, 1, (2, 3), classes), NAMES[:classes] or None
+    prior = Prior(config, vocabulary, (channels, 4, 6), names, mark, label_dropout)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)  # so that classes differ
     prior.save(folder, folder / "made-of")
@@ -257,6 +258,24 @@ def test_the_grid(sample, tmp_path, n, words, rows, columns):
     assert torch.equal(grid[:, 2:6, 2:8], first)
     left, top = (2, 8) if rows > 1 else (10, 2)
     assert torch.equal(grid[:, top : top + 4, left : left + 6], below)
+
+
+def test_files_of_nobodys_run_are_not_overwritten(sample, tmp_path):
+    (folder := tmp_path / "samples").mkdir()
+    for name in ("00000.png", "grid.png"):
+        (folder / name).write_bytes(b"mine")
+        result = sample("--n", 1, "--overwrite")
+        assert result.code == 2 and name in result.err and len(result.err.splitlines()) == 1
+        assert (folder / name).read_bytes() == b"mine" and len(list(folder.iterdir())) == 1
+        (folder / name).unlink()
+
+
+def test_guidance_needs_images_without_a_class(cli, tmp_path):
+    model = make_model(tmp_path / "model", label_dropout=0.0)
+    words = ["--model", model, "--n", 1, "--output", tmp_path / "samples"]
+    result = cli(program.main, *words, "--guidance-scale", 2)
+    assert result.code == 2 and "--label-dropout 0" in result.err
+    assert cli(program.main, *words).code == 0
 
 
 def test_a_folder_with_files_is_refused_unless_overwritten(sample, tmp_path):
