@@ -425,3 +425,14 @@ def test_saving_again_replaces_the_model(tmp_path: Path) -> None:
     found = load_artifact(tmp_path, "prior")
     assert found.description == {"v": 2} and found.fingerprint == fingerprint(weights(2))
     assert json.loads((tmp_path / DESCRIPTION).read_text())["v"] == 2
+
+
+def test_what_is_written_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
+        write_json(tmp_path / "b.json", {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"a.safetensors": 0o640, "b.json": 0o640}

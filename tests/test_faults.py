@@ -62,7 +62,7 @@ def finite(folder: Path) -> None:
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*TINY, "--lr", "1e19", "--lr-warmup", 0, "--grad-clip", 0, "--checkpoint-every", 1, "--output", folder]
-    line = run(TOKENIZER, *words).refused(1, "not finite: ", "loss", "it began in the output of encoder.", "Lower --lr")
+    line = run(TOKENIZER, *words).refused(1, "not finite: ", "loss", "it began in the output of encoder.", "lower --lr")
     last = folder / f"checkpoints/step-{steps(folder)[-1]:08d}"
     assert f"last good checkpoint: {last}" in line
     finite(last)

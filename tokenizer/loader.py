@@ -1,7 +1,9 @@
 """Worker processes that decode images."""
 
 import os
+import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -30,7 +32,13 @@ class Loader:
 
     def batches(self, plan: Iterator[list[Any]]) -> Iterator[Any]:
         self.plan = plan
-        return iter(self.loader)
+        # A terminal interrupts the whole group: the run saves first, so its workers must outlive the signal.
+        resource_tracker.ensure_running()  # which unblocks it when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:

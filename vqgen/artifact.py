@@ -56,7 +56,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # a killed process of the same number may have left one
         yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
         for item in [*sorted(temporary.rglob("*")), temporary] if temporary.is_dir() else [temporary]:
+            if item.is_file():  # safetensors makes files that nobody else may read
+                item.chmod(0o666 & ~mask)
             _sync(item)
         if temporary.is_dir() and path.is_dir():
             # A folder cannot be renamed over a full one: the old one steps aside for an instant.

@@ -258,7 +258,7 @@ class Run:
             last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was saved yet"
             text = f"not finite: {error}; it began in {trainer.origin()}"
             self.log({"health": "not finite", "message": text}, self.done)
-            remedy = "Lower --lr, raise --lr-warmup, or use --precision fp32"
+            remedy = "Start anew (--overwrite) with a lower --lr, a longer --lr-warmup or --precision fp32"
             raise UserError(f"{text}; {last}. {remedy}") from error
         finally:
             for number, handler in before.items():
