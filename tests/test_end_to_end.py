@@ -118,3 +118,16 @@ def test_a_codebook_that_collapses_is_named(tmp_path: Path) -> None:
     for text in (ended.err, named[0]["message"]):
         assert "codes in use" in text and "--kmeans-start" in text and "--revive-after" in text
     assert ended.err.count("warning: codebook collapse") == 1
+
+
+@pytest.mark.slow
+def test_both_stages_compile(runs: Path, tmp_path: Path) -> None:
+    gan = "--gan-weight 0.1 --gan-start 1 --gan-warmup 1 --gan-ramp 1 --gan-layers 2 --gan-width 8".split()
+    words = [*STAGE_ONE, *gan, "--steps", 4, "--compile"]
+    run(TOKENIZER, *words, "--output", tmp_path / "tokenizer").ok()
+    words = ["--codes", runs / "codes", *STAGE_TWO, "--steps", 4, "--compile"]
+    run(PRIOR, *words, "--output", tmp_path / "prior").ok()
+    assert rows(tmp_path / "tokenizer")[-1]["heldout/psnr"] > 5
+    # Names in the model folder are those of the modules themselves.
+    Tokenizer.load(tmp_path / "tokenizer")
+    Prior.load(tmp_path / "prior")

@@ -91,6 +91,11 @@ class TokenizerTrainer:
             self.perceptual = net.to(run.device, memory_format=layout)  # type: ignore[call-overload]
         optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, config.run.steps)
         if config.run.compile:
+            if config.gan.gan_weight and config.gan.gan_adaptive:
+                # The adaptive ratio walks the graph twice more; compiled code may else give its buffers away before.
+                from torch._functorch import config as functorch
+
+                functorch.donated_buffer = False
             tokenizer.compile()
         self.model, self.optimizer = run.accelerator.prepare(tokenizer, optimizer)
         self.tokenizer = tokenizer  # the module itself: the wrapper of a distributed run has other names
