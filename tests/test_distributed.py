@@ -1,8 +1,8 @@
 """Two processes on the CPU compute what one does, and hold the same codebook."""
 
 import math
-import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,9 @@ STAGE_TWO = (
     "--steps 6 --precision fp32 --log-every 1 --validate-every 3 --checkpoint-every 3"
 ).split()
 TOKENIZING = "--shard-size 50 --holdout 0.2 --precision fp32".split()
-LAUNCH = (
-    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-    "--main_process_port 0 -m"
-).split()
+# `accelerate launch`, of this very environment.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 -m".split()
 
 
 def alike(found: Path, expected: Path, names: list[str], tolerance: float) -> None:
@@ -129,7 +128,6 @@ def test_two_processes_train_the_prior_that_one_does(tmp_path: Path, codes: Path
 
 @pytest.mark.slow
 def test_under_accelerate_launch(tmp_path: Path, double: Path) -> None:
-    assert shutil.which(LAUNCH[0])
     ended = launch([*LAUNCH, TOKENIZER], *STAGE_ONE, "--output", tmp_path / "run").wait().ok()
     assert ended.err.count("step 6: ") == 1
     assert weights(tmp_path / "run") == weights(double)
