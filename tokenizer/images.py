@@ -302,7 +302,7 @@ def training_batches(
     for batch in dataset.read(plan, worker_count(config.workers), dataset.cached):
         dataset.broken.add(batch.broken)
         if len(batch.indices) < batch_size:
-            reason = batch.broken[0] if batch.broken else "without replacement"
+            reason = batch.broken[0]  # nothing else makes a batch smaller
             raise UserError(
                 f"--data: {dataset.name} has too few whole images ({reason}); mend or remove the broken ones"
             )

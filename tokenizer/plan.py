@@ -6,8 +6,6 @@ run that resumes under other options, another tokenizer or other images is refus
 
 import dataclasses
 import hashlib
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ import torch
 from vqgen.artifact import read_json, write_json
 from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
+from vqgen.folder import remove
 from vqgen.hardware import precision_of
 
 from .codes import MANIFEST, Manifest, code_shape, shard_name, verify_checksum
@@ -179,9 +178,9 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         raise UserError(f"--output: {folder} holds files of something else; choose another folder")
     if planned and not overwrite:
         _compare(folder, plan)
-        _remove(_own_files(folder, temporary=True))
+        remove(_own_files(folder, temporary=True))
     else:
-        _remove([*_own_files(folder, temporary=True), *_own_files(folder, temporary=False)])
+        remove([*_own_files(folder, temporary=True), *_own_files(folder, temporary=False)])
         write_json(folder / PLAN, plan)
 
 
@@ -190,14 +189,6 @@ def _own_files(folder: Path, temporary: bool) -> list[Path]:
     names = (MANIFEST, "codes-[0-9]*.safetensors", TOKENIZER, CONFIG, PLAN)
     patterns = [f".{name}.*.part" for name in names] if temporary else names
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def _compare(folder: Path, plan: dict[str, Any]) -> None:
@@ -225,4 +216,4 @@ def reopen(folder: Path) -> None:
     for entry in entries:
         if (folder / entry.file).exists():
             verify_checksum(folder, entry)
-    _remove([folder / MANIFEST])
+    remove([folder / MANIFEST])
