@@ -152,14 +152,18 @@ def run(module: str, *words: Any, hook: Callable[[], Any] | None = None) -> Ende
     return start(module, *words, hook=hook).wait()
 
 
-def run_two(module: str, *words: Any, hooks: Sequence[Callable[[], Any] | None] = (None, None)) -> list[Ended]:
-    """Two processes of one distributed run, with the environment that torchrun and `accelerate launch` give them."""
+def two_ranks() -> list[dict[str, str]]:
+    """The environment that torchrun and `accelerate launch` give to each of two processes that are to meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    started = [start(module, *words, environ=environ, hook=hook) for environ, hook in zip(ranks, hooks)]
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def run_two(module: str, *words: Any, hooks: Sequence[Callable[[], Any] | None] = (None, None)) -> list[Ended]:
+    """Two processes of one distributed run."""
+    started = [start(module, *words, environ=environ, hook=hook) for environ, hook in zip(two_ranks(), hooks)]
     return [process.wait() for process in started]
 
 

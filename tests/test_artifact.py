@@ -246,6 +246,8 @@ if delays:
     for number, delay in enumerate(delays):
         folder = root / str(number)
         process = child(forever)
+        while not (folder / "text").exists():  # on a busy machine the first write may take longer than the delay
+            time.sleep(0.001)
         time.sleep(float(delay))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -296,8 +298,7 @@ def test_a_kill_before_any_step_of_a_write_leaves_the_old_or_the_new(tmp_path: P
 def test_a_kill_at_any_moment_leaves_no_partial_file(tmp_path: Path) -> None:
     delays = [random.Random(i).uniform(0.01, 0.15) for i in range(16)]
     texts = [folder / "text" for folder in crash(tmp_path, 3_000_000, *delays)]
-    found = [path.read_text() for path in texts if path.exists()]
-    assert len(found) > 10
+    found = [path.read_text() for path in texts]
     for text in found:
         assert len(text) == 3_000_000 and len(set(text)) == 1
 

@@ -164,6 +164,63 @@ def test_the_command_line_reads(words: str, path: str, value: Any) -> None:
     assert found == value and type(found) is type(value)
 
 
+@dataclass
+class Bare:
+    """A configuration with words that belong to no option."""
+
+    files: list[str] = field(metadata={"positional": "FILES"})
+    """Some files."""
+    flip: bool = False
+    """Mirror."""
+    steps: int = 1
+    """How many steps."""
+    size: list[int] = field(default_factory=list)
+    """Height and width."""
+
+
+@pytest.mark.parametrize(
+    ("words", "files", "rest"),
+    [
+        ("a.png", ["a.png"], (False, 1, [])),
+        ("a b/c '[d]' 'e, f' g=h null", ["a", "b/c", "[d]", "e, f", "g=h", "null"], (False, 1, [])),
+        ("a.png --steps 3 b.png --flip c.png", ["a.png", "b.png", "c.png"], (True, 3, [])),
+        ("--steps=3 __a.png --size=4,5 _", ["__a.png", "_"], (False, 3, [4, 5])),
+        ("a.png --size 4 5", ["a.png"], (False, 1, [4, 5])),
+        ("--files a.png b.png --flip", ["a.png", "b.png"], (True, 1, [])),
+    ],
+)
+def test_bare_words_go_to_the_option_that_takes_them(words: str, files: list[str], rest: tuple[Any, ...]) -> None:
+    found = parse(Bare, shlex.split(words))
+    assert found.files == files and (found.flip, found.steps, found.size) == rest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "FILES or --files is needed; --help lists all options"),
+        ("a.png --files b.png", "--files: given twice, also as 'a.png'; name all of them in one place"),
+        ("a.png -n 3", "unexpected argument '-n': options begin with --"),
+        ("a.png --flop", "unknown option --flop; did you mean --flip?"),
+        ("--size 4 a.png", "--size: found [4, 'a.png'], expected list of int"),
+    ],
+)
+def test_bare_words_that_do_not_fit(words: str, message: str) -> None:
+    assert refusal(parse, Bare, shlex.split(words)) == message
+
+
+def test_help_shows_where_bare_words_go() -> None:
+    lines = help_text("vqgen-x", "Does a thing.", Bare).splitlines()
+    assert lines[0] == "usage: vqgen-x FILES ... [--config FILE] [--option VALUE ...]"
+    assert "  --files list of text  (needed)" in lines
+    assert help_text("x", "y", Example).startswith("usage: x [--config FILE]")
+
+
+def test_bare_words_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("files: [a, b]")
+    assert parse(Bare, ["--config", str(tmp_path / "c.yaml")]).files == ["a", "b"]
+    assert parse(Bare, ["c", "--config", str(tmp_path / "c.yaml")]).files == ["c"]
+
+
 def test_underscores_are_read_as_hyphens() -> None:
     @dataclass
     class Two:
@@ -296,6 +353,16 @@ def test_the_line_wins_over_the_file_wherever_either_stands(tmp_path: Path) -> N
         assert (config.name, config.inner.lr) == ("file", 0.5)
 
 
+def test_the_later_of_several_files_wins_and_the_line_over_all(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("inner: {steps: 5}\nclass: [a]\n")
+    (tmp_path / "two.yaml").write_text("inner: {steps: 6}\n")
+    files = [f"--config={tmp_path / name}" for name in ("one.yaml", "two.yaml")]
+    both = example(*files)
+    assert (both.inner.steps, both.class_) == (6, ["a"])
+    assert example(*reversed(files)).inner.steps == 5
+    assert example(files[0], "--steps", "7", files[1]).inner.steps == 7
+
+
 def test_an_option_on_the_line_that_equals_the_default_still_wins(tmp_path: Path) -> None:
     assert in_file(tmp_path, "name: file", "--name", "plain").name == "plain"
 
@@ -325,7 +392,7 @@ def test_each_preset_opens_with_the_command_that_runs_it(preset: str, programs: 
         if not line.endswith("\\"):
             break
     name, *words = shlex.split(text)
-    assert words[words.index("--config") + 1] == preset
+    assert preset in [words[index + 1] for index, word in enumerate(words) if word == "--config"]
     parse(programs[name].config, words)
 
 

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from vqgen.artifact import load_artifact
-from vqgen.tokenizer.quantize import QuantizerConfig, VectorQuantizer
+from vqgen.tokenizer.quantize import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers import quantizer_for
 
 # No dropout: its noise is each process's own.
 STAGE_ONE = (
@@ -69,8 +70,7 @@ def test_two_processes_train_the_tokenizer_that_one_does(single: Path, double: P
     first, expected = rows(double)[0], rows(single)[0]
     for name in ("reconstruction", "quantizer", "loss", "grad_norm", "lr"):
         assert first[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-5), name
-    # Later steps follow, but for what differs by nature: rounding, which random latent a revived code takes, and the
-    # adaptive weight of the adversarial loss, of which every process has its own.
+    # Later steps follow, but for what differs by nature: rounding, and which random latent a revived code takes.
     alike(double, single, ["train/reconstruction", "heldout/psnr"], 0.05)
     assert "train/discriminator" in rows(double)[-2]
     tensors = load_artifact(double, "tokenizer").tensors
@@ -136,7 +136,16 @@ def test_under_accelerate_launch(tmp_path: Path, double: Path) -> None:
 
 # The quantizer by itself: its codebook on two processes, each with half of the latents.
 
-KINDS: tuple[Literal["ema", "gradient"], ...] = ("ema", "gradient")
+KINDS: dict[str, dict[str, Any]] = {
+    "ema": {},
+    "gradient": {"codebook": "gradient"},
+    "euclidean": {"l2_normalize": False},
+    "entropy": {"entropy_weight": 0.2, "entropy_temperature": 0.5},
+    "residual": {"quantizer": "residual", "depth": 2},
+    "residual-shared": {"quantizer": "residual", "depth": 2, "shared_codebook": True},
+    "product": {"quantizer": "product", "depth": 2},
+    "simvq": {"quantizer": "simvq", "estimator": "rotation"},
+}
 States = list[dict[str, Tensor]]
 
 
@@ -147,26 +156,45 @@ def _latents(step: int) -> Tensor:
     return torch.randn(8, 6, 4, 4, generator=generator) + 3 * shift
 
 
+def _quantizer(kind: str) -> Quantizer:
+    torch.manual_seed(0)
+    learning = {"revive_after": 3, "codebook_decay": 0.8} if kind != "simvq" else {}
+    return quantizer_for(6, QuantizerConfig(codebook_size=24, code_dim=4, **learning, **KINDS[kind]))
+
+
+def _step(quantizer: Quantizer, z: Tensor) -> dict[str, Tensor]:
+    """Quantize once: the state afterwards, and the gradients of the parameters, averaged over the processes."""
+    quantizer.zero_grad()
+    out = quantizer(z)
+    (out.loss + out.z_q.square().mean()).backward()
+    found = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    for name, parameter in quantizer.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        if dist.is_initialized():
+            dist.all_reduce(grad)
+            grad /= 2
+        found[f"{name}.grad"] = grad
+    return found
+
+
 def _train_quantizers(rank: int, folder: str) -> None:
-    """Start, update and revive a codebook of each kind on one process of two; all states go to a file of its own."""
+    """Start, update and revive codebooks of each kind on one process of two; all states go to a file of its own."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     states: dict[str, States] = {kind: [] for kind in KINDS}
     for kind in KINDS:
-        torch.manual_seed(0)
-        config = QuantizerConfig(24, 4, codebook=kind, revive_after=3, codebook_decay=0.8)
-        quantizer = VectorQuantizer(6, config)
+        quantizer = _quantizer(kind)
         torch.manual_seed(100 + rank)  # from here on each process draws its own numbers
-        for step in range(10):
-            mine = _latents(step).chunk(2)[rank]
-            quantizer(mine) if step else quantizer.start(mine)
-            states[kind].append({name: value.clone() for name, value in quantizer.state_dict().items()})
+        quantizer.start(_latents(0).chunk(2)[rank])
+        states[kind].append({name: value.clone() for name, value in quantizer.state_dict().items()})
+        for step in range(1, 10):
+            states[kind].append(_step(quantizer, _latents(step).chunk(2)[rank]))
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def codebooks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[States]]:
-    """Every state on both processes, of an EMA and of a gradient codebook."""
+    """Every state on both processes, of codebooks of each kind."""
     folder = tmp_path_factory.mktemp("codebooks")
     start_processes(_train_quantizers, (str(folder),), nprocs=2, start_method="forkserver")
     both = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -176,26 +204,30 @@ def codebooks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[States
 @pytest.mark.parametrize("kind", KINDS)
 def test_codebooks_stay_the_same_on_both(codebooks: dict[str, list[States]], kind: str) -> None:
     ours, theirs = codebooks[kind]
+    books = [name.removesuffix("idle") for name in ours[0] if name.endswith("idle")]
+    vectors = 256 if kind == "residual-shared" else 128  # a step; it learns from those of both depths at once
     revived = 0
     for step, (state, other) in enumerate(zip(ours, theirs)):
         for name, value in state.items():
             assert torch.equal(value, other[name]), f"{name} differs after step {step}"
-        if step:
+        for book in books if step else []:
+            before = ours[step - 1]
+            assert state[f"{book}idle"].max() < 3, "a code died and was not revived"
+            moved = (state[f"{book}codes"] != before[f"{book}codes"]).any(dim=1)
+            here = (before[f"{book}idle"] == 2) & (state[f"{book}idle"] == 0)
             # Without an optimizer a gradient codebook moves by revival alone; an EMA code revived has the mean count.
-            moved = (state["codebook"] != ours[step - 1]["codebook"]).any(dim=1)
-            here = state["counts"] == 128 / 24 if kind == "ema" else moved
-            assert (ours[step - 1]["idle"][here] == 2).all() and moved[here].all()
+            here &= moved if kind == "gradient" else state[f"{book}weights"] == vectors / 24
+            assert moved[here].all()
             revived += int(here.sum())
-    assert revived > 0, "no code fell out of use: revival was not seen"
+    assert revived or kind == "simvq", "no code fell out of use: revival was not seen"
 
 
-def test_one_update_of_two_processes_is_that_of_one(codebooks: dict[str, list[States]]) -> None:
-    """k-means start and EMA update over both halves, as one process over the whole."""
-    states = codebooks["ema"][0]
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(6, QuantizerConfig(24, 4, revive_after=3, codebook_decay=0.8))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_update_of_two_processes_is_that_of_one(codebooks: dict[str, list[States]], kind: str) -> None:
+    """k-means start, update and gradients over both halves, as one process over the whole."""
+    states = codebooks[kind][0]
+    quantizer = _quantizer(kind)
     torch.manual_seed(100)
     quantizer.start(_latents(0))
     torch.testing.assert_close(dict(quantizer.state_dict()), states[0])
-    quantizer(_latents(1))
-    torch.testing.assert_close(dict(quantizer.state_dict()), states[1])
+    torch.testing.assert_close(_step(quantizer, _latents(1)), states[1])

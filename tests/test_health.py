@@ -6,7 +6,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqgen.health import Finding, codebook_collapse, non_finite_origin, overfitting, pinned_discriminator
+from vqgen.health import (
+    Finding,
+    adversary_dominates,
+    codebook_collapse,
+    codebook_too_large,
+    learning_rate_too_high,
+    non_finite_origin,
+    overfitting,
+    pinned_discriminator,
+)
+
+# ---- a codebook too large ----
+
+
+@pytest.mark.parametrize(
+    ("codes", "vectors", "fitting"),
+    [(65_536, 60_800, 1024), (512, 4095, 64), (1024, 1024, 32), (512, 0, 2), (4, 31, 2)],
+)
+def test_a_codebook_too_large_for_the_images(codes, vectors, fitting):
+    found = codebook_too_large(codes, vectors)
+    assert found is not None and found.name == "codebook too large"
+    assert f"{codes} codes for {vectors} positions" in found.measured and f"--codebook-size {fitting}," in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("codes", "vectors"),
+    [
+        (512, 8000 * 64),  # the demo
+        (8192, 50_000 * 64),  # CIFAR-10
+        (16_384, 1000 * 256),  # a thousand photographs
+        (512, 4096),
+    ],
+)
+def test_a_codebook_that_the_images_fill(codes, vectors):
+    assert codebook_too_large(codes, vectors) is None
+
 
 # ---- codebook collapse ----
 
@@ -20,11 +55,10 @@ def validations(*figures: tuple[float, float]) -> list[dict]:
 
 
 def test_collapse_by_few_codes_and_by_uneven_use():
-    few = codebook_collapse(validations((100, 60), (90, 50)), 512)
-    assert few is not None and few.name == "codebook collapse"
+    few = codebook_collapse(validations((100, 60), (90, 50)), 512, "use less")
+    assert few is not None and few.name == "codebook collapse" and few.remedy == "use less"
     assert "90 of 512" in few.measured and "perplexity 50" in few.measured
-    assert "--codebook ema" in few.remedy and "--codebook-size" in few.remedy
-    uneven = codebook_collapse(validations((400, 20), (410, 21)), 512)
+    uneven = codebook_collapse(validations((400, 20), (410, 21)), 512, "")
     assert uneven is not None
 
 
@@ -40,13 +74,182 @@ def test_collapse_by_few_codes_and_by_uneven_use():
     ],
 )
 def test_no_collapse(figures):
-    assert codebook_collapse(validations(*figures), 512) is None
+    assert codebook_collapse(validations(*figures), 512, "") is None
 
 
 def test_collapse_counts_the_codes_that_could_occur():
     """1000 held-out positions cannot use 16384 codes."""
     rows = validations((700, 500), (700, 500))
-    assert codebook_collapse(rows, 1000) is None and codebook_collapse(rows, 16_384) is not None
+    assert codebook_collapse(rows, 1000, "") is None and codebook_collapse(rows, 16_384, "") is not None
+
+
+def test_collapse_waits_for_the_first_revivals():
+    """The first steps of the vqvae preset on CIFAR-10: fewer and fewer codes until unused ones are revived."""
+    figures = {20: (490, 148), 40: (250, 94), 60: (240, 95), 80: (250, 99), 200: (245, 96), 220: (800, 500)}
+    rows = [
+        {"step": step, "heldout/codes_used": used, "heldout/perplexity": perplexity}
+        for step, (used, perplexity) in figures.items()
+    ]
+    assert codebook_collapse(rows[:4], 1024, "", settled=0) is not None
+    for count in range(len(rows) + 1):
+        assert codebook_collapse(rows[:count], 1024, "", settled=200) is None
+    assert codebook_collapse([*rows[:5], {**rows[4], "step": 220}], 1024, "", settled=200) is not None
+
+
+# ---- a learning rate too high ----
+
+
+def logged(every: int, growth: list[float], losses: list[float], lr: float = 2e-3) -> list[dict]:
+    """Training rows, one every so many steps."""
+    keys = ("train/weight_growth", "train/reconstruction")
+    return [
+        {"step": every * (i + 1), "train/lr": lr, **dict(zip(keys, pair))} for i, pair in enumerate(zip(growth, losses))
+    ]
+
+
+# From real runs on the demo's images; the second and third differ from the first in their learning rate alone.
+HEALTHY = (
+    [1.000, 1.001, 1.002, 1.005, 1.007, 1.008, 1.009, 1.009, 1.009, 1.010, 1.010, 1.010],
+    [0.5128, 0.2222, 0.1459, 0.09368, 0.07078, 0.06622, 0.05534, 0.05029, 0.04585, 0.04552, 0.04216, 0.04103],
+)
+THIRTYFOLD = (
+    [1.034, 1.447, 2.219, 2.828, 3.222, 3.465, 3.607, 3.685, 3.726, 3.743, 3.750, 3.751],
+    [0.5941, 0.3919, 0.3818, 0.2379, 0.1949, 0.1752, 0.1535, 0.1241, 0.1145, 0.1065, 0.09949, 0.1014],
+)
+# 30 times as high, without warm-up, a row every 10 steps.
+EXPLODING = ([3.18, 5.21, 5.92], [2.94, 0.458, 0.296])
+# The vqvae preset on CIFAR-10, a row every 20 steps, as it is and 30 times as high.
+VQVAE = ([1.000, 1.001, 1.002], [0.2388, 0.1398, 0.1034])
+VQVAE_THIRTYFOLD = ([1.059, 1.368, 1.856], [0.3028, 0.2649, 0.2065])
+
+
+@pytest.mark.parametrize(
+    ("every", "run", "said"),
+    [
+        (5, THIRTYFOLD, "grew 1.4-fold from step 5 to step 10"),
+        (10, EXPLODING, "grew 3.2-fold from step 0 to step 10"),
+        (20, VQVAE_THIRTYFOLD, "grew 1.3-fold from step 20 to step 40"),
+        (10, ([1.0] * 3, [4.41, 0.604, 0.328]), "was 4.41, where plain grey has at most 1"),
+        (20, ([1.0] * 12, [0.03] * 7 + [0.2, 0.3, 0.3, 0.25, 0.28]), "rose from 0.03 to 0.28"),
+    ],
+)
+def test_a_learning_rate_too_high(every, run, said):
+    found = learning_rate_too_high(logged(every, *run, lr=0.06))
+    assert found is not None and found.name == "learning rate too high"
+    assert said in found.measured and "--lr of a tenth (it has been 0.06)" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("every", "run"),
+    [
+        (5, HEALTHY),
+        (20, VQVAE),
+        (100, ([1.05, 1.1, 1.2, 1.37, 1.6, 1.9, 2.5, 3.2], [0.05] * 8)),  # weights grow in long runs, too
+        (1, ([1.002, 1.004, 1.006], [1.1, 0.9, 0.7])),  # a dark image and an untrained decoder
+        (20, ([1.0] * 12, [0.03] * 7 + [0.05, 0.06, 0.07, 0.05, 0.06])),  # it doubles
+        (20, ([1.0] * 12, [0.03] * 11 + [0.3])),  # one bad batch
+        (20, ([1.0] * 9, [0.03] * 4 + [0.3] * 5)),  # too short to tell
+        (5, ([], [])),
+    ],
+)
+def test_a_learning_rate_that_will_do(every, run):
+    for count in range(len(run[0]) + 1):
+        assert learning_rate_too_high(logged(every, run[0][:count], run[1][:count])) is None
+
+
+def test_a_learning_rate_is_told_from_rows_of_a_resumed_run():
+    """What was not finite comes back as text, and a row of a validation lies between."""
+    rows = [{"step": 5, "train/weight_growth": "nan", "train/reconstruction": "inf"}, {"step": 5, "heldout/psnr": 9.0}]
+    assert learning_rate_too_high(rows) is None
+    found = learning_rate_too_high([*rows, {"step": 10, "train/weight_growth": 1.5}])
+    assert found is not None and "from step 0 to step 10" in found.measured and "a tenth, or" in found.remedy
+
+
+def test_an_adversary_may_raise_the_reconstruction_loss():
+    rows = logged(20, [1.0] * 12, [0.03] * 7 + [0.3] * 5)
+    assert learning_rate_too_high(rows) is not None
+    rows[8]["train/adversarial"] = 0.1
+    assert learning_rate_too_high(rows) is None
+
+
+# ---- an adversarial loss that dominates ----
+
+
+def duel(real: list[float], fake: list[float]) -> list[dict]:
+    """Rows of both players' mean logits."""
+    return [
+        {"step": i, "train/adversarial": -f, "train/discriminator_real": r, "train/discriminator_fake": f}
+        for i, (r, f) in enumerate(zip(real, fake))
+    ]
+
+
+# Real runs: the discriminator from step 0 at full weight, and one that starts after 40 steps at a tenth of it.
+RUINED = ([0.096, 0.100, 0.099, 0.094, 0.089, 0.078], [0.194, 0.345, 0.322, 0.253, 0.221, 0.186])
+KEEPING_UP = ([0.110, 0.002, -0.046, -0.067, -0.068], [0.052, -0.077, -0.143, -0.163, -0.171])
+
+
+def test_a_decoder_that_serves_the_discriminator():
+    found = adversary_dominates(duel(*RUINED))
+    assert found is not None and found.name == "adversarial loss dominates"
+    assert "reconstructions (0.19) for more real than originals (0.08)" in found.measured
+    assert "--gan-start" in found.remedy and "--gan-weight" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("real", "fake"),
+    [
+        KEEPING_UP,
+        ([0.025, 0.020, 0.009, 0.0003, 0.002, -0.003], [0.018, 0.013, 0.003, -0.003, 0.0004, -0.004]),  # even
+        (RUINED[0][:4], RUINED[1][:4]),  # too short to tell
+        ([0.1, 0.1, 0.1, 0.4, 0.1], [0.3, 0.3, 0.3, 0.3, 0.3]),  # not in every row
+        ([], []),
+    ],
+)
+def test_a_discriminator_that_keeps_up(real, fake):
+    assert adversary_dominates(duel(real, fake)) is None
+
+
+def test_a_discriminator_that_trains_alone_first_ruins_nothing():
+    rows = [{key: value for key, value in row.items() if key != "train/adversarial"} for row in duel(*RUINED)]
+    assert adversary_dominates(rows) is None
+    assert adversary_dominates([*rows, *duel([0.1], [0.4])]) is None
+
+
+def quality(*figures: tuple[float, ...], felt: int = 1) -> list[dict]:
+    """Validations with PSNR and, where it is measured, LPIPS; the decoder feels the discriminator after `felt`."""
+    rows: list[dict] = []
+    for i, figure in enumerate(figures):
+        rows += [{"train/adversarial": 0.1}] if i >= felt else []
+        rows.append(dict(zip(("heldout/psnr", "heldout/lpips"), figure)))
+    return rows
+
+
+def test_reconstructions_that_the_discriminator_ruins():
+    found = adversary_dominates(quality((15.6,), (17.2,), (14.8,), (14.4,)))
+    assert found is not None and "fell from 17.2 dB to 14.4 dB" in found.measured
+    worse = quality((22.0, 0.41), (22.2, 0.40), (18.4, 0.53), (14.5, 0.64))
+    assert adversary_dominates(worse) is not None
+    risen = [{"train/reconstruction": 0.03}] * 7 + [{"train/reconstruction": 0.2, "train/adversarial": 0.2}] * 5
+    found = adversary_dominates(risen)
+    assert found is not None and "rose from 0.03 to 0.2" in found.measured
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        quality((22.0, 0.41), (22.2, 0.40), (20.3, 0.30), (20.1, 0.27)),  # what it is there for
+        quality((22.0,), (22.2,), (21.3,), (21.0,)),  # within what it may cost
+        quality((15.6,), (17.5,), (18.4,), (19.1,), (19.3,)),  # healthy
+        quality((22.0,), (22.2,), (19.0,), (21.5,)),  # it recovers
+        quality((22.0,), (22.2,), (19.0,)),  # not twice yet
+        quality((17.2,), (14.8,), (14.4,), felt=9),  # nothing is felt: another fault
+        [{"train/reconstruction": 0.03}] * 7 + [{"train/reconstruction": 0.05, "train/adversarial": 0.2}] * 5,
+        [],
+    ],
+)
+def test_reconstructions_that_the_discriminator_does_not_ruin(rows):
+    for count in range(len(rows) + 1):
+        assert adversary_dominates(rows[:count]) is None
 
 
 # ---- a pinned discriminator ----

@@ -88,7 +88,7 @@ def test_the_reference_uses_what_is_to_be_resumed(one: Path, two: Path) -> None:
     optimizers = torch.load(checkpoint / "optimizers.pt", weights_only=True)
     assert len(optimizers["discriminator"]["state"]) > 0
     # No code is idle for longer than --revive-after allows, though no batch uses them all: some were revived.
-    idle = load_file(checkpoint / "tokenizer.safetensors")["quantizer.idle"]
+    idle = load_file(checkpoint / "tokenizer.safetensors")["quantizer.codebook.idle"]
     assert idle.max() < 2
     assert max(row["train/usage"] for row in train) < 1
     average, now = (load_file(checkpoint / f"{name}.safetensors") for name in ("average", "tokenizer"))
@@ -188,10 +188,23 @@ def test_an_interrupt_from_the_keyboard_saves_with_workers_too(tmp_path: Path, o
     same(folder, one)
 
 
+# Killed within a window of the plateau's; it begins at step 6.
+ADVERSARY = (
+    "--gan-loss non-saturating --gan-spectral-norm --gan-lecam 0.3 --gan-augment color translation cutout "
+    "--gan-start-at plateau --gan-start 11 --gan-plateau-steps 3 --gan-plateau 0.9"
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    ["--precision bf16", "--codebook gradient --no-kmeans-start --accumulate 1", "--workers 1", "--no-channels-last"],
+    [
+        ADVERSARY,
+        "--precision bf16",
+        "--codebook gradient --no-kmeans-start --accumulate 1",
+        "--workers 1",
+        "--no-channels-last",
+    ],
 )
 def test_tokenizer_killed_in_other_settings(tmp_path: Path, changes: str) -> None:
     words = [*STAGE_ONE, *changes.split(), "--output"]

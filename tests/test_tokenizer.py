@@ -1,4 +1,4 @@
-"""The tokenizer's parts: layers, discriminator, LPIPS, the model with its folder, and figures of reconstructions."""
+"""The tokenizer's parts: layers, discriminator, LPIPS, and the model with what it offers and its folder."""
 
 import copy
 import json
@@ -13,15 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision import models
-from torchvision.io import decode_png, read_file
+from torchvision.io import decode_png
+from torchvision.transforms.v2.functional import to_image
 
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer import images as image_module
 from vqgen.tokenizer.discriminator import PatchDiscriminator
 from vqgen.tokenizer.images import ImageConfig, open_images
 from vqgen.tokenizer.layers import Decoder, Encoder, ModelConfig
@@ -29,7 +28,6 @@ from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.perceptual import PerceptualDistance
 from vqgen.tokenizer.pixels import to_float, to_uint8
 from vqgen.tokenizer.quantize import QuantizerConfig
-from vqgen.tokenizer.reconstruct import psnr, reconstruct, write_comparison
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 
@@ -379,7 +377,7 @@ def test_lpips_by_torchvision(alex, monkeypatch):
         PerceptualDistance("alex", "torchvision")
 
 
-# ---- the model and its folder ----
+# ---- encode, decode and reconstruct ----
 
 
 @pytest.mark.parametrize(("codebook", "l2"), [("ema", True), ("ema", False), ("gradient", True), ("gradient", False)])
@@ -391,22 +389,207 @@ def test_encode_and_decode_are_the_halves_of_forward(codebook, l2):
     assert (tokenizer.factor, tokenizer.grid, tokenizer.depth, tokenizer.codebook_size) == (2, (8, 12), 1, 32)
     assert codes.shape == (2, 8, 12) and codes.dtype == torch.int64 and torch.equal(codes, out.quantized.codes)
     assert not codes.is_inference() and not tokenizer.decode(codes).requires_grad
-    torch.testing.assert_close(tokenizer.decode(codes), out.images, atol=1e-5, rtol=1e-4)
+    assert out.images.abs().max() > 1, "nothing would be clamped"
+    torch.testing.assert_close(tokenizer.decode(codes), out.images.clamp(-1, 1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(tokenizer.reconstruct(x), tokenizer.decode(codes))
 
 
-def test_other_sizes_that_the_factor_divides():
+@pytest.mark.parametrize("options", [{"attention": True}, {"attention": False, "patch": 2, "multipliers": [1, 1, 2]}])
+def test_every_size_that_the_factor_divides(options):
+    tokenizer = make(size=(16, 24), **options).eval()
+    f = tokenizer.factor
+    for height, width in ((f, f), (f, 3 * f), (32, 16), (40, 24), (96, 64)):
+        x = noise(2, 3, height, width)
+        codes = tokenizer.encode(x)
+        assert codes.shape == (2, height // f, width // f)
+        torch.testing.assert_close(tokenizer.reconstruct(x), tokenizer(x).images.clamp(-1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_picture_is_the_same_wherever_it_lies_in_a_batch():
     tokenizer = make().eval()
-    for height, width in ((8, 8), (2, 6), (32, 20)):
-        codes = tokenizer.encode(noise(1, 3, height, width))
-        assert codes.shape == (1, height // 2, width // 2)
-        assert tokenizer.decode(codes).shape == (1, 3, height, width)
+    x = noise(5, 3, 24, 32)
+    whole = tokenizer.encode(x)
+    for i in range(5):
+        assert torch.equal(tokenizer.encode(x[i : i + 1])[0], whole[i])
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 24), (4, 16, 24), (3, 15, 24), (3, 16, 23)])
-def test_images_that_do_not_fit_are_refused(shape):
-    text = "x".join(map(str, shape))
-    with pytest.raises(UserError, match=rf"images are {text}; this tokenizer takes 3 channels .* divisible by 2"):
-        make().encode(noise(1, *shape))
+@pytest.mark.parametrize(("quantizer", "depth"), [("residual", 3), ("product", 2)])
+def test_several_codes_a_position(quantizer, depth):
+    torch.manual_seed(0)
+    settings = QuantizerConfig(quantizer=quantizer, codebook_size=32, code_dim=4, depth=depth)
+    tokenizer = Tokenizer(TokenizerConfig([16, 24], 3, sizes(), settings)).eval()
+    x = noise(2, 3, 8, 12)
+    codes = tokenizer.encode(x)
+    assert codes.shape == (2, 4, 6, depth) and tokenizer.depth == depth
+    torch.testing.assert_close(tokenizer.decode(codes), tokenizer(x).images.clamp(-1, 1), atol=1e-5, rtol=1e-4)
+    expected = rf"expected integers \(B, h, w, {depth}\)"
+    for wrong in (codes[..., 0], codes[..., :1], codes[0]):
+        with pytest.raises(UserError, match=rf"codes have shape \({wrong.shape[0]}, .*{expected}"):
+            tokenizer.decode(wrong)
+    codes[0, 1, 2, -1] = 32
+    with pytest.raises(UserError, match=r"codes run from \d+ to 32, but the codebook has 0 to 31"):
+        tokenizer.decode(codes)
+
+
+def test_images_come_back_as_they_were_given():
+    """uint8 for uint8, float for float, of their own type, and the same codes for all of them."""
+    tokenizer = make().eval()
+    pixels = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = tokenizer.encode(to_float(pixels))
+    decoded = tokenizer.decode(codes)
+    assert decoded.dtype == torch.float32 and decoded.abs().max() == 1
+    assert torch.equal(tokenizer.encode(pixels), codes)
+    assert torch.equal(tokenizer.reconstruct(pixels), to_uint8(decoded))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        images = to_float(pixels).to(dtype)
+        assert torch.equal(tokenizer.encode(images), tokenizer.encode(images.float()))
+        again = tokenizer.reconstruct(images)
+        assert again.dtype == dtype and torch.equal(again, tokenizer.reconstruct(images.float()).to(dtype))
+
+
+def test_photographs_larger_than_those_of_training(photos):
+    """2 x 3 photographs as one, for a tokenizer of 32-pixel images."""
+    tokenizer = make((32, 32), patch=2).eval()
+    mosaic = torch.cat([torch.cat(list(photos[i : i + 3]), dim=2) for i in (0, 3)], dim=1)[None]
+    again = tokenizer.reconstruct(mosaic)
+    assert again.shape == (1, 3, 64, 96) and again.dtype == torch.uint8
+    assert torch.equal(again, to_uint8(tokenizer(to_float(mosaic)).images))
+    assert tokenizer.encode(mosaic).unique().numel() > 4, "all would look alike"
+
+
+def test_pictures_as_pillow_and_numpy_have_them():
+    """What the refusal advises works."""
+    tokenizer = make().eval()
+    array = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    expected = tokenizer.encode(torch.from_numpy(array).permute(2, 0, 1)[None])
+    for picture in (array, Image.fromarray(array)):
+        with pytest.raises(UserError, match=r"images are of type (ndarray|Image), .*to_image\(x\)\[None\]") as caught:
+            tokenizer.encode(picture)
+        assert "\n" not in str(caught.value)
+        assert torch.equal(tokenizer.encode(to_image(picture)[None]), expected)
+        assert torch.equal(tokenizer.decode(tokenizer.encode(to_image(picture)[None])), tokenizer.decode(expected))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 1, 16, 24), "images are 1x16x24; this tokenizer takes 3 channels and sides divisible by 2"),
+        (torch.zeros(1, 4, 16, 24), "images are 4x16x24; this tokenizer takes 3 channels"),
+        (torch.zeros(1, 3, 15, 24), "images are 3x15x24; .* crop or resize them"),
+        (torch.zeros(1, 3, 16, 23), "images are 3x16x23"),
+        (torch.zeros(1, 3, 0, 24), "images are 3x0x24"),
+        (torch.zeros(3, 16, 24), r"images have shape \(3, 16, 24\), expected .*: image\[None\] is a batch of one"),
+        (torch.zeros(16, 24), r"images have shape \(16, 24\), expected a tensor \(B, C, H, W\)"),
+        (torch.zeros(1, 3, 16, 24, dtype=torch.int64), "images are int64, expected .* uint8 or float"),
+        (torch.zeros(1, 3, 16, 24, dtype=torch.bool), "images are bool"),
+        (torch.full((1, 3, 16, 24), 255.0), r"from 255 to 255, expected .*uint8, or as images / 127.5 - 1"),
+        (torch.linspace(-2.1, 2.6, 16 * 24).expand(1, 3, -1).reshape(1, 3, 16, 24), "from -2.1 to 2.6"),
+        (torch.full((1, 3, 16, 24), -1.1), "from -1.1 to -1.1"),
+        (torch.full((1, 3, 16, 24), math.nan), "from nan to nan"),
+        ([[0.0]], "images are of type list"),
+    ],
+)
+def test_images_that_cannot_be_encoded_are_named(images, message):
+    tokenizer = make()
+    for call in (tokenizer.encode, tokenizer.reconstruct):
+        with pytest.raises(UserError, match=message) as caught:
+            call(images)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_single_odd_pixel_is_found_and_rounding_is_not():
+    tokenizer, images = make().eval(), noise(2, 3, 16, 24)
+    images[1, 2, 15, 23] = 1.004
+    tokenizer.encode(images)
+    for value in (1.02, -1.02, math.inf, math.nan):
+        images[1, 2, 15, 23] = value
+        with pytest.raises(UserError, match="images hold values"):
+            tokenizer.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(8, 12, dtype=torch.long), r"codes have shape \(8, 12\), expected integers \(B, h, w\)"),
+        (torch.zeros(1, 8, 12, 1, dtype=torch.long), "codes have shape"),
+        (torch.zeros(1, 0, 12, dtype=torch.long), "codes have shape"),
+        (torch.zeros(1, 8, 12), "codes are float32, expected integers"),
+        (torch.zeros(1, 8, 12, dtype=torch.bool), "codes are bool"),
+        (np.zeros((1, 8, 12), dtype=np.int64), "codes are of type ndarray"),
+        (torch.full((1, 8, 12), 32), "codes run from 32 to 32, but the codebook has 0 to 31; they are another"),
+        (torch.full((1, 8, 12), -1), "codes run from -1 to -1"),
+        (torch.full((1, 8, 12), 255, dtype=torch.uint8), "to 255"),
+        (torch.full((1, 8, 12), 60_000, dtype=torch.uint16), "to 60000"),
+    ],
+)
+def test_codes_that_cannot_be_decoded_are_named_before_they_are_looked_up(codes, message, monkeypatch):
+    """On CUDA an index that is not there ends everything that the process has on the device."""
+    tokenizer = make()
+    monkeypatch.setattr(tokenizer.quantizer, "decode", lambda codes: pytest.fail("looked up"))
+    with pytest.raises(UserError, match=message) as caught:
+        tokenizer.decode(codes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32])
+def test_codes_of_any_integer_type(dtype):
+    tokenizer = make().eval()
+    codes = tokenizer.encode(noise(2, 3, 16, 24))
+    assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
+
+
+def test_nothing_at_all():
+    tokenizer = make().eval()
+    codes = tokenizer.encode(torch.zeros(0, 3, 16, 24))
+    assert codes.shape == (0, 8, 12) and tokenizer.decode(codes).shape == (0, 3, 16, 24)
+    assert tokenizer.reconstruct(torch.zeros(0, 3, 16, 24, dtype=torch.uint8)).dtype == torch.uint8
+
+
+def test_training_mode_changes_nothing_and_is_kept():
+    tokenizer = make(dropout=0.5)
+    x = noise(2, 3, 16, 24)
+    assert not torch.equal(tokenizer.encoder(x), tokenizer.encoder(x))
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    tokenizer.train()
+    codes, images = tokenizer.encode(x), tokenizer.reconstruct(x)
+    assert all(module.training for module in tokenizer.modules())
+    assert torch.equal(tokenizer.encode(x), codes) and torch.equal(tokenizer.reconstruct(x), images)
+    with pytest.raises(UserError):
+        tokenizer.encode(x * 9)
+    assert tokenizer.training and not tokenizer.eval().training
+    assert torch.equal(tokenizer.encode(x), codes) and not tokenizer.training
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
+
+
+def test_autocast_gives_float32_images_and_16_bit_weights_are_refused():
+    tokenizer, x = make().eval(), noise(2, 3, 16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokenizer.reconstruct(x).dtype == tokenizer.decode(tokenizer.encode(x)).dtype == torch.float32
+    with pytest.raises(UserError, match=r"weights are bfloat16, .* torch\.autocast"):
+        tokenizer.to(torch.bfloat16).encode(x)
+
+
+def test_training_pays_for_no_checks(monkeypatch):
+    """Looking at values waits for the device; `forward` looks at none."""
+    monkeypatch.setattr(Tokenizer, "_pixels", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(Tokenizer, "_known", lambda *_: pytest.fail("checked"))
+    assert make()(3 * noise(2, 3, 16, 24)).images.shape == (2, 3, 16, 24)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_and_codes_come_from_any_device(tmp_path):
+    make().save(tmp_path)
+    tokenizer, x = Tokenizer.load(tmp_path, "cuda"), noise(2, 3, 16, 24)
+    codes = tokenizer.encode(x)
+    assert codes.device.type == "cuda" and torch.equal(codes, tokenizer.encode(x.cuda()))
+    assert torch.equal(tokenizer.decode(codes.cpu()), tokenizer.decode(codes)) and tokenizer.decode(codes).is_cuda
+    assert tokenizer.reconstruct(x).device == x.device and tokenizer.reconstruct(x.cuda()).is_cuda
+    with pytest.raises(UserError, match="codes run from"):
+        tokenizer.decode(codes + 99)
+    tokenizer.decode(codes).cpu()  # the device is as well as before
+
+
+# ---- the model's folder ----
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
@@ -433,8 +616,8 @@ def test_the_folder_holds_what_inference_needs_and_nothing_else(tmp_path, codebo
     tokenizer.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "vqgen.json"]
     names = set(load_file(tmp_path / "model.safetensors"))
-    learning = {f"quantizer.{name}" for name in ("idle", *(("counts", "sums") if codebook == "ema" else ()))}
-    assert names == set(tokenizer.state_dict()) - learning and "quantizer.codebook" in names
+    learning = {f"quantizer.codebook.{name}" for name in ("idle", *(("weights",) if codebook == "ema" else ()))}
+    assert names == set(tokenizer.state_dict()) - learning and "quantizer.codebook.codes" in names
     about = json.loads((tmp_path / "vqgen.json").read_text())
     assert about["kind"] == "tokenizer" and about["grid"] == [8, 12] and about["codebook_size"] == 32
     assert about["architecture"]["image_size"] == [16, 24] and about["architecture"]["channels"] == 3
@@ -504,97 +687,3 @@ def test_the_weights_of_another_model_are_refused(tmp_path):
     make(seed=1).save(tmp_path / "two")
     (tmp_path / "one" / "model.safetensors").write_bytes((tmp_path / "two" / "model.safetensors").read_bytes())
     assert "fingerprint" in not_loaded(tmp_path / "one")
-
-
-# ---- figures of reconstructions ----
-
-
-@pytest.fixture(scope="module")
-def measured():
-    """A tokenizer, 20 held-out demo images (1, 24, 16), and their reconstructions one by one."""
-    config = ImageConfig(size=[24, 16], channels=1)
-    data = open_images("demo", "heldout", config)
-    tokenizer = make((24, 16), 1).eval()
-    originals = torch.stack([data[i].image for i in range(20)])
-    with torch.no_grad():
-        codes = [tokenizer.encode(to_float(image[None])) for image in originals]
-        results = torch.cat([to_uint8(tokenizer.decode(code)) for code in codes])
-    return tokenizer, data, config, originals, torch.cat(codes), results
-
-
-def figures(measured, batch_size: int, perceptual=None):
-    tokenizer, data, config, *_ = measured
-    return reconstruct(tokenizer, data, 20, batch_size, config, perceptual, Accelerator(cpu=True))
-
-
-def test_figures_are_those_of_torchmetrics(measured):
-    _, _, _, originals, codes, results = measured
-    found = figures(measured, 8)
-    one, two = results.float(), originals.float()
-    each = peak_signal_noise_ratio(one, two, data_range=255.0, reduction="none", dim=(1, 2, 3))
-    torch.testing.assert_close(psnr(results, originals), each)
-    assert found.figures["psnr"] == pytest.approx(each.mean().item(), rel=1e-5)
-    pooled = peak_signal_noise_ratio(one, two, data_range=255.0)
-    assert abs(found.figures["psnr"] - pooled.item()) > 1e-3, "the two kinds of mean would not be told apart"
-    ssim = structural_similarity_index_measure(one / 255, two / 255, data_range=1.0)
-    assert found.figures["ssim"] == pytest.approx(float(ssim), abs=1e-4)
-    assert torch.equal(found.originals, originals) and torch.equal(found.images, results)
-    # The histogram counted by hand.
-    counts: dict[int, int] = {}
-    for code in codes.flatten().tolist():
-        counts[code] = counts.get(code, 0) + 1
-    total = sum(counts.values())
-    assert total == 20 * 12 * 8
-    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
-    assert found.figures["codes_used"] == len(counts) and found.figures["usage"] == len(counts) / 32
-    assert found.figures["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-4)
-    assert "lpips" not in found.figures
-
-
-def test_figures_do_not_depend_on_the_batch_size(measured):
-    whole = figures(measured, 20).figures
-    for batch_size in (1, 7):
-        assert figures(measured, batch_size).figures == pytest.approx(whole, rel=1e-4, abs=1e-5)
-
-
-def test_lpips_is_measured_on_eight_bit_images(measured):
-    _, _, _, originals, _, results = measured
-
-    class Fake(nn.Module):
-        def forward(self, images, targets):
-            return (images - targets).abs().flatten(1).mean(dim=1)
-
-    expected = (to_float(results) - to_float(originals)).abs().mean().item()
-    assert figures(measured, 6, Fake()).figures["lpips"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_psnr_by_hand():
-    images = torch.tensor([0, 10, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    targets = torch.tensor([0, 0, 0], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    found = psnr(images, targets)
-    assert found[1] == pytest.approx(20 * math.log10(255 / 10), rel=1e-5)
-    assert found[2] == pytest.approx(0, abs=1e-5)
-    assert torch.isfinite(found[0]) and found[0] > 100
-
-
-def test_comparison_shows_each_image_above_its_reconstruction(measured, tmp_path):
-    _, _, _, originals, _, results = measured
-    write_comparison(tmp_path / "pairs.png", figures(measured, 8))
-    picture = decode_png(read_file(str(tmp_path / "pairs.png")))
-    # 20 images in rows of 8 of 24x16 pixels, with 2 pixels between them.
-    assert torch.equal(picture[:1, 2:26, 2:18], originals[0])
-    assert torch.equal(picture[:1, 28:52, 2:18], results[0])
-    assert torch.equal(picture[:1, 2:26, 20:36], originals[1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.png"]
-
-
-def test_broken_images_are_left_out_of_the_figures(measured, monkeypatch):
-    tokenizer, data, config, originals, _, results = measured
-    given = image_module.ordered_batches
-
-    def without_the_first(dataset, indices, batch_size, settings):
-        return given(dataset, [i for i in indices if i != 0], batch_size, settings)
-
-    monkeypatch.setattr("vqgen.tokenizer.reconstruct.ordered_batches", without_the_first)
-    found = reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
-    assert found.figures["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)

@@ -45,7 +45,6 @@ from .codes import (
 from .images import Batch, Key, mirrored
 from .loader import worker_count
 from .model import Tokenizer
-from .pixels import to_float
 from .plan import CONFIG, SPLITS, TOKENIZER, Job, ShardRange, TokenizeConfig, begin, build_job, reopen
 from .sources import Split
 
@@ -61,8 +60,8 @@ def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, pre
     """uint8 images (B, C, H, W), on the CPU or there -> int32 codes (B, h, w[, depth]) on `device`, not waited for."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-        pixels = to_float(images.to(device, non_blocking=True))
-        return tokenizer.encode(pixels.contiguous(memory_format=torch.channels_last)).to(torch.int32)
+        images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return tokenizer.encode(images).to(torch.int32)
 
 
 def view_seed(config: TokenizeConfig, index: int, view: int) -> int:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from vqgen.errors import UsageError
 
+from .norm import GroupNorm
+
 
 @dataclass
 class ModelConfig:
@@ -22,7 +24,9 @@ class ModelConfig:
     blocks: int = 2
     """Residual blocks a level in the encoder; the decoder has one more a level."""
     attention: bool = True
-    """Self-attention at the lowest resolution."""
+    """Self-attention at the lowest resolution, between the encoder's last two blocks and the decoder's first two."""
+    attention_levels: list[int] = field(default_factory=list)
+    """Levels (0 is the finest) with self-attention after each of their blocks besides."""
     latent_dim: int = 128
     """Channels between the encoder and the quantizer."""
     groups: int = 32
@@ -36,6 +40,11 @@ class ModelConfig:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
         if not self.multipliers or min(self.multipliers) < 1:
             raise UsageError(f"--multipliers: found {self.multipliers}, expected positive integers, one a level")
+        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
+            raise UsageError(
+                f"--attention-levels: found {self.attention_levels}, expected numbers from 0 to "
+                f"{len(self.multipliers) - 1}, one less than there are --multipliers"
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout: found {self.dropout}, expected 0 <= dropout < 1")
         for channels in self.channels:
@@ -61,16 +70,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        hidden = self.conv1(self.norm1(x))
+        hidden = self.conv2(self.dropout(self.norm2(hidden)))
         return self.shortcut(x) + hidden
 
 
@@ -79,14 +88,23 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, silu=False)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (t.flatten(2).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=1))
-        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, H*W, C)
+        mixed = _attend(query, key, value)
         return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention: (B, L, C) three times -> (B, L, C)."""
+    if query.device.type == "cpu" and query.shape[1] <= 1024:
+        # The gradient of torch's CPU kernel takes up to five times as long as that of the matrices held here.
+        query, key, value = (t.contiguous() for t in (query * query.shape[-1] ** -0.5, key, value))
+        return (query @ key.transpose(1, 2)).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class Downsample(nn.Module):
@@ -111,6 +129,13 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def _block(channels: int, level: int, config: ModelConfig) -> list[nn.Module]:
+    """A residual block of a level, and the attention after it where the level has it."""
+    out = config.channels[level]
+    block = ResidualBlock(channels, out, config.groups, config.dropout)
+    return [block, Attention(out, config.groups)] if level in config.attention_levels else [block]
+
+
 def _middle(channels: int, config: ModelConfig) -> list[nn.Module]:
     """The blocks at the lowest resolution, shared in shape by encoder and decoder."""
     block = ResidualBlock(channels, channels, config.groups, config.dropout)
@@ -131,10 +156,10 @@ class Encoder(nn.Module):
             if level:
                 layers.append(Downsample(width))
             for _ in range(config.blocks):
-                layers.append(ResidualBlock(width, out, config.groups, config.dropout))
+                layers += _block(width, level, config)
                 width = out
         layers += _middle(width, config)
-        layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU()]
+        layers += [GroupNorm(config.groups, width), nn.Identity()]
         layers.append(nn.Conv2d(width, config.latent_dim, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
@@ -151,11 +176,11 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, width, 3, padding=1), *_middle(width, config)]
         for level, out in reversed(list(enumerate(config.channels))):
             for _ in range(config.blocks + 1):
-                layers.append(ResidualBlock(width, out, config.groups, config.dropout))
+                layers += _block(width, level, config)
                 width = out
             if level:
                 layers.append(Upsample(width))
-        layers += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU()]
+        layers += [GroupNorm(config.groups, width), nn.Identity()]
         self.layers = nn.Sequential(*layers)
         self.last = nn.Conv2d(width, channels * config.patch**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(config.patch)

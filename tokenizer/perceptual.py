@@ -1,15 +1,18 @@
-"""LPIPS (Zhang et al. 2018) by the `lpips` library, with a backbone that is never silently random."""
+"""LPIPS (Zhang et al. 2018) on the networks of the `lpips` library, with a backbone that is never silently random."""
 
+import copy
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqgen.errors import UsageError, UserError
+
+from .features import FixedConvolution, difference, remembered
 
 # Positions of the convolutions in torchvision's `features` of each network.
 _CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}
@@ -18,7 +21,10 @@ _SMALLEST = {"vgg": 16, "alex": 31}
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS between two batches of images; its weights are fixed and no gradient reaches them.
+    """LPIPS between two batches of images; its weights are fixed, and gradients reach the first batch alone.
+
+    Architecture, scaling and heads are the library's. The passes are made here: it keeps for a gradient what the
+    targets need none for, and compares features in as many tensors as the formula has signs.
 
     Args:
         net: the backbone, "vgg" or "alex".
@@ -28,6 +34,9 @@ class PerceptualDistance(nn.Module):
     Raises:
         UserError: the file is missing, damaged, or does not hold exactly these convolutions.
     """
+
+    distance: Any
+    """The library's module: the weights, under the names it gives them."""
 
     def __init__(self, net: Literal["vgg", "alex"], weights: str) -> None:
         super().__init__()
@@ -41,6 +50,7 @@ class PerceptualDistance(nn.Module):
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             # `pnet_rand`: the backbone is built without looking for weights of its own; they follow here.
             self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self._slices: dict[tuple[torch.device, torch.dtype], list[nn.Sequential]] = {}
         self._load(found, source)
         self.requires_grad_(False).eval()
 
@@ -72,8 +82,33 @@ class PerceptualDistance(nn.Module):
         Raises `UsageError` for images too small for the backbone's pooling.
         """
         check_size(self.net, *images.shape[2:])
-        pair = [t.expand(-1, 3, -1, -1) if t.shape[1] == 1 else t for t in (images, targets)]
-        return self.distance(*pair).float().flatten()
+        with torch.no_grad():
+            wanted = self._features(targets)
+        weights = [head.model[-1].weight.flatten() for head in self.distance.lins]
+
+        def measure(images: Tensor) -> Tensor:
+            layers = [difference(*layer) for layer in zip(self._features(images), wanted, weights)]
+            return torch.stack(layers).sum(dim=0)
+
+        return remembered(measure, images)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """The feature maps of each slice of the backbone."""
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        maps = [self.distance.scaling_layer(images)]
+        for part in self._backbone(images.device):
+            maps.append(part(maps[-1]))
+        return maps[1:]
+
+    def _backbone(self, device: torch.device) -> list[nn.Sequential]:
+        """The slices in autocast's precision; it would cast weights that are not trained anew in every pass."""
+        own, kind = next(self.distance.net.parameters()).dtype, device.type
+        key = device, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+        if key not in self._slices:
+            net = self.distance.net if key[1] == own else copy.deepcopy(self.distance.net).to(*key)
+            parts = [[FixedConvolution(m) if isinstance(m, nn.Conv2d) else m for m in part] for part in net.children()]
+            self._slices[key] = [nn.Sequential(*part) for part in parts]
+        return self._slices[key]
 
 
 def check_size(net: str, height: int, width: int) -> None:
@@ -85,9 +120,31 @@ def check_size(net: str, height: int, width: int) -> None:
         )
 
 
+def _wanted(net: str) -> set[str]:
+    """The names of the backbone's convolutions."""
+    return {f"features.{index}.{kind}" for index in _CONVOLUTIONS[net] for kind in ("weight", "bias")}
+
+
+def check_weights(net: str, weights: str) -> None:
+    """Raise `UserError` for a file that is missing, damaged or of another network; reads its head alone."""
+    if weights == "torchvision":
+        return
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(f"--perceptual-weights: {path} does not exist; name a safetensors file, or torchvision")
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--perceptual-weights: {path} is not a whole safetensors file ({error})") from error
+    odd = min(_wanted(net) ^ names, default=None)
+    if odd:
+        state = "misses" if odd in _wanted(net) else "has an unknown"
+        raise UserError(f"--perceptual-weights: {path} {state} {odd}, so it is not the {net} backbone of LPIPS")
+
+
 def _convolutions(net: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """The backbone's convolutions by torchvision's names, and where they came from."""
-    wanted = {f"features.{index}.{kind}" for index in _CONVOLUTIONS[net] for kind in ("weight", "bias")}
     if weights == "torchvision":
         from torchvision import models
 
@@ -98,16 +155,7 @@ def _convolutions(net: str, weights: str) -> tuple[dict[str, Tensor], str]:
                 f"--perceptual-weights: torchvision could not fetch its {net} weights ({error}); "
                 "name a local safetensors file instead"
             ) from error
-        return {key: value for key, value in model.state_dict().items() if key in wanted}, "torchvision"
+        return {key: value for key, value in model.state_dict().items() if key in _wanted(net)}, "torchvision"
+    check_weights(net, weights)
     path = Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(f"--perceptual-weights: {path} does not exist; name a safetensors file, or torchvision")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--perceptual-weights: {path} is not a whole safetensors file ({error})") from error
-    if set(tensors) != wanted:
-        odd = sorted(wanted ^ set(tensors))[0]
-        state = "misses" if odd in wanted else "has an unknown"
-        raise UserError(f"--perceptual-weights: {path} {state} {odd}, so it is not the {net} backbone of LPIPS")
-    return {key: value.to(torch.float32) for key, value in tensors.items()}, str(path)
+    return {key: value.to(torch.float32) for key, value in load_file(path).items()}, str(path)

@@ -1,24 +1,24 @@
-"""Reconstructions of held-out images: figures over the set, and a picture of the first ones."""
+"""Reconstructions: the one step behind every figure of them, the validation of a training run, and its picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from vqgen.artifact import atomic_path
 
+from .fidelity import Fidelity
 from .images import ImageConfig, ImageDataset, ordered_batches
 from .model import Tokenizer
 from .perceptual import PerceptualDistance
-from .pixels import to_float, to_uint8
+from .pixels import to_uint8
 
-_SHOWN = 32
+SHOWN = 32
+"""Images in a comparison."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Reconstructions:
     images: Tensor
 
 
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, C, H, W) -> (B,), float32.
+def pass_through(tokenizer: Tokenizer, originals: Tensor, fidelity: Fidelity) -> tuple[Tensor, dict[str, Tensor]]:
+    """uint8 images (B, C, H, W) -> their reconstructions, uint8, and the figures of each, which are added to the set's.
 
-    10 log10(255^2 / MSE), the mean square over an image's pixels and channels; equal images count as MSE 1e-10.
+    Both on the tokenizer's device, where `originals` must lie.
     """
-    error = (images.float() - targets.float()).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(255.0**2 / error.clamp_min(1e-10))
+    codes = tokenizer.encode(originals)
+    results = to_uint8(tokenizer.decode(codes))
+    return results, fidelity.add(originals, results, codes)
 
 
 @torch.no_grad()
@@ -49,56 +50,19 @@ def reconstruct(
     perceptual: PerceptualDistance | None,
     accelerator: Accelerator,
 ) -> Reconstructions:
-    """Encode and decode the first `count` images of `dataset`, shared among the processes.
-
-    Figures, each a mean over images of 8-bit reconstructions: `psnr` (dB), `ssim` (Wang et al. 2004, 11-pixel
-    Gaussian window), `lpips` where `perceptual` is given. Over all codes of the set: `codes_used`, `usage` (their
-    share of the codebook) and `perplexity` (exp of the entropy of their histogram).
-    """
-    world, rank = accelerator.num_processes, accelerator.process_index
-    device = accelerator.device
-    # A process may have no image at all, where there are few: every sum starts at 0 in all of them.
-    names = ["images", "psnr", "ssim", *(["lpips"] if perceptual is not None else [])]
-    sums = torch.zeros(len(names), device=device)
-    histogram = torch.zeros(tokenizer.codebook_size, device=device, dtype=torch.long)
-    height, width = config.size
-    none = torch.zeros(0, config.channels, height, width, dtype=torch.uint8)
+    """Encode and decode the first `count` images of `dataset`, shared among the processes; `Fidelity` says what is
+    measured."""
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    fidelity = Fidelity(tokenizer, perceptual, device)
+    none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
     originals, images = [none], [none]
     for batch in ordered_batches(dataset, range(rank, count, world), batch_size, config):
-        original = batch.images.to(device)
-        target = to_float(original)
-        codes = tokenizer.encode(target)
-        result = to_uint8(tokenizer.decode(codes).float())
-        histogram += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-        measured = [torch.ones(len(original), device=device), psnr(result, original), _ssim(result, original)]
-        if perceptual is not None:
-            measured.append(perceptual(to_float(result), target))
-        sums += torch.stack([values.sum() for values in measured])
-        if sum(len(part) for part in originals) < _SHOWN:
-            originals.append(original.cpu())
-            images.append(result.cpu())
-    total, *means = cast(Tensor, accelerator.reduce(sums, "sum")).tolist()
-    counts = cast(Tensor, accelerator.reduce(histogram, "sum")).cpu().double()
-    share = counts / counts.sum()
-    used = int((counts > 0).sum())
-    figures = {name: value / total for name, value in zip(names[1:], means)}
-    figures |= {
-        "codes_used": float(used),
-        "usage": used / tokenizer.codebook_size,
-        "perplexity": float(torch.exp(-(share * share.clamp_min(1e-10).log()).sum())),
-    }
-    return Reconstructions(figures, torch.cat(originals)[:_SHOWN], torch.cat(images)[:_SHOWN])
-
-
-def _ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """SSIM of each pair of uint8 images (B, C, H, W) -> (B,).
-
-    Its luminance term is a ratio of means, so black must be 0: over [-1, 1] it would be another figure.
-    """
-    one, two = images.float() / 255, targets.float() / 255
-    value = structural_similarity_index_measure(one, two, reduction="none", data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value
+        given = batch.images.to(device)
+        results, _ = pass_through(tokenizer, given, fidelity)
+        if sum(len(part) for part in originals) < SHOWN:
+            originals.append(given.cpu())
+            images.append(results.cpu())
+    return Reconstructions(fidelity.figures(accelerator), torch.cat(originals)[:SHOWN], torch.cat(images)[:SHOWN])
 
 
 def write_png_atomic(path: Path, image: Tensor) -> None:
@@ -111,5 +75,9 @@ def write_png_atomic(path: Path, image: Tensor) -> None:
 
 def write_comparison(path: Path, result: Reconstructions) -> None:
     """A PNG of pairs: rows of originals, each above the row of their reconstructions."""
-    rows = [part for pair in zip(result.originals.split(8), result.images.split(8)) for part in pair]
-    write_png_atomic(path, make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=255))
+    columns = min(8, len(result.images))
+    # The last rows are filled with white: else their reconstructions would stand beside the originals.
+    blank = torch.full_like(result.images[:1], 255).expand(-len(result.images) % columns, -1, -1, -1)
+    given = [torch.cat([part, blank]).split(columns) for part in (result.originals, result.images)]
+    rows = [row for pair in zip(*given) for row in pair]
+    write_png_atomic(path, make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=255))

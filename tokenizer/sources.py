@@ -127,7 +127,7 @@ def open_source(data: str, split: Split, holdout: float) -> Source:
 
     Raises `UserError` where there is nothing to read, too little to divide, or a file that is damaged.
     """
-    parts = _find(data)
+    parts = find_parts(data)
     names, labels = _number_labels(data, parts)
     own = split in parts
     part = parts[split if own else "all"]
@@ -147,7 +147,7 @@ def open_source(data: str, split: Split, holdout: float) -> Source:
     return Source(data, part.items, rows, labels[split if own else "all"][rows], names, mark)
 
 
-def _find(data: str) -> dict[str, Part]:
+def find_parts(data: str) -> dict[str, Part]:
     """The parts of a source: {"train", "heldout"} where it has both, else {"all"}."""
     if not data.strip():
         raise UserError("--data: found nothing; give a folder, a parquet file, a dataset's name or demo")

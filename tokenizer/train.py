@@ -10,25 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from vqgen.config import command
-from vqgen.errors import UsageError
-from vqgen.health import Finding, Row, codebook_collapse, non_finite_origin, pinned_discriminator
+from vqgen.errors import UsageError, UserError
+from vqgen.health import Finding, Row, non_finite_origin
 from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
 from vqgen.order import step_seed
 from vqgen.run import Run, RunConfig
 
+from .adversarial import Adversary, GanConfig
+from .diagnosis import diagnose
 from .discriminator import PatchDiscriminator
 from .images import Batch, ImageConfig, ImageDataset, open_images, training_batches
 from .layers import ModelConfig
-from .losses import (
-    GanConfig,
-    LossConfig,
-    adaptive_ratio,
-    discriminator_hinge,
-    generator_hinge,
-    reconstruction_loss,
-)
+from .losses import LossConfig, reconstruction_loss
 from .model import Tokenizer, TokenizerConfig, TokenizerOutput
-from .perceptual import PerceptualDistance, check_size
+from .perceptual import PerceptualDistance, check_size, check_weights
 from .pixels import to_float
 from .quantize import QuantizerConfig
 from .reconstruct import reconstruct, write_comparison
@@ -42,6 +37,9 @@ class TokenizerTraining:
     """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows."""
     output: Path = Path("runs/tokenizer")
     """Run folder; finished, it is the tokenizer's model folder."""
+    init: Path | None = None
+    """Tokenizer whose weights the run starts from; its encoder and decoder must have the same sizes, and its quantizer
+    comes along where it has the same options of size."""
     overwrite: bool = False
     """Remove an earlier run in --output and start anew."""
     validation_images: int = 1000
@@ -79,6 +77,7 @@ class TokenizerTrainer:
     def __init__(self, run: Run, config: TokenizerTraining, train: ImageDataset, heldout: ImageDataset) -> None:
         self.run, self.config = run, config
         self.train_images, self.heldout_images = train, heldout
+        self.validated = min(len(heldout), config.validation_images or len(heldout))
         self.extra: dict[str, Any] = {}
         torch.manual_seed(config.run.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -101,21 +100,15 @@ class TokenizerTrainer:
         self.tokenizer = tokenizer  # the module itself: the wrapper of a distributed run has other names
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer, "average": self.average}
         self.optimizers: dict[str, Any] = {"tokenizer": optimizer, "tokenizer_schedule": self.schedule}
+        self.adversary: Adversary | None = None
         if config.gan.gan_weight:
-            self._build_discriminator()
-
-    def _build_discriminator(self) -> None:
-        config = self.config
-        images, gan = config.images, config.gan
-        judge = PatchDiscriminator(images.channels, images.size, gan.gan_width, gan.gan_layers)
-        judge = judge.to(self.run.device, memory_format=self.layout)  # type: ignore[call-overload]
-        settings = OptimizerConfig(**{**vars(config.optimizer), "lr": gan.gan_lr, "ema_decay": 0})
-        steps = max(1, config.run.steps - gan.gan_start)
-        optimizer, self.judge_schedule = optimizer_for(judge, settings, steps)
-        self.judge_model, self.judge_optimizer = self.run.accelerator.prepare(judge, optimizer)
-        self.judge = judge
-        self.modules["discriminator"] = judge
-        self.optimizers |= {"discriminator": optimizer, "discriminator_schedule": self.judge_schedule}
+            images, gan = config.images, config.gan
+            judge = PatchDiscriminator(
+                images.channels, images.size, gan.gan_width, gan.gan_layers, gan.gan_spectral_norm
+            ).to(run.device, memory_format=layout)  # type: ignore[call-overload]
+            self.adversary = Adversary(run, gan, config.optimizer, judge, self.extra)
+            self.modules |= self.adversary.modules
+            self.optimizers |= self.adversary.optimizers
 
     def begin(self, first_step: int) -> None:
         accelerator, seed = self.run.accelerator, self.config.run.seed
@@ -124,26 +117,46 @@ class TokenizerTrainer:
             dataset.broken.report = self.run.say
         if self.perceptual is None:
             self.run.say("LPIPS is not measured: name its backbone with --perceptual-weights")
-        gan, steps = self.config.gan, self.config.run.steps
-        if gan.gan_weight and not gan.weight(steps - 1):
-            felt = gan.gan_start + gan.gan_warmup
-            self.run.say(
-                f"warning: --gan-weight has no effect: --steps {steps} end before step {felt}, where it begins"
-            )
+        if self.adversary:
+            self.adversary.begin()
 
         def batches(step: int) -> Iterator[Batch]:
             rank, world = accelerator.process_index, accelerator.num_processes
             return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
 
-        if first_step == 0 and self.config.quantizer.kmeans_start:
+        whole = self._initialize(self.config.init) if first_step == 0 and self.config.init else False
+        if first_step == 0 and self.config.quantizer.kmeans_start and not whole:
             self._start_codebook(batches(0))
+        self.extra.setdefault("weight_norm", float(self._weight_norm()))
         self.batches = batches(first_step)
+
+    def _weight_norm(self) -> Tensor:
+        """Norm of all weights of the encoder and the decoder together; the step size is judged by how it grows."""
+        parts = (self.tokenizer.encoder, self.tokenizer.decoder)
+        return nn.utils.get_total_norm([weight.detach() for part in parts for weight in part.parameters()])
+
+    def _initialize(self, folder: Path) -> bool:
+        """Take the weights of another tokenizer; False where its quantizer is of another size and stays new."""
+        given = Tokenizer.load(folder).state_dict()
+        own = self.tokenizer.state_dict()
+        parts = {key: key.partition(".")[0] for key in {**own, **given}}
+        different = [k for k in sorted(parts) if k not in own or k not in given or own[k].shape != given[k].shape]
+        for key in different:
+            if parts[key] != "quantizer":
+                shapes = [tuple(of[key].shape) if key in of else "no such tensor" for of in (given, own)]
+                raise UserError(f"--init: {folder} has {key} as {shapes[0]}, this run has {shapes[1]}; use its sizes")
+        if different:
+            given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
+            self.run.say(f"--init: the quantizer of {folder} has other sizes; this run's starts anew")
+        self.tokenizer.load_state_dict({**own, **given})
+        self.tokenizer.quantizer.settle()
+        return not different
 
     @torch.no_grad()
     def _start_codebook(self, batches: Iterator[Batch]) -> None:
         """k-means over latents of the untrained encoder: 8 vectors a code, or 32 batches where that is less."""
         torch.manual_seed(step_seed(self.config.run.seed, -1))
-        wanted = 8 * self.config.quantizer.codebook_size // self.run.accelerator.num_processes
+        wanted = 8 * self.tokenizer.codebook_size // self.run.accelerator.num_processes
         latents: list[Tensor] = []
         for _, batch in zip(range(32), batches):
             for images in self._tensors(batch):
@@ -159,6 +172,7 @@ class TokenizerTrainer:
 
     def step(self, step: int) -> dict[str, Tensor]:
         parts = self._tensors(next(self.batches))
+        self.tokenizer.quantizer.progress = step / self.config.run.steps
         logged: dict[str, Tensor] = {}
         fakes: list[Tensor] = []
         for index, images in enumerate(parts):
@@ -175,8 +189,11 @@ class TokenizerTrainer:
         self.optimizer.zero_grad()
         update_average(self.average, self.tokenizer, self.config.optimizer.ema_decay, step)
         logged["lr"] = torch.tensor(self.schedule.get_last_lr()[0])
-        if self.config.gan.trains(step):
-            logged |= self._judge_step(parts, fakes)
+        logged["weight_growth"] = self._weight_norm() / self.extra["weight_norm"]
+        if self.adversary:
+            logged |= self.adversary.step(step, parts, fakes)
+            perceptual = self.config.loss.perceptual_weight * logged.get("perceptual", 0)
+            self.adversary.watch(step, logged["reconstruction"] + perceptual)
         return logged
 
     def _losses(self, step: int, images: Tensor, output: TokenizerOutput) -> tuple[dict[str, Tensor], Tensor]:
@@ -193,46 +210,19 @@ class TokenizerTrainer:
                 terms["perceptual"] = self.perceptual(output.images, images).mean()
             likeness = likeness + config.loss.perceptual_weight * terms["perceptual"]
         total = likeness + terms["quantizer"]
-        weight = config.gan.weight(step)
-        if weight:
-            # The bare module with frozen weights: this pass trains the decoder, and a wrapper counts its passes.
-            self.judge.requires_grad_(False)
-            terms["adversarial"] = generator_hinge(self.judge(output.images))
-            self.judge.requires_grad_(True)
-            if config.gan.gan_adaptive:
-                last = self.tokenizer.decoder.last.weight
-                ratio = adaptive_ratio(likeness, terms["adversarial"], last, config.gan.gan_adaptive_max)
-                terms["adaptive_ratio"] = ratio
-                weight = weight * ratio
-            total = total + weight * terms["adversarial"]
+        if self.adversary:
+            last = self.tokenizer.decoder.last.weight
+            adversarial, weighted = self.adversary.terms(step, output.images, likeness, last)
+            terms |= adversarial
+            total = total + weighted
         return terms, total
 
-    def _judge_step(self, reals: list[Tensor], fakes: list[Tensor]) -> dict[str, Tensor]:
-        """One step of the discriminator on the images of this step and their reconstructions."""
-        logged: dict[str, Tensor] = {}
-        for index, (real, fake) in enumerate(zip(reals, fakes)):
-            with self.run.part(self.judge_model, index):
-                on_real, on_fake = self.judge_model(torch.cat([real, fake.to(real.dtype)])).chunk(2)
-                loss = discriminator_hinge(on_real, on_fake)
-                self.run.backward({"discriminator": loss}, loss)
-            for name, value in (("", loss), ("_real", on_real.float().mean()), ("_fake", on_fake.float().mean())):
-                key = "discriminator" + name
-                logged[key] = logged.get(key, 0) + value.detach() / len(reals)
-        clip = self.config.optimizer.grad_clip
-        norm = self.run.update(self.judge_model, self.judge_optimizer, self.judge_schedule, clip)
-        self.judge_optimizer.zero_grad()
-        return {**logged, "discriminator_grad_norm": norm}
-
     def validate(self, step: int) -> dict[str, float]:
-        count = len(self.heldout_images)
-        if self.config.validation_images:
-            count = min(count, self.config.validation_images)
-        self.positions = count * self.tokenizer.grid[0] * self.tokenizer.grid[1] * self.tokenizer.depth
         with self.run.accelerator.autocast():
             result = reconstruct(
                 self.average.module,  # type: ignore[arg-type]
                 self.heldout_images,
-                count,
+                self.validated,
                 self.run.micro_batch,
                 self.config.images,
                 self.perceptual,
@@ -243,17 +233,18 @@ class TokenizerTrainer:
         return result.figures
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
-        reachable = min(self.tokenizer.codebook_size, self.positions)
-        found = [codebook_collapse(rows, reachable), pinned_discriminator(rows)]
-        return [finding for finding in found if finding]
+        positions = self.tokenizer.grid[0] * self.tokenizer.grid[1]
+        training, heldout = positions * len(self.train_images), positions * self.validated
+        return diagnose(rows, self.config.quantizer, self.config.gan, training, heldout)
 
     def origin(self) -> str:
         # The codebook learned from what was not finite: the averaged one, a step older, is put in its place.
         self.tokenizer.quantizer.load_state_dict(self.average.module.quantizer.state_dict())  # type: ignore[union-attr]
         self.tokenizer.eval()  # no more learning, which would wait for the other processes
         found = non_finite_origin(self.tokenizer, lambda: self.tokenizer(self.last_images))
-        if found == "the loss itself" and self.config.gan.gan_weight:
-            return "the discriminator: " + non_finite_origin(self.judge, lambda: self.judge(self.last_images))
+        if found == "the loss itself" and self.adversary:
+            judge = self.adversary.discriminator
+            return "the discriminator: " + non_finite_origin(judge, lambda: judge(self.last_images))
         return found
 
     def finished(self) -> str | None:
@@ -269,6 +260,8 @@ def build(config: TokenizerTraining) -> tuple[Run, TokenizerTrainer] | None:
     if run.completed():
         run.say(f"{config.output} is finished; --steps for more, --overwrite to start anew")
         return None
+    if config.loss.perceptual_weights:
+        check_weights(config.loss.perceptual_net, config.loss.perceptual_weights)
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
     return run, TokenizerTrainer(run, config, train, heldout)

@@ -3,7 +3,8 @@
 A program's configuration is a dataclass whose fields are options or sections (dataclasses again). In YAML the
 sections nest, keys in snake_case; on the command line every option goes by its own name in kebab-case
 (`training.batch_size` is `--batch-size`), which is why a name occurs once in a program. A field `class_` is the
-option `--class` and the key `class`. Values of the command line win over `--config FILE` wherever either stands.
+option `--class` and the key `class`. A list with `metadata={"positional": "FILES"}` takes the words that belong to no
+option as well. Values of the command line win over `--config FILE` wherever either stands.
 `values.py` checks the types.
 """
 
@@ -40,6 +41,8 @@ class Option:
     type: Any
     default: Any
     help: str
+    positional: str = ""
+    """What the words of the command line that belong to no option are called, where they are this one's."""
 
     @property
     def name(self) -> str:
@@ -80,7 +83,8 @@ def options(config: type, path: tuple[str, ...] = (), defaults: Any = dataclasse
         if dataclasses.is_dataclass(hints[field.name]):
             yield from options(typing.cast(type, hints[field.name]), here, default)
         else:
-            yield Option(here, hints[field.name], default, texts.get(field.name, ""))
+            positional = field.metadata.get("positional", "")
+            yield Option(here, hints[field.name], default, texts.get(field.name, ""), positional)
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -138,19 +142,24 @@ def _read_file(config: type, name: str) -> dict[str, Any]:
     return values
 
 
-def _read_arguments(config: type, arguments: Sequence[str]) -> tuple[dict[str, Any], str | None]:
-    """Option name -> value from the command line, and the last `--config`."""
+def _read_arguments(config: type, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Option name -> value from the command line, and every `--config` in order."""
     known = {option.flag: option for option in options(config)}
     values: dict[str, Any] = {}
-    file: str | None = None
+    files: list[str] = []
+    bare: list[str] = []
+    takes_bare = next((option for option in known.values() if option.positional), None)
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         flag, has_value, value = word.partition("=")
         flag = flag.replace("_", "-")
         negated = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else None
-        if not flag.startswith("--"):
-            raise UsageError(f"unexpected argument {word!r}: options begin with --")
+        if not word.startswith("--"):
+            if takes_bare is None or word.startswith("-"):
+                raise UsageError(f"unexpected argument {word!r}: options begin with --")
+            bare.append(word)  # as it is: a comma in it is no list
+            continue
         if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
             raise UsageError(f"unknown option {flag}{_suggest(flag, [*known, '--config'])}")
         option = known.get(flag) or known.get(negated or "")
@@ -166,10 +175,14 @@ def _read_arguments(config: type, arguments: Sequence[str]) -> tuple[dict[str, A
         if not words:
             raise UsageError(f"{flag} needs a value")
         if option is None:
-            file = words[0]
+            files.append(words[0])
         else:
             values[option.name] = checked(option.type, from_words(option.type, words), flag)
-    return values, file
+    if takes_bare and bare:
+        if takes_bare.name in values:
+            raise UsageError(f"{takes_bare.flag}: given twice, also as {bare[0]!r}; name all of them in one place")
+        values[takes_bare.name] = checked(takes_bare.type, bare, takes_bare.positional)
+    return values, files
 
 
 def build(config: type[C], values: dict[str, Any]) -> C:
@@ -186,16 +199,20 @@ def build(config: type[C], values: dict[str, Any]) -> C:
                 continue
             given[field.name] = values.get(here[-1], known[here].default)
             if given[field.name] is dataclasses.MISSING:
-                raise UsageError(f"{known[here].flag} is needed; --help lists all options")
+                names = [name for name in (known[here].positional, known[here].flag) if name]
+                raise UsageError(f"{' or '.join(names)} is needed; --help lists all options")
         return cls(**given)
 
     return make(config, ())
 
 
 def parse(config: type[C], arguments: Sequence[str]) -> C:
-    """Read the command line: defaults, then `--config`, then the options given. Raises `UsageError`."""
-    values, file = _read_arguments(config, arguments)
-    return build(config, {**(_read_file(config, file) if file else {}), **values})
+    """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`."""
+    given, files = _read_arguments(config, arguments)
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= _read_file(config, file)
+    return build(config, values | given)
 
 
 def as_dict(config: Any) -> Any:
@@ -250,7 +267,9 @@ def save(config: Any, path: Path, heading: str = "") -> None:
 
 def help_text(program: str, description: str, config: type) -> str:
     """The text of `--help`: one entry an option, grouped by section, with type and default."""
-    lines = [f"usage: {program} [--config FILE] [--option VALUE ...]", "", *textwrap.wrap(description, 100)]
+    bare = "".join(f"{option.positional} ... " for option in options(config) if option.positional)
+    usage = f"usage: {program} {bare}[--config FILE] [--option VALUE ...]"
+    lines = [usage, "", *textwrap.wrap(description, 100)]
     section: tuple[str, ...] | None = None
     for option in options(config):
         if option.path[:-1] != section:
@@ -265,7 +284,7 @@ def help_text(program: str, description: str, config: type) -> str:
             shown = "default none" if option.default is None else f"default {option.default}"
         lines.append(f"  {option.flag}{kind}  ({shown})")
         lines += textwrap.wrap(option.help, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    lines += ["", "anywhere:", "  --config FILE or preset name; options on the line win over it"]
+    lines += ["", "anywhere:", "  --config FILE or preset name; the later of several wins, options over all"]
     lines += ["  --debug  show the traceback of an error", "  --version", "  --help"]
     return "\n".join(lines)
 

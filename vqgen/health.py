@@ -31,41 +31,135 @@ def _last(rows: Sequence[Row], key: str, count: int) -> list[float]:
     return [row[key] for row in rows if isinstance(row.get(key), (int, float))][-count:]
 
 
-def codebook_collapse(rows: Sequence[Row], reachable: int) -> Finding | None:
+def _risen(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+    """The lowest mean of five numbers in a row under `key` and, 2.5 times as high or higher, the median of the last."""
+    values = _last(rows, key, len(rows))
+    means = [sum(values[i : i + 5]) / 5 for i in range(len(values) - 9)]
+    now = sorted(values[-5:])[2] if means else 0.0
+    return (min(means), now) if means and now > 2.5 * min(means) else None
+
+
+def codebook_too_large(codes: int, vectors: int) -> Finding | None:
+    """Fewer than 8 vectors a code in the whole training set: most codes can never be learned, whatever the steps.
+
+    Args:
+        codes: size of a codebook.
+        vectors: positions of all training images together.
+    """
+    if vectors >= 8 * codes:
+        return None
+    fitting = 2 ** max(1, int(math.log2(max(vectors, 1) / 32)))
+    return Finding(
+        "codebook too large",
+        f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} a code",
+        f"use --codebook-size {fitting}, or more images",
+    )
+
+
+def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled: int = 0) -> Finding | None:
     """Two validations in a row with under a quarter of the codes in use, or a perplexity under 5 % of them.
 
     Args:
         reachable: the codebook size, or the number of held-out positions where that is smaller.
+        remedy: what to change; it depends on the quantizer.
+        settled: steps before which a validation says nothing, because unused codes have not been revived yet.
     """
-    used, perplexity = _last(rows, "heldout/codes_used", 2), _last(rows, "heldout/perplexity", 2)
+    late = [row for row in rows if row.get("step", 0) >= settled]
+    used, perplexity = _last(late, "heldout/codes_used", 2), _last(late, "heldout/perplexity", 2)
     if len(used) < 2 or len(perplexity) < 2:
         return None
     if max(used) < 0.25 * reachable or max(perplexity) < 0.05 * reachable:
         return Finding(
             "codebook collapse",
             f"{used[-1]:.0f} of {reachable} codes in use on held-out images, perplexity {perplexity[-1]:.0f}",
-            "use --codebook ema --l2-normalize --kmeans-start with --code-dim 8, --revive-after 100, "
-            "or a smaller --codebook-size",
+            remedy,
         )
     return None
 
 
-def pinned_discriminator(rows: Sequence[Row]) -> Finding | None:
-    """Five logged means in a row at a bound of the hinge loss: near 0 (it always wins) or near 1 (it says nothing)."""
+def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
+    """Weights that grow by leaps, or a reconstruction loss that explodes or rises.
+
+    - The square of the weights' norm grows by over 3 % a step between two rows. A step that is small against the
+      weights turns them, one that is not lengthens them; in healthy runs it was 0.1 % and less.
+    - The reconstruction loss is over 1.5 in a row. Images lie in [-1, 1]: plain grey has at most 1.
+    - It has risen to 2.5 times its lowest, and no adversarial loss explains that.
+    """
+    name, rates = "learning rate too high", _last(rows, "train/lr", len(rows))
+    highest = f" (it has been {max(rates):.2g})" if rates else ""
+    remedy = f"use a --lr of a tenth{highest}, or a longer --lr-warmup"
+    step, norm = 0, 1.0
+    for row in rows:
+        for after in _last([row], "train/weight_growth", 1):
+            growth = after / norm
+            if growth**2 - 1 > 0.03 * max(1, row["step"] - step):
+                text = f"the norm of the weights grew {growth:.2g}-fold from step {step} to step {row['step']}"
+                return Finding(name, text, remedy)
+            step, norm = row["step"], after
+    worst = max(_last(rows, "train/reconstruction", len(rows)), default=0.0)
+    if worst > 1.5:
+        return Finding(name, f"the reconstruction loss was {worst:.3g}, where plain grey has at most 1", remedy)
+    risen = _risen(rows, "train/reconstruction")
+    if risen and not _last(rows, "train/adversarial", 1):
+        return Finding(name, f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}", remedy)
+    return None
+
+
+def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
+    """The decoder serves the discriminator and not the images.
+
+    - In five rows in a row the discriminator takes reconstructions for more real than the originals: the decoder has
+      found what it likes, which a discriminator that keeps up does not allow.
+    - The reconstruction loss has risen to 2.5 times its lowest.
+    - Two validations in a row have a PSNR over 1.5 dB below the best, and an LPIPS, where it is measured, no better.
+    """
+    felt = [row for row in rows if _last([row], "train/adversarial", 1)]
+    if not felt:
+        return None
+    real, fake = (_last(felt, f"train/discriminator_{name}", 5) for name in ("real", "fake"))
+    validations = [row for row in rows if _last([row], "heldout/psnr", 1)]
+    best: Row = max(validations[:-2], key=lambda row: row["heldout/psnr"], default={})
+    risen = _risen(rows, "train/reconstruction")
+    if len(real) == len(fake) == 5 and all(f - r > 0.02 for r, f in zip(real, fake)):
+        text = f"the discriminator takes reconstructions ({fake[-1]:.2f}) for more real than originals ({real[-1]:.2f})"
+    elif risen:
+        text = f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}"
+    elif best and all(
+        row["heldout/psnr"] < best["heldout/psnr"] - 1.5
+        and row.get("heldout/lpips", math.inf) >= best.get("heldout/lpips", -math.inf)
+        for row in validations[-2:]
+    ):
+        text = f"held-out PSNR fell from {best['heldout/psnr']:.1f} dB to {validations[-1]['heldout/psnr']:.1f} dB"
+    else:
+        return None
+    return Finding(
+        "adversarial loss dominates",
+        text,
+        "raise --gan-start, so that reconstructions settle first, lower --gan-weight, and leave --gan-adaptive on",
+    )
+
+
+def pinned_discriminator(rows: Sequence[Row], loss: str = "hinge", blind: float = 1.0) -> Finding | None:
+    """Five logged means in a row at a bound of its loss: near 0 (it always wins) or near `blind` (it says nothing).
+
+    Args:
+        loss: the name of the loss, for the message.
+        blind: its value where every logit is 0.
+    """
     losses = _last(rows, "train/discriminator", 5)
     if len(losses) < 5:
         return None
-    if max(losses) < 0.02:
+    if max(losses) < 0.02 * blind:
         return Finding(
             "discriminator pinned",
-            f"its hinge loss is {losses[-1]:.3f}: it tells every reconstruction from its original",
-            "lower --gan-lr, raise --gan-start, or lower --gan-weight",
+            f"its {loss} loss is {losses[-1]:.3f}: it tells every reconstruction from its original",
+            "use --gan-augment color translation or --gan-lecam 0.01, lower --gan-lr, or raise --gan-start",
         )
-    if all(abs(loss - 1) < 0.002 for loss in losses):
+    if all(abs(value - blind) < 0.002 * blind for value in losses):
         return Finding(
             "discriminator pinned",
-            f"its hinge loss stays at {losses[-1]:.3f}: it has not learned to tell anything",
-            "raise --gan-lr or --gan-width",
+            f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it has not learned to tell anything",
+            "raise --gan-lr or --gan-width, or lower --gan-lecam",
         )
     return None
 

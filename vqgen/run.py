@@ -33,7 +33,7 @@ from .checkpoint import (
 )
 from .errors import UsageError, UserError
 from .folder import FINISHED, check_folder, take_folder
-from .hardware import precision_of, processes
+from .hardware import keep_memory, precision_of, processes
 from .health import Finding, Row
 from .order import step_seed
 from .tracking import JsonlTracker, further_trackers, progress, read_history
@@ -226,13 +226,14 @@ class Run:
         finite_or_raise({**terms, "loss": total})
         self.accelerator.backward(total)
 
-    def update(self, model: nn.Module, optimizer: Any, schedule: Any, clip: float) -> Tensor:
+    def update(self, model: nn.Module, optimizer: Any, schedule: Any | None, clip: float) -> Tensor:
         """Clip, check and take one optimizer step; returns the gradient's norm. Raises `NonFinite` before the step."""
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), clip or float("inf")))
         if self.accelerator.scaler is None:  # under fp16 the scaler skips such a step and lowers its scale
             finite_or_raise({"gradient norm": norm})
         optimizer.step()
-        schedule.step()
+        if schedule is not None:
+            schedule.step()
         return norm.detach()
 
     def part(self, model: nn.Module, index: int) -> AbstractContextManager[Any]:
@@ -244,11 +245,13 @@ class Run:
 
         SIGTERM and SIGINT save a checkpoint and end the process with 128 + the signal's number.
         """
+        keep_memory(self.device)
         if self.main:
             take_folder(self.folder, self.config, self.overwrite)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("vqgen", config={})
         first = self._restore(trainer)
+        self._diagnose(trainer, first)  # what can be told before the first step
         trainer.begin(first)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -317,8 +320,11 @@ class Run:
     def _validate(self, trainer: Trainer, step: int) -> None:
         figures = trainer.validate(step)
         self.log({f"heldout/{name}": value for name, value in figures.items()}, step)
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-        self.say(f"step {step}: {shown}")
+        self.say(f"step {step}: " + ", ".join(f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items()))
+        self._diagnose(trainer, step)
+
+    def _diagnose(self, trainer: Trainer, step: int) -> None:
+        """Log and say what is wrong by now, each thing once."""
         named = {row.get("health") for row in self.rows}
         for finding in trainer.diagnose(self.rows):
             if finding.name not in named:

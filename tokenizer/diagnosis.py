@@ -1,0 +1,55 @@
+"""What may be wrong with a tokenizer run: which rules of health apply to it, and which remedies it has left."""
+
+from vqgen.health import (
+    Finding,
+    Row,
+    adversary_dominates,
+    codebook_collapse,
+    codebook_too_large,
+    learning_rate_too_high,
+    pinned_discriminator,
+)
+
+from .adversarial import GanConfig, blind_loss
+from .quantize import QuantizerConfig
+
+# Codes that are looked up, learned from the vectors nearest to them, and revived.
+_LEARNED = ("vq", "residual", "product")
+
+
+def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, training: int, heldout: int) -> list[Finding]:
+    """The findings of a run by the rows it has logged.
+
+    Args:
+        training: positions of all training images together, each one code or, at each depth, one.
+        heldout: positions of the images that a validation measures.
+    """
+    # Fixed codes are there whether the data fill them or not.
+    too_large = codebook_too_large(quantizer.codes, training) if quantizer.quantizer not in ("fsq", "lfq") else None
+    found = [too_large, learning_rate_too_high(rows), adversary_dominates(rows)]
+    found.append(pinned_discriminator(rows, gan.gan_loss, blind_loss(gan.gan_loss)))
+    if not too_large and not found[1]:  # of which it is a consequence, with another remedy
+        settled = 2 * quantizer.revive_after if quantizer.quantizer in _LEARNED else 0
+        reachable = min(quantizer.codes, heldout)
+        found.append(codebook_collapse(rows, reachable, collapse_remedy(quantizer), settled))
+    return [finding for finding in found if finding]
+
+
+def collapse_remedy(config: QuantizerConfig) -> str:
+    """What helps against a collapse and is not done yet."""
+    less = "a smaller --codebook-size"
+    if config.quantizer == "gumbel":
+        return f"raise --gumbel-kl-weight or --gumbel-temperature, or use {less}"
+    if config.quantizer == "lfq":
+        return f"raise --entropy-weight (it is {config.entropy_weight:g}), or use {less}"
+    if config.quantizer not in _LEARNED:
+        return f"use {less}"
+    helps = {
+        "--codebook ema": config.codebook != "ema",
+        "--l2-normalize": not config.l2_normalize and config.quantizer != "residual",
+        "--code-dim 8": config.code_dim > 16,
+        "--kmeans-start": not config.kmeans_start,
+        "--revive-after 100": not config.revive_after,
+    }
+    missing = [option for option, wanted in helps.items() if wanted]
+    return f"use {' '.join(missing)}, or {less}" if missing else f"use {less} or a larger --batch-size, or lower --lr"

@@ -1,0 +1,91 @@
+"""The search for the nearest of K codes, and what is built on it and on counting: k-means and histograms."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# Columns of a tile of distances are searched for their minimum in this many interleaved groups.
+_GROUPS = 32
+
+
+def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function as it stands inside of compiled code: a compiler would unroll its loops over slices."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+
+
+def _tile(device: torch.device) -> tuple[int, int]:
+    """How many vectors and how many codes have their distances in memory at once; codes a multiple of `_GROUPS`."""
+    if device.type == "cpu":
+        return 256 * torch.get_num_threads(), 2048  # 2 MiB a thread: they stay in its cache until they are searched
+    return 4096, 4096  # 64 MiB: a few large launches, which is what a GPU wants
+
+
+@uncompiled
+def nearest(vectors: Tensor, codebook: Tensor, unit: bool = False) -> Tensor:
+    """Index of the nearest code in Euclidean distance, exact in float32: (N, d), (K, d) -> int64 (N,).
+
+    With `unit` the codes are taken to be of unit length. The N x K distances exist only a tile at a time, less |v|^2,
+    which is the same for all codes.
+    """
+    rows, columns = _tile(vectors.device)
+    size = len(codebook)
+    even = size - size % _GROUPS
+    bounds = sorted({*range(0, even, columns), even, size})
+    found: list[Tensor] = []
+    with torch.autocast(vectors.device.type, enabled=False), torch.no_grad():
+        squares = None if unit else codebook.square().sum(dim=1)
+        for part in vectors.split(rows):
+            part = -2 * part
+            best = part.new_full((len(part),), torch.inf)
+            codes = torch.zeros_like(best, dtype=torch.long)
+            for start, end in zip(bounds, bounds[1:]):
+                table = codebook[start:end].T
+                distances = part @ table if squares is None else torch.addmm(squares[start:end], part, table)
+                lowest, index = _minimum(distances)
+                closer = lowest < best
+                best = torch.where(closer, lowest, best)
+                codes = torch.where(closer, index + start, codes)
+            found.append(codes)
+    return torch.cat(found)
+
+
+def _minimum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum of each row of (n, m) and its column.
+
+    On the CPU finding where a minimum is takes some ten times as long as the minimum alone. So the latter is taken over
+    groups, and the place is sought among the groups and then within one.
+    """
+    if values.shape[1] % _GROUPS:
+        return values.min(dim=1)
+    groups = values.view(len(values), _GROUPS, values.shape[1] // _GROUPS)
+    lowest, rest = groups.amin(dim=1).min(dim=1)
+    within = groups.gather(2, rest[:, None, None].expand(-1, _GROUPS, 1))[:, :, 0].argmin(dim=1)
+    return lowest, within * groups.shape[2] + rest
+
+
+def kmeans(vectors: Tensor, codes: int, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm: (N, d) -> (codes, d). Empty clusters restart at random vectors; uses torch's random state."""
+    order = torch.randperm(len(vectors), device=vectors.device)
+    if len(vectors) < codes:  # too few to start one code each: repeat them, told apart by a little noise
+        order = order.repeat(-(-codes // len(vectors)))
+    centres = vectors[order[:codes]].clone()
+    if len(vectors) < codes:
+        centres += 0.01 * vectors.std() * torch.randn_like(centres)
+    for _ in range(iterations):
+        owner = nearest(vectors, centres)
+        counts = histogram(owner, codes)
+        sums = torch.zeros_like(centres).index_add_(0, owner, vectors)
+        random = vectors[torch.randint(len(vectors), (codes,), device=vectors.device)]
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], random)
+    return centres
+
+
+def histogram(codes: Tensor, size: int) -> Tensor:
+    """How often each of `size` codes occurs in int64 (N,): float32 (size,). `bincount` would wait for a GPU."""
+    counts = torch.zeros(size, device=codes.device)
+    return counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
