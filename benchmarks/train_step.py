@@ -150,7 +150,7 @@ class Straightforward:
         loss = loss + likeness
         if self.config.gan.gan_weight:
             adversarial = -self.judge(fakes).mean()
-            last = self.decoder.last.weight
+            last = self.decoder.get_parameter("last.weight")
             norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likeness, adversarial)]
             loss = loss + 0.5 * (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
         self.update(loss, self.model, self.optimizer)

@@ -1,11 +1,12 @@
 """Runs made to fail on purpose say what is wrong with them and how to mend it; their healthy twins say nothing."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import TOKENIZER, Ended, rows, run, write_images
+from processes import TOKENIZER, Ended, at_row, rows, run, write_images
 from safetensors.torch import save_file
 
 from vqgen.health import Finding
@@ -83,6 +84,18 @@ def test_a_learning_rate_thirty_times_too_high(train: Train, words: str) -> None
     """Named as what it is, and not as the collapse of the codebook that it leads to."""
     found = says(train("--lr", 6e-2, *words.split()), "learning rate too high", "--lr of a tenth", "--lr-warmup")
     assert "norm of the weights grew" in found["message"] and found["step"] <= 40
+
+
+def test_a_resumed_run_finds_what_it_would_have_found(tmp_path: Path) -> None:
+    """Killed after a checkpoint whose rows say enough: it is told at the next validation, not at the start."""
+    words = [*HEALTHY, "--lr", 6e-2, "--lr-warmup", 0, "--steps", 10, "--validate-every", 10, "--validation-images", 32]
+    words += ["--codebook-size", 64, "--log-every", 1, "--checkpoint-every", 5]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(TOKENIZER, *words, "--output", whole).ok()
+    assert run(TOKENIZER, *words, "--output", killed, hook=at_row(7)).code == -signal.SIGKILL
+    run(TOKENIZER, *words, "--output", killed).ok()
+    assert rows(killed) == rows(whole)
+    assert [(row["step"], row["health"]) for row in rows(whole) if "health" in row] == [(10, "learning rate too high")]
 
 
 def test_a_learning_rate_that_ends_in_numbers_that_are_not_finite(train: Train) -> None:

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import to_image
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.discriminator import PatchDiscriminator
 from vqgen.tokenizer.images import ImageConfig, open_images
-from vqgen.tokenizer.layers import Decoder, Encoder, ModelConfig
+from vqgen.tokenizer.layers import Decoder, Encoder, ModelConfig, _attend
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.perceptual import PerceptualDistance
 from vqgen.tokenizer.pixels import to_float, to_uint8
@@ -138,16 +138,37 @@ def test_attention_on_and_off():
     assert far_reach(on) and not far_reach(off)
 
 
-def test_attention_is_that_of_the_paper():
+@pytest.mark.parametrize("size", [(3, 5), (12, 12)])
+def test_attention_is_that_of_the_paper(size):
     config = sizes()
     torch.manual_seed(0)
     attention = next(m for m in Encoder(3, config).modules() if type(m).__name__ == "Attention")
-    x = noise(2, 16, 3, 5)
+    x = noise(2, 16, *size).requires_grad_()
     normed = F.group_norm(x, 4, attention.norm.weight, attention.norm.bias, eps=1e-6)
     query, key, value = attention.qkv(normed).flatten(2).chunk(3, dim=1)  # (B, C, HW)
     weights = (query.transpose(1, 2) @ key / math.sqrt(16)).softmax(dim=-1)
     expected = x + attention.out((value @ weights.transpose(1, 2)).view(x.shape))
-    torch.testing.assert_close(attention(x), expected)
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-5)
+    outer = noise(*x.shape, seed=1)
+    found, expected = (torch.autograd.grad(out, x, outer)[0] for out in (attention(x), expected))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_attention_in_half_precision_rounds_no_score(tokens):
+    """Scores of 50 rounded to bfloat16 would be wrong by 0.1, and so the weights by a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    given = [(scale * torch.randn(4, tokens, 64, generator=generator)).bfloat16() for scale in (4, 4, 1)]
+    exact = [t.double().requires_grad_() for t in given]
+    half = [t.requires_grad_() for t in given]
+    outer = torch.randn(4, tokens, 64, generator=generator)
+    right = F.scaled_dot_product_attention(*exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _attend(*half)
+    assert found.dtype == torch.bfloat16
+    found = [found, *torch.autograd.grad(found, half, outer.bfloat16())]
+    for one, other in zip(found, [right, *torch.autograd.grad(right, exact, outer.double())]):
+        assert (one.double() - other).norm() < 0.01 * other.norm()
 
 
 def test_dropout_is_in_both_halves_and_only_in_training():

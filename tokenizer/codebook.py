@@ -53,7 +53,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (unit, inverse) = grads, ctx.saved_tensors
         return torch.addcmul(grad, unit, (unit * grad).sum(dim=1, keepdim=True), value=-1).mul_(inverse)
 
@@ -80,7 +80,7 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (z, q) = grads, ctx.saved_tensors
         eps = 1e-6  # far below the length of any latent; keeps the gradient finite at 0
         z_length, q_length = (v.norm(dim=1, keepdim=True) for v in (z, q))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -100,10 +101,13 @@ class Attention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention: (B, L, C) three times -> (B, L, C)."""
-    if query.device.type == "cpu" and query.shape[1] <= 1024:
-        # The gradient of torch's CPU kernel takes up to five times as long as that of the matrices held here.
-        query, key, value = (t.contiguous() for t in (query * query.shape[-1] ** -0.5, key, value))
-        return (query @ key.transpose(1, 2)).softmax(dim=-1) @ value
+    if query.device.type == "cpu" and query.shape[1] <= 128:
+        # The gradient of torch's kernel takes a CPU three times as long as that of a small matrix of weights. As there,
+        # what the softmax is taken of is not rounded to half precision.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            scores = query.to(exact) * query.shape[-1] ** -0.5 @ key.to(exact).transpose(1, 2)
+            return scores.softmax(dim=-1).to(value.dtype) @ value
     return F.scaled_dot_product_attention(query, key, value)
 
 

@@ -1,6 +1,7 @@
 """The search for the nearest of K codes, and what is built on it and on counting: k-means and histograms."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -43,7 +44,7 @@ def nearest(vectors: Tensor, codebook: Tensor, unit: bool = False) -> Tensor:
             part = -2 * part
             best = part.new_full((len(part),), torch.inf)
             codes = torch.zeros_like(best, dtype=torch.long)
-            for start, end in zip(bounds, bounds[1:]):
+            for start, end in pairwise(bounds):
                 table = codebook[start:end].T
                 distances = part @ table if squares is None else torch.addmm(squares[start:end], part, table)
                 lowest, index = _minimum(distances)

@@ -30,7 +30,8 @@ _ONLY = {
     "revive_after": _LEARNED,
     "shared_codebook": ("residual",),
     "estimator": ("vq", "simvq", "residual", "product"),
-    **dict.fromkeys(("entropy_weight", "entropy_temperature", "entropy_diversity"), ("vq", "lfq")),
+    **dict.fromkeys(("entropy_weight", "entropy_diversity"), ("vq", "lfq", "gumbel")),
+    "entropy_temperature": ("vq", "lfq"),
     **dict.fromkeys(("gumbel_temperature", "gumbel_temperature_end", "gumbel_anneal", "gumbel_kl_weight"), ("gumbel",)),
 }
 
@@ -69,9 +70,9 @@ class QuantizerConfig:
     estimator: Literal["straight-through", "rotation"] = "straight-through"
     """How the gradient passes the codes: copied, or turned and scaled with them (Fifty et al. 2024, section 4)."""
     entropy_weight: float = 0.0
-    """Weight of the entropy loss, which wants sure choices and even use (Yu et al. 2023, eq. 5); vq and lfq."""
+    """Weight of the entropy loss, which wants sure choices and even use (Yu et al. 2023, eq. 5); vq, lfq, gumbel."""
     entropy_temperature: float = 0.01
-    """Temperature of the soft choices the entropy is taken over."""
+    """Temperature of the soft choices the entropy is taken over (vq and lfq; gumbel has choices of its own)."""
     entropy_diversity: float = 1.0
     """Weight of even use against sure choices inside the entropy loss."""
     gumbel_temperature: float = 1.0

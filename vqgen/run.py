@@ -23,14 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .artifact import read_json, write_json, write_text
-from .checkpoint import (
-    NonFinite,
-    checkpoints,
-    finite_or_raise,
-    load_checkpoint,
-    non_finite,
-    save_checkpoint,
-)
+from .checkpoint import NonFinite, checkpoints, finite_or_raise, load_checkpoint, non_finite, save_checkpoint
 from .errors import UsageError, UserError
 from .folder import FINISHED, check_folder, take_folder
 from .hardware import keep_memory, precision_of, processes
@@ -251,7 +244,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("vqgen", config={})
         first = self._restore(trainer)
-        self._diagnose(trainer, first)  # what can be told before the first step
+        if not first:
+            self._diagnose(trainer, 0)  # what can be told before the first step
         trainer.begin(first)
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
