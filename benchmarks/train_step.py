@@ -18,7 +18,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -184,12 +184,11 @@ def assert_the_same(config: TokenizerTraining) -> None:
             torch.testing.assert_close(part(given), plain(given), atol=1e-4, rtol=1e-4)
 
 
-def beside_convolution(step: Step, first: int, steps: int) -> float:
-    """Share of the time of the operators that is not convolution, forward or backward."""
+def beside_convolution(step: Step, index: int) -> float:
+    """Share of the time of a step's operators that is not convolution, forward or backward."""
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
-        for index in range(steps):
-            step(first + index)
+        step(index)
     found = profiled.key_averages()
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     total = sum(getattr(event, own) for event in found)
@@ -206,53 +205,43 @@ def serve(pipe: Connection, side: str, options: argparse.Namespace, precision: s
     with tempfile.TemporaryDirectory() as scratch:
         config = settings(options, precision, Path(scratch) / "run")
         step = product(config) if side == "ours" else Straightforward(config)
-        done = 0
-        while (request := pipe.recv()) != "end":
-            if request == "step":
-                start = time.perf_counter()
-                step(done)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                pipe.send(time.perf_counter() - start)
-                done += 1
-            else:
-                pipe.send(beside_convolution(step, done, 2))
+        for done in itertools.count():
+            request = pipe.recv()
+            if request == "end":
+                return
+            start = time.perf_counter()
+            answer = beside_convolution(step, done) if request == "profile" else step(done)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pipe.send(answer if request == "profile" else time.perf_counter() - start)
 
 
 def ask(pipe: Connection, request: str) -> float:
-    pipe.send(request)
-    return pipe.recv()
+    try:
+        pipe.send(request)
+        return pipe.recv()
+    except (EOFError, BrokenPipeError):
+        raise SystemExit("a process ended before it answered; too little memory? --batch-size is smaller") from None
 
 
-def compare(options: argparse.Namespace) -> Iterator[str]:
-    """Lines of the report."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config = settings(options, "fp32", Path(scratch) / "run")
-    assert_the_same(config)
-    batch, losses = config.run.batch_size, [config.loss.reconstruction]
-    losses += ["LPIPS"] if config.loss.perceptual_weight else []
-    losses += ["GAN"] if options.gan else []
-    height, width = config.images.size
-    yield f"{options.config}: batch {batch}, {height}x{width}, {' + '.join(losses)}, {options.threads} threads"
-    sides = [("straightforward", "fp32"), *(("ours", precision) for precision in options.precision)]
+def compare(options: argparse.Namespace, precision: str) -> tuple[list[float], list[float], float]:
+    """Seconds a step, and shares of time that are not convolution, of (straightforward, ours); the ratio of times."""
     context = torch.multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for side, precision in sides:
+    for side in ("straightforward", "ours"):
         here, there = context.Pipe()
         pipes.append(here)
         processes.append(context.Process(target=serve, args=(there, side, options, precision), daemon=True))
         processes[-1].start()
-    for _ in range(2):  # the first steps allocate
-        for pipe in pipes:
-            ask(pipe, "step")
-    seconds = [[ask(pipe, "step") for pipe in pipes] for _ in range(options.steps)]
-    for index, (side, precision) in enumerate(sides):
-        rate = batch / statistics.median(turn[index] for turn in seconds)
-        ratio = statistics.median(turn[0] / turn[index] for turn in seconds)
-        share = ask(pipes[index], "profile")
-        pipes[index].send("end")
-        processes[index].join()
-        yield f"{side:16} {precision:5} {rate:9.2f} images/s, {ratio:5.2f} times; {share:6.1%} is not convolution"
+        there.close()  # so that the end of the process is noticed here
+        ask(here, "step")  # the first one allocates
+    turns = [[ask(pipe, "step") for pipe in pipes] for _ in range(options.steps)]
+    shares = [ask(pipe, "profile") for pipe in pipes]
+    for pipe, process in zip(pipes, processes):
+        pipe.send("end")
+        process.join()
+    ratio = statistics.median(straightforward / ours for straightforward, ours in turns)
+    return [statistics.median(seconds) for seconds in zip(*turns)], shares, ratio
 
 
 def main() -> None:
@@ -264,8 +253,19 @@ def main() -> None:
     parser.add_argument("--gan", action="store_true", help="with the discriminator")
     parser.add_argument("--steps", type=int, default=10, help="steps of each, in turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    for line in compare(parser.parse_args()):
-        print(line, flush=True)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = settings(options, "fp32", Path(scratch) / "run")
+    assert_the_same(config)
+    losses = ["LPIPS"] * (config.loss.perceptual_weight > 0) + ["GAN"] * options.gan
+    shown = " + ".join([config.loss.reconstruction, *losses])
+    batch, (height, width) = config.run.batch_size, config.images.size
+    print(f"{options.config}: batch {batch}, {height}x{width}, {shown}, {options.threads} threads")
+    for precision in options.precision:
+        seconds, shares, ratio = compare(options, precision)
+        for side, second, share in zip(("straightforward fp32", f"ours {precision}"), seconds, shares):
+            print(f"{side:>20} {batch / second:9.2f} images/s, {share:6.1%} is not convolution")
+        print(f"{ratio:34.2f} times", flush=True)
 
 
 if __name__ == "__main__":

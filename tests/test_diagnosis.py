@@ -70,11 +70,11 @@ def test_a_healthy_run_says_nothing(train: Train, words: str) -> None:
 def test_a_codebook_too_large_for_the_images(train: Train, tmp_path: Path) -> None:
     """Known before the first step: with k-means the start alone would take minutes."""
     write_images(tmp_path / "images", 100)
-    words = ["--data", tmp_path / "images", "--codebook-size", 65_536, "--code-dim", 256, "--no-l2-normalize"]
+    words = ["--data", tmp_path / "images", "--codebook-size", 16_384, "--code-dim", 64, "--no-l2-normalize"]
     words += ["--no-kmeans-start", "--steps", 1, "--batch-size", 8, "--validation-images", 5]
     found = says(train(*words), "codebook too large", "--codebook-size 128", "more images")
     assert (
-        found["step"] == 0 and "65536 codes for 6080 positions in all training images, 0.093 a code" in found["message"]
+        found["step"] == 0 and "16384 codes for 6080 positions in all training images, 0.37 a code" in found["message"]
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ def _step(quantizer: Quantizer, z: Tensor) -> dict[str, Tensor]:
 
 def _train_quantizers(rank: int, folder: str) -> None:
     """Start, update and revive codebooks of each kind on one process of two; all states go to a file of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    # Processes that no longer agree wait for each other: not for half an hour.
+    wait = timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=wait)
     states: dict[str, States] = {kind: [] for kind in KINDS}
     for kind in KINDS:
         quantizer = _quantizer(kind)

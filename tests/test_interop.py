@@ -159,7 +159,7 @@ def test_llamagen_takes_the_averaged_weights(tmp_path, cli):
     words = ["--input", tmp_path / "0000010.pt", "--size", "16", "24", "--output", tmp_path / "out"]
     done = cli(main, *words)
     assert done.code == 0, done.err
-    assert "left out 1 tensors that only training needs: quantize.codebook_used" in done.out
+    assert "left out 1 tensor that only training needs: quantize.codebook_used" in done.out
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.config.quantizer.l2_normalize and tokenizer.grid == (8, 12)
     same(tokenizer, known.images, known.codes, known.reconstructions)

@@ -92,6 +92,14 @@ def test_the_targets_take_no_gradient_and_are_not_kept(distance):
     images, targets = (t.requires_grad_() for t in pair(2, 32, 32))
     distance(images, targets).sum().backward()
     assert targets.grad is None and images.grad is not None
+
+    def kept(targets: Tensor) -> int:
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            distance(images, targets)
+        return len(tensors)
+
+    assert kept(targets) == kept(targets.detach()) > 0
     with torch.no_grad():
         found = distance(images, targets)
     assert not found.requires_grad
@@ -177,7 +185,12 @@ def test_an_activation_may_overwrite_the_result_and_other_kernels_stay_as_they_a
         with_gradient(lambda x: plain(x).relu().sum((1, 2, 3)), x),
         1e-5,
     )
-    for options in ({"padding": 0}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 1}, {"groups": 2}):
+    for options in (
+        {"padding": 0},
+        {"stride": 2, "padding": 1},
+        {"dilation": 2, "padding": 1},
+        {"groups": 2, "padding": 1},
+    ):
         other = nn.Conv2d(4, 4, 3, **options).requires_grad_(False)
         assert torch.equal(FixedConvolution(other)(x), other(x))
 

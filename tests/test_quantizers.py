@@ -600,6 +600,23 @@ def test_gumbel_kl_by_hand(weight: float) -> None:
         assert quantizer(logits).stats["gumbel_kl"].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_gumbel_entropy_loss_by_hand() -> None:
+    """Of the choices themselves, whatever the temperature of the samples."""
+    quantizer = gumbel(0.3, gumbel_kl_weight=0.0, entropy_weight=0.2, entropy_diversity=1.5)
+    z = latents(2, 8, 3, 5).requires_grad_()
+    copied = z.detach().clone().requires_grad_()
+    q = copied.permute(0, 2, 3, 1).reshape(30, 8).softmax(1)
+    each = torch.distributions.Categorical(q).entropy().mean()
+    mean = torch.distributions.Categorical(q.mean(0)).entropy()
+    out = quantizer(z)
+    torch.testing.assert_close(out.loss, 0.2 * (each - 1.5 * mean))
+    torch.testing.assert_close(out.stats["entropy_each"], each.detach())
+    torch.testing.assert_close(out.stats["entropy_mean"], mean.detach())
+    out.loss.backward()
+    (0.2 * (each - 1.5 * mean)).backward()
+    torch.testing.assert_close(z.grad, copied.grad)
+
+
 def test_gumbel_start_gathers_no_logits() -> None:
     quantizer, z = gumbel(), latents(2, 8, 3, 5)
     with Largest() as seen:

@@ -45,7 +45,8 @@ class GanConfig:
     gan_adaptive: bool = True
     """Scale the weight by the ratio of gradients at the decoder's last layer (Esser et al. 2021, eq. 7)."""
     gan_adaptive_max: float = 100.0
-    """Largest such ratio."""
+    """Largest such ratio. Where the discriminator is fooled its gradient is small and the ratio large: a bound near the
+    usual ratio (see adaptive_ratio in metrics.jsonl) keeps the decoder from being driven hardest just then."""
     gan_lecam: float = 0.0
     """Weight of LeCam regularisation of the discriminator (Tseng et al. 2021); 0 = off."""
     gan_augment: list[Augmentation] = field(default_factory=list)

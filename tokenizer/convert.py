@@ -280,7 +280,8 @@ def run(config: ConvertConfig) -> None:
     save(tokenizer, config.to, output, str(config.input))
     if left_out:
         groups = sorted({name.partition(".")[0] + "." if name.startswith("loss.") else name for name in left_out})
-        print(f"left out {len(left_out)} tensors that only training needs: {', '.join(groups)}")
+        plural = "s" * (len(left_out) > 1)
+        print(f"left out {len(left_out)} tensor{plural} that only training needs: {', '.join(groups)}")
     (height, width), (rows, columns) = tokenizer.config.image_size, tokenizer.grid
     weights = sum(tensor.numel() for tensor in tokenizer.inference_state().values())
     print(

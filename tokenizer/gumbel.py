@@ -17,8 +17,10 @@ class GumbelQuantizer(Quantizer):
     with the table E of K codes, so the table learns by gradient. tau falls from `gumbel_temperature` to
     `gumbel_temperature_end` on a cosine over the first `gumbel_anneal` of the run (Ramesh et al., appendix A.2). The
     loss is `gumbel_kl_weight * KL(q || uniform)`, `sum_k q_k log(q_k K)` with `q = softmax(logits)`, mean over
-    positions, in nats: the KL term of their eq. 1. In evaluation the vector is that of the argmax of the logits, and so
-    are the codes in both modes.
+    positions, in nats: the KL term of their eq. 1. It holds each choice back, and a code that no choice leans to feels
+    nothing of it; against a collapse there is `entropy_weight * (E[H(q)] - entropy_diversity * H(E[q]))`, the second
+    term as in Baevski et al. 2020, "wav2vec 2.0", eq. 4. In evaluation the vector is that of the argmax of the logits,
+    and so are the codes in both modes.
 
     Logits and mixture are N x K numbers each by nature: 4096 vectors and K = 8192 take 128 MiB a tensor.
 
