@@ -32,7 +32,7 @@ class GumbelQuantizer(Quantizer):
     def __init__(self, dim: int, config: QuantizerConfig) -> None:
         super().__init__(dim, config.code_dim, config, width_in=config.codebook_size)
         # Logits that the noise does not drown from the start, as the program of wav2vec 2.0 has them: with a layer's
-        # usual weights, ten times smaller, the encoder learns nothing until the temperature is low.
+        # usual weights, some fifteen times smaller, the encoder learns nothing until the temperature is low.
         nn.init.normal_(self.project_in.weight)
         nn.init.zeros_(cast(Tensor, self.project_in.bias))
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
