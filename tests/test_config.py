@@ -182,6 +182,8 @@ class Bare:
     ("words", "files", "rest"),
     [
         ("a.png", ["a.png"], (False, 1, [])),
+        ("'a, b.png'", ["a, b.png"], (False, 1, [])),
+        ("[a].png", ["[a].png"], (False, 1, [])),
         ("a b/c '[d]' 'e, f' g=h null", ["a", "b/c", "[d]", "e, f", "g=h", "null"], (False, 1, [])),
         ("a.png --steps 3 b.png --flip c.png", ["a.png", "b.png", "c.png"], (True, 3, [])),
         ("--steps=3 __a.png --size=4,5 _", ["__a.png", "_"], (False, 3, [4, 5])),

@@ -617,6 +617,13 @@ def test_gumbel_entropy_loss_by_hand() -> None:
     torch.testing.assert_close(z.grad, copied.grad)
 
 
+def test_gumbel_logits_stand_out_of_the_noise_from_the_start() -> None:
+    noise = math.pi / math.sqrt(6)  # standard deviation of the Gumbel distribution
+    assert make("gumbel").vectors(latents(scale=1)).std().item() > noise
+    default = torch.nn.Conv2d(6, 64, 1)(latents(scale=1)).std().item()
+    assert default < noise, "a layer's usual weights would not show the difference"
+
+
 def test_gumbel_start_gathers_no_logits() -> None:
     quantizer, z = gumbel(), latents(2, 8, 3, 5)
     with Largest() as seen:
