@@ -176,8 +176,8 @@ def test_fixed_codes_need_no_vectors_to_learn_from() -> None:
         ({"revive_after": 0}, "use --revive-after 100, or a smaller"),
         ({"quantizer": "residual", "depth": 2, "l2_normalize": False, "revive_after": 0}, "use --revive-after 100, or"),
         ({"quantizer": "lfq"}, "raise --entropy-weight (it is 0), or use a smaller"),
-        ({"quantizer": "gumbel"}, "raise --gumbel-kl-weight or"),
-        ({"quantizer": "fsq"}, "use a smaller --codebook-size"),
+        ({"quantizer": "gumbel"}, "raise --entropy-weight (it is 0) or --gumbel-kl-weight, or use"),
+        ({"quantizer": "fsq"}, "use smaller --levels"),
         ({"quantizer": "simvq", "kmeans_start": False, "revive_after": 0}, "use a smaller --codebook-size"),
     ],
 )

@@ -229,6 +229,15 @@ def test_kmeans_start_lowers_the_error(case: str) -> None:
     assert after.loss < 0.7 * before.loss and after.stats["usage"] > 0.6
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_start_changes_a_quantizer_exactly_where_it_says_so(case: str) -> None:
+    quantizer = make(case).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.start(latents(8, 6, 8, 8))
+    changed = any(not torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+    assert changed == quantizer.starts == (case in LEARNED)
+
+
 # ---- options ----
 
 

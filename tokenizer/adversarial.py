@@ -215,7 +215,7 @@ class Adversary:
     """The discriminator of a run, its optimizer, its memory, and both players' part of a step.
 
     Args:
-        optimizer: the settings of the run's own; the rate is --gan-lr instead.
+        optimizer: the settings of the run's own, for AdamW with the rate --gan-lr instead.
         extra: the trainer's small state. `gan_began` in it is the discriminator's first step, once it is known.
     """
 
@@ -230,7 +230,7 @@ class Adversary:
         self.run, self.config, self.extra = run, config, extra
         self.clip = optimizer.grad_clip
         self.discriminator = discriminator
-        settings = OptimizerConfig(**{**vars(optimizer), "lr": config.gan_lr})
+        settings = OptimizerConfig(**{**vars(optimizer), "optimizer": "adamw", "lr": config.gan_lr})
         # The schedule is only asked for its factors: the rate depends on the step alone, whenever training began.
         own, schedule = optimizer_for(discriminator, settings, run.settings.steps)
         self.factor: Callable[[int], float] = schedule.lr_lambdas[0]

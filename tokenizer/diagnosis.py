@@ -37,9 +37,9 @@ def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, traini
 
 def collapse_remedy(config: QuantizerConfig) -> str:
     """What helps against a collapse and is not done yet."""
-    less = "a smaller --codebook-size"
+    less = "smaller --levels" if config.quantizer == "fsq" else "a smaller --codebook-size"
     if config.quantizer == "gumbel":
-        return f"raise --gumbel-kl-weight or --gumbel-temperature, or use {less}"
+        return f"raise --entropy-weight (it is {config.entropy_weight:g}) or --gumbel-kl-weight, or use {less}"
     if config.quantizer == "lfq":
         return f"raise --entropy-weight (it is {config.entropy_weight:g}), or use {less}"
     if config.quantizer not in _LEARNED:

@@ -184,6 +184,8 @@ class Quantizer(nn.Module):
     """Codes a position."""
     progress = 1.0
     """Share of the run that is done; the trainer sets it before each step, for what is annealed."""
+    starts = False
+    """Whether `start_from` places codes; the trainer then gives it the first latents."""
 
     def __init__(self, dim: int, width: int, config: QuantizerConfig, width_in: int | None = None) -> None:
         super().__init__()

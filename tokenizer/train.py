@@ -125,7 +125,8 @@ class TokenizerTrainer:
             return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
 
         whole = self._initialize(self.config.init) if first_step == 0 and self.config.init else False
-        if first_step == 0 and self.config.quantizer.kmeans_start and not whole:
+        wanted = self.config.quantizer.kmeans_start and self.tokenizer.quantizer.starts
+        if first_step == 0 and wanted and not whole:
             self._start_codebook(batches(0))
         self.extra.setdefault("weight_norm", float(self._weight_norm()))
         self.batches = batches(first_step)

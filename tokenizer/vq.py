@@ -18,6 +18,8 @@ class VectorQuantizer(Quantizer):
         dim: channels D of the latents.
     """
 
+    starts = True
+
     def __init__(self, dim: int, config: QuantizerConfig) -> None:
         super().__init__(dim, config.code_dim, config)
         self.codebook = Codebook(config, config.code_dim, config.l2_normalize)
@@ -50,6 +52,8 @@ class SeveralCodebooks(Quantizer):
         width: dimension of their vectors.
         books: one for each code, or one for all.
     """
+
+    starts = True
 
     def __init__(self, dim: int, width: int, config: QuantizerConfig, books: Sequence[Codebook]) -> None:
         super().__init__(dim, width, config)
