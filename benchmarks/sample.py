@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from vqgen.hardware import precision_of
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
-from vqgen.sampling.generate import Decoder, generate, image_uniforms
+from vqgen.sampling.decoder import Decoder
+from vqgen.sampling.generate import generate, image_uniforms
 from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.pipeline import CPU_ROWS, find_device
 

@@ -1,4 +1,4 @@
-"""Cached decoding on token ids alone: a transformers causal LM, plain numbers, no images.
+"""Cached decoding on token ids alone: a causal LM, plain numbers, no images.
 
 `generate` is what others call. Under it lie `prefill` (the prompt, in one pass), `decode_one` (one token) and
 `decode_n` (the loop), on a `Decoder`, which holds the model's static key-value cache. Nothing in the loop waits for
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
 
 from vqgen.errors import UserError
 
+from .decoder import Decoder
 from .logits import SamplingSettings, choose
 
 
@@ -29,71 +29,26 @@ def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy((np.stack(rows) >> np.uint64(11)) * 2.0**-53)
 
 
-class Decoder:
-    """A causal LM with a static key-value cache, which is allocated once and used again by the next batch.
-
-    Args:
-        model: in evaluation mode; its attention must take an additive mask (eager and sdpa do).
-        positions: tokens that a sequence feeds to the model, which is the size of the cache.
-    """
-
-    def __init__(self, model: PreTrainedModel, positions: int) -> None:
-        self.model, self.positions = model, positions
-        self._rows, self._fed = 0, 0
-        self._cache: StaticCache | None = None
-        # Made once: transformers would build a mask (rows, 1, 1, positions) anew for every token.
-        blocked = torch.full((positions, positions), -torch.inf, dtype=model.dtype, device=model.device)
-        self._mask = blocked.triu(1)[None, None]
-        self._ids = torch.arange(positions, device=model.device)[None]
-
-    def start(self, rows: int) -> None:
-        """Begin a batch of `rows` sequences: forget the former one."""
-        if self._cache is None or rows != self._rows:
-            self._cache = StaticCache(config=self.model.config, max_cache_len=self.positions)
-        else:
-            self._cache.reset()
-        self._rows, self._fed = rows, 0
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Feed the next tokens (rows, T); return the logits after the last one, float32 (rows, V)."""
-        first, last = self._fed, self._fed + tokens.shape[1]
-        if last > self.positions:
-            raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
-        self._fed = last
-        output = self.model(
-            input_ids=tokens,
-            position_ids=self._ids[:, first:last],
-            attention_mask=self._mask[:, :, first:last],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
-
-
-def prefill(decoder: Decoder, prompt: Tensor) -> Tensor:
-    """Start a batch with its prompts (rows, P) and return the logits for the first token to draw, (rows, V)."""
+def prefill(decoder: Decoder, prompt: Tensor, allowed: tuple[int, int]) -> Tensor:
+    """Start a batch with its prompts (rows, P); return the logits of the ids that may come first, (rows, K)."""
     decoder.start(len(prompt))
-    return decoder.feed(prompt)
+    return decoder.feed(prompt, allowed)
 
 
-def decode_one(
-    logits: Tensor, allowed: tuple[int, int], uniforms: Tensor, settings: SamplingSettings, guided: bool
-) -> Tensor:
-    """Draw one token an image from the ids in `allowed`, first and one past the last.
+def decode_one(logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, guided: bool) -> Tensor:
+    """Draw one token an image.
 
     Args:
-        logits: (B, V), or where `guided` (2B, V): B rows with the condition, then the same without it.
+        logits: of the ids from `start` on that may stand here, (B, K), or where `guided` (2B, K): B rows with the
+            condition, then the same without it.
         uniforms: (B,).
 
     Returns:
         Token ids (B,).
     """
-    start, end = allowed
-    legal = logits[:, start:end]
     if not guided:
-        return choose(legal, uniforms, settings) + start
-    conditional, unconditional = legal.chunk(2)
+        return choose(logits, uniforms, settings) + start
+    conditional, unconditional = logits.chunk(2)
     return choose(conditional, uniforms, settings, unconditional) + start
 
 
@@ -108,16 +63,16 @@ def decode_n(
 ) -> Tensor:
     """Draw len(allowed) tokens an image, feeding each back; `logits` is what `prefill` returned. Returns (B, n)."""
     drawn: list[Tensor] = []
-    finite = torch.ones((), dtype=torch.bool, device=logits.device)
+    total = torch.zeros((), device=logits.device)
     for position, legal in enumerate(allowed):
         if position:
             tokens = drawn[-1].repeat(2) if guided else drawn[-1]
-            logits = decoder.feed(tokens[:, None])
-        finite &= logits.isfinite().all()
-        drawn.append(decode_one(logits, legal, uniforms[:, position], settings, guided))
+            logits = decoder.feed(tokens[:, None], legal)
+        total += logits.sum()  # keeps what is not finite
+        drawn.append(decode_one(logits, legal[0], uniforms[:, position], settings, guided))
         if on_token is not None:
             on_token(drawn[-1])
-    if not finite:  # asked once, after the loop: asking waits for the device
+    if not total.isfinite():  # asked once, after the loop: asking waits for the device
         raise UserError("the model's logits are not finite; its weights are damaged, or try --precision fp32")
     return torch.stack(drawn, 1)
 
@@ -167,5 +122,5 @@ def generate(
     if unconditional is not None and settings.guidance_scale != 1:
         inputs, guided = torch.cat([inputs, padded(unconditional)]), True
     report = None if on_token is None else lambda tokens: on_token(tokens[:count])
-    logits = prefill(decoder, inputs)
+    logits = prefill(decoder, inputs, allowed[0])
     return decode_n(decoder, logits, allowed, padded(uniforms), settings, guided, report)[:count]

@@ -90,12 +90,10 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         Token ids int64 (B,), each of positive probability.
     """
-    # float64, because in float32 the product below can round up to the total and pass every token. Tokens that were
-    # filtered out get 0 and so are never above the target, even where a parallel sum is not quite monotonic.
-    probabilities = logits.softmax(-1, dtype=torch.float64)
-    cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0)
-    target = uniforms.unsqueeze(-1) * cumulative.amax(-1, keepdim=True)
-    return (cumulative > target).to(torch.uint8).argmax(-1)  # the first maximum
+    # Summed in float64: in float32 the target can round up to the total and pass every token.
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    target = uniforms.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first above the target
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings, unconditional: Tensor | None = None) -> Tensor:
@@ -113,7 +111,8 @@ def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings, uncondi
         logits = guide(logits, unconditional, settings.guidance_scale)
     if settings.temperature == 0:
         return logits.argmax(-1)
-    logits = apply_temperature(logits, settings.temperature)
+    if settings.temperature != 1:
+        logits = apply_temperature(logits, settings.temperature)
     logits = keep_top_k(logits, settings.top_k)
     logits = keep_top_p(logits, settings.top_p)
     return draw(keep_min_p(logits, settings.min_p), uniforms)

@@ -14,7 +14,8 @@ from vqgen.hardware import precision_of
 from ..prior.model import Prior
 from ..tokenizer.model import Tokenizer
 from ..tokenizer.pixels import to_uint8
-from .generate import Decoder, generate, image_uniforms
+from .decoder import Decoder
+from .generate import generate, image_uniforms
 from .logits import SamplingSettings
 
 DEFAULT_MODEL = Path("runs/demo/prior")

@@ -7,22 +7,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
-from vqgen.sampling.generate import Decoder, decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.decoder import Decoder, Linear
+from vqgen.sampling.generate import decode_n, generate, image_uniforms, prefill
 from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.pipeline import CPU_ROWS
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
-attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
 
-def model_of(
-    vocabulary: Vocabulary, backbone="llama", dim=32, heads=2, hidden=None, attention="eager", sharp=1.0
-) -> PreTrainedModel:
+def model_of(vocabulary: Vocabulary, backbone="llama", dim=32, heads=2, hidden=None, sharp=1.0) -> PreTrainedModel:
     """A random causal LM; `sharp` multiplies its logits."""
     torch.manual_seed(0)
     shape = PriorConfig(backbone=backbone, dim=dim, layers=2, heads=heads, hidden_dim=hidden)
     config = backbone_config(shape, vocabulary)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(sharp)
     return model
@@ -43,25 +41,25 @@ class Recorder(Decoder):
         super().start(rows)
         self.given: list[torch.Tensor] = []
 
-    def feed(self, tokens):
-        self.given.append(super().feed(tokens))
+    def feed(self, tokens, allowed=None):
+        self.given.append(super().feed(tokens, allowed))
         return self.given[-1]
 
 
 @backbones
-@attentions
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_cached_decoding_equals_the_full_forward(backbone, attention, depth):
+def test_cached_decoding_equals_the_full_forward(backbone, rows, depth):
     vocabulary = Vocabulary(codebook_size=20, depth=depth, grid=(3, 4), classes=3)
-    model = model_of(vocabulary, backbone, attention=attention, sharp=20)
-    decoder, prompt = Recorder(model, vocabulary.length), conditions(vocabulary, 3)
-    uniforms = image_uniforms(0, range(3), vocabulary.length)
+    model = model_of(vocabulary, backbone, sharp=20)
+    decoder, prompt = Recorder(model, vocabulary.length), conditions(vocabulary, rows)
+    uniforms = image_uniforms(0, range(rows), vocabulary.length)
     greedy = SamplingSettings(temperature=0)
     tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, greedy)
     with torch.inference_mode():
         full = model(input_ids=torch.cat([prompt, tokens], 1), use_cache=False).logits[:, :-1]
-    torch.testing.assert_close(torch.stack(decoder.given, 1), full, rtol=1e-4, atol=1e-4)
     for position, (start, end) in enumerate(allowed_of(vocabulary)):
+        torch.testing.assert_close(decoder.given[position], full[:, position, start:end], rtol=1e-4, atol=1e-4)
         assert torch.equal(tokens[:, position], full[:, position, start:end].argmax(-1) + start)
     assert tokens.unique().numel() > 4  # a constant would prove little
 
@@ -94,6 +92,67 @@ def test_a_longer_prompt_goes_in_at_once(backbone):
     assert torch.equal(rest, whole[:, 5:])
 
 
+@backbones
+def test_a_prompt_may_come_in_pieces(backbone):
+    """A piece sees what came before it, and of itself what is not ahead."""
+    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = Decoder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    tokens = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
+    given = []
+    with torch.inference_mode():
+        for pieces in ([12], [5, 7], [1, 1, 4, 6], [1] * 12):
+            decoder.start(3)
+            given.append([decoder.feed(piece) for piece in tokens.split(pieces, 1)][-1])
+    for other in given[1:]:
+        torch.testing.assert_close(other, given[0], rtol=1e-4, atol=1e-4)
+
+
+@backbones
+def test_joined_projections_are_the_models_own(backbone):
+    """Nothing is held twice, and the model is the one it was."""
+    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    model, tokens = model_of(vocabulary, backbone), torch.arange(8)[None]
+    with torch.inference_mode():
+        before = model(input_ids=tokens, use_cache=False).logits
+        names = {name: value.clone() for name, value in model.state_dict().items()}
+        decoder = Decoder(model, vocabulary.length)
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
+        assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for block in decoder._blocks:
+        for linear in (block.qkv, block.out, block.up, block.down):
+            assert linear.weight.untyped_storage().data_ptr() in held
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_give_the_plain_products_bits(rows, bias):
+    torch.manual_seed(0)
+    linear = Linear(torch.randn(48, 96, dtype=torch.bfloat16), torch.randn(48, dtype=torch.bfloat16) if bias else None)
+    if linear._packed is None:
+        pytest.skip("this torch packs no weights")
+    x, y = torch.randn(rows, 48, dtype=torch.bfloat16), torch.randn(rows, 96, dtype=torch.bfloat16)
+    packed, added, linear._packed = linear(y), linear.added(x, y), None
+    assert torch.equal(packed, linear(y))
+    product = y.double() @ linear.weight.double().T + (0 if linear.bias is None else linear.bias.double())
+    # A rounding to bfloat16 is off by at most 2^-9 of the value: of the product, of it with the bias, of the sum.
+    bound = 2**-9 * (3 * product.abs() + (x.double() + product).abs() + 4)
+    for found in (added, linear.added(x, y)):
+        assert ((found.double() - (x.double() + product)).abs() <= bound).all()
+
+
+def test_other_models_are_refused():
+    from transformers import LlamaConfig, MistralConfig
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}
+    for config, words in (
+        (MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=2), "no decoder for a mistral"),
+        (LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2), "grouped heads"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Decoder(AutoModelForCausalLM.from_config(config), 4)
+
+
 def test_the_cache_is_exact_and_used_again():
     vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
     decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
@@ -104,11 +163,10 @@ def test_the_cache_is_exact_and_used_again():
         return generate(decoder, conditions(vocabulary, count), legal, uniforms, settings)
 
     first = drawn(0)
-    cache = decoder._cache
-    assert cache is not None and cache.layers[0].keys.shape[2] == vocabulary.length
-    keys = cache.layers[0].keys.data_ptr()
+    places = [cache.data_ptr() for cache in decoder._cache]
+    assert len(places) == 2 and decoder._cache[0].shape[2] == vocabulary.length
     second = drawn(1)
-    assert decoder._cache is cache and cache.layers[0].keys.data_ptr() == keys
+    assert [cache.data_ptr() for cache in decoder._cache] == places
     assert not torch.equal(first, second)
     drawn(2, count=2)
     assert torch.equal(drawn(0), first)
@@ -283,7 +341,7 @@ def test_steps_compose_to_the_whole():
     decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
     uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
     with torch.inference_mode():
-        logits = prefill(decoder, conditions(vocabulary, 3))
+        logits = prefill(decoder, conditions(vocabulary, 3), legal[0])
         tokens = decode_n(decoder, logits, legal, uniforms, SamplingSettings())
     assert torch.equal(tokens, generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()))
 

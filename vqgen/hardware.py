@@ -32,7 +32,11 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
             the processes that a launcher started for so many runs of one process each, in one and the same folder.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, **settings)
+    first = not torch.distributed.is_initialized()
+    state = PartialState(cpu=cpu, **settings)
+    if first:  # or one that refuses its options is gone before the others have finished connecting to it
+        state.wait_for_everyone()
+    return state
 
 
 def keep_memory(device: torch.device) -> None:
