@@ -19,33 +19,66 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class Linear:
-    """y = x W^T + b on (N, in), for a weight (out, in).
+    """y = x W^T + b on (N, in), for a weight (out, in); a row's bits do not depend on the rows beside it.
 
     In bfloat16 on a CPU oneDNN wants the weight in blocks and would bring it there anew for every product, which at so
     few rows costs as much as the product. Here that is done once, by the operators that a frozen compiled graph calls;
-    the sums are the same. Where torch has them not, the plain product does it.
+    the sums are the same. Where torch has them not, the plain product does it. The order of the sums may depend on the
+    number of rows there: where it does, which is tried out once a shape, products are of `ROWS` rows, always.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self._packed: Tensor | None = None
-        if (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.bfloat16
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        ):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._rows: tuple[int, int] | None = None
+        """Fewest and most rows of a product; None = any number."""
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            key = (tuple(weight.shape), bias is None, torch.get_num_threads())
+            if key not in _STEADY:
+                _STEADY[key] = self._steady()
+            self._rows = (1 if _STEADY[key] else ROWS, ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        return self._by_rows(self._product, x)
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """x + linear(y) in one pass."""
+        return self._by_rows(self._sum, x, y)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(y, x, self._packed, self.bias, "add")
-        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self(y)
+        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self._product(y)
+
+    def _by_rows(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """`function` of no more and no fewer rows at a time than `_rows` says, the last ones filled up."""
+        rows = len(given[0])
+        if self._rows is None or self._rows[0] <= rows <= self._rows[1]:
+            return function(*given)
+        fewest, most = self._rows
+        filled = [F.pad(x, (0, 0, 0, -rows % fewest)).split(most) for x in given]
+        return torch.cat([function(*part) for part in zip(*filled, strict=True)])[:rows]
+
+    def _steady(self) -> bool:
+        """Whether a row comes out the same, bit for bit, at every number of rows up to `ROWS`."""
+        random = torch.Generator().manual_seed(0)
+        y, x = (torch.randn(ROWS, side, generator=random).bfloat16() for side in self.weight.T.shape)
+        whole = self._product(y), self._sum(x, y)
+        return all(
+            torch.equal(self._product(y[:n]), whole[0][:n]) and torch.equal(self._sum(x[:n], y[:n]), whole[1][:n])
+            for n in range(1, ROWS)
+        )
+
+
+ROWS = 64
+_STEADY: dict[tuple[tuple[int, ...], bool, int], bool] = {}
 
 
 @dataclass
@@ -134,6 +167,7 @@ class Decoder:
         inner: Any = model  # its parts have no types
         self._blocks = _blocks(inner)
         self._head: Tensor = inner.get_output_embeddings().weight.data
+        self._heads_of: dict[tuple[int, int], Linear] = {}
         ids = torch.arange(positions, device=model.device)[None]
         if config.model_type == "gpt2":
             self.gated, self._activation = False, ACT2FN[config.activation_function]
@@ -195,8 +229,14 @@ class Decoder:
             else:
                 inner = self._activation(inner)
             x = block.down.added(x, inner)
-        start, end = allowed or (0, len(self._head))
-        return F.linear(self._last_norm(x.view(rows, count, -1)[:, -1]), self._head[start:end]).float()
+        head = self._head_of(allowed or (0, len(self._head)))
+        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+
+    def _head_of(self, allowed: tuple[int, int]) -> Linear:
+        """The part of the output layer that makes these logits; there are as many as codes a position."""
+        if allowed not in self._heads_of:
+            self._heads_of[allowed] = Linear(self._head[slice(*allowed)])
+        return self._heads_of[allowed]
 
     def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), turned by their positions."""

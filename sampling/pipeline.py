@@ -21,8 +21,8 @@ from .logits import SamplingSettings
 DEFAULT_MODEL = Path("runs/demo/prior")
 # In float32 on a CPU the last bits of a row depend on how many rows there are: matrix products of 1 to 3 (with two
 # threads 7) rows take another path, and the end of an array that does not fill a vector is rounded differently from
-# the rest. At multiples of 16 all agree, with one thread and with two; in bf16 they agree at every count. This was
-# measured with MKL and oneDNN and eager attention; what sdpa gives depends on the number of threads.
+# the rest. At multiples of 16 all agree, with one thread and with two, as measured with MKL; in bf16 `Linear` sees to
+# it.
 CPU_ROWS = 16
 # Images are decoded in chunks that depend on their size alone, in float32, because convolutions choose their algorithm
 # by the shape of the batch. At least 4, so that two or four threads share the images and not the sums.
@@ -84,8 +84,6 @@ class Generator:
         for parameter in prior.backbone.parameters():
             # Not the buffers: rotary frequencies lose positions in 16 bits.
             parameter.data = parameter.data.to(dtype)
-        if device.type == "cpu":
-            prior.backbone.set_attn_implementation("eager")  # the fastest here with a static cache
         self.prior, self.tokenizer, self.device = prior.eval().to(device), tokenizer.eval().to(device), device
         self._decoder = Decoder(prior.backbone, prior.vocabulary.length)
 
