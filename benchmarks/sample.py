@@ -73,7 +73,7 @@ def main() -> None:
         rows = CPU_ROWS if device.type == "cpu" and precision == "fp32" else 1
 
         def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows) -> torch.Tensor:
-            return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows)
+            return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows).tokens
 
         def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
             return theirs.generate(  # type: ignore[operator]

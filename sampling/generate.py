@@ -6,6 +6,7 @@ the device.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vqgen.errors import UserError
 
 from .decoder import Decoder
-from .logits import SamplingSettings, choose
+from .logits import SamplingSettings, choose, guide
 
 
 def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
@@ -35,21 +36,39 @@ def prefill(decoder: Decoder, prompt: Tensor, allowed: tuple[int, int]) -> Tenso
     return decoder.feed(prompt, allowed)
 
 
-def decode_one(logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, guided: bool) -> Tensor:
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens int64 (B, n), and what they cost the model itself.
+
+    `nats` float64 (B,) is -log p of the tokens given all before them and the condition: at temperature 1, without
+    guidance or filters, among the ids that may stand there.
+    """
+
+    tokens: Tensor
+    nats: Tensor
+
+
+def decode_one(
+    logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token an image.
 
     Args:
-        logits: of the ids from `start` on that may stand here, (B, K), or where `guided` (2B, K): B rows with the
-            condition, then the same without it.
+        logits: of the ids from `start` on that may stand here, (B, K), or where there is a `scale` (2B, K): B rows
+            with the condition, then the same without it.
         uniforms: (B,).
+        scale: of the guidance; None = none.
 
     Returns:
-        Token ids (B,).
+        Token ids (B,), and -log p of each, float32 (B,).
     """
-    if not guided:
-        return choose(logits, uniforms, settings) + start
-    conditional, unconditional = logits.chunk(2)
-    return choose(conditional, uniforms, settings, unconditional) + start
+    conditional, wanted = logits, logits
+    if scale is not None:
+        conditional, unconditional = logits.chunk(2)
+        wanted = guide(conditional, unconditional, scale)
+    chosen = choose(wanted, uniforms, settings)
+    nats = conditional.logsumexp(-1) - conditional.gather(1, chosen[:, None])[:, 0]
+    return chosen + start, nats
 
 
 def decode_n(
@@ -59,22 +78,30 @@ def decode_n(
     uniforms: Tensor,
     settings: SamplingSettings,
     guided: bool = False,
+    before: int = 0,
     on_token: Callable[[Tensor], object] | None = None,
-) -> Tensor:
-    """Draw len(allowed) tokens an image, feeding each back; `logits` is what `prefill` returned. Returns (B, n)."""
+) -> Drawn:
+    """Draw len(allowed) tokens an image, feeding each back.
+
+    Args:
+        logits: what `prefill` returned.
+        before: codes of the image that were given, for the guidance's schedule.
+    """
     drawn: list[Tensor] = []
-    total = torch.zeros((), device=logits.device)
+    total = torch.zeros(len(uniforms), dtype=torch.float64, device=logits.device)
     for position, legal in enumerate(allowed):
         if position:
             tokens = drawn[-1].repeat(2) if guided else drawn[-1]
             logits = decoder.feed(tokens[:, None], legal)
-        total += logits.sum()  # keeps what is not finite
-        drawn.append(decode_one(logits, legal[0], uniforms[:, position], settings, guided))
+        scale = settings.guidance_at(before + position, before + len(allowed)) if guided else None
+        tokens, nats = decode_one(logits, legal[0], uniforms[:, position], settings, scale)
+        total += nats
+        drawn.append(tokens)
         if on_token is not None:
-            on_token(drawn[-1])
-    if not total.isfinite():  # asked once, after the loop: asking waits for the device
+            on_token(tokens)
+    if not total.isfinite().all():  # asked once, after the loop: asking waits for the device
         raise UserError("the model's logits are not finite; its weights are damaged, or try --precision fp32")
-    return torch.stack(drawn, 1)
+    return Drawn(torch.stack(drawn, 1), total)
 
 
 @torch.inference_mode()
@@ -87,22 +114,21 @@ def generate(
     unconditional: Tensor | None = None,
     rows: int = 1,
     on_token: Callable[[Tensor], object] | None = None,
-) -> Tensor:
+) -> Drawn:
     """Continue prompts by len(allowed) tokens.
 
     Args:
         decoder: with a cache of at least P + len(allowed) - 1 positions (the last token is never fed).
-        prompt: token ids (B, P), the condition and any tokens that are given.
+        prompt: token ids (B, P), the condition and any codes that are given.
         allowed: for each token to draw the range of ids that may stand there: first, one past the last.
         uniforms: (B, len(allowed)) in [0, 1), see `image_uniforms`.
-        unconditional: (B, P) the prompt without its condition; used, at twice the rows, where the guidance scale
-            is not 1.
+        unconditional: (B, P) the prompt without its condition; used, at twice the rows, where `settings` are guided.
         rows: pad the batch to a multiple of this many. Matrix products may round otherwise for another number of
             rows; on shapes where they do, padding keeps an image independent of its batch.
         on_token: called with each column of tokens (B,) as it is drawn, on the device.
 
     Returns:
-        Token ids int64 (B, len(allowed)), on the model's device.
+        Tokens (B, len(allowed)) and their nats, on the model's device.
 
     Raises:
         UserError: the logits are not finite.
@@ -110,17 +136,20 @@ def generate(
     """
     if decoder.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs decoding; call eval() first")
-    count = len(prompt)
+    count, device = len(prompt), decoder.model.device
     if not count or not allowed:
-        return torch.empty(count, len(allowed), dtype=torch.long, device=decoder.model.device)
+        nothing = torch.empty(count, len(allowed), dtype=torch.long, device=device)
+        return Drawn(nothing, torch.zeros(count, dtype=torch.float64, device=device))
     fill = torch.arange(-(-count // rows) * rows).clamp(max=count - 1)  # padding repeats the last row
 
     def padded(values: Tensor) -> Tensor:
-        return values.cpu()[fill].to(decoder.model.device)
+        return values.cpu()[fill].to(device)
 
     inputs, guided = padded(prompt), False
-    if unconditional is not None and settings.guidance_scale != 1:
+    if unconditional is not None and settings.guided:
         inputs, guided = torch.cat([inputs, padded(unconditional)]), True
     report = None if on_token is None else lambda tokens: on_token(tokens[:count])
     logits = prefill(decoder, inputs, allowed[0])
-    return decode_n(decoder, logits, allowed, padded(uniforms), settings, guided, report)[:count]
+    before = prompt.shape[1] - 1
+    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, guided, before, report)
+    return Drawn(drawn.tokens[:count], drawn.nats[:count])

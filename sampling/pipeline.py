@@ -1,9 +1,11 @@
 """A prior's model folder as one object that draws images: labels to codes to pixels."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,15 @@ from torch import Tensor
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import precision_of
 
+from ..prior.likelihood import token_nats
 from ..prior.model import Prior
 from ..tokenizer.model import Tokenizer
-from ..tokenizer.pixels import to_uint8
+from ..tokenizer.pixels import centre, fit, to_uint8
 from .decoder import Decoder
-from .generate import generate, image_uniforms
+from .generate import Drawn, generate, image_uniforms
 from .logits import SamplingSettings
+from .names import find_classes
+from .oversample import batches, places, selected
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 # In float32 on a CPU the last bits of a row depend on how many rows there are: matrix products of 1 to 3 (with two
@@ -66,6 +71,8 @@ class Samples:
     """int64 (B,); -1 = no class."""
     codes: Tensor
     """int64 (B, h, w) or (B, h, w, depth)."""
+    nats: Tensor
+    """float64 (B,): -log p of the codes that were drawn, by the prior alone, given their class and what came before."""
     images: Tensor
     """uint8 (B, C, H, W)."""
 
@@ -107,17 +114,106 @@ class Generator:
 
     def check(self, settings: SamplingSettings) -> None:
         """Raise `UsageError` for settings that this model has no use for."""
-        if settings.guidance_scale != 1 and self.classes and not self.prior.label_dropout:
+        if not settings.guided:
+            return
+        found = f"--guidance-scale: found {settings.guidance_scale:g}, but"
+        if not self.classes:
+            raise UsageError(f"{found} the model is unconditional; leave it at 1")
+        if not self.prior.label_dropout:
             raise UsageError(
-                f"--guidance-scale: found {settings.guidance_scale:g}, but the prior was trained with "
-                "--label-dropout 0 and never saw an image without its class; leave it at 1"
-            )
-        if settings.guidance_scale != 1 and not self.classes:
-            raise UsageError(
-                f"--guidance-scale: found {settings.guidance_scale:g}, but the model is unconditional; leave it at 1"
+                f"{found} the prior was trained with --label-dropout 0 and never saw an image without its class; "
+                "leave it at 1"
             )
 
     def sample(
+        self,
+        n: int,
+        classes: Sequence[str | int] | str | int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> Samples:
+        """Draw images 0..n-1 of the endless series of this seed.
+
+        Args:
+            classes: names or indices, given to the images in turn; by default every class.
+            settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
+
+        Raises `UsageError` for a class or a setting that does not fit.
+        """
+        return self.draw(range(n), self._labels(classes), SamplingSettings(**settings), seed, batch_size)
+
+    def complete(
+        self,
+        images: Tensor,
+        mask_rows: int,
+        n: int | None = None,
+        classes: Sequence[str | int] | str | int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> Samples:
+        """Draw the lower part of images anew, given the upper.
+
+        Args:
+            images: uint8 (C, H, W) or (B, C, H, W), of any size: they are fitted as in training.
+            mask_rows: rows of codes, from the bottom, that are drawn.
+            n: how many completions, the images in turn; by default one each.
+            classes: as in `sample`, but by default none.
+
+        Raises `UsageError` for a class or a setting that does not fit.
+        """
+        given = self.encode(images)
+        if not 1 <= mask_rows <= self.tokenizer.grid[0]:
+            raise ValueError(f"mask_rows: found {mask_rows}, expected 1 to {self.tokenizer.grid[0]}, the rows of codes")
+        kept = self.prior.vocabulary.to_tokens(given)
+        kept = kept[:, : len(kept[0]) // self.tokenizer.grid[0] * (self.tokenizer.grid[0] - mask_rows)]
+        labels = [-1] if classes is None else self._labels(classes)
+        return self.draw(
+            range(len(given) if n is None else n), labels, SamplingSettings(**settings), seed, batch_size, kept=kept
+        )
+
+    def log_likelihood(self, images: Tensor, classes: Sequence[str | int] | str | int | None = None) -> Tensor:
+        """log p of the codes of images (B, C, H, W) or (C, H, W), in nats, float64 (B,).
+
+        Args:
+            images: uint8, of any size: they are fitted as in training.
+            classes: names or indices, one an image or one for all; by default no class.
+        """
+        tokens = self.prior.vocabulary.to_tokens(self.encode(images))
+        labels = torch.tensor([-1] if classes is None else self._labels(classes))
+        if len(labels) not in (1, len(tokens)):
+            raise ValueError(f"{len(labels)} classes for {len(tokens)} images")
+        condition = self.prior.vocabulary.class_id(labels.expand(len(tokens)))[:, None]
+        return -self.nats(torch.cat([condition, tokens], 1))
+
+    @torch.inference_mode()
+    def nats(self, sequences: Tensor, batch_size: int = 64) -> Tensor:
+        """-log p of whole sequences (B, 1 + length), condition first, among all ids: float64 (B,) on the CPU."""
+        found = [
+            token_nats(self.prior(part[:, :-1].to(self.device)), part[:, 1:].to(self.device)).double().sum(1).cpu()
+            for part in sequences.split(batch_size)
+        ]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU."""
+        images = images[None] if images.ndim == 3 else images
+        size = self.tokenizer.config.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.tokenizer.config.channels:
+            raise UserError(
+                f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (B, "
+                f"{self.tokenizer.config.channels}, H, W)"
+            )
+        if images.shape[-2:] != torch.Size(size):
+            images = torch.stack([centre(fit(image, size, self.tokenizer.config.fit), size) for image in images])
+        return self.tokenizer.encode(images.to(self.device)).cpu()
+
+    def _labels(self, classes: Sequence[str | int] | str | int | None) -> list[int]:
+        words = [classes] if isinstance(classes, (str, int)) else classes
+        return find_classes(None if words is None else [str(word) for word in words], self.prior)
+
+    def draw(
         self,
         indices: Sequence[int],
         labels: Sequence[int] | None = None,
@@ -125,59 +221,109 @@ class Generator:
         seed: int = 0,
         batch_size: int = 64,
         on_token: Callable[[Tensor], object] | None = None,
+        kept: Tensor | None = None,
     ) -> Samples:
-        """Draw images.
+        """Draw images of the endless series of a seed; an image does not depend on which others are drawn.
 
         Args:
-            indices: which images of the endless series of this seed, e.g. range(64).
-            labels: the class of each, -1 for none; by default image i is of class i modulo the number of classes.
+            indices: which images, e.g. range(64).
+            labels: the classes that the series goes through in turn, -1 for none; by default all.
             settings: by default temperature 1 and nothing else.
             batch_size: images drawn at once.
             on_token: called with each column of tokens (b,) as it is drawn, e.g. for a progress bar.
+            kept: tokens (m, k) that images begin with, in turn; image i goes on from kept[i % m].
 
         Raises `UsageError` for a label that the model does not know.
         """
         indices, settings = list(indices), settings or SamplingSettings()
-        self.check(settings)
-        if labels is None:
-            labels = [index % self.classes if self.classes else -1 for index in indices]
-        if len(labels) != len(indices):
-            raise ValueError(f"{len(labels)} labels for {len(indices)} indices")
-        unknown = [label for label in labels if not -1 <= label < self.classes]
+        codes, nats = self.draw_codes(indices, labels, settings, seed, batch_size, on_token, kept)
+        given = self._cycle(labels)
+        chosen = torch.tensor([given[index % len(given)] for index in indices], dtype=torch.long)
+        return Samples(indices, chosen, codes, nats, self.decode(codes))
+
+    def _cycle(self, labels: Sequence[int] | None) -> list[int]:
+        """The classes of a series, checked."""
+        cycle = list(range(self.classes)) or [-1] if labels is None else list(labels)
+        unknown = [label for label in cycle if not -1 <= label < self.classes]
         if unknown:
             raise UsageError(f"--class: found {unknown[0]}, but the model has {self.classes} classes")
-        given = torch.tensor(labels, dtype=torch.long)
-        parts = [slice(first, first + batch_size) for first in range(0, len(indices), batch_size)]
-        drawn = [self._codes(indices[p], given[p], settings, seed, batch_size, on_token) for p in parts]
-        codes = torch.cat(drawn) if drawn else torch.empty(0, *self.tokenizer.grid, dtype=torch.long)
-        return Samples(indices, given, codes, self.decode(codes))
+        if not cycle:
+            raise ValueError("no classes to go through; give at least one, or None for all")
+        return cycle
 
-    def _codes(
+    def draw_codes(
         self,
-        indices: list[int],
-        labels: Tensor,
+        indices: Sequence[int],
+        labels: Sequence[int] | None,
+        settings: SamplingSettings,
+        seed: int,
+        batch_size: int,
+        on_token: Callable[[Tensor], object] | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The codes of `draw` (B, h, w[, depth]), and their nats (B,), both on the CPU."""
+        self.check(settings)
+        vocabulary, cycle = self.prior.vocabulary, self._cycle(labels)
+        if kept is None:
+            kept = torch.empty(1, 0, dtype=torch.long)
+        round_trip = math.lcm(len(cycle), len(kept))
+
+        def drawn(some: Sequence[int]) -> Drawn:
+            parts = [
+                self._drawn(some[first : first + batch_size], cycle, settings, seed, batch_size, on_token, kept)
+                for first in range(0, len(some), batch_size)
+            ]
+            return Drawn(torch.cat([part.tokens for part in parts]), torch.cat([part.nats for part in parts]))
+
+        tokens, nats = (
+            torch.empty(len(indices), vocabulary.length, dtype=torch.long),
+            torch.zeros(len(indices)).double(),
+        )
+        if settings.oversample == 1:
+            if indices:
+                found = drawn(indices)
+                tokens, nats = found.tokens, found.nats
+        else:
+            row_of = {index: row for row, index in enumerate(indices)}
+            for batch in batches(indices, round_trip, settings.oversample, batch_size):
+                candidates, groups = selected(batch, round_trip, settings.oversample)
+                found = drawn(candidates)
+                staying = places(found.nats, groups)
+                for index in batch:
+                    tokens[row_of[index]], nats[row_of[index]] = (
+                        found.tokens[staying[index]],
+                        found.nats[staying[index]],
+                    )
+        return vocabulary.to_codes(tokens), nats
+
+    def _drawn(
+        self,
+        indices: Sequence[int],
+        cycle: list[int],
         settings: SamplingSettings,
         seed: int,
         batch_size: int,
         on_token: Callable[[Tensor], object] | None,
-    ) -> Tensor:
-        """The codes of one batch, on the CPU."""
+        kept: Tensor,
+    ) -> Drawn:
+        """The whole sequences of one batch, without their conditions, on the CPU."""
         vocabulary = self.prior.vocabulary
         rows = CPU_ROWS if self.precision == "fp32" else 1
         if self.device.type == "cuda":
             rows = batch_size  # the last batch too is computed as a full one
-        condition = vocabulary.class_id(labels)[:, None]
-        tokens = generate(
+        condition = vocabulary.class_id(torch.tensor([cycle[index % len(cycle)] for index in indices]))[:, None]
+        given = kept[[index % len(kept) for index in indices]]
+        found = generate(
             self._decoder,
-            condition,
-            [vocabulary.allowed(position) for position in range(vocabulary.length)],
-            image_uniforms(seed, indices, vocabulary.length),
+            torch.cat([condition, given], 1),
+            [vocabulary.allowed(position) for position in range(given.shape[1], vocabulary.length)],
+            image_uniforms(seed, indices, vocabulary.length)[:, given.shape[1] :],
             settings,
-            torch.full_like(condition, vocabulary.null) if self.classes else None,
+            torch.cat([torch.full_like(condition, vocabulary.null), given], 1) if self.classes else None,
             rows,
             on_token,
         )
-        return vocabulary.to_codes(tokens).cpu()
+        return Drawn(torch.cat([given, found.tokens.cpu()], 1), found.nats.cpu())
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:

@@ -1,40 +1,41 @@
 """vqgen-sample: draw images from a trained prior into a folder of PNG files.
 
-The folder gets 00000.png and so on, grid.png of the first of them, and at the very end samples.json. A run that has
-not ended is marked by samples.partial.json; both say how many images are theirs.
+The folder gets the images as they are drawn, grid.png of the first of them, and at the very end samples.json. Called
+again after an interruption, it draws only what is missing.
 """
 
-import difflib
+import hashlib
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.utils import make_grid
 
 from vqgen import __version__
-from vqgen.artifact import read_json, write_json
 from vqgen.config import as_dict, command
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import processes
 from vqgen.tracking import progress
 
-from ..prior.model import Prior
+from ..tokenizer.pixels import BrokenImage, decode
 from ..tokenizer.reconstruct import write_png_atomic
+from ..tokenizer.sources import SUFFIXES
 from .logits import SamplingSettings
+from .names import find_classes
+from .output import GRID, Layout, Names, begin, check_output, finish
+from .oversample import batches
 from .pipeline import Generator, find_device, find_model
 
-FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 GRID_IMAGES = 100
-# What a killed process leaves of a file it was writing; see `atomic_path`.
-PART = re.compile(r"\.(\d{5,}\.png|grid\.png|samples(\.partial)?\.json)\..*part")
 
 
 @dataclass
@@ -43,14 +44,26 @@ class SampleConfig:
 
     model: Path | None = None
     """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior."""
-    n: int = 64
-    """Number of images."""
+    n: int | None = None
+    """Number of images; 64 unless --num-per-class says otherwise."""
+    num_per_class: int | None = None
+    """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
     """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class."""
     output: Path = Path("samples")
-    """Folder for the images; one that holds files already is refused."""
+    """Folder for the images. Samples of the same run are completed there; other files are refused."""
     overwrite: bool = False
     """Remove the samples of a former run from --output; no other file is touched."""
+    layout: Layout = "flat"
+    """Names of the files: flat = 00000.png, labels = 00000-cat.png, folders = images/cat/00000.png, which any program
+    of vqgen takes as --data with labels."""
+    init_image: list[Path] | None = None
+    """Image files, or folders of them, to complete: image i begins like the i-th of them, in turn, and has no class
+    unless --class names some."""
+    keep_rows: int | None = None
+    """Rows of codes that are kept of each --init-image, from the top."""
+    keep_share: float | None = None
+    """Share of the codes that is kept of each --init-image, from the top left; 0.5 if neither is given."""
     seed: int = 0
     """Image i depends on the seed, i, its class and the settings below, not on what is drawn beside it."""
     batch_size: int = 64
@@ -64,191 +77,171 @@ class SampleConfig:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size", "columns"):
+        for name in ("n", "num_per_class", "batch_size", "columns", "keep_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+        if self.n is not None and self.num_per_class is not None:
+            raise UsageError("--num-per-class: --n is given too; give one of them")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed: found {self.seed}, expected 0 to 2^64-1")
+        for name in ("keep_rows", "keep_share"):
+            if getattr(self, name) is not None and not self.init_image:
+                raise UsageError(f"--{name.replace('_', '-')}: needs --init-image, the image to keep some of")
+        if self.keep_rows is not None and self.keep_share is not None:
+            raise UsageError("--keep-share: --keep-rows is given too; give one of them")
+        if self.keep_share is not None and not 0 < self.keep_share < 1:
+            raise UsageError(f"--keep-share: found {self.keep_share}, expected a share between 0 and 1")
+
+    def count(self, classes: int) -> int:
+        """Number of images where a series goes through `classes` classes."""
+        return self.num_per_class * classes if self.num_per_class else self.n or 64
 
 
-def find_classes(words: Sequence[str] | None, prior: Prior) -> list[int]:
-    """The classes to draw in turn; [-1] for an unconditional prior.
-
-    A word is a class's name or, where no class is called so, its index; None means every class. Raises `UsageError`.
-    """
-    count, names = prior.vocabulary.classes, prior.class_names or []
-    if words is None:
-        return list(range(count)) or [-1]
-    if not count:
-        raise UsageError(f"--class: found {' '.join(words)}, but the model is unconditional; leave --class out")
-    found = []
-    folded = [name.casefold() for name in names]
-    for word in words:
-        if word in names:
-            found.append(names.index(word))
-        elif folded.count(word.casefold()) == 1:
-            found.append(folded.index(word.casefold()))
-        elif re.fullmatch(r"-?\d+", word):
-            if not 0 <= int(word) < count:
-                raise UsageError(f"--class: found {word}, expected an index from 0 to {count - 1} or a name")
-            found.append(int(word))
-        else:
-            close = difflib.get_close_matches(word.casefold(), folded, n=1)
-            hint = (
-                f"did you mean {names[folded.index(close[0])]!r}?" if close else f"give an index from 0 to {count - 1}"
-            )
-            listed = f" (the classes are {', '.join(names)})" if names and not close and count <= 20 else ""
-            raise UsageError(f"--class: the model knows no class {word!r}; {hint}{listed}")
-    if not found:
-        raise UsageError("--class: found no class; name at least one")
-    return found
-
-
-def file_name(index: int) -> str:
-    """The file of image `index`."""
-    return f"{index:05d}.png"
-
-
-def former_run(output: Path) -> list[Path]:
-    """The files in `output` that a former run said were its own, its list last. Raises `UserError`."""
-    lists = [output / name for name in (UNFINISHED, FINISHED) if (output / name).is_file()]
-    most = 0
-    for path in lists:
-        count = read_json(path).get("n")
-        if not isinstance(count, int):
-            raise UserError(f"{path} is no list of samples; remove it or choose another --output")
-        most = max(most, count)
-    files = [output / file_name(index) for index in range(most)] + [output / GRID]
-    leftovers = [path for path in output.iterdir() if PART.fullmatch(path.name)]
-    return [path for path in files if lists and path.is_file()] + leftovers + lists
-
-
-def check_output(output: Path, n: int, overwrite: bool) -> None:
-    """Raise `UsageError` where `output` cannot take the samples."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output: {output} is a file; name a folder")
-    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if overwrite and names:
-        written = {*map(file_name, range(n)), GRID, FINISHED, UNFINISHED}
-        foreign = sorted(written.intersection(names) - {path.name for path in former_run(output)})
-        if foreign:
-            raise UsageError(
-                f"--output: {output} holds {foreign[0]}, which is no sample of a former run; choose another"
-            )
-    if names and not overwrite:
-        if FINISHED in names:
-            what = "the samples of another run"
-        elif UNFINISHED in names:
-            what = "the samples of a run that did not end"
-        else:
-            what = f"other files ({names[0]})"
-        raise UsageError(f"--output: {output} holds {what}; choose another folder or add --overwrite")
-
-
-def clear_output(output: Path, n: int) -> None:
-    """Remove a former run's files from `output` and mark it as that of a run of `n` images that has not ended.
-
-    Whenever it is killed, what remains is still listed.
-    """
-    files = former_run(output) if output.is_dir() else []
-    listed = [int(path.stem) for path in files if path.stem.isdigit()]
-    write_json(output / UNFINISHED, {"n": max([n, *(index + 1 for index in listed)])})
+def read_image(path: Path, channels: int) -> Tensor:
+    """uint8 (channels, h, w) of an image file. Raises `UserError`."""
     try:
-        for path in reversed(files):  # the finished list first: it must not outlive an image
-            if path.name != UNFINISHED:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot remove from {output}: {error.strerror}; check its permissions") from error
+        return decode(path.read_bytes(), channels)
+    except (OSError, BrokenImage) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--init-image: {path} cannot be read ({reason}); name image files") from error
 
 
-def write_grid(output: Path, n: int, columns: int | None, classes: int) -> None:
+def beginnings(config: SampleConfig, generator: Generator) -> Tensor | None:
+    """The tokens (m, k) that images begin with, or None. Raises `UserError`, `UsageError`."""
+    if not config.init_image:
+        return None
+    paths: list[Path] = []
+    for path in config.init_image:
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
+        paths += inside
+    vocabulary, (rows, _) = generator.prior.vocabulary, generator.tokenizer.grid
+    if config.keep_rows is not None and config.keep_rows >= rows:
+        raise UsageError(f"--keep-rows: found {config.keep_rows}, but an image has {rows} rows of codes; keep fewer")
+    channels = generator.tokenizer.config.channels
+    codes = torch.cat([generator.encode(read_image(path, channels)) for path in paths])
+    each = vocabulary.length // vocabulary.depth  # positions
+    share = 0.5 if config.keep_share is None else config.keep_share
+    kept = round(share * each) if config.keep_rows is None else config.keep_rows * (each // rows)
+    if not 0 < kept < each:
+        raise UsageError(f"--keep-share: {share} of {each} codes is {kept}; keep at least one and not all")
+    return vocabulary.to_tokens(codes)[:, : kept * vocabulary.depth]
+
+
+def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int) -> None:
     """Write grid.png from the first images on disk: whole rows of at most `GRID_IMAGES` images."""
     shown = min(n, GRID_IMAGES)
     if columns is None:
         columns = classes if 1 < classes <= min(shown, 20) else math.ceil(math.sqrt(shown))
     if n > shown > columns:
         shown -= shown % columns
-    images = [decode_image(str(output / file_name(i)), ImageReadMode.UNCHANGED) for i in range(shown)]
+    images = [decode_image(str(output / names.file(i)), ImageReadMode.UNCHANGED) for i in range(shown)]
     write_png_atomic(output / GRID, make_grid(images, nrow=columns, padding=2, pad_value=255))
 
 
-def sample(config: SampleConfig) -> None:
-    """Draw images from a trained prior: numbered PNG files, a grid of them, and a list of what they are."""
-    folder, output = find_model(config.model), config.output
-    device = find_device(config.device)
-    state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))
-    if state.num_processes > 1 and device.type == "cuda":
-        device = torch.device(state.device or device)
-    # Every process checks everything before any writes: they refuse together, and none waits for another.
-    check_output(output, config.n, config.overwrite)
-    generator = Generator.load(folder, device, config.precision)
-    generator.check(config.sampling)
-    classes = find_classes(config.class_, generator.prior)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        clear_output(output, config.n)
-    state.wait_for_everyone()
-
-    mine = range(state.process_index, config.n, state.num_processes)
-    start = time.perf_counter()
-    codes = len(mine) * generator.prior.vocabulary.length
-    with progress(codes, "drawing", "code", state.is_main_process) as bar:
-        for first in range(0, len(mine), config.batch_size):
-            indices = mine[first : first + config.batch_size]
-            labels = [classes[index % len(classes)] for index in indices]
-            try:
-                drawn = generator.sample(
-                    indices,
-                    labels,
-                    config.sampling,
-                    config.seed,
-                    config.batch_size,
-                    lambda tokens: bar.update(len(tokens)),
-                )
-            except torch.OutOfMemoryError as error:
-                text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"
-                raise UserError(f"--batch-size: {text}") from error
-            for index, image in zip(indices, drawn.images):
-                write_png_atomic(output / file_name(index), image)
-    state.wait_for_everyone()
-    seconds = time.perf_counter() - start
-    if state.is_main_process:
-        write_grid(output, config.n, config.columns, len(classes))
-        write_json(output / FINISHED, describe(config, folder, generator, classes))
-        (output / UNFINISHED).unlink(missing_ok=True)
-        where = f"{device} in {generator.precision}"
-        print(f"{config.n} images in {seconds:.1f} s, {config.n / seconds:.1f} images/s on {where}")
-        print(f"look at {output / GRID}")
-    state.wait_for_everyone()
-
-
-def describe(config: SampleConfig, folder: Path, generator: Generator, classes: Sequence[int]) -> dict[str, object]:
-    """What samples.json holds: enough to draw every image again."""
-    names = generator.prior.class_names
-    labels = [classes[index % len(classes)] for index in range(config.n)]
-    return {
+def describe(config: SampleConfig, folder: Path, generator: Generator, names: Names, n: int, kept: Any) -> dict:
+    """What a run is: enough to draw every image again."""
+    about = {
         "version": __version__,
         "model": str(folder),
         "prior_fingerprint": generator.prior.fingerprint,
         "tokenizer_fingerprint": generator.tokenizer.fingerprint,
         "settings": as_dict(config.sampling),
         "seed": config.seed,
-        "n": config.n,
-        "batch_size": config.batch_size,
+        "n": n,
         "precision": generator.precision,
         "device": generator.device.type,
-        "class_names": names,
-        "grid": GRID,
-        "images": [
-            {"file": file_name(i), "label": label, "class": names[label] if names and label >= 0 else None}
-            for i, label in enumerate(labels)
-        ],
+        "layout": names.layout,
+        "labels": list(names.labels),
+        "class_names": names.class_names,
     }
+    if kept is not None:
+        about["kept_codes"] = kept.shape[1]
+        about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
+    if generator.device.type == "cuda":
+        about["batch_size"] = config.batch_size  # there it may change the last bits
+    return about
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are."""
+    folder, output = find_model(config.model), config.output
+    device = find_device(config.device)
+    state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))
+    if state.num_processes > 1 and device.type == "cuda":
+        device = torch.device(state.device or device)
+    # Every process checks everything before any writes: they refuse together, and none waits for another.
+    generator = Generator.load(folder, device, config.precision)
+    generator.check(config.sampling)
+    classes = [-1] if config.init_image and not config.class_ else find_classes(config.class_, generator.prior)
+    if config.layout != "flat" and classes == [-1]:
+        raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
+    if config.num_per_class and classes == [-1]:
+        raise UsageError("--num-per-class: these images have no classes; use --n")
+    names, n = Names(config.layout, classes, generator.prior.class_names), config.count(len(classes))
+    kept = beginnings(config, generator)
+    about = describe(config, folder, generator, names, n, kept)
+    where = check_output(output, names, about, config.overwrite)
+    if where == "done":
+        if state.is_main_process:
+            print(f"{output} holds these {n} images already; --overwrite draws them again")
+        return
+    state.wait_for_everyone()
+    if state.is_main_process:
+        begin(output, about, anew=where == "new")
+    state.wait_for_everyone()
+    missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
+    state.wait_for_everyone()  # nobody draws before everybody has looked
+
+    start = time.perf_counter()
+    cycle = math.lcm(len(classes), 1 if kept is None else len(kept))
+    mine = batches(missing, cycle, config.sampling.oversample, config.batch_size)
+    mine = mine[state.process_index :: state.num_processes]
+
+    def write(indices: Sequence[int], codes: Tensor) -> None:
+        for index, image in zip(indices, generator.decode(codes), strict=True):
+            write_png_atomic(output / names.file(index), image)
+
+    length = generator.prior.vocabulary.length - (0 if kept is None else kept.shape[1])
+    total = math.ceil(sum(map(len, mine)) * config.sampling.oversample) * length
+    written: list[Future[None]] = []
+    # One batch becomes pixels and files while the next one is drawn.
+    with progress(total, "drawing", "code", state.is_main_process) as bar, ThreadPoolExecutor(1) as writer:
+        for indices in mine:
+            try:
+                codes, _ = generator.draw_codes(
+                    indices,
+                    classes,
+                    config.sampling,
+                    config.seed,
+                    config.batch_size,
+                    lambda tokens: bar.update(len(tokens)),
+                    kept,
+                )
+            except torch.OutOfMemoryError as error:
+                text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"
+                raise UserError(f"--batch-size: {text}") from error
+            if written:
+                written.pop().result()
+            written.append(writer.submit(write, indices, codes))
+        for one in written:
+            one.result()
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if state.is_main_process:
+        write_grid(output, names, n, config.columns, len(classes))
+        finish(output, names, about)
+        place = f"{device} in {generator.precision}"
+        there = f" ({n - len(missing)} were there)" if len(missing) < n else ""
+        print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{there}")
+        print(f"look at {output / GRID}")
+    state.wait_for_everyone()
 
 
 def run(config: SampleConfig) -> None:
-    """Draw images from a trained prior: numbered PNG files, a grid of them, and a list of what they are."""
+    """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are."""
     sample(config)
     processes(cpu=find_device(config.device).type == "cpu").destroy_process_group()
 

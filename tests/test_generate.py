@@ -55,7 +55,7 @@ def test_cached_decoding_equals_the_full_forward(backbone, rows, depth):
     decoder, prompt = Recorder(model, vocabulary.length), conditions(vocabulary, rows)
     uniforms = image_uniforms(0, range(rows), vocabulary.length)
     greedy = SamplingSettings(temperature=0)
-    tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, greedy)
+    tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, greedy).tokens
     with torch.inference_mode():
         full = model(input_ids=torch.cat([prompt, tokens], 1), use_cache=False).logits[:, :-1]
     for position, (start, end) in enumerate(allowed_of(vocabulary)):
@@ -86,9 +86,9 @@ def test_a_longer_prompt_goes_in_at_once(backbone):
     vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
     decoder = Decoder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
     uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
-    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings())
+    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()).tokens
     prompt = torch.cat([conditions(vocabulary, 3), whole[:, :5]], 1)
-    rest = generate(decoder, prompt, legal[5:], uniforms[:, 5:], SamplingSettings())
+    rest = generate(decoder, prompt, legal[5:], uniforms[:, 5:], SamplingSettings()).tokens
     assert torch.equal(rest, whole[:, 5:])
 
 
@@ -173,7 +173,7 @@ def test_the_cache_is_exact_and_used_again():
 
     def drawn(seed, count=4):
         uniforms = image_uniforms(seed, range(count), vocabulary.length)
-        return generate(decoder, conditions(vocabulary, count), legal, uniforms, settings)
+        return generate(decoder, conditions(vocabulary, count), legal, uniforms, settings).tokens
 
     first = drawn(0)
     places = [cache.data_ptr() for cache in decoder._cache]
@@ -199,7 +199,7 @@ def test_logits_do_not_depend_on_the_batch(scale):
 
     def drawn(part):
         legal = allowed_of(vocabulary)
-        tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, null[part], rows=CPU_ROWS)
+        tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, null[part], rows=CPU_ROWS).tokens
         return tokens, torch.stack(decoder.given, 1)[: len(tokens)]
 
     tokens, logits = drawn(slice(64))
@@ -217,7 +217,7 @@ def test_bfloat16_does_not_depend_on_the_batch():
     prompt, uniforms = conditions(vocabulary, 64), image_uniforms(3, range(64), vocabulary.length)
 
     def drawn(part):
-        tokens = generate(decoder, prompt[part], allowed_of(vocabulary), uniforms[part], SamplingSettings())
+        tokens = generate(decoder, prompt[part], allowed_of(vocabulary), uniforms[part], SamplingSettings()).tokens
         return tokens, torch.stack(decoder.given, 1)
 
     tokens, logits = drawn(slice(64))
@@ -253,9 +253,9 @@ def critical(freedom: int) -> float:
     return freedom * (1 - share + 3.719 * share**0.5) ** 3
 
 
-def filtered(logits: np.ndarray, unconditional: np.ndarray, settings: SamplingSettings) -> np.ndarray:
+def filtered(logits: np.ndarray, unconditional: np.ndarray, settings: SamplingSettings, scale: float) -> np.ndarray:
     """The distribution that the settings ask for, in plain numpy."""
-    logits = unconditional + settings.guidance_scale * (logits - unconditional)
+    logits = unconditional + scale * (logits - unconditional)
     weights = np.exp((logits - logits.max()) / settings.temperature)
     if settings.top_k:
         weights[weights < np.sort(weights)[-settings.top_k]] = 0
@@ -276,6 +276,8 @@ def filtered(logits: np.ndarray, unconditional: np.ndarray, settings: SamplingSe
         SamplingSettings(top_p=0.8),
         SamplingSettings(min_p=0.4),
         SamplingSettings(guidance_scale=3.0),
+        SamplingSettings(guidance_scale=3.0, guidance_schedule="linear"),
+        SamplingSettings(guidance_scale=3.0, guidance_schedule="interval", guidance_interval=[0.0, 0.4]),
         SamplingSettings(temperature=1.5, top_k=4, top_p=0.9, guidance_scale=1.7),
     ],
     ids=str,
@@ -287,7 +289,11 @@ def test_samples_follow_the_distribution(settings):
     prompt = vocabulary.class_id(torch.ones(count, dtype=torch.long))[:, None]
     null = torch.full_like(prompt, vocabulary.null)
     uniforms = image_uniforms(1, range(count), 2)
-    tokens = generate(Decoder(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
+    drawn = generate(Decoder(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
+    tokens = drawn.tokens
+    with torch.no_grad():  # whatever the settings, the nats are those of the model itself
+        own = model(input_ids=torch.cat([prompt, tokens[:, :1]], 1)).logits[..., :5].log_softmax(-1)
+    torch.testing.assert_close(drawn.nats, -own.gather(2, tokens[..., None]).sum((1, 2)).double(), rtol=1e-4, atol=1e-4)
     counted = torch.bincount(tokens[:, 0] * 5 + tokens[:, 1], minlength=25).numpy()
 
     def logits(*prefix: int) -> np.ndarray:
@@ -295,8 +301,9 @@ def test_samples_follow_the_distribution(settings):
             return model(input_ids=torch.tensor([prefix])).logits[0, -1, :5].double().numpy()
 
     condition = int(prompt[0])
-    first = filtered(logits(condition), logits(vocabulary.null), settings)
-    second = [filtered(logits(condition, a), logits(vocabulary.null, a), settings) for a in range(5)]
+    begin, end = (settings.guidance_at(position, 2) for position in range(2))
+    first = filtered(logits(condition), logits(vocabulary.null), settings, begin)
+    second = [filtered(logits(condition, a), logits(vocabulary.null, a), settings, end) for a in range(5)]
     expected = count * (first[:, None] * np.stack(second)).reshape(-1)
     assert counted[expected == 0].sum() == 0
     frequent = expected > 5
@@ -317,7 +324,7 @@ def test_only_legal_codes_are_drawn():
         allowed_of(vocabulary),
         uniforms,
         SamplingSettings(),
-    )
+    ).tokens
     for position, (start, end) in enumerate(allowed_of(vocabulary)):
         assert tokens[:, position].unique().tolist() == list(range(start, end))
 
@@ -330,7 +337,7 @@ def test_guidance_doubles_the_rows_only_where_it_does_something():
 
     def drawn(scale, unconditional):
         settings = SamplingSettings(guidance_scale=scale)
-        tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, settings, unconditional)
+        tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, settings, unconditional).tokens
         return tokens, len(decoder.given[0])
 
     plain, rows = drawn(1.0, null)
@@ -338,7 +345,7 @@ def test_guidance_doubles_the_rows_only_where_it_does_something():
     assert drawn(5.0, None)[1] == 3
     guided, rows = drawn(5.0, null)
     assert rows == 6 and not torch.equal(guided, plain)
-    without = generate(decoder, null, allowed_of(vocabulary), uniforms, SamplingSettings())
+    without = generate(decoder, null, allowed_of(vocabulary), uniforms, SamplingSettings()).tokens
     assert torch.equal(drawn(0.0, null)[0], without)
 
 
@@ -347,8 +354,8 @@ def test_every_token_is_shown_as_it_is_drawn():
     decoder, seen = Decoder(model_of(vocabulary), vocabulary.length), []
     uniforms = image_uniforms(0, range(3), vocabulary.length)
     legal, prompt = allowed_of(vocabulary), conditions(vocabulary, 3)
-    tokens = generate(decoder, prompt, legal, uniforms, SamplingSettings(), rows=CPU_ROWS, on_token=seen.append)
-    assert torch.equal(torch.stack(seen, 1), tokens)
+    drawn = generate(decoder, prompt, legal, uniforms, SamplingSettings(), rows=CPU_ROWS, on_token=seen.append)
+    assert torch.equal(torch.stack(seen, 1), drawn.tokens)
 
 
 def test_steps_compose_to_the_whole():
@@ -357,8 +364,9 @@ def test_steps_compose_to_the_whole():
     uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
     with torch.inference_mode():
         logits = prefill(decoder, conditions(vocabulary, 3), legal[0])
-        tokens = decode_n(decoder, logits, legal, uniforms, SamplingSettings())
-    assert torch.equal(tokens, generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()))
+        drawn = decode_n(decoder, logits, legal, uniforms, SamplingSettings())
+    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings())
+    assert torch.equal(drawn.tokens, whole.tokens) and torch.equal(drawn.nats, whole.nats)
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -394,4 +402,5 @@ def test_nothing_to_draw_is_nothing():
     vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
     decoder = Decoder(model_of(vocabulary), vocabulary.length)
     none = conditions(vocabulary, 0)
-    assert generate(decoder, none, allowed_of(vocabulary), image_uniforms(0, [], 4), SamplingSettings()).shape == (0, 4)
+    drawn = generate(decoder, none, allowed_of(vocabulary), image_uniforms(0, [], 4), SamplingSettings())
+    assert drawn.tokens.shape == (0, 4) and drawn.nats.shape == (0,)

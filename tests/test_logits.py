@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vqgen.errors import UsageError
+from vqgen.sampling.generate import decode_one
 from vqgen.sampling.logits import (
     SamplingSettings,
     apply_temperature,
@@ -123,27 +124,45 @@ def test_a_row_depends_on_nothing_but_itself(logits, data):
         top_k=data.draw(st.integers(0, 5)),
         top_p=data.draw(st.sampled_from([0.3, 1.0])),
         min_p=data.draw(st.sampled_from([0.0, 0.2])),
-        guidance_scale=2.0,
     )
     tensor = torch.from_numpy(logits)
-    unconditional = tensor.flip(1)
     given_uniforms = torch.linspace(0.1, 0.9, len(logits), dtype=torch.float64)
-    together = choose(tensor, given_uniforms, settings, unconditional)
+    together = choose(tensor, given_uniforms, settings)
     for i in range(len(logits)):
         one = slice(i, i + 1)
-        assert choose(tensor[one], given_uniforms[one], settings, unconditional[one]) == together[i]
+        assert choose(tensor[one], given_uniforms[one], settings) == together[i]
 
 
-def test_the_order_is_guidance_temperature_top_k_top_p():
+def test_the_order_is_top_k_top_p_after_temperature():
     # Probabilities after top-k 2 are 0.73 and 0.27; without it the first holds 0.49 and top-p 0.6 would keep two.
     logits, half = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([0.99], dtype=torch.float64)
     assert choose(torch.tensor([[1.0, 0.0, -0.1, -0.2]]), half, SamplingSettings(top_k=2, top_p=0.6)).item() == 0
     assert choose(logits, half, SamplingSettings(top_p=0.6)).item() != 0
     # Top-p sees the sharpened distribution: at temperature 0.1 the first holds nearly all.
     assert choose(logits, half, SamplingSettings(temperature=0.1, top_p=0.6)).item() == 0
-    # Guidance comes before all: it turns the order around, and greedy follows.
-    away = SamplingSettings(temperature=0, guidance_scale=2)
-    assert choose(logits, half, away, torch.tensor([[3.0, 0.0, 0.0, 0.0]])).item() != 0
+
+
+def test_guidance_comes_before_all():
+    """It turns the order around, and greedy follows; the nats are the prior's own."""
+    logits, half = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]), torch.tensor([0.99]).double()
+    greedy = SamplingSettings(temperature=0, guidance_scale=2)
+    token, nats = decode_one(logits, 5, half, greedy, 2.0)
+    assert token.item() != 5
+    torch.testing.assert_close(nats, -logits[:1].log_softmax(-1)[:, token.item() - 5])
+    assert decode_one(logits[:1], 5, half, greedy)[0].item() == 5
+
+
+def test_guidance_schedules():
+    def scales(schedule, length=5, **more):
+        settings = SamplingSettings(guidance_scale=3.0, guidance_schedule=schedule, **more)
+        return [round(settings.guidance_at(i, length), 6) for i in range(length)]
+
+    assert scales("constant") == [3.0] * 5
+    assert scales("linear") == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert scales("cosine") == [1.0, 1.292893, 2.0, 2.707107, 3.0]
+    assert scales("interval", guidance_interval=[0.2, 0.6]) == [1.0, 3.0, 3.0, 1.0, 1.0]
+    assert scales("interval") == [3.0] * 5
+    assert scales("linear", length=1) == [1.0]
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
@@ -164,8 +183,16 @@ def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
         ("min_p", 1.5),
         ("guidance_scale", -1.0),
         ("guidance_scale", math.nan),
+        ("oversample", 0.5),
+        ("oversample", math.inf),
     ],
 )
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: found {value}, expected"):
         SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.5], [0.5], [0.0, 1.1], [-0.1, 1.0]])
+def test_an_interval_is_two_shares(value):
+    with pytest.raises(UsageError, match=r"--guidance-interval: found .* expected two shares"):
+        SamplingSettings(guidance_interval=value)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import SAMPLE, run, run_two, tree
@@ -15,6 +16,7 @@ from torchvision.io import decode_image
 
 import vqgen.sampling.sample as program
 from vqgen import __version__
+from vqgen.config import as_dict
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.sampling.logits import SamplingSettings
@@ -23,6 +25,8 @@ from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.pixels import to_uint8
 from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.reconstruct import write_png_atomic
+from vqgen.tokenizer.sources import open_source
 
 NAMES = ["shirt", "shoe", "bag"]
 
@@ -76,22 +80,22 @@ def about(folder: Path) -> dict:
 def test_an_image_depends_on_seed_and_index_alone(model, precision):
     generator = Generator.load(model, "cpu", precision)
     settings = SamplingSettings(guidance_scale=2.0)
-    whole = generator.sample(range(70), settings=settings, seed=4, batch_size=64)
+    whole = generator.draw(range(70), settings=settings, seed=4, batch_size=64)
     assert whole.images.shape == (70, 3, 4, 6) and whole.images.dtype == torch.uint8
     assert whole.labels.tolist() == [i % 3 for i in range(70)]
     for indices, batch_size in [(range(8), 1), (range(20), 7), (range(63, 70), 64), ([69, 3], 2)]:
-        part = generator.sample(indices, settings=settings, seed=4, batch_size=batch_size)
+        part = generator.draw(indices, settings=settings, seed=4, batch_size=batch_size)
         assert torch.equal(part.codes, whole.codes[list(indices)])
         assert torch.equal(part.images, whole.images[list(indices)])
-    other = generator.sample(range(70), settings=settings, seed=5)
+    other = generator.draw(range(70), settings=settings, seed=5)
     assert not (other.codes == whole.codes).flatten(1).all(1).any()
 
 
 def test_images_of_one_class_differ_and_so_do_the_classes(model):
     generator = Generator.load(model, "cpu", "fp32")
-    shoes = generator.sample(range(30), [1] * 30)
+    shoes = generator.draw(range(30), [1] * 30)
     assert len({codes.numpy().tobytes() for codes in shoes.codes}) == 30
-    bags = generator.sample(range(30), [2] * 30)
+    bags = generator.draw(range(30), [2] * 30)
     assert not torch.equal(shoes.codes, bags.codes)
 
 
@@ -118,7 +122,7 @@ def test_only_parameters_are_cast(model):
 
 def test_sampling_leaves_the_model_folder_alone(model):
     before = tree(model)
-    Generator.load(model, "cpu", "bf16").sample(range(2))
+    Generator.load(model, "cpu", "bf16").draw(range(2))
     assert tree(model) == before
 
 
@@ -137,10 +141,10 @@ def test_another_tokenizer_is_refused_and_both_are_named(tmp_path):
 def test_labels_are_checked(model):
     generator = Generator.load(model, "cpu")
     with pytest.raises(UsageError, match="--class: found 3, but the model has 3 classes"):
-        generator.sample([0], [3])
-    with pytest.raises(ValueError, match="1 labels for 2 indices"):
-        generator.sample([0, 1], [1])
-    assert generator.sample([], []).images.shape == (0, 3, 4, 6)
+        generator.draw([0], [3])
+    with pytest.raises(ValueError, match="no classes"):
+        generator.draw([0], [])
+    assert generator.draw([]).images.shape == (0, 3, 4, 6)
 
 
 def test_devices():
@@ -179,12 +183,12 @@ def test_files_and_what_samples_json_says(sample, model, tmp_path):
     assert said["tokenizer_fingerprint"] == prior["tokenizer_fingerprint"]
     assert said["version"] == __version__ and said["seed"] == 11 and said["n"] == 7
     assert (said["precision"], said["device"]) == ("fp32", find_device("auto").type)
-    assert said["settings"] == {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "guidance_scale": 1.0}
+    assert said["settings"] == as_dict(SamplingSettings(temperature=0.9))
     assert said["class_names"] == NAMES
     assert said["images"][4] == {"file": "00004.png", "label": 1, "class": "shoe"}
     # samples.json is enough to draw the images again.
     settings, labels = SamplingSettings(**said["settings"]), [image["label"] for image in said["images"]]
-    again = Generator.load(model, "auto", said["precision"]).sample(range(7), labels, settings, said["seed"])
+    again = Generator.load(model, "auto", said["precision"]).draw(range(7), labels, settings, said["seed"])
     for image, entry in zip(again.images, said["images"]):
         assert torch.equal(decode_image(str(folder / entry["file"])), image)
 
@@ -282,8 +286,9 @@ def test_a_folder_with_files_is_refused_unless_overwritten(sample, tmp_path):
     folder = tmp_path / "samples"
     assert sample("--n", 9).code == 0
     before = tree(folder)
-    result = sample("--n", 4)
-    assert result.code == 2 and "the samples of another run" in result.err and "--overwrite" in result.err
+    result = sample("--n", 4, "--seed", 1)
+    assert result.code == 2 and "the samples of another run (seed 0, now 1)" in result.err
+    assert "--overwrite" in result.err
     assert tree(folder) == before
     (folder / "00100.png").write_bytes(b"mine")
     (folder / "notes.txt").write_text("mine")
@@ -352,9 +357,17 @@ def test_killed_midway_no_png_is_half_written(sample, model, tmp_path):
     for name in images(folder):
         assert decode_image(str(folder / name)).shape == (3, 4, 6)
     assert not (folder / "samples.json").exists()
-    result = sample("--n", 3)
-    assert result.code == 2 and "a run that did not end" in result.err
-    assert sample("--n", 3, "--overwrite").code == 0
+    for words, part in [(["--n", 3], "(n 9, now 3)"), (["--n", 9, "--top-k", 5], "(top k 0, now 5)")]:
+        result = sample(*words)
+        assert result.code == 2 and "a run that did not end" in result.err and part in result.err
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    result = sample("--n", 9, "--batch-size", 2)
+    assert result.code == 0 and "4 images in" in result.out and "(5 were there)" in result.out
+    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    assert sample("--n", 9, "--output", tmp_path / "whole").code == 0
+    assert images(folder) == images(tmp_path / "whole") and about(folder) == about(tmp_path / "whole")
+    assert not (folder / "samples.partial.json").exists()
+    assert sample("--n", 3, "--seed", 1, "--overwrite").code == 0
     assert sorted(p.name for p in folder.iterdir()) == [
         "00000.png",
         "00001.png",
@@ -374,8 +387,8 @@ def test_two_processes_write_what_one_writes(sample, model, tmp_path):
     assert images(two) == images(one) and len(images(one)) == 9
     assert (two / "grid.png").read_bytes() == (one / "grid.png").read_bytes()
     assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
-    assert {**about(two), "batch_size": 0} == {**about(one), "batch_size": 0}
-    for ended in run_two(SAMPLE, *words, "--device", "cpu", "--output", two):
+    assert about(two) == about(one)
+    for ended in run_two(SAMPLE, *words, "--temperature", 0.5, "--device", "cpu", "--output", two):
         assert re.search("the samples of another run", ended.refused(2, "--overwrite"))
 
 
@@ -395,3 +408,158 @@ def test_settings_reach_the_images(sample, tmp_path):
         found.append(tuple(images(folder).values()))
     assert len(set(found)) == len(found)
     assert len(set(found[1])) == 3  # greedy: one image a class
+
+
+def test_a_finished_run_goes_on_to_more_images(sample, tmp_path):
+    folder = tmp_path / "samples"
+    assert sample("--n", 5).code == 0
+    before = tree(folder)
+    for n in (5, 2):
+        result = sample("--n", n)
+        assert result.code == 0 and f"holds these {n} images already" in result.out and tree(folder) == before
+    (folder / "00006.png").write_bytes(b"mine")
+    result = sample("--n", 9)
+    assert result.code == 2 and "00006.png, which is not of that run" in result.err
+    (folder / "00006.png").unlink()
+    assert sample("--n", 9).code == 0 and about(folder)["n"] == 9
+    assert sample("--n", 9, "--output", tmp_path / "whole").code == 0
+    assert images(folder) == images(tmp_path / "whole")
+
+
+def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
+    assert sample("--num-per-class", 3, "--layout", "folders").code == 0
+    folder = tmp_path / "samples"
+    source = open_source(str(folder / "images"), "all", 0.1)
+    assert source.class_names == sorted(NAMES) and len(source.rows) == 9
+    assert np.bincount(source.labels).tolist() == [3, 3, 3]
+    said = about(folder)
+    assert said["images"][4] == {"file": "images/shoe/00004.png", "label": 1, "class": "shoe"}
+    assert sample("--n", 9, "--output", tmp_path / "flat").code == 0
+    for image, name in zip(said["images"], sorted(images(tmp_path / "flat"))):
+        assert (folder / image["file"]).read_bytes() == (tmp_path / "flat" / name).read_bytes()
+    assert sample("--n", 2, "--layout", "labels", "--overwrite").code == 0
+    assert {p.name for p in folder.glob("*.png")} == {"00000-shirt.png", "00001-shoe.png", "grid.png"}
+    assert not list((folder / "images").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--n", "4", "--num-per-class", "2"], "--num-per-class: --n is given too"),
+        (["--keep-rows", "1"], "--keep-rows: needs --init-image"),
+        (["--keep-rows", "1", "--keep-share", "0.5"], "needs --init-image"),
+        (["--init-image", "IMAGE", "--keep-rows", "2"], "--keep-rows: found 2, but an image has 2 rows"),
+        (["--init-image", "IMAGE", "--keep-share", "1"], "--keep-share: found 1.0"),
+        (["--init-image", "IMAGE", "--keep-share", "0.01"], "--keep-share: 0.01 of 6 codes is 0"),
+        (["--init-image", "IMAGE", "--layout", "folders"], "--layout: folders needs classes"),
+        (["--init-image", "IMAGE", "--num-per-class", "2"], "--num-per-class: these images have no classes"),
+        (["--init-image", "nowhere.png"], "--init-image: nowhere.png cannot be read (No such file"),
+        (["--init-image", "TEXT"], "cannot be read (no known image format)"),
+        (["--init-image", "EMPTY"], "holds no images"),
+    ],
+)
+def test_what_does_not_go_together(sample, tmp_path, words, part):
+    write_png_atomic(tmp_path / "IMAGE.png", torch.zeros(3, 5, 7, dtype=torch.uint8))
+    (tmp_path / "TEXT.png").write_text("no image")
+    (tmp_path / "EMPTY").mkdir()
+    places = {"IMAGE": tmp_path / "IMAGE.png", "TEXT": tmp_path / "TEXT.png", "EMPTY": tmp_path / "EMPTY"}
+    result = sample(*(places.get(word, word) for word in words))
+    assert result.code in (1, 2) and part in result.err and len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(("words", "kept"), [(["--keep-rows", 1], 3), (["--keep-share", 0.3], 2), ([], 3)])
+def test_completions_keep_what_they_were_given(sample, model, tmp_path, words, kept):
+    (tmp_path / "given").mkdir()
+    given = torch.randint(256, (64, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = Generator.load(model, "cpu", "fp32").encode(given).flatten(1)
+    other = next(index for index in range(64) if codes[index, 0] != codes[0, 0])
+    given = torch.nn.functional.interpolate(given[[0, other]], scale_factor=2)  # to be fitted again
+    for index, image in enumerate(given):
+        write_png_atomic(tmp_path / "given" / f"{index}.png", image)
+    words = [*words, "--init-image", tmp_path / "given", "--precision", "fp32", "--n", 6, "--seed", 2]
+    assert sample(*words).code == 0
+    said, generator = about(tmp_path / "samples"), Generator.load(model, "cpu", "fp32")
+    assert said["kept_codes"] == kept and {image["label"] for image in said["images"]} == {-1}
+    beginnings = generator.prior.vocabulary.to_tokens(generator.encode(given))[:, :kept]
+    drawn = generator.draw(range(6), [-1], seed=2, kept=beginnings)
+    for index in range(6):
+        assert torch.equal(drawn.codes[index].flatten()[:kept], beginnings[index % 2])
+        written = decode_image(str(tmp_path / "samples" / f"{index:05d}.png"))
+        assert torch.equal(written, drawn.images[index])
+    assert len({codes.numpy().tobytes() for codes in drawn.codes}) > 2
+    # Another image to begin with is another run.
+    write_png_atomic(tmp_path / "given" / "1.png", given[0])
+    assert "the samples of another run (kept fingerprint" in sample(*words).err
+
+
+def test_the_likeliest_candidates_stay(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    plain = generator.draw(range(96), seed=1)
+    settings = SamplingSettings(oversample=1.5)
+    best = generator.draw(range(96), settings=settings, seed=1)
+    for label in range(3):
+        of = plain.labels == label
+        # 8 of 24 candidates went, and none that stayed is less likely than the likeliest of those that went.
+        for group in (slice(0, 16), slice(16, 32)):
+            kept, drawn = best.nats[of][group], plain.nats[of][group]
+            assert kept.max() <= drawn.max() and kept.sum() < drawn.sum()
+            assert len(set(kept.tolist()) & set(drawn.tolist())) >= 8
+    for indices, batch_size in ([5], 1), (range(40, 60), 7), ([95, 0, 50], 64):
+        part = generator.draw(indices, settings=settings, seed=1, batch_size=batch_size)
+        assert torch.equal(part.codes, best.codes[list(indices)])
+        assert torch.equal(part.nats, best.nats[list(indices)])
+    sequences = torch.cat(
+        [generator.prior.vocabulary.class_id(best.labels)[:, None], generator.prior.vocabulary.to_tokens(best.codes)], 1
+    )
+    # The prior's own likelihood counts ids that may not stand there too; here they hold next to nothing less.
+    assert (generator.nats(sequences) >= best.nats - 1e-4).all()
+
+
+def test_oversampling_from_the_command_line(sample, tmp_path):
+    words = ["--n", 20, "--oversample", 1.25, "--precision", "fp32", "--class", "shoe", "bag"]
+    assert sample(*words, "--batch-size", 7).code == 0
+    assert sample(*words, "--output", tmp_path / "other").code == 0
+    assert images(tmp_path / "samples") == images(tmp_path / "other")
+    (tmp_path / "other" / "00003.png").unlink()
+    (tmp_path / "other" / "samples.json").rename(tmp_path / "other" / "samples.partial.json")
+    assert "1 images in" in sample(*words, "--output", tmp_path / "other").out
+    assert images(tmp_path / "samples") == images(tmp_path / "other")
+
+
+def test_the_generator_as_people_call_it(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    drawn = generator.sample(4, temperature=0.9, classes="shoe", seed=3)
+    assert drawn.images.dtype == torch.uint8 and drawn.labels.tolist() == [1] * 4
+    assert torch.equal(drawn.images, generator.draw(range(4), [1], SamplingSettings(temperature=0.9), seed=3).images)
+    assert generator.sample(3, classes=["bag", 0]).labels.tolist() == [2, 0, 2]
+    with pytest.raises(UsageError, match="no class 'zebra'"):
+        generator.sample(1, classes="zebra")
+    with pytest.raises(TypeError, match="warmth"):
+        generator.sample(1, warmth=2)
+    image = torch.randint(256, (3, 20, 30), dtype=torch.uint8)
+    codes = generator.encode(image)
+    for mask_rows in (1, 2):
+        done = generator.complete(image, mask_rows, n=3)
+        assert torch.equal(done.codes[:, : 2 - mask_rows], codes[:, : 2 - mask_rows].expand(3, -1, -1))
+    with pytest.raises(ValueError, match="mask_rows: found 3"):
+        generator.complete(image, 3)
+    with pytest.raises(UserError, match="expected uint8"):
+        generator.encode(image.float())
+
+
+def test_likelihood_of_images_is_that_of_a_full_softmax(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    vocabulary, tokens = generator.prior.vocabulary, generator.encode(images).flatten(1)
+    for classes, label in ((None, vocabulary.null), ("bag", 18), ([0, 1, 2, 0, 1], None)):
+        found = generator.log_likelihood(images, classes)
+        for i in range(5):
+            total, sequence = 0.0, [16 + [0, 1, 2, 0, 1][i] if label is None else label]
+            for token in tokens[i].tolist():
+                logits = generator.prior(torch.tensor([sequence]))[0, -1].double()
+                total += (logits[token] - torch.logsumexp(logits, 0)).item()
+                sequence.append(token)
+            assert found[i].item() == pytest.approx(total, abs=1e-4)
+    with pytest.raises(ValueError, match="2 classes for 5 images"):
+        generator.log_likelihood(images, [0, 1])
