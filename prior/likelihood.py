@@ -1,4 +1,4 @@
-"""How well a prior predicts held-out codes."""
+"""How well a prior predicts codes."""
 
 import math
 from collections.abc import Iterable
@@ -29,16 +29,36 @@ class Likelihood:
     bits_per_dimension: float
 
 
+def rated(nats_per_token: float, prior: Prior) -> Likelihood:
+    """The likelihood of so many nats a token."""
+    bits = nats_per_token * prior.vocabulary.length / math.log(2)
+    return Likelihood(nats_per_token, bits / math.prod(prior.image_shape))
+
+
 @torch.no_grad()
-def likelihood(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> Likelihood:
-    """Nats per token over sequences (B, 1 + length), given their conditions; summed over all processes."""
-    total = torch.zeros(2, device=accelerator.device, dtype=torch.float64 if accelerator.device.type != "mps" else None)
+def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Nats of sequences (B, 1 + length) given their conditions, summed over all processes.
+
+    Returns:
+        Their sums by condition and position, (classes + 1, length), and how many sequences each condition has,
+        (classes + 1,), float64 on the CPU; the last condition is the null id, no class.
+    """
+    vocabulary, device = prior.vocabulary, accelerator.device
+    kind = torch.float64 if device.type != "mps" else torch.float32
+    table = torch.zeros(vocabulary.classes + 1, 1 + vocabulary.length, dtype=kind, device=device)
     for tokens in batches:
-        tokens = tokens.to(accelerator.device)
+        tokens = tokens.to(device)
         with accelerator.autocast():
             logits = prior(tokens[:, :-1])
-        nats = token_nats(logits, tokens[:, 1:])
-        total += torch.stack([nats.sum(), torch.tensor(nats.numel(), device=nats.device)]).to(total.dtype)
-    summed, count = accelerator.reduce(total, "sum").tolist()  # type: ignore[union-attr]
-    per_token = summed / count
-    return Likelihood(per_token, per_token * prior.vocabulary.length / math.log(2) / math.prod(prior.image_shape))
+        nats = token_nats(logits, tokens[:, 1:]).to(kind)
+        condition = tokens[:, 0] - vocabulary.codebook_size * vocabulary.depth
+        table.index_add_(0, condition, torch.cat([torch.ones_like(nats[:, :1]), nats], 1))
+    total: Tensor = accelerator.reduce(table, "sum")  # type: ignore[assignment]
+    total = total.double().cpu()
+    return total[:, 1:], total[:, 0]
+
+
+def likelihood(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> Likelihood:
+    """Likelihood of sequences (B, 1 + length), given their conditions; over all processes."""
+    sums, counts = tabulate(prior, batches, accelerator)
+    return rated((sums.sum() / (counts.sum() * prior.vocabulary.length)).item(), prior)

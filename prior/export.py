@@ -1,0 +1,144 @@
+"""vqgen-export: a prior as a plain transformers folder, for `AutoModelForCausalLM` and serving engines that read such.
+
+The weights and their names are those of the model folder already; what is added is what other programs look for: a
+generation_config.json of the right length, and a README.md that says what the token ids mean.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from vqgen import __version__
+from vqgen.artifact import atomic_path, copy_artifact, write_json, write_tensors, write_text
+from vqgen.config import command
+from vqgen.errors import UsageError
+
+from .model import Prior
+
+
+@dataclass
+class ExportConfig:
+    """What is exported, and where to."""
+
+    model: Path
+    """Run or model folder of the prior."""
+    to: Literal["transformers"] = "transformers"
+    """Layout of the folder."""
+    output: Path = Path("export")
+    """Folder to write; one that exists is refused."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: unconditional-image-generation
+tags: [vqgen, image-generation, autoregressive, vq]
+---
+
+# A prior of image codes
+
+An autoregressive model of the codes of an image tokenizer, exported by vqgen {version}.
+`AutoModelForCausalLM.from_pretrained` loads this folder; `tokenizer/` holds the image tokenizer
+(`vqgen.Tokenizer.load`), which makes images of the codes.
+
+| | |
+|---|---|
+| backbone | {backbone}, {parameters:.1f} M parameters, {dtype} |
+| images | {image} |
+| codes | {grid}, of a codebook of {codebook_size} |
+| sequence | condition, then {length} codes in raster order{depth} |
+| prior | sha256 {prior} |
+| tokenizer | sha256 {tokenizer} |
+
+Token ids: {ids}.
+To draw, start from one id, the condition, and take exactly {length} tokens, at each only ids that are codes{ranges}.
+{guidance}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+from vqgen import Tokenizer
+
+prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
+tokenizer = Tokenizer.load("FOLDER/tokenizer")
+condition = torch.full((4, 1), {example})
+tokens = prior.generate(condition, do_sample=True, top_k=0, bad_words_ids=[[i] for i in range({codes}, {size})])
+codes = tokens[:, 1:].reshape(4, {shape}){unshift}
+images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
+```
+"""
+
+
+def card(prior: Prior, dtype: str) -> str:
+    """The text of README.md."""
+    vocabulary, names = prior.vocabulary, prior.class_names
+    codes, depth = vocabulary.codebook_size * vocabulary.depth, vocabulary.depth
+    ids = f"0 to {codes - 1} are codes"
+    if vocabulary.classes:
+        listed = ", ".join(f"{codes + i} {name}" for i, name in enumerate(names or []))
+        ids += f", {codes} to {vocabulary.null - 1} classes ({listed})" if listed else ""
+    ids += f", {vocabulary.null} no class"
+    channels, height, width = prior.image_shape
+    return CARD.format(
+        version=__version__,
+        backbone=prior.config.backbone,
+        parameters=sum(p.numel() for p in prior.backbone.parameters()) / 1e6,
+        dtype=dtype,
+        image=f"{height}x{width}, {channels} channel{'s' * (channels > 1)}",
+        grid="x".join(map(str, vocabulary.grid)) + (f", {depth} a position" if depth > 1 else ""),
+        codebook_size=vocabulary.codebook_size,
+        length=vocabulary.length,
+        depth=", the codes of a position one after another" if depth > 1 else "",
+        prior=prior.fingerprint,
+        tokenizer=prior.tokenizer_fingerprint,
+        ids=ids,
+        ranges=f": of depth j those from j * {vocabulary.codebook_size}" if depth > 1 else "",
+        guidance=(
+            f"Classifier-free guidance: the same sequence after id {vocabulary.null} gives logits without the class."
+            if vocabulary.classes and prior.label_dropout
+            else "It was trained without dropping the class, so there is no guidance."
+            if vocabulary.classes
+            else "It knows no classes."
+        ),
+        example=codes if vocabulary.classes else vocabulary.null,
+        codes=codes,
+        size=vocabulary.size,
+        shape=", ".join(map(str, [*vocabulary.grid, *([depth] if depth > 1 else [])])),
+        unshift=f" % {vocabulary.codebook_size}" if depth > 1 else "",
+    )
+
+
+def export(config: ExportConfig) -> None:
+    """Write a prior as a folder that transformers loads, with a card, and its image tokenizer beside it."""
+    if config.output.exists():
+        raise UsageError(f"--output: {config.output} exists; choose another folder")
+    prior = Prior.load(config.model)
+    dtype = getattr(torch, config.dtype)
+    settings = prior.backbone.config.to_diff_dict()
+    settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
+    generation = {"bos_token_id": prior.vocabulary.null, "do_sample": True, "top_k": 0}
+    exact = {"max_new_tokens": prior.vocabulary.length, "min_new_tokens": prior.vocabulary.length}
+    with atomic_path(config.output) as folder:
+        folder.mkdir(parents=True)
+        write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_json(folder / "generation_config.json", generation | exact)
+        weights = {name: value.to(dtype).contiguous() for name, value in prior.backbone.state_dict().items()}
+        write_tensors(folder / "model.safetensors", weights)
+        write_text(folder / "README.md", card(prior, config.dtype))
+        copy_artifact(config.model / "tokenizer", folder / "tokenizer")
+    print(f"exported to {config.output}: AutoModelForCausalLM.from_pretrained({str(config.output)!r}) loads it")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return command("vqgen-export", ExportConfig, export, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""vqgen-likelihood: how well a prior predicts code files, by class and by position.
+
+The output folder gets likelihood.json and positions.png, a map of the grid: what each code costs, dark where the prior
+knows it beforehand.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vqgen import __version__
+from vqgen.artifact import write_json
+from vqgen.config import command
+from vqgen.errors import UsageError, UserError
+from vqgen.hardware import precision_of, processes
+from vqgen.tracking import progress
+
+from ..tokenizer.codes import CodeFiles
+from ..tokenizer.reconstruct import write_png_atomic
+from .data import Sequences
+from .likelihood import rated, tabulate
+from .model import Prior
+
+FIGURES, MAP = "likelihood.json", "positions.png"
+# Dark blue over red to light yellow, as (position, red, green, blue).
+COLOURS = ((0.0, 10, 10, 50), (0.35, 110, 20, 110), (0.65, 225, 80, 60), (1.0, 255, 245, 190))
+CELL = 24
+
+
+@dataclass
+class LikelihoodConfig:
+    """What is measured, with what."""
+
+    model: Path
+    """Run or model folder of the prior."""
+    codes: Path
+    """Folder of code files, of the tokenizer that the prior was trained with."""
+    output: Path | None = None
+    """Folder for likelihood.json and positions.png; by default likelihood-SPLIT inside the model's folder."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which images of the code files."""
+    n: int = 0
+    """Images to measure, the first ones; 0 = all."""
+    unconditional: bool = False
+    """Leave the classes out, as guidance does."""
+    batch_size: int = 64
+    """Images at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Autocast; auto takes 16 bits where the hardware has them, which is faster and off by about 0.1 %."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"n": 0, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                found = getattr(self, name)
+                raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
+
+
+def heat_map(grid: Tensor) -> Tensor:
+    """Values (h, w) or (depth, h, w) -> uint8 (3, H, W): a cell each, from the lowest (dark) to the highest (light);
+    depths side by side."""
+    grid = grid[None] if grid.ndim == 2 else grid
+    low, high = grid.min(), grid.max()
+    scaled = (grid - low) / (high - low) if high > low else torch.zeros_like(grid)
+    stops = torch.tensor(COLOURS, dtype=torch.float64)
+    upper = torch.searchsorted(stops[:, 0].contiguous(), scaled.double().contiguous()).clamp(1, len(stops) - 1)
+    before, after = stops[upper - 1], stops[upper]
+    share = ((scaled - before[..., 0]) / (after[..., 0] - before[..., 0]))[..., None]
+    colours = (before[..., 1:] + share * (after[..., 1:] - before[..., 1:])).round().to(torch.uint8)
+    cells = colours.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).permute(0, 3, 1, 2)
+    bar = cells.new_full((3, cells.shape[2], CELL // 4), 255)
+    return torch.cat([part for cell in cells for part in (bar, cell)][1:], dim=2)
+
+
+def measure(config: LikelihoodConfig) -> dict[str, Any]:
+    """Measure the prior, write everything, and return what likelihood.json holds. Raises `UserError`."""
+    processes()
+    prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
+    if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
+        raise UserError(
+            f"{config.codes} holds codes of the tokenizer {codes.tokenizer_fingerprint[:12]}, but the prior in "
+            f"{config.model} was trained on those of {prior.tokenizer_fingerprint[:12]}; give its codes"
+        )
+    classes, known = prior.vocabulary.classes, prior.class_names or []
+    if classes and (codes.class_names or []) != known and not config.unconditional:
+        theirs = ", ".join(codes.class_names or []) or "none"
+        raise UserError(
+            f"{config.codes} has the classes {theirs}, the prior has {', '.join(known)}; give codes of its classes, "
+            "or --unconditional"
+        )
+    if not len(codes):
+        raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
+    device = Accelerator().device
+    precision = precision_of(config.precision, device)
+    accelerator = Accelerator(mixed_precision=precision)
+    prior = prior.to(device)
+    count = min(len(codes), config.n or len(codes))
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    sequences = Sequences(codes, prior.vocabulary)
+
+    def batches():
+        with progress(count, "measuring", "img", accelerator.is_main_process) as bar:
+            for tokens in sequences.ordered(mine, config.batch_size):
+                if config.unconditional:
+                    tokens[:, 0] = prior.vocabulary.null
+                yield tokens
+                bar.update(len(tokens) * accelerator.num_processes)
+
+    sums, counts = tabulate(prior, batches(), accelerator)
+    length = prior.vocabulary.length
+    by_position = sums.sum(0) / counts.sum()
+    mean = rated(by_position.mean().item(), prior)
+    rows, columns, depth = *prior.vocabulary.grid, prior.vocabulary.depth
+    grid = by_position.view(rows, columns, depth).permute(2, 0, 1).squeeze(0)
+    by_class = {
+        known[label] if label < classes else "no class": {
+            "images": int(counts[label]),
+            **_figures(rated((sums[label].sum() / counts[label] / length).item(), prior)),
+        }
+        for label in range(classes + 1)
+        if counts[label]
+    }
+    found = {
+        "version": __version__,
+        "model": str(config.model),
+        "prior_fingerprint": prior.fingerprint,
+        "tokenizer_fingerprint": prior.tokenizer_fingerprint,
+        "data_fingerprint": codes.manifest.data_fingerprint,
+        "split": config.split,
+        "images": count,
+        "unconditional": config.unconditional,
+        "precision": precision.replace("no", "fp32"),
+        "device": device.type,
+        **_figures(mean),
+        "by_class": by_class,
+        "nats_by_position": grid.tolist(),
+    }
+    if accelerator.is_main_process:
+        output = config.output or config.model / f"likelihood-{config.split}"
+        write_png_atomic(output / MAP, heat_map(grid))
+        write_json(output / FIGURES, found)
+        found["output"] = str(output)
+    accelerator.wait_for_everyone()
+    return found
+
+
+def _figures(found: Any) -> dict[str, float]:
+    return {**asdict(found), "perplexity": math.exp(found.nats_per_token)}
+
+
+def run(config: LikelihoodConfig) -> None:
+    """See how well a prior predicts code files: nats a token, bits a dimension, by class and by position."""
+    found = measure(config)
+    if "output" not in found:
+        return  # another process tells
+    for name, each in found["by_class"].items() if len(found["by_class"]) > 1 else ():
+        print(f"{name}: {each['nats_per_token']:.4f} nats per token over {each['images']} images")
+    print(
+        f"{found['images']} {found['split']} images: {found['nats_per_token']:.4f} nats per token, perplexity "
+        f"{found['perplexity']:.1f}; {found['bits_per_dimension']:.4f} bits per dimension, the rate of the codes"
+    )
+    print(f"look at {Path(found['output']) / MAP}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return command("vqgen-likelihood", LikelihoodConfig, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
