@@ -206,6 +206,18 @@ class Prior(nn.Module):
         """Token ids int64 (B, T) -> logits (B, T, vocabulary.size); position t sees tokens 0..t."""
         return self.backbone(input_ids=tokens, use_cache=False).logits
 
+    def checkpoint_gradients(self) -> None:
+        """From now on keep no activations within a layer, but compute them again in the backward pass."""
+        old = self.backbone.gradient_checkpointing_enable  # its name before transformers 5.21
+        getattr(self.backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of the forward pass for one token of a whole sequence: two a weight of every
+        matrix, and the products of attention with all positions."""
+        looked_up = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in looked_up)
+        return 2 * weights + 4 * self.config.layers * self.config.dim * self.vocabulary.length
+
     def save(self, folder: Path, tokenizer_folder: Path) -> str:
         """Write a model folder with a copy of the tokenizer inside, and return the fingerprint.
 

@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
+from vqgen.hardware import matrix_rate
 from vqgen.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
 from vqgen.run import Run, RunConfig
@@ -23,8 +24,9 @@ from ..tokenizer.model import Tokenizer
 from ..tokenizer.pixels import to_uint8
 from ..tokenizer.reconstruct import write_png_atomic
 from .data import Sequences, vocabulary_of
-from .likelihood import likelihood, token_nats
+from .likelihood import likelihood
 from .model import Prior, PriorConfig
+from .objective import ObjectiveConfig, corrupted, objective, without_labels
 from .preview import preview_codes
 
 
@@ -38,8 +40,6 @@ class PriorTraining:
     """Run folder; finished, it is the prior's model folder, with the tokenizer inside."""
     overwrite: bool = False
     """Remove an earlier run in --output and start anew."""
-    label_dropout: float = 0.1
-    """Share of sequences trained without their class, which guidance needs."""
     patience: int = 5
     """Stop after this many validations without a better held-out loss; 0 = train to the last step. The best weights
     are saved either way."""
@@ -47,13 +47,14 @@ class PriorTraining:
     """Held-out images that each validation measures; 0 = all."""
     preview_images: int = 40
     """Images drawn at each validation and written under images/; 0 = none."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's forward pass again in the backward pass: less memory, a third more time."""
     model: PriorConfig = field(default_factory=PriorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_dropout <= 1:
-            raise UsageError(f"--label-dropout: found {self.label_dropout}, expected 0 to 1")
         for name in ("patience", "validation_images", "preview_images"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
@@ -72,7 +73,10 @@ class PriorTrainer:
         torch.manual_seed(config.run.seed)
         image_shape = (train.channels, *train.image_size)
         names, mark = train.class_names, train.tokenizer_fingerprint
-        prior = Prior(config.model, self.vocabulary, image_shape, names, mark, config.label_dropout).to(run.device)
+        dropout = config.objective.label_dropout
+        prior = Prior(config.model, self.vocabulary, image_shape, names, mark, dropout).to(run.device)
+        if config.gradient_checkpointing:
+            prior.checkpoint_gradients()
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
             # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
             prior.backbone.set_attn_implementation("eager")
@@ -84,6 +88,8 @@ class PriorTrainer:
             prior.compile()
         self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)
         self.prior = prior
+        self.flops = 3 * prior.flops_per_token()
+        self.peak = matrix_rate(run.device, run.accelerator.mixed_precision) * run.accelerator.num_processes
         self.modules: dict[str, nn.Module] = {"prior": prior, "average": self.average, "best": self.best}
         self.optimizers: dict[str, Any] = {"prior": optimizer, "prior_schedule": self.schedule}
 
@@ -95,20 +101,27 @@ class PriorTrainer:
 
     def step(self, step: int) -> dict[str, Tensor]:
         tokens = next(self.batches).to(self.run.device, non_blocking=True)
-        dropped = torch.rand(len(tokens), device=tokens.device) < self.config.label_dropout
-        tokens[:, 0] = torch.where(dropped, self.vocabulary.null, tokens[:, 0])
-        parts = tokens.chunk(self.config.run.accumulate)
+        settings = self.config.objective
+        tokens = without_labels(tokens, settings.label_dropout, self.vocabulary)
+        fed = corrupted(tokens[:, :-1], settings.token_corruption, self.vocabulary)
+        count = self.config.run.accumulate
         mean = torch.zeros((), device=tokens.device)
-        for index, part in enumerate(parts):
+        for index, (part, targets) in enumerate(zip(fed.chunk(count), tokens[:, 1:].chunk(count), strict=True)):
             with self.run.part(self.model, index):
                 self.last_tokens = part
-                loss = token_nats(self.model(part[:, :-1]), part[:, 1:]).mean()
-                self.run.backward({"cross-entropy": loss}, loss)
-            mean += loss.detach() / len(parts)
+                terms, loss = objective(self.model(part), targets, settings)
+                self.run.backward(terms, loss)
+            mean += terms["cross-entropy"].detach() / count
         norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
         self.optimizer.zero_grad()
         update_average(self.average, self.prior, self.config.optimizer.ema_decay, step)
         return {"loss": mean, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
+
+    def rates(self, per_second: float) -> dict[str, float]:
+        """Tokens a second, and the model-FLOPs utilisation: the share of the machine's matrix rate that the model's own
+        products make up (Chowdhery et al. 2022, appendix B)."""
+        tokens = per_second * self.vocabulary.length
+        return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak}
 
     def validate(self, step: int) -> dict[str, float]:
         count = len(self.heldout_codes)
@@ -141,7 +154,7 @@ class PriorTrainer:
         return [finding] if finding else []
 
     def origin(self) -> str:
-        return non_finite_origin(self.prior, lambda: self.prior(self.last_tokens[:, :-1]))
+        return non_finite_origin(self.prior, lambda: self.prior(self.last_tokens))
 
     def finished(self) -> str | None:
         if self.config.patience and self.extra["stale"] >= self.config.patience:

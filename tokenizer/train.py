@@ -218,6 +218,9 @@ class TokenizerTrainer:
             total = total + weighted
         return terms, total
 
+    def rates(self, per_second: float) -> dict[str, float]:
+        return {}
+
     def validate(self, step: int) -> dict[str, float]:
         with self.run.accelerator.autocast():
             result = reconstruct(

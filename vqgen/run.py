@@ -84,6 +84,10 @@ class Trainer(Protocol):
         """One optimizer step; scalars to log. Raises `NonFinite` before the weights are touched."""
         ...
 
+    def rates(self, per_second: float) -> dict[str, float]:
+        """What so many examples a second are in the stage's own terms, to log."""
+        ...
+
     def validate(self, step: int) -> dict[str, float]:
         """Figures on held-out data, to log."""
         ...
@@ -290,7 +294,8 @@ class Run:
                 if done % settings.log_every == 0 or last:
                     means = self._over_processes({name: total / count for name, (total, count) in sums.items()})
                     rate = (done - logged) * settings.batch_size / seconds
-                    self.log({f"train/{n}": v for n, v in means.items()} | {"train/per_second": rate}, done)
+                    means |= {"per_second": rate, **trainer.rates(rate)}
+                    self.log({f"train/{n}": v for n, v in means.items()}, done)
                     bar.set_postfix({"loss": f"{means['loss']:.3f}"})
                     sums.clear()
                     logged, seconds = done, 0.0

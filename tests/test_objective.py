@@ -1,0 +1,111 @@
+"""What a prior is trained on: each option against its formula, and that it changes what it should and nothing else."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_prior import make, tokens_for
+
+from vqgen.errors import UsageError
+from vqgen.hardware import matrix_rate
+from vqgen.prior.model import Vocabulary
+from vqgen.prior.objective import ObjectiveConfig, corrupted, objective, without_labels
+
+
+def given(seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(4, 6, 11), torch.randint(11, (4, 6))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("z", [0.0, 0.01])
+def test_terms_are_their_formulas(smoothing, z):
+    logits, targets = given()
+    terms, total = objective(logits, targets, ObjectiveConfig(label_smoothing=smoothing, z_loss=z))
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    smoothed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+    squared = z * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(terms["cross-entropy"], plain)
+    torch.testing.assert_close(total, smoothed + squared)
+    assert set(terms) == {"cross-entropy", *(["smoothing"] if smoothing else []), *(["z-loss"] if z else [])}
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits, targets = given()
+    config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.1)
+    exact = objective(logits.bfloat16().double(), targets, config)[1]
+    found = objective(logits.bfloat16(), targets, config)[1]
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_z_loss_pulls_the_normaliser_to_one():
+    logits, targets = (given()[0] + 5).requires_grad_(), given()[1]
+    optimizer = torch.optim.SGD([logits], 5.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        objective(logits, targets, ObjectiveConfig(z_loss=1.0))[1].backward()
+        optimizer.step()
+    assert logits.logsumexp(-1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_corruption_replaces_codes_by_codes_of_their_depth(depth):
+    vocabulary = Vocabulary(50, depth, (8, 8), 4)
+    codes = torch.randint(50, (64, 8, 8, depth) if depth > 1 else (64, 8, 8))
+    tokens = torch.cat([vocabulary.class_id(torch.arange(64) % 4)[:, None], vocabulary.to_tokens(codes)], 1)
+    torch.manual_seed(0)
+    found = corrupted(tokens, 0.3, vocabulary)
+    assert torch.equal(found[:, 0], tokens[:, 0])
+    for position in range(vocabulary.length):
+        start, end = vocabulary.allowed(position)
+        assert ((found[:, 1 + position] >= start) & (found[:, 1 + position] < end)).all()
+    # One in 50 is replaced by itself.
+    assert (found != tokens).float().mean() == pytest.approx(0.3 * 0.98, abs=0.03)
+    assert corrupted(tokens, 0.0, vocabulary) is tokens
+    assert not (corrupted(tokens, 1.0, vocabulary)[:, 1:] == tokens[:, 1:]).float().mean() > 0.05
+
+
+def test_labels_are_dropped_at_their_share_and_the_given_stay():
+    vocabulary = Vocabulary(8, 1, (2, 3), 3)
+    tokens = torch.full((10_000, 7), 1)
+    tokens[:, 0] = 9
+    torch.manual_seed(0)
+    found = without_labels(tokens, 0.2, vocabulary)
+    assert (tokens[:, 0] == 9).all() and torch.equal(found[:, 1:], tokens[:, 1:])
+    assert set(found[:, 0].tolist()) == {9, vocabulary.null}
+    assert (found[:, 0] == vocabulary.null).float().mean() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["label_dropout", "token_corruption", "label_smoothing", "z_loss"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_options_out_of_range_are_named(name, value):
+    if name == "z_loss" and value == 1.5:
+        return
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: found"):
+        ObjectiveConfig(**{name: value})
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
+def test_checkpointing_changes_no_gradient(backbone):
+    found = []
+    for checkpointing in (False, True):
+        prior = make(backbone).train()
+        if checkpointing:
+            prior.checkpoint_gradients()
+        torch.manual_seed(1)  # the same dropout, also when it is computed again
+        prior(tokens_for(prior)).square().mean().backward()
+        found.append([p.grad for p in prior.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_operations_are_counted_by_hand():
+    prior = make()  # width 16, 2 layers, hidden 64, 8 codes + 3 classes + null, 6 codes an image
+    matrices = 2 * (4 * 16 * 16 + 3 * 16 * 64) + 16 * 12
+    assert prior.flops_per_token() == 2 * matrices + 2 * 4 * 16 * 6
+
+
+def test_the_matrix_rate_is_a_rate():
+    rate = matrix_rate(torch.device("cpu"), "no")
+    assert 1e8 < rate < 1e15
