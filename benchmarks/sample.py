@@ -1,9 +1,13 @@
-"""Cached decoding of vqgen against `transformers.generate` on the same random model, in one run.
+"""Cached decoding of vqgen against `transformers.generate` on the same random model, and against the machine.
 
     python benchmarks/sample.py --batch-sizes 64 1
 
 Both draw from the whole distribution at temperature 1. `generate` runs as it comes: its default cache and the attention
-that the model was loaded with. Runs alternate and the best of each counts, since other work on the machine only slows.
+that the model was loaded with. `guided` is vqgen with a guidance scale of 3: twice the rows. Runs alternate and the
+best of each counts, since other work on the machine only slows.
+
+The floor is the larger of two times: the operations of all tokens at the machine's matrix rate, and the bytes of
+weights, keys and values that each token must read at its copy bandwidth (read and written); both are measured here.
 """
 
 import argparse
@@ -13,7 +17,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from vqgen.hardware import precision_of
+from vqgen.hardware import matrix_rate, precision_of
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
 from vqgen.sampling.decoder import Decoder
 from vqgen.sampling.generate import generate, image_uniforms
@@ -28,6 +32,20 @@ def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second read and written in copying a tensor larger than any cache."""
+    source = torch.ones(2**27 if device.type == "cpu" else 2**30, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(8))
+
+
+def floor(shape: PriorConfig, weights: int, length: int, batch: int, size: int, rate: float, bandwidth: float) -> float:
+    """Seconds below which no decoding of `batch` images can be; `size` is that of a number in bytes."""
+    operations = batch * length * (2 * weights + 2 * shape.layers * shape.dim * length)  # half the cache on average
+    cache = batch * shape.layers * 2 * shape.dim * length / 2
+    return max(operations / rate, length * size * (weights + cache) / bandwidth)
 
 
 def main() -> None:
@@ -66,6 +84,9 @@ def main() -> None:
     allowed = [vocabulary.allowed(position) for position in range(length)]
     print(f"{arguments.backbone}, {count / 1e6:.1f} M parameters, {length} codes of {arguments.codebook_size}, "
           f"{precision} on {device}, {torch.get_num_threads()} threads")  # fmt: skip
+    rate, bandwidth = matrix_rate(device, precision), copy_bandwidth(device)
+    print(f"matrix rate {rate / 1e9:.0f} GFLOP/s, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    embedded = theirs.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
 
     for batch in arguments.batch_sizes:
         prompt = vocabulary.class_id(torch.arange(batch) % vocabulary.classes)[:, None]
@@ -74,6 +95,12 @@ def main() -> None:
 
         def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows) -> torch.Tensor:
             return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows).tokens
+
+        null = torch.full_like(prompt, vocabulary.null)
+
+        def guided(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows, null=null):
+            settings = SamplingSettings(guidance_scale=3.0)
+            return generate(decoder, prompt, allowed, uniforms, settings, null, rows=rows).tokens
 
         def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
             return theirs.generate(  # type: ignore[operator]
@@ -86,13 +113,21 @@ def main() -> None:
                 pad_token_id=vocabulary.null,
             )
 
-        best = {"vqgen": float("inf"), "transformers": float("inf")}
+        works = {"vqgen": vqgen, "guided": guided, "transformers": transformers}
+        best = dict.fromkeys(works, float("inf"))
         for _ in range(arguments.repeats):
-            for name, work in (("vqgen", vqgen), ("transformers", transformers)):
+            for name, work in works.items():
                 best[name] = min(best[name], seconds(work, device))
+        best["floor"] = floor(shape, count - embedded, length, batch, dtype.itemsize, rate, bandwidth)
         for name, took in best.items():
-            print(f"batch {batch:3d}  {name:12s} {batch / took:8.2f} images/s {batch * length / took:9.0f} tokens/s")
-        print(f"batch {batch:3d}  ratio        {best['transformers'] / best['vqgen']:8.2f}")
+            print(
+                f"batch {batch:3d}  {name:12s} {took:7.2f} s {batch / took:8.2f} images/s "
+                f"{batch * length / took:9.0f} tokens/s  {best['floor'] / took:5.0%} of the floor's rate"
+            )
+        print(
+            f"batch {batch:3d}  against transformers {best['transformers'] / best['vqgen']:.2f}, "
+            f"guidance costs {best['guided'] / best['vqgen']:.2f}"
+        )
 
 
 if __name__ == "__main__":

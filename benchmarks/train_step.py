@@ -44,7 +44,7 @@ Step = Callable[[int], object]
 def settings(options: argparse.Namespace, precision: str, output: Path) -> TokenizerTraining:
     """The preset with the losses asked for, all on from the first step."""
     words = ["--config", options.config, "--data", "demo", "--output", str(output), "--precision", precision]
-    words += ["--workers", "0", "--no-kmeans-start"]
+    words += ["--workers", "0", "--no-kmeans-start", "--optimizer", "adamw"]  # as the straightforward step
     if options.batch_size:
         words += ["--batch-size", str(options.batch_size)]
     if options.perceptual_weights:
