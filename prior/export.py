@@ -16,8 +16,9 @@ import torch
 from vqgen import __version__
 from vqgen.artifact import atomic_path, copy_artifact, write_json, write_tensors, write_text
 from vqgen.config import command
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
 
+from ..tokenizer.model import Tokenizer
 from .model import Prior
 
 
@@ -53,7 +54,7 @@ An autoregressive model of the codes of an image tokenizer, exported by vqgen {v
 | images | {image} |
 | codes | {grid}, of a codebook of {codebook_size} |
 | sequence | condition, then {length} codes in raster order{depth} |
-| prior | sha256 {prior} |
+| prior | sha256 {prior}, of its weights in float32 |
 | tokenizer | sha256 {tokenizer} |
 
 Token ids: {ids}.
@@ -68,7 +69,11 @@ from vqgen import Tokenizer
 prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
 tokenizer = Tokenizer.load("FOLDER/tokenizer")
 condition = torch.full((4, 1), {example})
-tokens = prior.generate(condition, do_sample=True, top_k=0, bad_words_ids=[[i] for i in range({codes}, {size})])
+def legal(row, ids):  # the ids that may come next
+    first = (len(ids) - 1) % {each} * {codebook_size}
+    return list(range(first, first + {codebook_size}))
+
+tokens = prior.generate(condition, do_sample=True, top_k=0, prefix_allowed_tokens_fn=legal)
 codes = tokens[:, 1:].reshape(4, {shape}){unshift}
 images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
 ```
@@ -107,8 +112,7 @@ def card(prior: Prior, dtype: str) -> str:
             else "It knows no classes."
         ),
         example=codes if vocabulary.classes else vocabulary.null,
-        codes=codes,
-        size=vocabulary.size,
+        each=depth,
         shape=", ".join(map(str, [*vocabulary.grid, *([depth] if depth > 1 else [])])),
         unshift=f" % {vocabulary.codebook_size}" if depth > 1 else "",
     )
@@ -119,6 +123,12 @@ def export(config: ExportConfig) -> None:
     if config.output.exists():
         raise UsageError(f"--output: {config.output} exists; choose another folder")
     prior = Prior.load(config.model)
+    found = Tokenizer.load(config.model / "tokenizer").fingerprint
+    if found != prior.tokenizer_fingerprint:
+        raise UserError(
+            f"{config.model / 'tokenizer'} has fingerprint {str(found)[:12]}, but the prior was trained on codes of "
+            f"{prior.tokenizer_fingerprint[:12]}; put that tokenizer there"
+        )
     dtype = getattr(torch, config.dtype)
     settings = prior.backbone.config.to_diff_dict()
     settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}

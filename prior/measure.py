@@ -43,7 +43,8 @@ class LikelihoodConfig:
     codes: Path
     """Folder of code files, of the tokenizer that the prior was trained with."""
     output: Path | None = None
-    """Folder for likelihood.json and positions.png; by default likelihood-SPLIT inside the model's folder."""
+    """Folder for likelihood.json and positions.png, which are replaced there; by default likelihood-SPLIT inside the
+    model's folder, with what is measured otherwise in its name."""
     split: Literal["heldout", "train"] = "heldout"
     """Which images of the code files."""
     n: int = 0
@@ -80,7 +81,6 @@ def heat_map(grid: Tensor) -> Tensor:
 
 def measure(config: LikelihoodConfig) -> dict[str, Any]:
     """Measure the prior, write everything, and return what likelihood.json holds. Raises `UserError`."""
-    processes()
     prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
     if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
         raise UserError(
@@ -94,9 +94,13 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
             f"{config.codes} has the classes {theirs}, the prior has {', '.join(known)}; give codes of its classes, "
             "or --unconditional"
         )
+    if config.unconditional and classes and not prior.label_dropout:
+        raise UsageError(
+            "--unconditional: the prior was trained with --label-dropout 0 and never saw an image without its class"
+        )
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
-    device = Accelerator().device
+    device = torch.device(processes().device or "cpu")
     precision = precision_of(config.precision, device)
     accelerator = Accelerator(mixed_precision=precision)
     prior = prior.to(device)
@@ -142,7 +146,8 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
         "nats_by_position": grid.tolist(),
     }
     if accelerator.is_main_process:
-        output = config.output or config.model / f"likelihood-{config.split}"
+        kind = ("-unconditional" if config.unconditional else "") + (f"-{count}" if config.n else "")
+        output = config.output or config.model / f"likelihood-{config.split}{kind}"
         write_png_atomic(output / MAP, heat_map(grid))
         write_json(output / FIGURES, found)
         found["output"] = str(output)

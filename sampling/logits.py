@@ -34,8 +34,8 @@ class SamplingSettings:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """First and last share of an image's codes that --guidance-schedule interval guides."""
     oversample: float = 1.0
-    """Images drawn for each one kept: of every 16 of a class the most likely ones by the prior's own likelihood; 1.25
-    rejects the least likely fifth (after Razavi et al. 2019, section 3.3)."""
+    """Images drawn for each one kept: of each 16 of a class, which is the fewest that are drawn, the most likely ones
+    by the prior's own likelihood; 1.25 rejects the least likely fifth (after Razavi et al. 2019, section 3.3)."""
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
@@ -47,8 +47,14 @@ class SamplingSettings:
         check("top_p", 0 < self.top_p <= 1, "0 < top-p <= 1")
         check("min_p", 0 <= self.min_p <= 1, "0 <= min-p <= 1")
         check("guidance_scale", 0 <= self.guidance_scale < math.inf, "a number of at least 0")
-        between = self.guidance_interval
-        check("guidance_interval", len(between) == 2 and 0 <= between[0] < between[1] <= 1, "two shares, as 0.2 0.8")
+        kinds, between = ("constant", "linear", "cosine", "interval"), self.guidance_interval
+        check("guidance_schedule", self.guidance_schedule in kinds, ", ".join(kinds))
+        two = isinstance(between, (list, tuple)) and len(between) == 2
+        check("guidance_interval", two and 0 <= between[0] < between[1] <= 1, "two shares, as 0.2 0.8")
+        if list(between) != [0.0, 1.0]:
+            check("guidance_interval", self.guidance_schedule == "interval", "--guidance-schedule interval with it")
+        if self.guidance_schedule != "constant":
+            check("guidance_schedule", self.guided, "a --guidance-scale other than 1 with it")
         check("oversample", 1 <= self.oversample <= 100, "1 to 100 images drawn for each one kept")
 
     @property
@@ -79,7 +85,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Logits divided by a temperature > 0, shifted so that the largest is 0: no temperature, however low, overflows."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -7,6 +7,7 @@ which images are its own, so that a run goes on where it was cut off, and no oth
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ Layout = Literal["flat", "labels", "folders"]
 # What a killed process leaves of a file it was writing; see `atomic_path`.
 PART = re.compile(r"\.(\d{5,}(-.*)?\.png|grid\.png|samples(\.partial)?\.json)\..*part")
 # These may differ between a run and the one that goes on with it.
-FREE = ("n", "former", "version")
+FREE = ("n", "former", "version", "model", "init_images", "images", "grid")
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,20 @@ class Names:
             return None
         return self.class_names[label] if self.class_names else str(label)
 
+    @cached_property
+    def _words(self) -> dict[int, str]:
+        """What each class is called in paths: its name without what no file system takes, and no two alike."""
+        found: dict[int, str] = {}
+        for label in sorted(set(self.labels)):
+            name = self.class_name(self.labels.index(label)) or "none"
+            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)[:80].strip(" .") or str(label)
+            taken = {other.casefold() for other in found.values()}
+            found[label] = name if name.casefold() not in taken else f"{name}-{label}"
+        return found
+
     def file(self, index: int) -> str:
         """The path of image `index`, relative to the output folder."""
-        name = re.sub(r"[^\w.-]+", "_", self.class_name(index) or "").strip(".") or "none"
+        name = self._words[self.label(index)] if self.layout != "flat" else ""
         if self.layout == "folders":
             return f"images/{name}/{index:05d}.png"
         return f"{index:05d}-{name}.png" if self.layout == "labels" else f"{index:05d}.png"
@@ -68,17 +80,20 @@ def former_run(output: Path) -> list[Path]:
     """The files in `output` that a former run said were its own, its lists last. Raises `UserError`."""
     lists = [output / name for name in (UNFINISHED, FINISHED) if (output / name).is_file()]
     names = dict.fromkeys(name for path in lists for name in [*_listed(path), GRID])
-    leftovers = [path for path in output.rglob(".*") if PART.fullmatch(path.name)]
+    folders = {output, *((output / name).parent for name in names)}
+    leftovers = [path for folder in folders for path in folder.glob(".*") if PART.fullmatch(path.name)]
     return [path for name in names if (path := output / name).is_file()] + leftovers + lists
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first thing in which two runs differ, in words; empty where the one can go on with the other."""
-    for key, value in wanted.items():
-        if key not in FREE and there.get(key) != value:
-            if isinstance(value, dict) and isinstance(there.get(key), dict):
-                return _difference(there[key], value)
-            return f"{key.replace('_', ' ')} {there.get(key)!r}, now {value!r}"
+    for key in [*wanted, *(key for key in there if key not in wanted)]:
+        before, now = there.get(key), wanted.get(key)
+        if key in FREE or before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            return _difference(before, now)
+        return f"{key.replace('_', ' ')} {before!r}, now {now!r}"
     return ""
 
 
@@ -86,7 +101,7 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     """Whether a run described by `about` starts in `output`, goes on there, or is done already. Raises `UsageError`."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output: {output} is a file; name a folder")
-    there = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    there = sorted(path.name for path in output.glob("[!.]*")) if output.is_dir() else []
     if not there:
         return "new"
     own = {path.relative_to(output).as_posix() for path in former_run(output)}
@@ -102,6 +117,8 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     if not lists:
         raise UsageError(f"--output: {output} holds other files ({there[0]}); choose another folder or add --overwrite")
     former = read_json(lists[0])
+    if former.get("former") and not _difference(former, about):
+        return "new"  # it was cut off while it removed the images of the run before
     unfinished = lists[0].name == UNFINISHED
     differs = _difference(former, about)
     if not differs and unfinished and former["n"] > about["n"]:
@@ -127,12 +144,16 @@ def begin(output: Path, about: Mapping[str, Any], anew: bool) -> None:
     write_json(output / UNFINISHED, {**about, "n": n, "former": former})
     # The finished list first: it must not outlive an image.
     remove([path for path in reversed(files) if path.name != UNFINISHED] if anew else [output / FINISHED])
+    for folder in {(output / name).parent for name in former} - {output}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            remove([folder])
     if anew and former:
         write_json(output / UNFINISHED, {**about, "n": n})
 
 
 def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
+    remove([path for path in former_run(output) if PART.fullmatch(path.name)])
     images = [{"file": names.file(i), "label": names.label(i), "class": names.class_name(i)} for i in range(about["n"])]
     write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
     remove([output / UNFINISHED])

@@ -52,7 +52,10 @@ def batches(indices: Sequence[int], cycle: int, oversample: float, batch_size: i
 
 
 def selected(indices: Sequence[int], cycle: int, oversample: float) -> tuple[list[int], list[Group]]:
-    """All candidates of the groups that `indices` belong to, and the groups, in that order."""
+    """All candidates of the groups that `indices` belong to, and the groups, in that order; without oversampling the
+    images themselves, and no groups."""
+    if oversample == 1:
+        return list(indices), []
     groups = {group.places[0]: group for group in (group_of(index, cycle, oversample) for index in indices)}
     return [candidate for group in groups.values() for candidate in group.candidates], list(groups.values())
 

@@ -72,7 +72,8 @@ class Samples:
     codes: Tensor
     """int64 (B, h, w) or (B, h, w, depth)."""
     nats: Tensor
-    """float64 (B,): -log p of the codes that were drawn, by the prior alone, given their class and what came before."""
+    """float64 (B,): -log p of the codes that were drawn, by the prior alone, given their class and what came before,
+    among the ids that may stand there, in the generator's precision."""
     images: Tensor
     """uint8 (B, C, H, W)."""
 
@@ -112,13 +113,15 @@ class Generator:
         """Number of classes; 0 where the prior is unconditional."""
         return self.prior.vocabulary.classes
 
-    def check(self, settings: SamplingSettings) -> None:
-        """Raise `UsageError` for settings that this model has no use for."""
+    def check(self, settings: SamplingSettings, labels: Sequence[int] | None = None) -> None:
+        """Raise `UsageError` for settings that this model, or a series of these labels, has no use for."""
         if not settings.guided:
             return
         found = f"--guidance-scale: found {settings.guidance_scale:g}, but"
         if not self.classes:
             raise UsageError(f"{found} the model is unconditional; leave it at 1")
+        if labels is not None and all(label < 0 for label in labels):
+            raise UsageError(f"{found} these images have no class to be guided to; name some with --class")
         if not self.prior.label_dropout:
             raise UsageError(
                 f"{found} the prior was trained with --label-dropout 0 and never saw an image without its class; "
@@ -174,7 +177,8 @@ class Generator:
         )
 
     def log_likelihood(self, images: Tensor, classes: Sequence[str | int] | str | int | None = None) -> Tensor:
-        """log p of the codes of images (B, C, H, W) or (C, H, W), in nats, float64 (B,).
+        """log p of the codes of images (B, C, H, W) or (C, H, W), in nats, float64 (B,), among all ids and in the
+        generator's precision: load it with fp32 for what vqgen-likelihood gives.
 
         Args:
             images: uint8, of any size: they are fitted as in training.
@@ -209,9 +213,12 @@ class Generator:
             images = torch.stack([centre(fit(image, size, self.tokenizer.config.fit), size) for image in images])
         return self.tokenizer.encode(images.to(self.device)).cpu()
 
-    def _labels(self, classes: Sequence[str | int] | str | int | None) -> list[int]:
-        words = [classes] if isinstance(classes, (str, int)) else classes
-        return find_classes(None if words is None else [str(word) for word in words], self.prior)
+    def _labels(self, classes: Any) -> list[int]:
+        """A string is a name or an index, a number always an index."""
+        if classes is None:
+            return find_classes(None, self.prior)
+        each = [classes] if isinstance(classes, str) or not hasattr(classes, "__iter__") else list(classes)
+        return [find_classes([one], self.prior)[0] if isinstance(one, str) else int(one) for one in each]
 
     def draw(
         self,
@@ -262,8 +269,12 @@ class Generator:
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The codes of `draw` (B, h, w[, depth]), and their nats (B,), both on the CPU."""
-        self.check(settings)
         vocabulary, cycle = self.prior.vocabulary, self._cycle(labels)
+        self.check(settings, cycle)
+        if batch_size < 1:
+            raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
         if kept is None:
             kept = torch.empty(1, 0, dtype=torch.long)
         round_trip = math.lcm(len(cycle), len(kept))
@@ -284,16 +295,14 @@ class Generator:
                 found = drawn(indices)
                 tokens, nats = found.tokens, found.nats
         else:
-            row_of = {index: row for row, index in enumerate(indices)}
-            for batch in batches(indices, round_trip, settings.oversample, batch_size):
+            of_index: dict[int, tuple[Tensor, Tensor]] = {}
+            for batch in batches(list(dict.fromkeys(indices)), round_trip, settings.oversample, batch_size):
                 candidates, groups = selected(batch, round_trip, settings.oversample)
                 found = drawn(candidates)
                 staying = places(found.nats, groups)
-                for index in batch:
-                    tokens[row_of[index]], nats[row_of[index]] = (
-                        found.tokens[staying[index]],
-                        found.nats[staying[index]],
-                    )
+                of_index |= {i: (found.tokens[staying[i]], found.nats[staying[i]]) for i in batch}
+            for row, index in enumerate(indices):
+                tokens[row], nats[row] = of_index[index]
         return vocabulary.to_codes(tokens), nats
 
     def _drawn(

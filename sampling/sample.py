@@ -32,7 +32,7 @@ from ..tokenizer.sources import SUFFIXES
 from .logits import SamplingSettings
 from .names import find_classes
 from .output import GRID, Layout, Names, begin, check_output, finish
-from .oversample import batches
+from .oversample import batches, selected
 from .pipeline import Generator, find_device, find_model
 
 GRID_IMAGES = 100
@@ -58,8 +58,8 @@ class SampleConfig:
     """Names of the files: flat = 00000.png, labels = 00000-cat.png, folders = images/cat/00000.png, which any program
     of vqgen takes as --data with labels."""
     init_image: list[Path] | None = None
-    """Image files, or folders of them, to complete: image i begins like the i-th of them, in turn, and has no class
-    unless --class names some."""
+    """Image files, or folders of them, to complete: image i begins like the i-th of them, in turn, as it is of the
+    i-th class; of none unless --class names some."""
     keep_rows: int | None = None
     """Rows of codes that are kept of each --init-image, from the top."""
     keep_share: float | None = None
@@ -113,7 +113,7 @@ def beginnings(config: SampleConfig, generator: Generator) -> Tensor | None:
         return None
     paths: list[Path] = []
     for path in config.init_image:
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
         paths += inside
@@ -142,7 +142,7 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, classes:
 
 
 def describe(config: SampleConfig, folder: Path, generator: Generator, names: Names, n: int, kept: Any) -> dict:
-    """What a run is: enough to draw every image again."""
+    """What a run is: enough to draw every image again, with the --init-image files where there are any."""
     about = {
         "version": __version__,
         "model": str(folder),
@@ -158,6 +158,7 @@ def describe(config: SampleConfig, folder: Path, generator: Generator, names: Na
         "class_names": names.class_names,
     }
     if kept is not None:
+        about["init_images"] = [str(path) for path in config.init_image or []]
         about["kept_codes"] = kept.shape[1]
         about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
     if generator.device.type == "cuda":
@@ -174,12 +175,14 @@ def sample(config: SampleConfig) -> None:
         device = torch.device(state.device or device)
     # Every process checks everything before any writes: they refuse together, and none waits for another.
     generator = Generator.load(folder, device, config.precision)
-    generator.check(config.sampling)
     classes = [-1] if config.init_image and not config.class_ else find_classes(config.class_, generator.prior)
+    generator.check(config.sampling, classes)
     if config.layout != "flat" and classes == [-1]:
         raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
     if config.num_per_class and classes == [-1]:
         raise UsageError("--num-per-class: these images have no classes; use --n")
+    if config.num_per_class and len(set(classes)) < len(classes):
+        raise UsageError("--num-per-class: --class names a class twice; name each once")
     names, n = Names(config.layout, classes, generator.prior.class_names), config.count(len(classes))
     kept = beginnings(config, generator)
     about = describe(config, folder, generator, names, n, kept)
@@ -197,7 +200,8 @@ def sample(config: SampleConfig) -> None:
 
     start = time.perf_counter()
     cycle = math.lcm(len(classes), 1 if kept is None else len(kept))
-    mine = batches(missing, cycle, config.sampling.oversample, config.batch_size)
+    together = min(config.batch_size, max(1, math.ceil(len(missing) / state.num_processes)))
+    mine = batches(missing, cycle, config.sampling.oversample, together)
     mine = mine[state.process_index :: state.num_processes]
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
@@ -205,7 +209,7 @@ def sample(config: SampleConfig) -> None:
             write_png_atomic(output / names.file(index), image)
 
     length = generator.prior.vocabulary.length - (0 if kept is None else kept.shape[1])
-    total = math.ceil(sum(map(len, mine)) * config.sampling.oversample) * length
+    total = sum(len(selected(batch, cycle, config.sampling.oversample)[0]) for batch in mine) * length
     written: list[Future[None]] = []
     # One batch becomes pixels and files while the next one is drawn.
     with progress(total, "drawing", "code", state.is_main_process) as bar, ThreadPoolExecutor(1) as writer:

@@ -84,7 +84,8 @@ def test_temperature_divides_the_logits(logits, temperature):
 
 def test_a_temperature_near_zero_overflows_nothing():
     logits = torch.tensor([[5.0, 80.0, -3.0]])
-    assert apply_temperature(logits, 1e-40).softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
+    for temperature in (1e-40, 1e-50, 1e-300):
+        assert apply_temperature(logits, temperature).softmax(-1).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_guidance_is_the_line_through_both():
@@ -192,7 +193,23 @@ def test_settings_out_of_range_are_named(name, value):
         SamplingSettings(**{name: value})
 
 
-@pytest.mark.parametrize("value", [[0.5, 0.5], [0.5], [0.0, 1.1], [-0.1, 1.0]])
+@pytest.mark.parametrize("value", [[0.5, 0.5], [0.5], [0.0, 1.1], [-0.1, 1.0], 0.3])
 def test_an_interval_is_two_shares(value):
     with pytest.raises(UsageError, match=r"--guidance-interval: found .* expected two shares"):
-        SamplingSettings(guidance_interval=value)
+        SamplingSettings(guidance_interval=value, guidance_schedule="interval", guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"guidance_interval": [0.2, 0.8], "guidance_scale": 2.0},
+            "--guidance-interval: .* --guidance-schedule interval",
+        ),
+        ({"guidance_schedule": "linear"}, "--guidance-schedule: .* a --guidance-scale other than 1"),
+        ({"guidance_schedule": "cosin", "guidance_scale": 2.0}, "--guidance-schedule: found cosin"),
+    ],
+)
+def test_guidance_that_would_do_nothing_is_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        SamplingSettings(**options)

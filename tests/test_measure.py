@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from test_prior import NAMES, write_codes
 from torchvision.io import decode_image
 from transformers import AutoModelForCausalLM
@@ -67,7 +69,8 @@ def test_figures_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
     words = ["--model", model, "--codes", folder, "--split", "train", "--batch-size", 4]
     result = cli(measuring.main, *words, *(["--unconditional"] if unconditional else []))
     assert result.code == 0, result.err
-    found = json.loads((model / "likelihood-train/likelihood.json").read_text())
+    output = model / ("likelihood-train-unconditional" if unconditional else "likelihood-train")
+    found = json.loads((output / "likelihood.json").read_text())
 
     prior, files = Prior.load(model), CodeFiles(folder, "train")
     vocabulary = prior.vocabulary
@@ -92,7 +95,7 @@ def test_figures_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
     for name, rows in groups.items():
         own = each[list(rows)].mean().item()
         assert found["by_class"][name]["nats_per_token"] == pytest.approx(own, rel=1e-5)
-    picture = decode_image(str(model / "likelihood-train/positions.png"))
+    picture = decode_image(str(output / "positions.png"))
     assert picture.shape == (3, 48, 72 * depth + 6 * (depth - 1))
     assert f"{mean:.4f} nats per token" in result.out
 
@@ -124,6 +127,23 @@ def test_other_codes_are_refused(cli, tmp_path):
     assert cli(measuring.main, *words, "--unconditional").code == 0
 
 
+def test_every_precision_measures(tmp_path):
+    model = make_prior(tmp_path / "model")
+    codes_for(tmp_path / "codes", model)
+    words = ["--model", model, "--codes", tmp_path / "codes", "--split", "train", "--n", 5, "--precision", "bf16"]
+    run("vqgen.prior.measure", *words).ok()  # a process of its own: Accelerate's state is global
+    found = json.loads((model / "likelihood-train-5/likelihood.json").read_text())
+    assert found["precision"] == "bf16" and found["images"] == 5
+
+
+def test_a_tokenizer_of_another_prior_is_not_exported(cli, tmp_path):
+    model, other = make_prior(tmp_path / "model"), make_prior(tmp_path / "other", depth=2)
+    shutil.rmtree(model / "tokenizer")
+    shutil.copytree(other / "tokenizer", model / "tokenizer")
+    result = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
+    assert result.code == 1 and "put that tokenizer there" in result.err and not (tmp_path / "export").exists()
+
+
 @pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_transformers_draws_what_we_draw_from_an_exported_folder(cli, tmp_path, backbone, depth):
@@ -149,8 +169,9 @@ def test_transformers_draws_what_we_draw_from_an_exported_folder(cli, tmp_path, 
     assert f"{SIZE * depth} shirt" in card
 
 
-def test_the_cards_program_runs(cli, tmp_path):
-    model = make_prior(tmp_path / "model")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_cards_program_runs(cli, tmp_path, depth):
+    model = make_prior(tmp_path / "model", depth=depth)
     assert cli(exporting.main, "--model", model, "--output", tmp_path / "export", "--dtype", "bfloat16").code == 0
     card = (tmp_path / "export/README.md").read_text()
     program = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "export"))

@@ -20,6 +20,7 @@ from vqgen.config import as_dict
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.output import Names
 from vqgen.sampling.pipeline import Generator, find_device, find_model
 from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
@@ -453,6 +454,7 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
         (["--init-image", "IMAGE", "--keep-share", "0.01"], "--keep-share: 0.01 of 6 codes is 0"),
         (["--init-image", "IMAGE", "--layout", "folders"], "--layout: folders needs classes"),
         (["--init-image", "IMAGE", "--num-per-class", "2"], "--num-per-class: these images have no classes"),
+        (["--class", "bag", "2", "--num-per-class", "2"], "--num-per-class: --class names a class twice"),
         (["--init-image", "nowhere.png"], "--init-image: nowhere.png cannot be read (No such file"),
         (["--init-image", "TEXT"], "cannot be read (no known image format)"),
         (["--init-image", "EMPTY"], "holds no images"),
@@ -514,6 +516,60 @@ def test_the_likeliest_candidates_stay(model):
     )
     # The prior's own likelihood counts ids that may not stand there too; here they hold next to nothing less.
     assert (generator.nats(sequences) >= best.nats - 1e-4).all()
+
+
+def test_an_image_asked_for_twice_comes_twice(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    for oversample in (1.0, 1.1):
+        drawn = generator.draw([3, 7, 3], settings=SamplingSettings(oversample=oversample))
+        assert torch.equal(drawn.codes[0], drawn.codes[2]) and not torch.equal(drawn.codes[0], drawn.codes[1])
+
+
+def test_a_series_of_completions_is_not_one_of_plain_images(sample, tmp_path):
+    write_png_atomic(tmp_path / "given.png", torch.zeros(3, 4, 6, dtype=torch.uint8))
+    given = ["--init-image", tmp_path / "given.png", "--class", "bag"]
+    assert sample("--n", 2, *given).code == 0
+    result = sample("--n", 4, "--class", "bag")
+    assert result.code == 2 and "the samples of another run (kept codes 3, now None)" in result.err
+    result = sample("--n", 2, "--init-image", tmp_path / "given.png", "--guidance-scale", 2, "--overwrite")
+    assert result.code == 2 and "no class to be guided to" in result.err
+
+
+def test_an_overwriting_that_was_cut_off_adopts_no_old_image(sample, tmp_path, monkeypatch):
+    assert sample("--n", 4, "--seed", 1).code == 0
+    unlink = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "00002.png":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    assert sample("--n", 4, "--seed", 2, "--overwrite").code == 1
+    monkeypatch.undo()
+    assert sample("--n", 4, "--seed", 2).code == 0
+    assert sample("--n", 4, "--seed", 2, "--output", tmp_path / "whole").code == 0
+    assert images(tmp_path / "samples") == images(tmp_path / "whole")
+
+
+def test_names_of_classes_become_paths_that_differ():
+    names = Names("folders", [0, 1, 2, 3, 4, 5], ["a/b", "a_b", "A b", "a b", "...", "x" * 300])
+    files = [names.file(index) for index in range(6)]
+    assert files[0] == "images/a_b/00000.png" and files[2] == "images/A b/00002.png"
+    assert len({Path(file).parent.name.casefold() for file in files}) == 6
+    assert all(len(Path(file).parent.name) < 100 and Path(file).parts[0] == "images" for file in files)
+    assert all(len(Path(file).parts) == 3 and ".." not in Path(file).parts for file in files)
+
+
+def test_numbers_are_indices_and_words_names_first(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    generator.prior.class_names = ["0", "10", "2"]
+    assert generator.sample(3, classes=[2, 0]).labels.tolist() == [2, 0, 2]
+    assert generator.sample(2, classes="10").labels.tolist() == [1, 1]
+    assert generator.sample(2, classes=torch.tensor([1, 2])).labels.tolist() == [1, 2]
+    for options, part in (({"seed": -1}, "--seed"), ({"batch_size": 0}, "--batch-size"), ({"classes": 7}, "--class")):
+        with pytest.raises(UsageError, match=part):
+            generator.sample(1, **options)
 
 
 def test_oversampling_from_the_command_line(sample, tmp_path):
