@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from vqgen.config import parse
 from vqgen.errors import UserError
 from vqgen.folder import check_folder, take_folder
+from vqgen.tokenizer.train import TokenizerTraining
 
 
 @dataclass
@@ -58,3 +60,15 @@ def test_overwriting_removes_what_a_run_wrote_alone(tmp_path: Path) -> None:
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {path.relative_to(tmp_path).as_posix() for path in mine} | {"config.yaml"}
     assert not half.exists() and "lr: 2.0" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_run_from_before_an_option_goes_on_with_its_default(tmp_path):
+    config = parse(TokenizerTraining, ["--data", "demo", "--output", str(tmp_path)])
+    take_folder(tmp_path, config, False)
+    (tmp_path / "vqgen.json").touch()
+    saved = tmp_path / "config.yaml"
+    saved.write_text("".join(line for line in saved.open() if "optimizer: adamw" not in line))
+    check_folder(tmp_path, config, False)
+    config.optimizer.optimizer = "muon"
+    with pytest.raises(UserError, match="was started with --optimizer adamw, now muon"):
+        check_folder(tmp_path, config, False)

@@ -31,7 +31,9 @@ def walk(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, 
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (33, 33), (128, 1152)])
-def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_singular_values_come_near_one(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], precision: str) -> None:
+    monkeypatch.setattr("vqgen.optimize.precision_of", lambda *_: precision)
     torch.manual_seed(0)
     matrices = torch.randn(3, *shape) * torch.tensor([1e-6, 1.0, 1e3])[:, None, None]
     for given, made in zip(matrices, orthogonalised(matrices).float(), strict=True):
@@ -42,7 +44,8 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
         assert (inner - inner.diagonal().diag()).norm() < 0.05 * inner.norm()
 
 
-def test_matrices_move_as_torchs_muon_and_the_rest_as_adamw() -> None:
+def test_matrices_move_as_torchs_muon_and_the_rest_as_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqgen.optimize.precision_of", lambda *_: "bf16")  # as torch's, whatever the hardware
     ours, theirs = net(), net()
     optimizer, _ = optimizer_for(ours, SETTINGS, 100)
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
@@ -134,3 +137,15 @@ def test_it_learns_what_adamw_learns_slowly() -> None:
         # How far the map itself is from the one to be found, in all directions alike.
         losses[kind] = (model.weight - target).square().mean().item()
     assert losses["muon"] < losses["adamw"]
+
+
+def test_a_loaded_state_lies_beside_the_parameters() -> None:
+    """Also the step counts of AdamW's part: on a GPU its fused update takes them from nowhere else."""
+    model = net()
+    optimizer, _ = optimizer_for(model, SETTINGS, 10)
+    walk(model, [optimizer], 1)
+    other = net().to("meta")
+    resumed, _ = optimizer_for(other, SETTINGS, 10)
+    resumed.load_state_dict(optimizer.state_dict())
+    tensors = [value for state in resumed.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert len(tensors) == 3 + 3 * 3 and {value.device.type for value in tensors} == {"meta"}

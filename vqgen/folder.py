@@ -39,10 +39,13 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
     begun = checkpoints(folder / "checkpoints") or (folder / "vqgen.json").exists()
     if not begun or overwrite:
         return
+    # An option that came with a later version did then what its default does now.
+    defaults = {option.name: option.default for option in configuration.options(type(config))}
     for name, value in configuration.values_of(config).items():
-        if name not in _OPERATIONAL and before.get(name) != value:
+        was = before.get(name, defaults.get(name))
+        if name not in _OPERATIONAL and was != value:
             raise UserError(
-                f"{folder} was started with --{name.replace('_', '-')} {before.get(name)}, now {value}: "
+                f"{folder} was started with --{name.replace('_', '-')} {was}, now {value}: "
                 "give the same options to resume, --overwrite to start anew, or another --output"
             )
 

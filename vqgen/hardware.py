@@ -49,6 +49,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    float((left @ right)[0, 0])  # the first product also loads its kernels
     best, until = 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < until:
         start = time.perf_counter()

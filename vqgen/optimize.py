@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
 from .errors import UsageError
+from .hardware import precision_of
 
 
 @dataclass
@@ -54,10 +55,10 @@ LEAST_SIDE = 32
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """(N, r, c) -> about U V^T of each one's singular value decomposition, in bfloat16: its singular values lie between
-    0.7 and 1.2 after these five iterations, which is what Muon needs and all that it costs."""
+    """(N, r, c) -> about U V^T of each one's singular value decomposition: its singular values lie between 0.7 and 1.2
+    after these five iterations, which is what Muon needs. In bfloat16 where the hardware computes in it."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if precision_of("auto", matrices.device) == "bf16" else matrices.float()
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -73,10 +74,14 @@ class Muon(torch.optim.Optimizer):
     Nesterov's momentum of each matrix is orthogonalised and scaled by 0.2 sqrt(max(rows, columns)), so that an update
     is as large as AdamW's and `lr` and decoupled `weight_decay` carry over (Liu et al. 2025, eq. 4). A convolution
     counts as the matrix (out, in * height * width). `torch.optim.Muon` is the same, for matrices alone.
+    Its rounding depends on the hardware: the processes of a run must be on machines of one kind, and so must those
+    before and after a resume that is to be exact.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "momentum": 0.95, "eps": 1e-8, "weight_decay": 0.0})
+        settings = {"lr": lr, "betas": betas, "momentum": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+        # `fused` also has torch put the step counts beside the parameters when a state is loaded.
+        super().__init__(groups, settings | {"fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -121,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             state_steps=[s["step"] for s in states],
             **(rest | {"beta1": beta1, "beta2": beta2}),
             **{name: group[name] for name in ("lr", "weight_decay", "eps")},
-            fused=True,
+            fused=group["fused"],
         )
 
 
