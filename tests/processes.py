@@ -235,7 +235,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
         if line.endswith("\n"):
-            found.append({k: v for k, v in json.loads(line).items() if not k.endswith("per_second")})
+            found.append({k: v for k, v in json.loads(line).items() if not k.endswith(("per_second", "mfu"))})
     return found
 
 
