@@ -16,9 +16,8 @@ import torch
 from vqgen import __version__
 from vqgen.artifact import atomic_path, copy_artifact, write_json, write_tensors, write_text
 from vqgen.config import command
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 
-from ..tokenizer.model import Tokenizer
 from .model import Prior
 
 
@@ -123,12 +122,7 @@ def export(config: ExportConfig) -> None:
     if config.output.exists():
         raise UsageError(f"--output: {config.output} exists; choose another folder")
     prior = Prior.load(config.model)
-    found = Tokenizer.load(config.model / "tokenizer").fingerprint
-    if found != prior.tokenizer_fingerprint:
-        raise UserError(
-            f"{config.model / 'tokenizer'} has fingerprint {str(found)[:12]}, but the prior was trained on codes of "
-            f"{prior.tokenizer_fingerprint[:12]}; put that tokenizer there"
-        )
+    prior.load_tokenizer(config.model / "tokenizer")
     dtype = getattr(torch, config.dtype)
     settings = prior.backbone.config.to_diff_dict()
     settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}

@@ -218,18 +218,23 @@ class Prior(nn.Module):
         weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in looked_up)
         return 2 * weights + 4 * self.config.layers * self.config.dim * self.vocabulary.length
 
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer in `folder`. Raises `UserError` where it is not the one whose codes this prior learned."""
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise UserError(
+                f"{folder} has fingerprint {str(tokenizer.fingerprint)[:12]}, but this prior was trained on codes of "
+                f"{self.tokenizer_fingerprint[:12]}; put or name the tokenizer that made the codes"
+            )
+        return tokenizer
+
     def save(self, folder: Path, tokenizer_folder: Path) -> str:
         """Write a model folder with a copy of the tokenizer inside, and return the fingerprint.
 
         `config.json` and `model.safetensors` are what `AutoModelForCausalLM.from_pretrained` reads.
         """
         folder = Path(folder)
-        found = Tokenizer.load(tokenizer_folder).fingerprint
-        if found != self.tokenizer_fingerprint:
-            raise UserError(
-                f"{tokenizer_folder} has fingerprint {str(found)[:12]}, but this prior was trained on codes of "
-                f"{self.tokenizer_fingerprint[:12]}; name the tokenizer that made the codes"
-            )
+        self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
         settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
         write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")

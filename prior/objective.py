@@ -54,7 +54,7 @@ def corrupted(tokens: Tensor, share: float, vocabulary: Vocabulary) -> Tensor:
 
 
 def objective(logits: Tensor, targets: Tensor, config: ObjectiveConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (B, T, V), targets (B, T) -> the terms to log, and their sum, which is trained on.
+    """Logits (B, T, V), targets (B, T) -> the terms, all of them logged, and their sum, which is trained on.
 
     `cross-entropy` is always that of the targets themselves, so that runs compare whatever their smoothing.
     """

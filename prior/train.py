@@ -105,17 +105,19 @@ class PriorTrainer:
         tokens = without_labels(tokens, settings.label_dropout, self.vocabulary)
         fed = corrupted(tokens[:, :-1], settings.token_corruption, self.vocabulary)
         count = self.config.run.accumulate
-        mean = torch.zeros((), device=tokens.device)
+        logged: dict[str, Tensor] = {}
         for index, (part, targets) in enumerate(zip(fed.chunk(count), tokens[:, 1:].chunk(count), strict=True)):
             with self.run.part(self.model, index):
                 self.last_tokens = part
                 terms, loss = objective(self.model(part), targets, settings)
                 self.run.backward(terms, loss)
-            mean += terms["cross-entropy"].detach() / count
+            for name, term in terms.items():
+                logged[name] = logged.get(name, 0) + term.detach() / count
         norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
         self.optimizer.zero_grad()
         update_average(self.average, self.prior, self.config.optimizer.ema_decay, step)
-        return {"loss": mean, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
+        logged["loss"] = logged.pop("cross-entropy")
+        return {**logged, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
 
     def rates(self, per_second: float) -> dict[str, float]:
         """Tokens a second, and the model-FLOPs utilisation: the share of the machine's matrix rate that the model's own

@@ -7,6 +7,7 @@ one does) is done once here, or not at all.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,49 @@ from transformers.activations import ACT2FN
 Norm = Callable[[Tensor], Tensor]
 
 
-class Linear:
+ROWS = 64
+
+
+class _Product:
+    """The products of one weight, packed where that helps."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed: Tensor | None = None
+        self.onednn = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if self.onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def sum(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(y, x, self.packed, self.bias, "add")
+        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self.product(y)
+
+
+@cache
+def _steady(shape: tuple[int, int], biased: bool, threads: int) -> bool:
+    """Whether with a bfloat16 weight of `shape` on a CPU a row comes out the same at every number of rows up to `ROWS`;
+    `threads` are those that torch has now."""
+    random = torch.Generator().manual_seed(0)
+
+    def numbers(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=random).bfloat16()
+
+    made = _Product(numbers(*shape), numbers(shape[0]) if biased else None)
+    x, y = numbers(ROWS, shape[0]), numbers(ROWS, shape[1])
+    product, total = made.product(y), made.sum(x, y)
+    return all(
+        torch.equal(made.product(y[:n]), product[:n]) and torch.equal(made.sum(x[:n], y[:n]), total[:n])
+        for n in range(1, ROWS)
+    )
+
+
+class Linear(_Product):
     """y = x W^T + b on (N, in), for a weight (out, in); a row's bits do not depend on the rows beside it.
 
     In bfloat16 on a CPU oneDNN wants the weight in blocks and would bring it there anew for every product, which at so
@@ -28,57 +71,29 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
-        self._packed: Tensor | None = None
-        self._rows: tuple[int, int] | None = None
+        super().__init__(weight, bias)
+        self.rows: tuple[int, int] | None = None
         """Fewest and most rows of a product; None = any number."""
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            key = (tuple(weight.shape), bias is None, torch.get_num_threads())
-            if key not in _STEADY:
-                _STEADY[key] = self._steady()
-            self._rows = (1 if _STEADY[key] else ROWS, ROWS)
+        if self.onednn:
+            outer, inner = weight.shape
+            steady = _steady((outer, inner), bias is not None, torch.get_num_threads())
+            self.rows = (1 if steady else ROWS, ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._by_rows(self._product, x)
+        return self._by_rows(self.product, x)
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """x + linear(y) in one pass."""
-        return self._by_rows(self._sum, x, y)
-
-    def _product(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-
-    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(y, x, self._packed, self.bias, "add")
-        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self._product(y)
+        return self._by_rows(self.sum, x, y)
 
     def _by_rows(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """`function` of no more and no fewer rows at a time than `_rows` says, the last ones filled up."""
-        rows = len(given[0])
-        if self._rows is None or self._rows[0] <= rows <= self._rows[1]:
+        """`function` of no more and no fewer rows at a time than `rows` says, the last ones filled up."""
+        count = len(given[0])
+        if self.rows is None or self.rows[0] <= count <= self.rows[1]:
             return function(*given)
-        fewest, most = self._rows
-        filled = [F.pad(x, (0, 0, 0, -rows % fewest)).split(most) for x in given]
-        return torch.cat([function(*part) for part in zip(*filled, strict=True)])[:rows]
-
-    def _steady(self) -> bool:
-        """Whether a row comes out the same, bit for bit, at every number of rows up to `ROWS`."""
-        random = torch.Generator().manual_seed(0)
-        y, x = (torch.randn(ROWS, side, generator=random).bfloat16() for side in self.weight.T.shape)
-        whole = self._product(y), self._sum(x, y)
-        return all(
-            torch.equal(self._product(y[:n]), whole[0][:n]) and torch.equal(self._sum(x[:n], y[:n]), whole[1][:n])
-            for n in range(1, ROWS)
-        )
-
-
-ROWS = 64
-_STEADY: dict[tuple[tuple[int, ...], bool, int], bool] = {}
+        fewest, most = self.rows
+        filled = [F.pad(x, (0, 0, 0, -count % fewest)).split(most) for x in given]
+        return torch.cat([function(*part) for part in zip(*filled, strict=True)])[:count]
 
 
 @dataclass

@@ -100,13 +100,7 @@ class Generator:
         """Read a prior's folder and the tokenizer inside it. Raises `UserError` where they do not belong together."""
         folder, place = Path(model), find_device(device)
         prior = Prior.load(folder)
-        tokenizer = Tokenizer.load(folder / "tokenizer")
-        if tokenizer.fingerprint != prior.tokenizer_fingerprint:
-            raise UserError(
-                f"{folder / 'tokenizer'} has fingerprint {str(tokenizer.fingerprint)[:12]}, but the prior in {folder} "
-                f"was trained on codes of {prior.tokenizer_fingerprint[:12]}; put that tokenizer there"
-            )
-        return cls(prior, tokenizer, place, precision)
+        return cls(prior, prior.load_tokenizer(folder / "tokenizer"), place, precision)
 
     @property
     def classes(self) -> int:
@@ -286,24 +280,20 @@ class Generator:
             ]
             return Drawn(torch.cat([part.tokens for part in parts]), torch.cat([part.nats for part in parts]))
 
-        tokens, nats = (
-            torch.empty(len(indices), vocabulary.length, dtype=torch.long),
-            torch.zeros(len(indices)).double(),
-        )
-        if settings.oversample == 1:
-            if indices:
-                found = drawn(indices)
-                tokens, nats = found.tokens, found.nats
+        if not indices:
+            found = Drawn(torch.empty(0, vocabulary.length, dtype=torch.long), torch.zeros(0, dtype=torch.float64))
+        elif settings.oversample == 1:
+            found = drawn(indices)
         else:
-            of_index: dict[int, tuple[Tensor, Tensor]] = {}
+            stayed: dict[int, tuple[Tensor, Tensor]] = {}
             for batch in batches(list(dict.fromkeys(indices)), round_trip, settings.oversample, batch_size):
                 candidates, groups = selected(batch, round_trip, settings.oversample)
-                found = drawn(candidates)
-                staying = places(found.nats, groups)
-                of_index |= {i: (found.tokens[staying[i]], found.nats[staying[i]]) for i in batch}
-            for row, index in enumerate(indices):
-                tokens[row], nats[row] = of_index[index]
-        return vocabulary.to_codes(tokens), nats
+                some = drawn(candidates)
+                row = places(some.nats, groups)
+                stayed |= {index: (some.tokens[row[index]], some.nats[row[index]]) for index in batch}
+            tokens, nats = zip(*(stayed[index] for index in indices), strict=True)
+            found = Drawn(torch.stack(tokens), torch.stack(nats))
+        return vocabulary.to_codes(found.tokens), found.nats
 
     def _drawn(
         self,

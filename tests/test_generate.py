@@ -129,10 +129,10 @@ def test_joined_projections_are_the_models_own(backbone):
 def test_packed_weights_give_the_plain_products_bits(rows, bias):
     torch.manual_seed(0)
     linear = Linear(torch.randn(48, 96, dtype=torch.bfloat16), torch.randn(48, dtype=torch.bfloat16) if bias else None)
-    if linear._packed is None:
+    if linear.packed is None:
         pytest.skip("this torch packs no weights")
     x, y = torch.randn(rows, 48, dtype=torch.bfloat16), torch.randn(rows, 96, dtype=torch.bfloat16)
-    packed, added, linear._packed = linear(y), linear.added(x, y), None
+    packed, added, linear.packed = linear(y), linear.added(x, y), None
     assert torch.equal(packed, linear(y))
     product = y.double() @ linear.weight.double().T + (0 if linear.bias is None else linear.bias.double())
     # A rounding to bfloat16 is off by at most 2^-9 of the value: of the product, of it with the bias, of the sum.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
 from processes import TOKENIZER, at_row, rows, run, weights
+from test_quantize import same_under_autocast
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import FSQ as LibraryFSQ
@@ -122,16 +123,7 @@ def test_bf16_autocast_changes_no_code(kind: Kind) -> None:
     codes = quantizer.encode(z)
     low = copy.deepcopy(quantizer).bfloat16().project_in(z.bfloat16()).float().permute(0, 2, 3, 1).flatten(0, 2)
     assert (quantizer.choose(low) != codes.flatten()).float().mean() > 0.001, "these latents would not show bf16"
-    torch.manual_seed(5)
-    expected = quantizer(z)
-    torch.manual_seed(5)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = quantizer(z)
-        assert torch.equal(out.codes, codes) and torch.equal(quantizer.encode(z), codes)
-        assert torch.equal(out.z_q, expected.z_q) and torch.equal(out.loss, expected.loss)
-        assert quantizer.decode(codes).dtype == torch.float32
-        half = quantizer(z.bfloat16())
-    assert half.z_q.dtype == torch.bfloat16 and half.loss.dtype == torch.float32
+    same_under_autocast(quantizer, z)
 
 
 @kinds
