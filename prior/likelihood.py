@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from vqgen.sharding import is_sharded
+
 from .model import Prior
 
 
@@ -46,6 +48,11 @@ def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) 
     vocabulary, device = prior.vocabulary, accelerator.device
     kind = torch.float64 if device.type != "mps" else torch.float32
     table = torch.zeros(vocabulary.classes + 1, 1 + vocabulary.length, dtype=kind, device=device)
+    further = 0
+    if is_sharded(accelerator):  # a process with fewer batches still has to bring its share of the weights to all
+        batches = list(batches)
+        most = accelerator.gather(torch.tensor([len(batches)], device=device)).max()  # type: ignore[union-attr]
+        further = int(most) - len(batches)
     for tokens in batches:
         tokens = tokens.to(device)
         with accelerator.autocast():
@@ -53,6 +60,8 @@ def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) 
         nats = token_nats(logits, tokens[:, 1:]).to(kind)
         condition = tokens[:, 0] - vocabulary.codebook_size * vocabulary.depth
         table.index_add_(0, condition, torch.cat([torch.ones_like(nats[:, :1]), nats], 1))
+    for _ in range(further):
+        prior(torch.zeros(1, vocabulary.length, dtype=torch.long, device=device))
     total: Tensor = accelerator.reduce(table, "sum")  # type: ignore[assignment]
     total = total.double().cpu()
     return total[:, 1:], total[:, 0]

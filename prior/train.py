@@ -18,6 +18,7 @@ from vqgen.hardware import matrix_rate
 from vqgen.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
 from vqgen.run import Run, RunConfig
+from vqgen.sharding import reshard, shard, units, whole
 
 from ..tokenizer.codes import CodeFiles
 from ..tokenizer.model import Tokenizer
@@ -86,6 +87,8 @@ class PriorTrainer:
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, config.run.steps)
         if config.run.compile:
             prior.compile()
+        units(run.accelerator, [type(prior.backbone).__name__, *(prior.backbone._no_split_modules or [])])
+        shard(run.accelerator, self.average.module)
         self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)
         self.prior = prior
         self.flops = 3 * prior.flops_per_token()
@@ -135,11 +138,12 @@ class PriorTrainer:
         found = likelihood(average, batches, self.run.accelerator)
         if found.nats_per_token < self.extra["best"]:
             self.extra.update(best=found.nats_per_token, stale=0)
-            self.best.load_state_dict(average.state_dict())
+            self.best.load_state_dict(whole(average.state_dict()))
         else:
             self.extra["stale"] += 1
-        if self.config.preview_images and self.run.main:
+        if self.config.preview_images and (self.run.main or self.run.sharded):
             self._preview(step, average)
+        reshard(average)
         return vars(found)
 
     def _preview(self, step: int, prior: Prior) -> None:
@@ -149,7 +153,8 @@ class PriorTrainer:
             images = to_uint8(self.tokenizer.decode(codes).float())
         columns = self.vocabulary.classes if 2 <= self.vocabulary.classes <= 20 else 8
         grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
-        write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
+        if self.run.main:
+            write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         finding = overfitting(rows)
@@ -169,7 +174,9 @@ class PriorTrainer:
 
 def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
     """The run and its trainer, or None where the folder already holds the finished run."""
-    run = Run(config.output, config, config.run, config.overwrite)
+    run = Run(config.output, config, config.run, config.overwrite, shardable=True)
+    if run.sharded and config.optimizer.optimizer == "muon":
+        raise UsageError("--optimizer: muon needs whole matrices, which FSDP shares out; use adamw or no FSDP")
     if run.completed():
         run.say(f"{config.output} is finished; --steps for more, --overwrite to start anew")
         return None

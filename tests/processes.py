@@ -161,9 +161,15 @@ def two_ranks() -> list[dict[str, str]]:
     return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
-def run_two(module: str, *words: Any, hooks: Sequence[Callable[[], Any] | None] = (None, None)) -> list[Ended]:
-    """Two processes of one distributed run."""
-    started = [start(module, *words, environ=environ, hook=hook) for environ, hook in zip(two_ranks(), hooks)]
+def run_two(
+    module: str,
+    *words: Any,
+    hooks: Sequence[Callable[[], Any] | None] = (None, None),
+    environ: Mapping[str, str] | None = None,
+) -> list[Ended]:
+    """Two processes of one distributed run; `environ` comes on top for both."""
+    both = [{**rank, **(environ or {})} for rank in two_ranks()]
+    started = [start(module, *words, environ=each, hook=hook) for each, hook in zip(both, hooks)]
     return [process.wait() for process in started]
 
 

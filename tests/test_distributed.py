@@ -127,6 +127,82 @@ def test_two_processes_train_the_prior_that_one_does(tmp_path: Path, codes: Path
     alike(tmp_path / "two", tmp_path / "one", names, 1e-3)
 
 
+# What `accelerate launch` makes of a configuration with FSDP.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+PRIOR_NAMES = ["train/loss", "train/grad_norm", "heldout/nats_per_token"]
+
+
+def _say_share() -> None:
+    """A process prints which share of the prior, its average and its optimizer's state it holds at the end."""
+    from vqgen.prior.train import PriorTrainer
+
+    def share(tensors: list[Tensor]) -> float:
+        return sum(getattr(t, "_local_tensor", t).numel() for t in tensors) / sum(t.numel() for t in tensors)
+
+    save = PriorTrainer.save
+
+    def finish(self: PriorTrainer) -> None:
+        moments = [s["exp_avg"] for s in self.optimizers["prior"].state.values()]
+        for tensors in (list(self.prior.parameters()), list(self.average.parameters()), moments):
+            print(f"share {share(tensors):.2f}")
+        save(self)
+
+    PriorTrainer.save = finish  # type: ignore[method-assign]
+
+
+def test_a_sharded_prior_trains_as_a_whole_one_does(tmp_path: Path, codes: Path) -> None:
+    """Half of everything on each of two; 33 held-out images make three batches on one, two on the other."""
+    words = ["--codes", codes, *STAGE_TWO, "--validation-images", 33, "--accumulate", 2, "--output"]
+    run(PRIOR, *words, tmp_path / "one").ok()
+    main, other = run_two(PRIOR, *words, tmp_path / "two", environ=FSDP, hooks=[_say_share, None])
+    main_alone_speaks([main, other])
+    assert main.out.split() == ["share", "0.50"] * 3
+    alike(tmp_path / "two", tmp_path / "one", PRIOR_NAMES, 1e-3)
+    ours, theirs = (load_artifact(tmp_path / name, "prior").tensors for name in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-3)
+    assert (tmp_path / "two" / "images").is_dir()
+
+
+@pytest.mark.parametrize("before, after", [(FSDP, None), (None, FSDP)], ids=["to-one", "from-one"])
+def test_a_sharded_prior_resumes_on_another_number_of_processes(
+    tmp_path: Path, codes: Path, before: dict[str, str] | None, after: dict[str, str] | None
+) -> None:
+    words = ["--codes", codes, *STAGE_TWO, "--output"]
+    stop = in_step(4, signal.SIGTERM)
+
+    def go(sharded: dict[str, str] | None, stopped: bool) -> list[int]:
+        hook = stop if stopped else None
+        if sharded:
+            ended = run_two(PRIOR, *words, tmp_path / "run", environ=sharded, hooks=[None, hook])
+        else:
+            ended = [run(PRIOR, *words, tmp_path / "run", hook=hook)]
+        assert all(process.code == (143 if stopped else 0) for process in ended), [process.err for process in ended]
+        return steps(tmp_path / "run")
+
+    assert go(before, True)[-1] == 4
+    go(after, False)
+    run(PRIOR, *words, tmp_path / "undisturbed").ok()
+    alike(tmp_path / "run", tmp_path / "undisturbed", PRIOR_NAMES, 1e-3)
+
+
+def test_what_fsdp_cannot_do_is_refused(tmp_path: Path, codes: Path) -> None:
+    prior = ["--codes", codes, *STAGE_TWO, "--output", tmp_path / "run"]
+    for module, words, environ, parts in (
+        (TOKENIZER, [*STAGE_ONE, "--output", tmp_path / "run"], FSDP, ["FSDP", "only the prior"]),
+        (PRIOR, prior, {**FSDP, "FSDP_VERSION": "1"}, ["fsdp_version 1", "fsdp_version: 2"]),
+        (PRIOR, [*prior, "--optimizer", "muon"], FSDP, ["--optimizer", "muon", "adamw"]),
+    ):
+        ended = run_two(module, *words, environ=environ)
+        assert all(process.code for process in ended)
+        next(process for process in ended if process.code == 2).refused(2, *parts)
+
+
 @pytest.mark.slow
 def test_under_accelerate_launch(tmp_path: Path, double: Path) -> None:
     ended = launch([*LAUNCH, TOKENIZER], *STAGE_ONE, "--output", tmp_path / "run").wait().ok()

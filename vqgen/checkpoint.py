@@ -19,6 +19,7 @@ from torch import nn
 
 from .artifact import atomic_path
 from .errors import UserError
+from .sharding import load_module, load_optimizer, whole
 
 # What the readers of JSON, safetensors and torch's archives raise on a file that is cut off or not theirs.
 _DAMAGED = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError)
@@ -29,7 +30,7 @@ def non_finite(modules: Mapping[str, nn.Module]) -> str | None:
     """The first tensor of any module that holds NaN or infinity, by name; None where all are finite."""
     for name, module in modules.items():
         for key, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not whole(torch.isfinite(tensor).all()):
                 return f"{name}.{key}"
     return None
 
@@ -41,20 +42,26 @@ def save_checkpoint(
     optimizers: Mapping[str, Any],
     extra: Mapping[str, Any],
     keep: int,
+    write: bool = True,
 ) -> Path:
     """Write `folder/step-N` atomically, then remove all but the newest `keep`.
 
     Args:
+        write: whether this process writes; the others only bring their shares of sharded weights.
         optimizers: anything with `state_dict` and `load_state_dict`: optimizers, schedules, the gradient scaler.
         extra: JSON-able values, e.g. the best held-out loss.
     """
     path = folder / f"step-{step:08d}"
+    weights = {name: whole(module.state_dict()) for name, module in modules.items()}
+    states = {name: whole(part.state_dict()) for name, part in optimizers.items()}
+    if not write:
+        return path
     with atomic_path(path) as temporary:
         temporary.mkdir(parents=True)
-        for name, module in modules.items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            save_file(tensors, temporary / f"{name}.safetensors")
-        _save({name: part.state_dict() for name, part in optimizers.items()}, temporary / "optimizers.pt")
+        for name, tensors in weights.items():
+            held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            save_file(held, temporary / f"{name}.safetensors")
+        _save(states, temporary / "optimizers.pt")
         state = json.dumps({"step": step, "extra": dict(extra)}, indent=2)
         (temporary / "state.json").write_text(state + "\n", encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
@@ -84,11 +91,11 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Ma
         state = {"step": int(state["step"]), "extra": dict(state["extra"])}
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
-            module.load_state_dict(load_file(file))
+            load_module(module, load_file(file))
         file = path / "optimizers.pt"
         saved = torch.load(file, map_location="cpu", weights_only=True)
         for name, part in optimizers.items():
-            part.load_state_dict(saved[name])
+            load_optimizer(part, saved[name])
     except _DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise UserError(

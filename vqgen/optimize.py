@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from .errors import UsageError
 from .hardware import precision_of
+from .sharding import own_shares
 
 
 @dataclass
@@ -161,5 +162,6 @@ def averaged(model: nn.Module) -> AveragedModel:
 
 def update_average(average: AveragedModel, model: nn.Module, decay: float, step: int) -> None:
     """One update after step `step`; the decay rises with the steps, or the start would weigh for too long."""
-    average.multi_avg_fn = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average.multi_avg_fn = lambda averages, values, count: update(own_shares(averages), own_shares(values), count)
     average.update_parameters(model)

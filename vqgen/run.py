@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from .artifact import read_json, write_json, write_text
@@ -29,6 +30,7 @@ from .folder import FINISHED, check_folder, take_folder
 from .hardware import keep_memory, precision_of, processes
 from .health import Finding, Row
 from .order import step_seed
+from .sharding import is_sharded, take_up, whole
 from .tracking import JsonlTracker, further_trackers, progress, read_history
 
 
@@ -116,11 +118,14 @@ class Run:
         folder: made if missing; one that holds the same run is resumed, one that holds another is refused.
         config: the whole resolved configuration, saved as `config.yaml`.
         overwrite: when training begins, remove what an earlier run left in `folder` and start anew.
+        shardable: whether the stage can train weights that FSDP shares out.
 
     Until `fit` nothing in the folder changes: what is found wrong before costs no earlier run.
     """
 
-    def __init__(self, folder: Path, config: Any, settings: RunConfig, overwrite: bool) -> None:
+    def __init__(
+        self, folder: Path, config: Any, settings: RunConfig, overwrite: bool, shardable: bool = False
+    ) -> None:
         self.folder, self.config, self.settings, self.overwrite = folder, config, settings, overwrite
         mixed = precision_of(settings.precision, cast(torch.device, processes().device))
         # Accelerate keeps one precision a Python process; a second run in it (both stages in one) brings its own.
@@ -135,6 +140,9 @@ class Run:
             kwargs_handlers=[ddp],
             step_scheduler_with_optimizer=False,
         )
+        take_up(self.accelerator)
+        if self.sharded and not shardable:
+            raise UsageError("accelerate: found FSDP; only the prior trains with it, start this without --use_fsdp")
         parts = self.accelerator.num_processes * settings.accumulate
         if settings.batch_size % parts:
             raise UsageError(
@@ -152,6 +160,11 @@ class Run:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP shares out the weights over the processes."""
+        return is_sharded(self.accelerator)
 
     @property
     def device(self) -> torch.device:
@@ -213,9 +226,8 @@ class Run:
             raise NonFinite(f"weights {bad}")
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         extra = {**trainer.extra, "sums": {name: [total, self._sums[name][1]] for name, total in totals.items()}}
-        if self.main:
-            folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
-            save_checkpoint(folder, step, trainer.modules, self._optimizers(trainer), extra, keep)
+        folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
+        save_checkpoint(folder, step, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
         self.accelerator.wait_for_everyone()
 
     def backward(self, terms: Mapping[str, Tensor], total: Tensor) -> None:
@@ -225,7 +237,7 @@ class Run:
 
     def update(self, model: nn.Module, optimizer: Any, schedule: Any | None, clip: float) -> Tensor:
         """Clip, check and take one optimizer step; returns the gradient's norm. Raises `NonFinite` before the step."""
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), clip or float("inf")))
+        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(model.parameters(), clip or float("inf"))))
         if self.accelerator.scaler is None:  # under fp16 the scaler skips such a step and lowers its scale
             finite_or_raise({"gradient norm": norm})
         optimizer.step()
@@ -235,7 +247,10 @@ class Run:
 
     def part(self, model: nn.Module, index: int) -> AbstractContextManager[Any]:
         """The context of accumulation part `index`: gradients are exchanged between processes in the last alone."""
-        return nullcontext() if index == self.settings.accumulate - 1 else self.accelerator.no_sync(model)
+        last = index == self.settings.accumulate - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.sharded else self.accelerator.no_sync(model)
 
     def fit(self, trainer: Trainer) -> None:
         """Train to the last step: resume, step, log, validate, checkpoint; then write the model folder.
