@@ -8,24 +8,21 @@ The straightforward step has the same architecture and losses, in plain modules 
 (no channels_last), group norm, SiLU and attention by the book, the whole matrix of distances to the codes, LPIPS as
 its library computes it, a gradient for each part of the adaptive weight, the discriminator on real and on
 reconstructed images apart, and optimizer and averaged weights parameter by parameter. Both take the same images, noise
-that lies in memory. Each has a process of its own, and they take steps in turns, so that whatever else the machine
-does falls on both.
+that lies in memory.
 """
 
 import argparse
 import copy
 import itertools
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from turns import Step, compare
 
 from vqgen.config import parse
 from vqgen.hardware import keep_memory
@@ -37,8 +34,6 @@ from vqgen.tokenizer.norm import GroupNorm
 from vqgen.tokenizer.perceptual import PerceptualDistance
 from vqgen.tokenizer.pixels import to_float
 from vqgen.tokenizer.train import TokenizerTraining, build
-
-Step = Callable[[int], object]
 
 
 def settings(options: argparse.Namespace, precision: str, output: Path) -> TokenizerTraining:
@@ -198,50 +193,12 @@ def beside_convolution(step: Step, index: int) -> float:
     return 1 - convolution / total
 
 
-def serve(pipe: Connection, side: str, options: argparse.Namespace, precision: str) -> None:
-    """A process that takes one step for each request, and says how many seconds it took."""
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        config = settings(options, precision, Path(scratch) / "run")
-        step = product(config) if side == "ours" else Straightforward(config)
-        for done in itertools.count():
-            request = pipe.recv()
-            if request == "end":
-                return
-            start = time.perf_counter()
-            answer = beside_convolution(step, done) if request == "profile" else step(done)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            pipe.send(answer if request == "profile" else time.perf_counter() - start)
+def ours(options: argparse.Namespace, precision: str, scratch: Path) -> Step:
+    return product(settings(options, precision, scratch / "run"))
 
 
-def ask(pipe: Connection, request: str) -> float:
-    try:
-        pipe.send(request)
-        return pipe.recv()
-    except (EOFError, BrokenPipeError):
-        raise SystemExit("a process ended before it answered; too little memory? --batch-size is smaller") from None
-
-
-def compare(options: argparse.Namespace, precision: str) -> tuple[list[float], list[float], float]:
-    """Seconds a step, and shares of time that are not convolution, of (straightforward, ours); the ratio of times."""
-    context = torch.multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for side in ("straightforward", "ours"):
-        here, there = context.Pipe()
-        pipes.append(here)
-        processes.append(context.Process(target=serve, args=(there, side, options, precision), daemon=True))
-        processes[-1].start()
-        there.close()  # so that the end of the process is noticed here
-        ask(here, "step")  # the first one allocates
-    turns = [[ask(pipe, "step") for pipe in pipes] for _ in range(options.steps)]
-    shares = [ask(pipe, "profile") for pipe in pipes]
-    for pipe, process in zip(pipes, processes):
-        pipe.send("end")
-        process.join()
-    ratio = statistics.median(straightforward / ours for straightforward, ours in turns)
-    return [statistics.median(seconds) for seconds in zip(*turns)], shares, ratio
+def straightforward(options: argparse.Namespace, scratch: Path) -> Step:
+    return Straightforward(settings(options, "fp32", scratch / "run"))
 
 
 def main() -> None:
@@ -262,10 +219,11 @@ def main() -> None:
     batch, (height, width) = config.run.batch_size, config.images.size
     print(f"{options.config}: batch {batch}, {height}x{width}, {shown}, {options.threads} threads")
     for precision in options.precision:
-        seconds, shares, ratio = compare(options, precision)
-        for side, second, share in zip(("straightforward fp32", f"ours {precision}"), seconds, shares):
+        sides = [partial(straightforward, options), partial(ours, options, precision)]
+        found = compare(sides, options.steps, options.threads, beside_convolution)
+        for side, second, share in zip(("straightforward fp32", f"ours {precision}"), found.seconds, found.measured):
             print(f"{side:>20} {batch / second:9.2f} images/s, {share:6.1%} is not convolution")
-        print(f"{ratio:34.2f} times", flush=True)
+        print(f"{found.ratio:34.2f} times", flush=True)
 
 
 if __name__ == "__main__":
