@@ -1,17 +1,21 @@
-"""vqgen-export: a prior as a plain transformers folder, for `AutoModelForCausalLM` and serving engines that read such.
+"""vqgen-export: a prior and its tokenizer as a folder to give away, with a card.
 
-The weights and their names are those of the model folder already; what is added is what other programs look for: a
-generation_config.json of the right length, and a README.md that says what the token ids mean.
+`--to transformers` writes what `AutoModelForCausalLM` and serving engines look for: beside the weights, whose names are
+those of the model folder already, a generation_config.json of the right length and a README.md that says what the token
+ids mean. `--to vqgen` writes a model folder like that of a run, in 16 bits where `--dtype` says so: both models get
+fingerprints of their own.
 """
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from vqgen import __version__
 from vqgen.artifact import atomic_path, copy_artifact, write_json, write_tensors, write_text
@@ -27,12 +31,12 @@ class ExportConfig:
 
     model: Path
     """Run or model folder of the prior."""
-    to: Literal["transformers"] = "transformers"
-    """Layout of the folder."""
+    to: Literal["transformers", "vqgen"] = "transformers"
+    """Layout of the folder: what transformers loads, or a model folder of vqgen (which transformers loads, too)."""
     output: Path = Path("export")
     """Folder to write; one that exists is refused."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights."""
+    """Of the prior's weights; with --to vqgen of the tokenizer's, too."""
 
 
 CARD = """---
@@ -53,7 +57,7 @@ An autoregressive model of the codes of an image tokenizer, exported by vqgen {v
 | images | {image} |
 | codes | {grid}, of a codebook of {codebook_size} |
 | sequence | condition, then {length} codes in raster order{depth} |
-| prior | sha256 {prior}, of its weights in float32 |
+| prior | sha256 {prior} |
 | tokenizer | sha256 {tokenizer} |
 
 Token ids: {ids}.
@@ -117,13 +121,31 @@ def card(prior: Prior, dtype: str) -> str:
     )
 
 
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round all weights. Raises `UsageError` where one is too large for the type."""
+    module.to(dtype)
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UsageError(f"--dtype: {str(dtype)[6:]} cannot hold {name}; use bfloat16")
+
+
 def export(config: ExportConfig) -> None:
     """Write a prior as a folder that transformers loads, with a card, and its image tokenizer beside it."""
     if config.output.exists():
         raise UsageError(f"--output: {config.output} exists; choose another folder")
     prior = Prior.load(config.model)
-    prior.load_tokenizer(config.model / "tokenizer")
+    tokenizer = prior.load_tokenizer(config.model / "tokenizer")
     dtype = getattr(torch, config.dtype)
+    _cast(prior.backbone, dtype)
+    if config.to == "vqgen":
+        _cast(tokenizer, dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            prior.tokenizer_fingerprint = tokenizer.save(Path(scratch))
+            with atomic_path(config.output) as folder:
+                prior.save(folder, Path(scratch))
+                write_text(folder / "README.md", card(prior, config.dtype))
+        print(f"exported to {config.output}: vqgen.Generator.load({str(config.output)!r}) loads it")
+        return
     settings = prior.backbone.config.to_diff_dict()
     settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
     generation = {"bos_token_id": prior.vocabulary.null, "do_sample": True, "top_k": 0}
@@ -132,8 +154,7 @@ def export(config: ExportConfig) -> None:
         folder.mkdir(parents=True)
         write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
         write_json(folder / "generation_config.json", generation | exact)
-        weights = {name: value.to(dtype).contiguous() for name, value in prior.backbone.state_dict().items()}
-        write_tensors(folder / "model.safetensors", weights)
+        write_tensors(folder / "model.safetensors", prior.backbone.state_dict())
         write_text(folder / "README.md", card(prior, config.dtype))
         copy_artifact(config.model / "tokenizer", folder / "tokenizer")
     print(f"exported to {config.output}: AutoModelForCausalLM.from_pretrained({str(config.output)!r}) loads it")

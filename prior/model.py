@@ -237,6 +237,7 @@ class Prior(nn.Module):
         self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
         settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
+        settings["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
         description = {
             "prior": vars(self.config),

@@ -24,6 +24,8 @@ from .names import find_classes
 from .oversample import batches, places, selected
 
 DEFAULT_MODEL = Path("runs/demo/prior")
+SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
+"""A class-conditional model of CIFAR-10 that comes with the package; its README.md says how it was made."""
 # In float32 on a CPU the last bits of a row depend on how many rows there are: matrix products of 1 to 3 (with two
 # threads 7) rows take another path, and the end of an array that does not fill a vector is rounded differently from
 # the rest. At multiples of 16 all agree, with one thread and with two, as measured with MKL; in bf16 `Linear` sees to
@@ -36,17 +38,12 @@ DECODE_IMAGES = 4
 
 
 def find_model(model: Path | None) -> Path:
-    """The folder that was named, else $VQGEN_MODEL, else the demo's. Raises `UsageError` where there is none."""
+    """The folder that was named, else $VQGEN_MODEL, else the demo's, else the model in the package."""
     if model is not None:
         return model
     if os.environ.get("VQGEN_MODEL"):
         return Path(os.environ["VQGEN_MODEL"])
-    if DEFAULT_MODEL.is_dir():
-        return DEFAULT_MODEL
-    raise UsageError(
-        f"--model: not given, $VQGEN_MODEL is not set and there is no {DEFAULT_MODEL}; "
-        "name the run folder of a prior, or train one with vqgen-demo"
-    )
+    return DEFAULT_MODEL if DEFAULT_MODEL.is_dir() else SHIPPED
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -96,9 +93,14 @@ class Generator:
         self._decoder = Decoder(prior.backbone, prior.vocabulary.length)
 
     @classmethod
-    def load(cls, model: str | Path, device: str | torch.device = "auto", precision: str = "auto") -> "Generator":
-        """Read a prior's folder and the tokenizer inside it. Raises `UserError` where they do not belong together."""
-        folder, place = Path(model), find_device(device)
+    def load(
+        cls, model: str | Path | None = None, device: str | torch.device = "auto", precision: str = "auto"
+    ) -> "Generator":
+        """Read a prior's folder and the tokenizer inside it; by default those that `find_model` finds.
+
+        Raises `UserError` where they do not belong together.
+        """
+        folder, place = find_model(None if model is None else Path(model)), find_device(device)
         prior = Prior.load(folder)
         return cls(prior, prior.load_tokenizer(folder / "tokenizer"), place, precision)
 

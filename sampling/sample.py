@@ -43,7 +43,8 @@ class SampleConfig:
     """What is drawn, from what, and where to."""
 
     model: Path | None = None
-    """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior."""
+    """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
+    comes with the package."""
     n: int | None = None
     """Number of images; 64 unless --num-per-class says otherwise."""
     num_per_class: int | None = None
@@ -194,6 +195,8 @@ def sample(config: SampleConfig) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         begin(output, about, anew=where == "new")
+        if config.model is None:
+            print(f"drawing from {folder}")
     state.wait_for_everyone()
     missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
     state.wait_for_everyone()  # nobody draws before everybody has looked

@@ -182,6 +182,36 @@ def test_the_cards_program_runs(cli, tmp_path, depth):
     assert next(made["prior"].parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_pair_in_16_bits_draws_what_the_rounded_pair_draws(cli, tmp_path, dtype):
+    model = make_prior(tmp_path / "model", depth=2)
+    result = cli(exporting.main, "--model", model, "--to", "vqgen", "--dtype", dtype, "--output", tmp_path / "small")
+    assert result.code == 0, result.err
+    for part in ("", "tokenizer"):
+        sizes = [(folder / part / "model.safetensors").stat().st_size for folder in (tmp_path / "small", model)]
+        assert sizes[0] < 0.75 * sizes[1]  # names and shapes weigh, too, in so small a model
+    small, rounded = Generator.load(tmp_path / "small", "cpu", "fp32"), Generator.load(model, "cpu", "fp32")
+    assert small.prior.fingerprint != rounded.prior.fingerprint
+    assert small.tokenizer.fingerprint == small.prior.tokenizer_fingerprint != rounded.tokenizer.fingerprint
+    kind = getattr(torch, dtype)
+    for ours, theirs in ((small.prior, rounded.prior), (small.tokenizer, rounded.tokenizer)):
+        for value, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert value.dtype == torch.float32 and torch.equal(value, other.to(kind).float())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert theirs.dtype == kind and "| prior | sha256 " in (tmp_path / "small/README.md").read_text()
+
+
+def test_a_weight_too_large_for_its_type_is_refused(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    prior = Prior.load(model)
+    with torch.no_grad():
+        next(prior.backbone.parameters())[0, 0] = 1e6
+    prior.save(tmp_path / "large", model / "tokenizer")
+    result = cli(exporting.main, "--model", tmp_path / "large", "--dtype", "float16", "--output", tmp_path / "small")
+    assert result.code == 2 and "--dtype" in result.err and "embed_tokens" in result.err and "bfloat16" in result.err
+    assert not (tmp_path / "small").exists()
+
+
 def test_exporting_replaces_nothing(cli, tmp_path):
     model = make_prior(tmp_path / "model")
     (tmp_path / "export").mkdir()

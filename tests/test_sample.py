@@ -21,7 +21,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.output import Names
-from vqgen.sampling.pipeline import Generator, find_device, find_model
+from vqgen.sampling.pipeline import SHIPPED, Generator, find_device, find_model
 from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.pixels import to_uint8
@@ -160,8 +160,7 @@ def test_devices():
 def test_which_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VQGEN_MODEL", raising=False)
-    with pytest.raises(UsageError, match="--model: not given"):
-        find_model(None)
+    assert find_model(None) == SHIPPED
     Path("runs/demo/prior").mkdir(parents=True)
     assert find_model(None) == Path("runs/demo/prior")
     monkeypatch.setenv("VQGEN_MODEL", "elsewhere")
