@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.data import Sequences, vocabulary_of
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.prior.preview import preview_codes
+from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes import (
     CodeFiles,
     Manifest,
@@ -583,3 +585,12 @@ def test_preview_draws_from_the_prior_as_it_is():
     shares = torch.bincount(found, minlength=64) / 4000
     assert (shares - expected).abs().sum() / 2 < 0.08
     assert (shares > 0).all()
+
+
+@pytest.mark.parametrize("preset, millions", [("tiny", 24), ("small", 44), ("base", 111), ("large", 343)])
+def test_presets_have_the_sizes_they_name(preset, millions):
+    """With LlamaGen's codebook of 16,384 and its 1,000 classes; base and large are as large as LlamaGen-B and -L."""
+    config = parse(PriorTraining, ["--config", f"prior-{preset}", "--codes", "nowhere"]).model
+    with torch.device("meta"):
+        prior = Prior(config, Vocabulary(16384, 1, (16, 16), 1000), (3, 256, 256), None, "")
+    assert round(sum(p.numel() for p in prior.parameters()) / 1e6) == pytest.approx(millions, rel=0.01)
