@@ -67,18 +67,27 @@ def project() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def programs(project: dict[str, Any]) -> dict[str, Program]:
-    """Every console script of pyproject.toml, by name: what its `main` hands to `command`."""
+    """Every console script of pyproject.toml by name, each command of one that has several: what its `main` hands to
+    `command` or `commands`."""
     found: dict[str, Program] = {}
 
     def note(program: str, config: type, run: Callable[[Any], None], arguments: Sequence[str] | None = None) -> int:
         found[program] = Program(config, run)
         return 0
 
+    def note_all(program: str, known: dict[str, tuple[type, Any]], arguments: Sequence[str] | None = None) -> int:
+        for word, (config, run) in known.items():
+            note(f"{program} {word}", config, run)
+        return 0
+
     with pytest.MonkeyPatch.context() as patch:
         for name, target in project["project"]["scripts"].items():
             module, _, function = target.partition(":")
             loaded = importlib.import_module(module)
-            patch.setattr(loaded, "command", note)
+            several = hasattr(loaded, "commands")
+            patch.setattr(loaded, "commands" if several else "command", note_all if several else note)
             getattr(loaded, function)([])
-            assert name in found, f"{target} does not call command({name!r}, …)"
+            assert any(f"{key} ".startswith(f"{name} ") for key in found), (
+                f"{target} does not call command({name!r}, …)"
+            )
     return found

@@ -42,7 +42,7 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.net = net
         # Before the network is built, which takes seconds.
-        found, source = _convolutions(net, weights)
+        found, source = convolutions(net, weights)
         import lpips  # the library is needed by runs with a perceptual distance alone
 
         with warnings.catch_warnings():
@@ -125,26 +125,26 @@ def _wanted(net: str) -> set[str]:
     return {f"features.{index}.{kind}" for index in _CONVOLUTIONS[net] for kind in ("weight", "bias")}
 
 
-def check_weights(net: str, weights: str) -> None:
+def check_weights(net: str, weights: str, option: str = "--perceptual-weights") -> None:
     """Raise `UserError` for a file that is missing, damaged or of another network; reads its head alone."""
     if weights == "torchvision":
         return
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise UserError(f"--perceptual-weights: {path} does not exist; name a safetensors file, or torchvision")
+        raise UserError(f"{option}: {path} does not exist; name a safetensors file, or torchvision")
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--perceptual-weights: {path} is not a whole safetensors file ({error})") from error
+        raise UserError(f"{option}: {path} is not a whole safetensors file ({error})") from error
     odd = min(_wanted(net) ^ names, default=None)
     if odd:
         state = "misses" if odd in _wanted(net) else "has an unknown"
-        raise UserError(f"--perceptual-weights: {path} {state} {odd}, so it is not the {net} backbone of LPIPS")
+        raise UserError(f"{option}: {path} {state} {odd}, so it is not the {net} backbone of LPIPS")
 
 
-def _convolutions(net: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The backbone's convolutions by torchvision's names, and where they came from."""
+def convolutions(net: str, weights: str, option: str = "--perceptual-weights") -> tuple[dict[str, Tensor], str]:
+    """The backbone's convolutions by torchvision's names, and where they came from; errors name `option`."""
     if weights == "torchvision":
         from torchvision import models
 
@@ -152,10 +152,10 @@ def _convolutions(net: str, weights: str) -> tuple[dict[str, Tensor], str]:
             model = models.vgg16(weights="IMAGENET1K_V1") if net == "vgg" else models.alexnet(weights="IMAGENET1K_V1")
         except OSError as error:
             raise UserError(
-                f"--perceptual-weights: torchvision could not fetch its {net} weights ({error}); "
+                f"{option}: torchvision could not fetch its {net} weights ({error}); "
                 "name a local safetensors file instead"
             ) from error
         return {key: value for key, value in model.state_dict().items() if key in _wanted(net)}, "torchvision"
-    check_weights(net, weights)
+    check_weights(net, weights, option)
     path = Path(weights).expanduser()
     return {key: value.to(torch.float32) for key, value in load_file(path).items()}, str(path)

@@ -119,20 +119,20 @@ class Source:
         return self.items.read(int(self.rows[index]))
 
 
-def open_source(data: str, split: Split, holdout: float) -> Source:
+def open_source(data: str, split: Split | Literal["all"], holdout: float) -> Source:
     """Find the images that `data` names and choose one split.
 
-    A source with training and held-out splits keeps its own. Any other is divided by a hash of each image's relative
-    path (or row number): round(holdout * n) images, at least one, are held out, always the same ones.
-
-    Raises `UserError` where there is nothing to read, too little to divide, or a file that is damaged.
+    A source with both splits keeps its own. Any other is divided by a hash of each image's relative path (or row
+    number): round(holdout * n) images, at least one, are held out, always the same; "all" takes it whole. Raises
+    `UserError` where there is nothing to read, too little to divide, or a file that is damaged.
     """
     parts = find_parts(data)
+    if split == "all" and split not in parts:
+        raise UserError(f"--data: {data} has the splits {' and '.join(parts)}; name the folder or file of one")
     names, labels = _number_labels(data, parts)
     own = split in parts
     part = parts[split if own else "all"]
-    count = len(part.items)
-    if count == 0:
+    if not (count := len(part.items)):
         raise UserError(f"--data: {data} holds no {split if own else ''} images; add some".replace("  ", " "))
     rows = np.arange(count)
     if not own:

@@ -321,3 +321,24 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
             return error.exit_code
         print(f"{program}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def commands(
+    program: str, known: dict[str, tuple[type, Callable[[Any], None]]], arguments: Sequence[str] | None = None
+) -> int:
+    """A program of several commands, the first word of its line: name -> configuration and what runs it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in known:
+        config, run = known[words[0]]
+        return command(f"{program} {words[0]}", config, run, words[1:])
+    if "--version" in words:
+        print(f"vqgen {__version__}")
+        return 0
+    lines = [f"usage: {program} COMMAND [--option VALUE ...]; {program} COMMAND --help lists its options", ""]
+    lines += [f"  {name:<16} {(run.__doc__ or '').splitlines()[0]}" for name, (_, run) in known.items()]
+    if "--help" in words or "-h" in words:
+        print("\n".join(lines), flush=True)
+        return 0
+    found = f"unknown command {words[0]!r}" if words else "no command"
+    print(f"{program}: {found}; the commands are {', '.join(known)}", file=sys.stderr)
+    return 2

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, Protocol, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +28,11 @@ from .checkpoint import NonFinite, checkpoints, finite_or_raise, load_checkpoint
 from .errors import UsageError, UserError
 from .folder import FINISHED, check_folder, take_folder
 from .hardware import keep_memory, precision_of, processes
-from .health import Finding, Row
+from .health import Row
 from .order import step_seed
 from .sharding import is_sharded, take_up, whole
 from .tracking import JsonlTracker, further_trackers, progress, read_history
+from .trainer import Trainer
 
 
 @dataclass
@@ -66,49 +67,6 @@ class RunConfig:
         for name in (*names, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
-
-
-class Trainer(Protocol):
-    """What a stage brings to the loop."""
-
-    modules: dict[str, nn.Module]
-    """Everything with weights or buffers that a checkpoint must hold, unwrapped."""
-    optimizers: dict[str, Any]
-    """Optimizers and schedules."""
-    extra: dict[str, Any]
-    """Small JSON-able state, e.g. the best held-out loss."""
-
-    def begin(self, first_step: int) -> None:
-        """Called once, after a restore: open the data at this step."""
-        ...
-
-    def step(self, step: int) -> dict[str, Tensor]:
-        """One optimizer step; scalars to log. Raises `NonFinite` before the weights are touched."""
-        ...
-
-    def rates(self, per_second: float) -> dict[str, float]:
-        """What so many examples a second are in the stage's own terms, to log."""
-        ...
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Figures on held-out data, to log."""
-        ...
-
-    def diagnose(self, rows: list[Row]) -> list[Finding]:
-        """What is wrong, by the rows logged so far."""
-        ...
-
-    def origin(self) -> str:
-        """Where a non-finite number of the last step began."""
-        ...
-
-    def finished(self) -> str | None:
-        """Why to stop before the last step (early stopping), or None."""
-        ...
-
-    def save(self) -> None:
-        """Write the model folder at the root of the run."""
-        ...
 
 
 class Run:

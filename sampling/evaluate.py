@@ -1,0 +1,135 @@
+"""vqgen-eval: figures of reconstructions and of samples, each with a receipt by which it can be measured again."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vqgen.config import build, commands, options, values_of
+from vqgen.errors import UsageError, UserError
+from vqgen.hardware import processes
+from vqgen.values import checked
+
+from .classifier import ClassifierTraining, train_classifier
+from .collect import Measured
+from .pipeline import find_device
+from .realism import SamplesConfig, measure_samples
+from .receipt import differences, flat, read_receipt, write_receipt
+from .reconstruction import ReconstructionConfig, measure_reconstruction
+
+PROGRAMS: dict[str, tuple[type, Callable[[Any], Measured]]] = {
+    "reconstruction": (ReconstructionConfig, measure_reconstruction),
+    "samples": (SamplesConfig, measure_samples),
+}
+
+
+def _measure(program: str, config: Any) -> Measured | None:
+    """Measure and write the receipt; None in all processes but the main one."""
+    path: Path = config.output
+    if path.exists():
+        read_receipt(path)  # anything else is not replaced
+    found = PROGRAMS[program][1](config)
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    if main:
+        asked = values_of(config)
+        write_receipt(path, program, asked, found.fingerprints, found.counts, found.figures, found.environment)
+    processes(cpu=find_device(config.device).type == "cpu").destroy_process_group()
+    return found if main else None
+
+
+def _show(found: Measured | None, path: Path) -> None:
+    if found is None:
+        return
+    for name, value in flat(found.figures):
+        print(f"{name:<28} {value:.5g}")
+    shown = ", ".join(f"{count} {what}" for what, count in found.counts.items())
+    print(f"of {shown}; receipt: {path}")
+
+
+def reconstruction(config: ReconstructionConfig) -> None:
+    """Measure a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, usage and perplexity of the codebook."""
+    _show(_measure("reconstruction", config), config.output)
+
+
+def samples(config: SamplesConfig) -> None:
+    """Measure samples against real images: FID, KID, Inception Score, precision, recall, density, coverage and more."""
+    _show(_measure("samples", config), config.output)
+
+
+@dataclass
+class ReplayConfig:
+    """Receipts, and where this machine has what they were made from."""
+
+    receipts: list[Path] = field(metadata={"positional": "RECEIPT"})
+    """The receipts to measure again."""
+    tolerance: float = 1e-3
+    """Largest relative difference of a figure that counts as none."""
+    data: str | None = None
+    """In place of the receipts' --data; likewise the others."""
+    tokenizer: Path | None = None
+    """Run or model folder of the tokenizer."""
+    samples: Path | None = None
+    """Folder of samples."""
+    model: Path | None = None
+    """Run or model folder of the prior."""
+    classifier: Path | None = None
+    """Folder of the classifier."""
+    weights: str | None = None
+    """Weights of the extractor."""
+    perceptual_weights: str | None = None
+    """Backbone of LPIPS."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+
+
+def replay(config: ReplayConfig) -> None:
+    """Measure again what receipts say, and say whether it comes out the same, or what differs."""
+    for path in config.receipts:
+        _replay(path, config)
+
+
+def _replay(path: Path, config: ReplayConfig) -> None:
+    former = read_receipt(path)
+    program = former.get("program")
+    if program not in PROGRAMS:
+        raise UserError(f"{path} is of {program!r}, which this version does not know")
+    asked, measure = PROGRAMS[program]
+    moved = {k: v for k, v in values_of(config).items() if v is not None and k not in ("receipts", "tolerance")}
+    known = {option.name: option for option in options(asked)}
+    unknown = next((name for name in former["options"] if name not in known), None)
+    if unknown:
+        raise UserError(f"{path}: unknown option {unknown}; another version of vqgen wrote it")
+    foreign = next((name for name in moved if name not in known), None)
+    if foreign:
+        raise UsageError(f"--{foreign.replace('_', '-')}: a receipt of {program} has no such option; leave it out")
+    values = {k: checked(known[k].type, v, f"{path}: {k}") for k, v in {**former["options"], **moved}.items()}
+    found = measure(build(asked, values))
+    now: Mapping[str, Any] = {"fingerprints": found.fingerprints, "counts": found.counts, "figures": found.figures}
+    differs = differences(former, now, config.tolerance)
+    if differs:
+        raise UserError(f"{path} does not come out the same: {'; '.join(differs)}")
+    changed = [f"{k} {v}, now {found.environment.get(k)}" for k, v in former["environment"].items()
+               if found.environment.get(k) != v]  # fmt: skip
+    there = f" (with {'; '.join(changed)})" if changed else ""
+    print(f"same: {len(dict(flat(found.figures)))} figures within {config.tolerance:g} of {path}{there}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console entry point."""
+    return commands(
+        "vqgen-eval",
+        {
+            "reconstruction": (ReconstructionConfig, reconstruction),
+            "samples": (SamplesConfig, samples),
+            "classifier": (ClassifierTraining, train_classifier),
+            "replay": (ReplayConfig, replay),
+        },
+        arguments,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

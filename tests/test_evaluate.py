@@ -1,0 +1,480 @@
+"""vqgen-eval: its arithmetic against the libraries' own, its receipts, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import run_two
+from safetensors.torch import save_file
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchvision.io import write_png
+from torchvision.models.vgg import cfgs, make_layers
+
+import vqgen.sampling.evaluate as evaluate
+import vqgen.sampling.realism as realism
+import vqgen.sampling.sample as sampling
+from vqgen.artifact import load_artifact
+from vqgen.errors import UsageError, UserError
+from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.sampling.distances import density_coverage, figures, frechet, kernel_distance, statistics
+from vqgen.sampling.extract import Inception, PixelHash, Vgg16, extract, extractor_for
+from vqgen.tokenizer.images import ImageConfig, open_images, ordered_batches
+from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
+from vqgen.tokenizer.quantize import QuantizerConfig
+
+EVALUATE = "vqgen.sampling.evaluate"
+
+
+def features(count: int, size: int = 12, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Correlated features with means far from 0, as networks give them."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(count, size, generator=random) @ torch.linspace(-1, 1, size * size).view(size, size) + 50 + shift
+
+
+# Arithmetic
+
+
+def test_moments_are_those_of_torch_fidelity():
+    given = features(500)
+    ours = statistics(given.split(64))
+    theirs = fid_features_to_statistics(given.double())
+    np.testing.assert_allclose(ours.mean.numpy(), theirs["mu"], rtol=1e-12)
+    np.testing.assert_allclose(ours.covariance.numpy(), theirs["sigma"], rtol=1e-9, atol=1e-9)
+    assert ours.count == 500 and torch.equal(ours.features, given)
+    other = features(300, shift=0.5, seed=1)
+    expected = fid_statistics_to_metric(fid_features_to_statistics(other.double()), theirs, verbose=False)
+    assert frechet(statistics([other]), ours) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert frechet(ours, ours) == pytest.approx(0, abs=1e-5)
+
+
+class Rows(torch.nn.Module):
+    """A network for torchmetrics: images whose pixels are the features."""
+
+    num_features = 12
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :12].float()
+
+
+def test_distances_are_those_of_torchmetrics():
+    random = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 200, (400, 3, 2, 2), dtype=torch.uint8, generator=random)
+    drawn = torch.randint(40, 256, (300, 3, 2, 2), dtype=torch.uint8, generator=random)
+    one, two = (statistics([x.flatten(1).float()]) for x in (drawn, real))
+    metric = FrechetInceptionDistance(feature=Rows(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(drawn, real=False)
+    assert frechet(one, two) == pytest.approx(metric.compute().item(), rel=1e-3)
+    kernel = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=300)
+    kernel.update(real[:300], real=True)
+    kernel.update(drawn, real=False)
+    # Of 300 images each there is one subset: the whole.
+    assert kernel_distance(one.features, two.features[:300])[0] == pytest.approx(kernel.compute()[0].item(), rel=1e-3)
+
+
+def test_density_and_coverage_are_those_of_a_naive_loop():
+    drawn, real = features(40, 4, 0.3, seed=1), features(60, 4)
+    inside, covered, k = 0, 0, 5
+    for one in real:
+        radius = sorted((one - other).norm().item() for other in real)[k]
+        near = [(one - other).norm().item() < radius for other in drawn]
+        inside, covered = inside + sum(near), covered + any(near)
+    density, coverage = density_coverage(drawn, real)
+    assert density == pytest.approx(inside / (k * 40)) and coverage == pytest.approx(covered / 60)
+    assert 0 < coverage < 1
+
+
+def test_figures_of_the_same_images_are_those_of_no_distance():
+    one = statistics([features(200)])
+    found = figures(one, one, "fid", "kid", logits=torch.eye(10).repeat(20, 1) * 100)
+    assert found["fid"] == pytest.approx(0, abs=1e-5) and found["precision"] == found["recall"] == 1
+    assert found["coverage"] == 1 and found["inception_score"] == pytest.approx(10, rel=0.2)
+    with pytest.raises(ValueError, match="at least 2"):
+        statistics([features(1)])
+
+
+def test_the_hash_of_pixels_knows_no_order():
+    images = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(6)
+    whole, parts = PixelHash(), [PixelHash(), PixelHash()]
+    whole.add(images, labels)
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    parts[0].add(images[order[:4]], labels[order[:4]])
+    parts[1].add(images[order[4:]], labels[order[4:]])
+    assert parts[0].join(parts).hexdigest() == whole.hexdigest()
+    for change in ("pixel", "label", "twice", "shape"):
+        other = PixelHash()
+        changed, names = images.clone(), labels.clone()
+        if change == "pixel":
+            changed[2, 0, 0, 0] ^= 1
+        elif change == "label":
+            names[0] = 1
+        elif change == "shape":
+            changed = changed.reshape(6, 3, 2, 8)
+        other.add(changed, names)
+        if change == "twice":
+            other.add(images[:1], labels[:1])
+        assert other.hexdigest() != whole.hexdigest(), change
+
+
+# Networks
+
+
+def random_vgg16() -> torch.nn.Sequential:
+    """With weights of a size that keeps images apart to the last layer."""
+    torch.manual_seed(0)
+    layers = make_layers(cfgs["D"]).eval()
+    for layer in layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    return layers
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of VGG16's convolutions with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "vgg16.safetensors"
+    save_file({f"features.{name}": value for name, value in random_vgg16().state_dict().items()}, path)
+    return path
+
+
+def test_vgg16_is_that_of_torchvision(vgg16):
+    extractor = Vgg16(str(vgg16), torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    layers = random_vgg16()
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    given = (images / 255 - mean[:, None, None]) / deviation[:, None, None]
+    with torch.no_grad():
+        expected = layers[:30](given).mean((2, 3))
+    found, logits = extract(extractor, images, torch.device("cpu"))
+    torch.testing.assert_close(found, expected)
+    assert logits is None and found.shape == (2, 512)
+    grey = images[:, :1]
+    both = [extract(extractor, one, torch.device("cpu"))[0] for one in (grey, grey.expand(-1, 3, -1, -1))]
+    assert torch.equal(*both)
+    with pytest.raises(UsageError, match="needs 16 pixels"):
+        extract(extractor, images[:, :, :8], torch.device("cpu"))
+
+
+class Planted:
+    """Stands in for torch-fidelity's network: as it reads its file, and a few pixels as features."""
+
+    def __new__(cls, name: str, wanted: list[str], path: str | None, verbose: bool) -> Any:
+        if path is None:
+            raise OSError("no route")
+        network = torch.nn.Linear(3, 2)
+        network.load_state_dict(torch.load(path, weights_only=False))
+        assert wanted == ["2048", "logits_unbiased"]
+        return network
+
+
+def test_weights_of_inception_are_never_unpickled(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3", Planted)
+    device = torch.device("cpu")
+    state = torch.nn.Linear(3, 2).state_dict()
+    save_file(state, tmp_path / "good.safetensors")
+    torch.save(state, tmp_path / "good.pth")
+    marks = [Inception(str(tmp_path / f"good.{kind}"), device).fingerprint for kind in ("pth", "safetensors")]
+    assert marks[0] == marks[1]
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (ran,)
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:60])
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save([1], tmp_path / "list.pth")
+    for name, part in {
+        "evil.pth": "cannot be read as tensors",
+        "cut.safetensors": "not a whole safetensors file",
+        "other.pth": "is not the Inception network",
+        "list.pth": "more than tensors",
+        "nowhere.pth": "does not exist",
+        "download": "the download failed",
+    }.items():
+        with pytest.raises(UserError, match=part) as caught:
+            extractor_for("inception", name if name == "download" else str(tmp_path / name), device)
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
+    with pytest.raises(UsageError, match="--weights: inception needs"):
+        extractor_for("inception", None, device)
+
+
+def test_a_file_of_another_network_is_no_vgg16(tmp_path, vgg16):
+    from safetensors.torch import load_file
+
+    state = load_file(vgg16)
+    state["features.0.weight"] = torch.zeros(64, 3, 1, 1)
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"--weights: .*is not VGG16"):
+        extractor_for("fd-vgg16", str(tmp_path / "other.safetensors"), torch.device("cpu"))
+    state.pop("features.0.weight")
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"--weights: .*misses features.0.weight"):
+        extractor_for("fd-vgg16", str(tmp_path / "less.safetensors"), torch.device("cpu"))
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prior of two classes with a tokenizer of 16-pixel colour images, untrained."""
+    folder = tmp_path_factory.mktemp("model") / "prior"
+    torch.manual_seed(0)
+    shape = ModelConfig(width=8, multipliers=[1, 1], patch=4, blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, shape, QuantizerConfig(codebook_size=16, code_dim=4)))
+    mark = tokenizer.save(folder / "made-of")
+    vocabulary = Vocabulary(16, 1, tokenizer.grid, 2)
+    prior = Prior(PriorConfig(dim=32, layers=1, heads=2), vocabulary, (3, 16, 16), ["dark", "light"], mark)
+    prior.save(folder, folder / "made-of")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty noisy 20x24 images of two classes, in train/ and val/."""
+    root, random = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    for index in range(60):
+        place = root / ("val" if index % 3 == 0 else "train") / ("light" if index % 2 else "dark")
+        place.mkdir(parents=True, exist_ok=True)
+        level = 150 if index % 2 else 20
+        image = level + torch.randint(0, 90, (3, 20, 24), generator=random)
+        write_png(image.to(torch.uint8), str(place / f"{index}.png"))
+    return root
+
+
+def receipt(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def evaluated(cli, tmp_path, monkeypatch, vgg16):
+    """Call `vqgen-eval samples` in `tmp_path`, with VGG16 and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: Any) -> Any:
+        own = ["--extractor", "fd-vgg16", "--weights", vgg16, "--cache", tmp_path / "cache", "--device", "cpu"]
+        return cli(evaluate.main, "samples", *own, *words)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, model) -> Path:
+    """Twenty samples of the prior, with grid.png beside them."""
+    folder = tmp_path_factory.mktemp("drawn") / "samples"
+    words = ["--model", model, "--n", 20, "--output", folder, "--device", "cpu", "--precision", "fp32"]
+    assert sampling.main([str(word) for word in words]) == 0
+    return folder
+
+
+def test_reconstruction_gives_what_the_tokenizer_gives(cli, tmp_path, model, photos, vgg16):
+    words = ["--tokenizer", model / "tokenizer", "--data", photos, "--output", tmp_path / "receipt.json"]
+    result = cli(evaluate.main, "reconstruction", *words, "--extractor", "fd-vgg16", "--weights", vgg16)
+    assert result.code == 0, result.err
+    found = receipt(tmp_path / "receipt.json")
+    tokenizer = Tokenizer.load(model / "tokenizer")
+    images = open_images(str(photos), "heldout", ImageConfig([16, 16]))
+    given = torch.stack([images[i].image for i in range(len(images))])
+    error = (tokenizer.reconstruct(given).float() - given.float()).square().flatten(1).mean(1)
+    assert found["figures"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / error)).mean().item(), rel=1e-4)
+    used = tokenizer.encode(given).unique().numel()
+    assert found["figures"]["codes_used"] == used and found["counts"] == {"images": 20}
+    assert found["fingerprints"]["tokenizer"] == tokenizer.fingerprint
+    assert found["figures"]["rfd-vgg16"] > 0 and "psnr" in result.out and "rfd-vgg16" in result.out
+    # The same in another pass, in smaller batches, and of fewer images.
+    assert cli(evaluate.main, "replay", tmp_path / "receipt.json").code == 0
+    cli(evaluate.main, "reconstruction", *words, "--extractor", "fd-vgg16", "--weights", vgg16, "--batch-size", 3)
+    again = receipt(tmp_path / "receipt.json")
+    assert again["fingerprints"] == found["fingerprints"]
+    for name, value in found["figures"].items():
+        assert again["figures"][name] == pytest.approx(value, rel=1e-4), name
+    result = cli(evaluate.main, "reconstruction", *words, "--n", 21)
+    assert result.code == 2 and "--n: found 21, but the heldout split" in result.err and "holds 20" in result.err
+
+
+def test_two_processes_measure_what_one_does(cli, tmp_path, model, photos, vgg16, drawn):
+    network = ["--extractor", "fd-vgg16", "--weights", vgg16, "--device", "cpu"]
+    commands = {
+        "reconstruction": ["--tokenizer", model / "tokenizer", "--data", photos],
+        "samples": ["--samples", drawn, "--data", photos, "--at", 11],
+    }
+    for program, words in commands.items():
+        one, two = tmp_path / f"{program}-1.json", tmp_path / f"{program}-2.json"
+        cache = [["--cache", tmp_path / name] if program == "samples" else [] for name in ("a", "b")]
+        assert cli(evaluate.main, program, *words, *network, *cache[0], "--output", one).code == 0
+        first, second = run_two(EVALUATE, program, *words, *network, *cache[1], "--output", two)
+        assert "receipt" in first.ok().out and not second.ok().out
+        ours, theirs = receipt(two), receipt(one)
+        assert ours["fingerprints"] == theirs["fingerprints"] and ours["counts"] == theirs["counts"]
+        assert ours["environment"]["processes"] == 2
+        for name, value in theirs["figures"].items():
+            if name != "at":
+                assert ours["figures"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_samples_from_a_folder_are_those_drawn_from_the_model(evaluated, tmp_path, model, photos, drawn):
+    result = evaluated("--samples", drawn, "--data", photos, "--output", "folder.json")
+    assert result.code == 0, result.err
+    words = ["--model", model, "--data", photos, "--precision", "fp32", "--n", 20, "--at", 10, "--output", "model.json"]
+    assert evaluated(*words).code == 0
+    folder, drawn_now = receipt(tmp_path / "folder.json"), receipt(tmp_path / "model.json")
+    at = drawn_now["figures"].pop("at")
+    assert folder["fingerprints"]["samples"] == drawn_now["fingerprints"]["samples"]
+    assert folder["figures"] == pytest.approx(drawn_now["figures"], rel=1e-6)
+    assert folder["counts"] == {"samples": 20, "real images": 40} and "receipt: folder.json" in result.out
+    # grid.png is not among the samples; of the first ten the figures are their own.
+    assert evaluated("--samples", drawn, "--data", photos, "--n", 10, "--output", "ten.json").code == 0
+    assert receipt(tmp_path / "ten.json")["figures"] == pytest.approx(at["10"], rel=1e-6)
+    assert at["10"]["fd-vgg16"] != folder["figures"]["fd-vgg16"]
+
+
+def test_reference_and_samples_see_the_same_crops(evaluated, tmp_path, photos):
+    """Real images as samples of themselves, cropped as the reference is, have no distance from it."""
+    images = open_images(str(photos / "train"), "train", ImageConfig([16, 16], holdout=0.001))
+    for index in range(len(images)):
+        place = tmp_path / "crops"
+        place.mkdir(exist_ok=True)
+        write_png(images[index].image, str(place / f"{index}.png"))
+    for name, source in (("crops", "crops"), ("whole", photos / "train")):
+        assert (
+            evaluated("--samples", "crops", "--data", source, "--holdout", 0.001, "--output", f"{name}.json").code == 0
+        )
+        assert receipt(tmp_path / f"{name}.json")["figures"]["fd-vgg16"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_reference_is_made_once(evaluated, tmp_path, photos, drawn, monkeypatch):
+    words = ["--samples", drawn, "--data", photos]
+    assert evaluated(*words).code == 0
+    (kept,) = (tmp_path / "cache").iterdir()
+    first = receipt(tmp_path / "receipt.json")
+    read: list[Any] = []
+
+    def noted(dataset: Any, *rest: Any) -> Any:
+        read.append(dataset.name)
+        return ordered_batches(dataset, *rest)
+
+    monkeypatch.setattr(realism, "ordered_batches", noted)
+    assert evaluated(*words).code == 0
+    assert read == [str(drawn)]
+    assert receipt(tmp_path / "receipt.json") == first
+    assert load_artifact(kept, "reference").description["count"] == 40
+    evaluated(*words, "--reference-n", 30)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    file = kept / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    result = evaluated(*words)
+    assert result.code == 1 and str(file) in result.err and len(result.err.strip().splitlines()) == 1
+
+
+def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
+    words = ["--data", photos, "--size", 16, "--output", tmp_path / "judge", "--steps", 12, "--batch-size", 16]
+    result = cli(evaluate.main, "classifier", *words)
+    assert result.code == 0 and "right on" in result.out, result.err
+    images = open_images(str(photos), "heldout", ImageConfig([16, 16]))
+    about = {"images": [], "class_names": ["dark", "light"]}
+    (tmp_path / "real").mkdir()
+    for index in range(20):
+        sample = images[index]
+        write_png(sample.image, str(tmp_path / "real" / f"{index}.png"))
+        about["images"].append({"file": f"{index}.png", "label": sample.label if index else 1 - sample.label})
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    result = evaluated("--samples", "real", "--data", photos, "--classifier", "judge")
+    assert result.code == 0, result.err
+    found = receipt(tmp_path / "receipt.json")
+    assert found["figures"]["classifier_accuracy"] == pytest.approx(0.95, abs=0.051)
+    assert found["fingerprints"]["classifier"] == load_artifact(tmp_path / "judge", "classifier").fingerprint
+    assert "exists; choose another" in cli(evaluate.main, "classifier", *words).err
+    about["class_names"] = ["cat", "dog"]
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    result = evaluated("--samples", "real", "--data", photos, "--classifier", "judge")
+    assert result.code == 1 and "--classifier" in result.err and "cat" in result.err
+
+
+def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, drawn):
+    words = ["--samples", drawn, "--data", photos]
+    assert evaluated(*words).code == 0
+    path = tmp_path / "receipt.json"
+    result = cli(evaluate.main, "replay", path)
+    assert result.code == 0 and result.out.startswith("same: 7 figures"), result.err + result.out
+    # On another checkout all lies elsewhere.
+    shutil.copytree(drawn, tmp_path / "moved")
+    shutil.copytree(photos, tmp_path / "pictures")
+    elsewhere = ["--samples", tmp_path / "moved", "--data", tmp_path / "pictures"]
+    assert cli(evaluate.main, "replay", path, *elsewhere).code == 0
+    for change, part in (
+        ("figure", "figures.fd-vgg16"),
+        ("mark", "fingerprints.extractor"),
+        ("count", "counts.samples"),
+    ):
+        found = receipt(path)
+        if change == "figure":
+            found["figures"]["fd-vgg16"] *= 1.01
+        elif change == "mark":
+            found["fingerprints"]["extractor"] = "0" * 64
+        else:
+            found["counts"]["samples"] = 19
+        (tmp_path / "changed.json").write_text(json.dumps(found))
+        result = cli(evaluate.main, "replay", tmp_path / "changed.json")
+        assert result.code == 1 and part in result.err and "does not come out the same" in result.err
+        assert len(result.err.strip().splitlines()) == 1
+    write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "moved" / "00003.png"))
+    result = cli(evaluate.main, "replay", path, *elsewhere)
+    assert result.code == 1 and "fingerprints.samples" in result.err and "figures.fd-vgg16" in result.err
+    result = cli(evaluate.main, "replay", path, "--tokenizer", model)
+    assert result.code == 2 and "--tokenizer: a receipt of samples has no such option" in result.err
+
+
+def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, drawn, vgg16):
+    (tmp_path / "empty").mkdir()
+    for name, sizes in {"one": [16], "mixed": [16, 16, 20], "broken": [16, 16]}.items():
+        (tmp_path / name).mkdir()
+        for index, size in enumerate(sizes):
+            write_png(torch.zeros(3, size, size, dtype=torch.uint8), str(tmp_path / name / f"{index}.png"))
+    (tmp_path / "broken" / "0.png").write_bytes(b"no image")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing else")
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    data, own = ["--data", photos], ["--samples", drawn]
+    for words, parts in (
+        (data, ["--samples or --model"]),
+        ([*data, *own, "--model", model], ["--samples or --model"]),
+        ([*data, "--samples", "nowhere"], ["--samples", "nowhere is no folder"]),
+        ([*data, "--samples", "empty"], ["empty", "no images"]),
+        ([*data, "--samples", "one"], ["--n: found 1", "at least 2"]),
+        ([*data, "--samples", "mixed"], ["2.png has 20x20", "others 16x16"]),
+        ([*data, "--samples", "broken"], ["0.png cannot be read"]),
+        ([*data, *own, "--n", 21], ["--n: found 21", "holds 20"]),
+        ([*data, *own, "--reference-n", 41], ["--reference-n: found 41", "holds 40"]),
+        ([*data, *own, "--at", 50], ["--at: found 50"]),
+        ([*data, *own, "--at", 1], ["--at: found 1"]),
+        ([*data, *own, "--output", "mine.json"], ["mine.json is no receipt"]),
+        ([*own, "--data", "cut.parquet"], ["cut.parquet"]),
+        ([*own, "--data", "empty"], ["empty", "no images"]),
+        ([*own, "--data", "one"], ["1 image"]),
+        ([*data, *own, "--classifier", model], ["holds a prior, where a classifier is needed"]),
+    ):
+        result = evaluated(*words)
+        assert result.code, words
+        for part in parts:
+            assert part in result.err, (words, result.err)
+        assert len(result.err.strip().splitlines()) == 1, result.err
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
+    result = cli(evaluate.main, "replay", tmp_path / "mine.json")
+    assert result.code == 1 and "no receipt of vqgen-eval" in result.err
+    for words in ([], ["sample"]):
+        result = cli(evaluate.main, *words)
+        assert result.code == 2 and "reconstruction, samples, classifier, replay" in result.err
+    assert "usage: vqgen-eval COMMAND" in cli(evaluate.main, "--help").out
+    words = ["--tokenizer", model / "tokenizer", "--data", photos, "--n", 1, "--extractor", "fd-vgg16"]
+    result = cli(evaluate.main, "reconstruction", *words, "--weights", vgg16, "--output", tmp_path / "r.json")
+    assert result.code == 2 and "at least 2 images" in result.err
