@@ -57,16 +57,18 @@ def _in_order(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Collected:
     """Features, logits and choices of images, as they come."""
 
-    def __init__(self, extractor: Extractor, device: torch.device, classifier: Classifier | None = None) -> None:
+    def __init__(self, extractor: Extractor | None, device: torch.device, classifier: Classifier | None = None) -> None:
         self.extractor, self.device, self.classifier = extractor, device, classifier
         self.rows: dict[str, list[Tensor]] = {"index": []}
 
     def add(self, indices: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
         """Take in uint8 (B, C, H, W)."""
-        features, logits = extract(self.extractor, images, self.device)
-        found = {"index": indices, "features": features}
-        if logits is not None:
-            found["logits"] = logits
+        found = {"index": indices}
+        if self.extractor is not None:
+            features, logits = extract(self.extractor, images, self.device)
+            found["features"] = features
+            if logits is not None:
+                found["logits"] = logits
         if self.classifier is not None:
             assert labels is not None
             found["right"] = self.classifier.choose(images) == labels

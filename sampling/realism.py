@@ -37,7 +37,7 @@ Streamed = Iterator[tuple[Tensor, Tensor, Tensor]]
 class SamplesConfig:
     """Which samples are judged, and by what."""
 
-    data: str
+    data: str = ""
     """Real images to compare with: as for vqgen-train-tokenizer."""
     samples: Path | None = None
     """Folder that vqgen-sample wrote, or any folder of images; or --model."""
@@ -53,8 +53,9 @@ class SamplesConfig:
     """Also give the figures of so many samples, the first ones: distances depend on the number."""
     output: Path = Path("receipt.json")
     """The receipt; one that is there is replaced."""
-    extractor: Network = "inception"
-    """Network whose features are compared: inception for FID, or fd-vgg16 where there is no network to download it."""
+    extractor: Literal["none"] | Network = "inception"
+    """Network whose features are compared: inception for FID, fd-vgg16 where there is no way to download that one, or
+    none, for --classifier alone."""
     weights: str | None = None
     """Weights of --extractor: a local file, or download."""
     classifier: Path | None = None
@@ -77,8 +78,12 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, n=0, batch_size=1, reference_n=0)
+        if self.extractor != "none" and not self.data:
+            raise UsageError("--data: needed, the real images to compare with; or --extractor none")
         if (self.samples is None) == (self.model is None):
             raise UsageError("--samples or --model: give one of them, the samples or the prior to draw them from")
+        if self.extractor == "none" and self.classifier is None:
+            raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
         if any(count < 2 for count in self.at):
             raise UsageError(f"--at: found {min(self.at)}, expected at least 2")
 
@@ -183,7 +188,7 @@ def measure_samples(config: SamplesConfig) -> Measured:
         raise UsageError(f"--n: found {count}, but a distance needs at least 2 samples; give more")
     for fewer in config.at:
         many(fewer, count, "--at", "the set of samples")
-    extractor = extractor_for(config.extractor, config.weights, device)
+    extractor = None if config.extractor == "none" else extractor_for(config.extractor, config.weights, device)
     classifier = None
     if config.classifier is not None:
         classifier = Classifier.load(config.classifier, device)
@@ -195,7 +200,7 @@ def measure_samples(config: SamplesConfig) -> Measured:
             )
     given = ImageConfig(images.size, images.channels, images.fit, holdout=config.holdout, cache_mb=0)
     given.workers = config.workers
-    real = reference(config, given, extractor, device)
+    real = reference(config, given, extractor, device) if extractor else None
 
     def streamed() -> Streamed:
         mine = range(rank, count, world)
@@ -219,8 +224,10 @@ def measure_samples(config: SamplesConfig) -> Measured:
 
     def judged(number: int) -> dict[str, Any]:
         first = {name: value[:number] for name, value in rows.items()}
-        these = statistics(first["features"].split(1000))
-        result = figures(these, real.statistics, extractor.name, extractor.kernel, first.get("logits"))
+        result: dict[str, Any] = {}
+        if extractor and real:
+            these = statistics(first["features"].split(1000))
+            result = figures(these, real.statistics, extractor.name, extractor.kernel, first.get("logits"))
         if "right" in first:
             result["classifier_accuracy"] = float(first["right"].double().mean())
         return result
@@ -231,13 +238,13 @@ def measure_samples(config: SamplesConfig) -> Measured:
     return Measured(
         {
             "samples": whole.hexdigest(),
-            "data": real.pixels,
-            "extractor": extractor.fingerprint,
+            "data": real.pixels if real else None,
+            "extractor": extractor.fingerprint if extractor else None,
             "prior": generator.prior.fingerprint if generator else None,
             "tokenizer": generator.tokenizer.fingerprint if generator else None,
             "classifier": classifier.fingerprint if classifier else None,
         },
-        {"samples": whole.count, "real images": real.statistics.count},
+        {"samples": whole.count, "real images": real.statistics.count if real else 0},
         result,
         environment(device, generator.precision if generator else "fp32", world),
     )

@@ -391,6 +391,9 @@ def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
     (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
     result = evaluated("--samples", "real", "--data", photos, "--classifier", "judge")
     assert result.code == 0, result.err
+    alone = ["--samples", "real", "--extractor", "none", "--classifier", "judge", "--output", tmp_path / "alone.json"]
+    assert cli(evaluate.main, "samples", *alone).code == 0
+    assert list(receipt(tmp_path / "alone.json")["figures"]) == ["classifier_accuracy"]
     found = receipt(tmp_path / "receipt.json")
     assert found["figures"]["classifier_accuracy"] == pytest.approx(0.95, abs=0.051)
     assert found["fingerprints"]["classifier"] == load_artifact(tmp_path / "judge", "classifier").fingerprint
@@ -454,6 +457,8 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, "--samples", "mixed"], ["2.png has 20x20", "others 16x16"]),
         ([*data, "--samples", "broken"], ["0.png cannot be read"]),
         ([*data, *own, "--n", 21], ["--n: found 21", "holds 20"]),
+        ([*data, *own, "--extractor", "none"], ["--extractor: found none and no --classifier"]),
+        (own, ["--data: needed"]),
         ([*data, *own, "--reference-n", 41], ["--reference-n: found 41", "holds 40"]),
         ([*data, *own, "--at", 50], ["--at: found 50"]),
         ([*data, *own, "--at", 1], ["--at: found 1"]),

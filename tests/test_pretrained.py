@@ -1,0 +1,79 @@
+"""The model in the package: there, small, itself, and as good as its card says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import vqgen
+from vqgen.sampling import evaluate, sample
+from vqgen.sampling.pipeline import SHIPPED
+from vqgen.sampling.receipt import read_receipt
+
+ROOT = Path(__file__).parents[1]
+RECEIPTS = sorted((ROOT / "benchmarks" / "results" / "receipts").glob("*.json"))
+REAL = Path("~/.cache/vqgen-realdata").expanduser()
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def test_it_is_small_and_in_16_bits():
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30 * 10**6
+    for weights in (SHIPPED / "model.safetensors", SHIPPED / "tokenizer" / "model.safetensors"):
+        with safe_open(weights, "pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_it_draws_ten_classes_without_being_named(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VQGEN_MODEL", raising=False)
+    result = cli(sample.main, "--n", 10, "--temperature", 0.9, "--device", "cpu")
+    assert result.code == 0 and str(SHIPPED) in result.out, result.err
+    drawn = json.loads((tmp_path / "samples" / "samples.json").read_text())
+    assert [image["class"] for image in drawn["images"]] == NAMES
+    images = vqgen.Generator.load(device="cpu").sample(4, classes="ship", temperature=0.9)
+    assert images.images.shape == (4, 3, 32, 32) and len(images.codes.flatten(1).unique(dim=0)) == 4
+    # Pictures, not noise: neighbouring pixels are alike.
+    pixels = images.images.float()
+    assert (pixels[..., 1:] - pixels[..., :-1]).abs().mean() < 0.5 * pixels.std()
+
+
+def test_its_receipts_are_of_this_very_model():
+    generator = vqgen.Generator.load(SHIPPED, "cpu")
+    marks = {generator.prior.fingerprint, generator.tokenizer.fingerprint}
+    assert RECEIPTS
+    for path in RECEIPTS:
+        found = read_receipt(path)
+        if "cifar10" in path.name:
+            assert marks & set(found["fingerprints"].values()), path
+        assert not [value for value in found["options"].values() if str(value).startswith("/")], path
+
+
+@pytest.mark.slow
+def test_its_reconstructions_are_what_the_receipt_says(cli):
+    """The figures of the first 1,000 test images of CIFAR-10, measured again."""
+    if not (REAL / "cifar10").is_dir():
+        pytest.skip("CIFAR-10 is not on this machine")
+    path = ROOT / "benchmarks" / "results" / "receipts" / "cifar10-reconstruction-1000.json"
+    words = ["--data", REAL / "cifar10", "--tokenizer", SHIPPED / "tokenizer", "--device", "cpu"]
+    result = cli(evaluate.main, "replay", path, *words)
+    assert result.code == 0 and result.out.startswith("same"), result.err
+
+
+@pytest.mark.slow
+def test_its_likelihood_is_what_the_card_says():
+    """Nats a token of the first 1,000 test images of CIFAR-10, against the card's figure over all 10,000."""
+    if not (REAL / "cifar10").is_dir():
+        pytest.skip("CIFAR-10 is not on this machine")
+    from vqgen.tokenizer.images import ImageConfig, open_images
+
+    generator = vqgen.Generator.load(SHIPPED, "cpu", "fp32")
+    images = open_images(str(REAL / "cifar10"), "heldout", ImageConfig([32, 32]))
+    given = [images[index] for index in range(1000)]
+    labels = [sample.label for sample in given]
+    nats = -generator.log_likelihood(torch.stack([sample.image for sample in given]), labels).mean() / 64
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    stated = float(card.split(" nats per token")[0].split()[-1])
+    assert nats.item() == pytest.approx(stated, rel=0.01)
