@@ -14,6 +14,7 @@ from ..prior.train import train as train_prior
 from ..tokenizer.encode import TokenizeConfig, tokenize
 from ..tokenizer.train import TokenizerTraining
 from ..tokenizer.train import train as train_tokenizer
+from .report import ReportConfig, check_output, write_report
 from .sample import SampleConfig, sample
 
 
@@ -22,7 +23,8 @@ class DemoConfig:
     """Where the demo goes, and whether it starts over."""
 
     output: Path = Path("runs/demo")
-    """Folder for tokenizer/, codes/, prior/ and samples/. A demo that was interrupted goes on from there."""
+    """Folder for tokenizer/, codes/, prior/, samples/ and report.html. A demo that was interrupted goes on from
+    there."""
     overwrite: bool = False
     """Remove an earlier demo in --output and start anew."""
 
@@ -38,6 +40,8 @@ def demo(config: DemoConfig) -> None:
     start = time.perf_counter()
     tokenizer, codes, prior, samples = (config.output / n for n in ("tokenizer", "codes", "prior", "samples"))
     anew = ["--overwrite"] if config.overwrite else []
+    page = config.output / "report.html"
+    check_output(page)  # before minutes are spent
 
     def stage(number: int, text: str) -> None:
         print(f"\n[{number}/4] {text}", file=sys.stderr, flush=True)
@@ -58,7 +62,8 @@ def demo(config: DemoConfig) -> None:
                 ["--config", "demo-samples", "--model", str(prior), "--output", str(samples), "--overwrite"],
             )
         )
-    print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}")
+    write_report(ReportConfig([config.output], page))
+    print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}, and at the whole in {page}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

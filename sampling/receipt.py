@@ -1,7 +1,6 @@
 """Receipts: a figure with all that it takes to measure it again, and what differs when that is done."""
 
 import math
-import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,24 +8,23 @@ from typing import Any
 
 import torch
 
-from vqgen import __version__
 from vqgen.artifact import read_json, write_json
 from vqgen.errors import UserError
+from vqgen.hardware import describe
 
-PACKAGES = ("torch", "torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips")
+PACKAGES = ("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips")
 KIND = "vqgen receipt"
 
 
 def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """What the figures were computed with and on."""
-    found: dict[str, Any] = {"python": platform.python_version(), "vqgen": __version__}
+    """What the figures were computed on and with; `precision` is fp32, bf16 or fp16."""
+    found = describe(device, precision, processes)
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return found | {"device": device.type, "processor": name, "precision": precision, "processes": processes}
+    return found
 
 
 def write_receipt(

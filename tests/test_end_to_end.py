@@ -47,7 +47,7 @@ def files(folder: Path) -> set[str]:
 def test_everything_is_there_and_nothing_else(runs: Path) -> None:
     pictures = {f"images/step-{step:08d}.png" for step in (4, 8, 12)}
     model = {"vqgen.json", "model.safetensors"}
-    run_files = {*model, "config.yaml", "metrics.jsonl", "finished.json"}
+    run_files = {*model, "config.yaml", "metrics.jsonl", "machine.json", "finished.json"}
     assert files(runs / "tokenizer") == {*run_files, *pictures}
     checkpoint = {"tokenizer.safetensors", "average.safetensors", "optimizers.pt", "state.json"}
     assert {path.name for path in (runs / "tokenizer/checkpoints/step-00000012").iterdir()} == checkpoint

@@ -8,6 +8,7 @@ import pytest
 from vqgen.config import parse
 from vqgen.errors import UserError
 from vqgen.folder import check_folder, take_folder
+from vqgen.sessions import MACHINE, Session, read_sessions
 from vqgen.tokenizer.train import TokenizerTraining
 
 
@@ -25,6 +26,7 @@ def begun(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / "images" / "step-00000004.png").write_bytes(b"a picture")
     (folder / "vqgen.json").write_text("{}")
+    Session(folder, 0, {"device": "cpu"})
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -72,3 +74,15 @@ def test_a_run_from_before_an_option_goes_on_with_its_default(tmp_path):
     config.optimizer.optimizer = "muon"
     with pytest.raises(UserError, match="was started with --optimizer adamw, now muon"):
         check_folder(tmp_path, config, False)
+
+
+def test_every_session_is_listed_with_what_it_saved(tmp_path: Path) -> None:
+    Session(tmp_path, 0, {"device": "cpu"}).saved(4)
+    Session(tmp_path, 4, {"device": "cpu", "threads": 2})  # killed before its first checkpoint
+    Session(tmp_path, 4, {"device": "cuda"}).saved(9)
+    found = read_sessions(tmp_path)
+    assert [(entry["first_step"], entry["last_step"]) for entry in found] == [(0, 4), (4, 4), (4, 9)]
+    assert found[1]["seconds"] == 0 and found[1]["threads"] == 2 and found[0]["began"].endswith("+00:00")
+    (tmp_path / MACHINE).write_text("half a")
+    Session(tmp_path, 9, {"device": "cpu"})
+    assert [entry["first_step"] for entry in read_sessions(tmp_path)] == [9]

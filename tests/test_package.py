@@ -56,6 +56,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel: zipfile.ZipFile) -> No
         for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("*.yaml")]:
             expected.add(package.replace(".", "/") + "/" + path.relative_to(ROOT / folder).as_posix())
     expected |= {f"vqgen/tokenizer/demo/{path.name}" for path in (ROOT / "tokenizer" / "demo").iterdir()}
+    expected |= {f"vqgen/sampling/{path.name}" for path in (ROOT / "sampling").glob("*.j2")}
     information = f"vqgen-{vqgen.__version__}.dist-info/"
     pretrained = ROOT / "sampling" / "pretrained"
     files = [path for path in pretrained.rglob("*") if path.is_file()]

@@ -9,6 +9,7 @@ from typing import Any
 from . import config as configuration
 from .checkpoint import checkpoints
 from .errors import UsageError, UserError
+from .sessions import MACHINE
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
@@ -16,7 +17,7 @@ _OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps"}
 FINISHED = "finished.json"
 # What a run writes, and all that --overwrite removes; config.yaml comes last, by it the folder is known as a run's.
 _OWN = ("checkpoints/step-*", "images/step-*.png", "logs/vqgen", "tokenizer/vqgen.json", "tokenizer/model.safetensors")
-_OWN += (FINISHED, "metrics.jsonl", "config.json", "vqgen.json", "model.safetensors", "config.yaml")
+_OWN += (FINISHED, MACHINE, "metrics.jsonl", "config.json", "vqgen.json", "model.safetensors", "config.yaml")
 _FOLDERS = ("checkpoints", "images", "logs", "tokenizer")
 # A config.yaml of somebody's own may lie beside images of somebody's own: only this line makes a folder a run's.
 _MARK = "# Written by vqgen: the resolved configuration of the run in this folder.\n"

@@ -1,14 +1,19 @@
 """What the machine offers: processes, devices, and the precision they compute in."""
 
 import ctypes
+import os
+import platform
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from . import __version__
 from .errors import UsageError
 
 
@@ -72,3 +77,28 @@ def keep_memory(device: torch.device) -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_threshold, 2**30)
+
+
+def describe(device: torch.device, precision: str, count: int) -> dict[str, Any]:
+    """What a run computes on and with, to be kept beside its figures; nothing by which a machine is told from others.
+
+    Args:
+        precision: Accelerate's name.
+        count: processes.
+    """
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # Linux on x86; elsewhere the file or the line is missing
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": count,
+        "precision": precision.replace("no", "fp32"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vqgen": __version__,
+    }

@@ -27,9 +27,10 @@ from .artifact import read_json, write_json, write_text
 from .checkpoint import NonFinite, checkpoints, finite_or_raise, load_checkpoint, non_finite, save_checkpoint
 from .errors import UsageError, UserError
 from .folder import FINISHED, check_folder, take_folder
-from .hardware import keep_memory, precision_of, processes
+from .hardware import describe, keep_memory, precision_of, processes
 from .health import Row
 from .order import step_seed
+from .sessions import Session
 from .sharding import is_sharded, take_up, whole
 from .tracking import JsonlTracker, further_trackers, progress, read_history
 from .trainer import Trainer
@@ -114,6 +115,7 @@ class Run:
         self.rows: list[Row] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}  # of the figures since the last row, with their counts
         self._signal: int | None = None
+        self.session: Session | None = None  # on the main process, while it trains
 
     @property
     def main(self) -> bool:
@@ -186,6 +188,8 @@ class Run:
         extra = {**trainer.extra, "sums": {name: [total, self._sums[name][1]] for name, total in totals.items()}}
         folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
         save_checkpoint(folder, step, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
+        if self.session:
+            self.session.saved(step)
         self.accelerator.wait_for_everyone()
 
     def backward(self, terms: Mapping[str, Tensor], total: Tensor) -> None:
@@ -221,6 +225,9 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("vqgen", config={})
         first = self._restore(trainer)
+        if self.main:
+            about = describe(self.device, self.accelerator.mixed_precision, self.accelerator.num_processes)
+            self.session = Session(self.folder, first, about)
         if not first:
             self._diagnose(trainer, 0)  # what can be told before the first step
         trainer.begin(first)

@@ -1,0 +1,208 @@
+"""Charts as geometry: lines and bars in a fixed frame, which a template draws as SVG in colours of its own.
+
+Units are those of the SVG's view box; y grows downwards.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 400, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 388, 12, 196
+# More points than a chart has pixels: of as many neighbours as share one, the lowest and the highest stay.
+BUCKETS = 240
+# So few points are marked, too.
+FEW = 12
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y) in order of x, as they are called in the legend."""
+
+    label: str
+    points: Sequence[Point]
+    colour: int
+    """Which of the template's colours."""
+    faint: bool = False
+    """Dashed and thin, beside a series of the same colour that matters more."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A grid line at `at`, with its text."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series as drawn."""
+
+    label: str
+    last: str
+    """Its last value."""
+    colour: int
+    faint: bool
+    points: str
+    """As the attribute of an SVG polyline."""
+    dots: list[Point]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of lines."""
+
+    title: str
+    unit: str
+    about: str
+    """What it shows, in words for those who do not see it."""
+    x_label: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, with the text below and above it."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A chart of bars."""
+
+    title: str
+    about: str
+    x_label: str
+    bars: list[Bar]
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for people: `digits` that count, thousands apart, powers of ten below a thousandth."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    if abs(value) < 1e-3:
+        mantissa, _, power = f"{value:.{min(digits, 3) - 1}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(power)}"
+    text = f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _nice(span: float, count: int) -> float:
+    """The round step that divides `span` into `count` parts or a few more or less."""
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    return power * next(factor for factor in (1, 2, 2.5, 5, 10) if rough <= factor * power * 1.0001)
+
+
+def linear_ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values in [low, high]."""
+    step = _nice(high - low, count)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Values 1, 2, 5 times a power of ten in [low, high], or powers alone where there are many; both are above 0."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    many = math.log10(high / low) > 2
+    every = max(1, (last - first) // 4) if many else 1
+    found = [factor * 10.0**n for n in range(first, last + 1, every) for factor in ((1,) if many else (1, 2, 5))]
+    return [value for value in found if low * 0.999 <= value <= high * 1.001]
+
+
+def _tick_text(value: float, step: float) -> str:
+    if abs(value) >= 1e6 or (value and abs(value) < 1e-3):
+        return f"{value:g}".replace("e+0", "e").replace("e-0", "e-")
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
+    decimals += bool(step) and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6  # 2.5 and its powers
+    return f"{value:,.{decimals}f}"
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most two points for each of `BUCKETS`, so that no peak is lost."""
+    if len(points) <= 2 * BUCKETS:
+        return list(points)
+    kept = [0, len(points) - 1]
+    for bucket in range(BUCKETS):
+        ends = (len(points) * bucket // BUCKETS, len(points) * (bucket + 1) // BUCKETS)
+        order = sorted(range(*ends), key=lambda index: points[index][1])
+        kept += [order[0], order[-1]]
+    return [points[index] for index in sorted(set(kept))]
+
+
+def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = False, x_label: str = "step") -> Chart:
+    """Lines over one another. `log` is taken where all values are above 0 and span more than a factor of 8.
+
+    `series` have at least one point between them.
+    """
+    values = [y for each in series for _, y in each.points]
+    low, high = min(values), max(values)
+    log = log and low > 0 and high / low > 8
+    if log:
+        low, high = low / 1.1, high * 1.1
+        ticks = log_ticks(low, high)
+        y_ticks = [(value, _tick_text(value, 10 ** math.floor(math.log10(value)))) for value in ticks]
+    else:
+        size = max(abs(low), abs(high))
+        # A hundredth at least of what is shown: digits beyond would be noise, and too long for their place.
+        margin = max(0.06 * (high - low), 0.005 * size) if high > low else 0.1 * size or 1.0
+        low, high = (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
+        ticks = linear_ticks(low, high, 5)
+        y_ticks = [(value, _tick_text(value, _nice(high - low, 5))) for value in ticks]
+    end = max(x for each in series for x, _ in each.points) or 1
+
+    def x_at(x: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * x / end, 1)
+
+    def y_at(y: float) -> float:
+        share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
+        return round(BOTTOM - (BOTTOM - TOP) * share, 1)
+
+    lines, told = [], []
+    for each in series:
+        if not each.points:
+            continue
+        drawn = [(x_at(x), y_at(y)) for x, y in thinned(each.points)]
+        path = " ".join(f"{x:g},{y:g}" for x, y in drawn)
+        dots = drawn if len(drawn) == 1 or (len(drawn) <= FEW and not each.faint) else []
+        (x0, y0), (x1, y1) = each.points[0], each.points[-1]
+        lines.append(Line(each.label, number(y1), each.colour, each.faint, path, dots))
+        told.append(f"{each.label} from {number(y0)} at {x_label} {x0:,.0f} to {number(y1)} at {x_label} {x1:,.0f}")
+    return Chart(
+        title,
+        ", ".join(part for part in (unit, "log scale" if log else "") if part),
+        f"{title}: {'; '.join(told)}.",
+        x_label,
+        [Tick(x_at(value), f"{value:,.0f}") for value in linear_ticks(0, end, 4) if abs(value - round(value)) < 1e-6],
+        [Tick(y_at(value), text) for value, text in y_ticks],
+        lines,
+    )
+
+
+def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[int]) -> Bars:
+    """A bar each; a value above 0 is never so low that it cannot be seen."""
+    most, each = max(1, *values), (RIGHT - 12) / len(values)
+    bars = []
+    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
+        height = max(1.5, (BOTTOM - TOP - 16) * value / most) if value else 0.0
+        left = 12 + each * index
+        bars.append(
+            Bar(
+                round(left + 2, 1), round(BOTTOM - height, 1), round(each - 4, 1), round(height, 1), label, f"{value:,}"
+            )
+        )
+    told = ", ".join(f"{label}: {value:,}" for label, value in zip(labels, values))
+    return Bars(title, f"{title}. {told}.", x_label, bars)

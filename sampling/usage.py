@@ -1,0 +1,142 @@
+"""How often the codes of a tokenizer are used, and what a code paints."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from vqgen.errors import UserError
+
+from ..tokenizer.codes import CodeFiles, Manifest, Split
+from ..tokenizer.model import Tokenizer
+from ..tokenizer.pixels import to_uint8
+from .charts import Bars, Chart, Series, bar_chart, line_chart
+from .history import Png
+
+SHOWN = 24
+"""Codes that are painted, of the most used and of the least used."""
+SIDE = 8
+"""Rows and columns at most of the grid that one code fills."""
+# Images whose codes are counted at once, and codes painted at once.
+IMAGES, PAINTED = 8192, 8
+# Uses of a code as a multiple of what even use would give it: the upper ends of the bars, and what they are called.
+EDGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, math.inf)
+LABELS = ("never", "<⅛", "⅛–¼", "¼–½", "½–1", "1–2", "2–4", "4–8", "≥8")
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A code, at which depth, how often it was used, and a grid filled with it."""
+
+    code: int
+    depth: int
+    uses: int
+    picture: Png
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts over code files, and what comes of them."""
+
+    images: int
+    """Grids of codes counted: images times their views."""
+    splits: str
+    counts: Tensor
+    """int64 (depth, K)."""
+
+    @property
+    def used(self) -> float:
+        """Codes that occur, mean over the depths."""
+        return float((self.counts > 0).double().sum(1).mean())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the counts, mean over the depths."""
+        share = self.counts.double() / self.counts.sum(1, keepdim=True)
+        return float((-(share * share.clamp_min(1e-30).log()).sum(1)).exp().mean())
+
+    def charts(self) -> tuple[Bars, Chart]:
+        """How many codes are used how often, and the uses of the codes by rank."""
+        even = self.counts.sum(1, keepdim=True).double() / self.counts.shape[1]
+        relative, used = self.counts / even, self.counts > 0
+        edges = torch.tensor(EDGES, dtype=torch.float64)
+        bars = torch.bincount(torch.bucketize(relative[used], edges, right=True), minlength=len(EDGES))
+        values = [int((~used).sum()), *bars.tolist()]
+        title, x_label = "How many codes are used how often", "uses, as a multiple of even use"
+        depths = len(self.counts)
+        series = []
+        for depth, counts in enumerate(self.counts):
+            ranked = [float(n) for n in counts.sort(descending=True).values if n]
+            label = f"depth {depth}" if depths > 1 else "uses"
+            series.append(Series(label, list(enumerate(ranked, 1)), depth))
+        chart = line_chart("Uses of the codes, from the most used on", "uses", series, log=True, x_label="rank")
+        return bar_chart(title, x_label, LABELS, values), chart
+
+
+def count_codes(folder: Path) -> Usage:
+    """Count every code of a folder of code files, all splits and views. Raises `UserError`."""
+    manifest = Manifest.read(folder)
+    counts = torch.zeros(manifest.depth, manifest.codebook_size, dtype=torch.long)
+    shift = manifest.codebook_size * torch.arange(manifest.depth)
+    grids, splits = 0, []
+    for split in manifest.splits:
+        files = CodeFiles(folder, _split(split, folder))
+        if len(files):
+            splits.append(split)
+        for start in range(0, len(files), IMAGES):
+            images = range(start, min(start + IMAGES, len(files)))
+            for view in range(files.views):
+                codes = files.gather(images, view).reshape(-1, manifest.depth)
+                if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < manifest.codebook_size:
+                    raise UserError(f"{folder} holds codes that the codebook does not have; tokenize again")
+                counts += torch.bincount((codes + shift).flatten(), minlength=counts.numel()).view_as(counts)
+                grids += len(images)
+    if not grids:
+        raise UserError(f"{folder} holds no images; tokenize again")
+    return Usage(grids, " and ".join(splits).replace("heldout", "held-out"), counts)
+
+
+def _split(name: str, folder: Path) -> Split:
+    if name == "train" or name == "heldout":
+        return name
+    raise UserError(f"{folder} holds a split {name}, which this version of vqgen does not know; tokenize again")
+
+
+def paint(tokenizer: Tokenizer, usage: Usage) -> tuple[list[Painted], list[Painted]]:
+    """The most and the least used codes, in this order, each with the grid that it alone fills.
+
+    Where a position has several codes, the other depths hold their most used ones.
+    """
+    depth, size = usage.counts.shape
+    order = usage.counts.flatten().argsort(descending=True, stable=True)
+    shown = min(SHOWN, len(order) // 2)
+    common = usage.counts.argmax(1)
+    chosen: list[Tensor] = [order[:shown], order[len(order) - shown :].flip(0)]
+    rows, columns = (min(SIDE, side) for side in tokenizer.grid)
+    found: list[list[Painted]] = []
+    for indices in chosen:
+        painted: list[Painted] = []
+        for part in indices.split(PAINTED):
+            codes = common.repeat(len(part), 1)
+            codes[torch.arange(len(part)), part // size] = part % size
+            grid = codes[:, None, None].expand(-1, rows, columns, -1)
+            images = to_uint8(tokenizer.decode(grid if depth > 1 else grid[..., 0]))
+            painted += [_painted(int(index), image, usage) for index, image in zip(part, images)]
+        found.append(painted)
+    return found[0], found[1]
+
+
+def _painted(index: int, image: Tensor, usage: Usage) -> Painted:
+    depth, code = divmod(index, usage.counts.shape[1])
+    picture = Png(encode_png(image).numpy().tobytes(), image.shape[2], image.shape[1])
+    return Painted(code, depth, int(usage.counts[depth, code]), picture)
+
+
+def codes_of(tokenizer: Tokenizer, folders: Sequence[Path]) -> Path | None:
+    """The first of `folders` whose codes this tokenizer made."""
+    marks = ((folder, Manifest.read(folder).tokenizer_fingerprint) for folder in folders)
+    return next((folder for folder, mark in marks if mark == tokenizer.fingerprint), None)
