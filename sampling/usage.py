@@ -111,23 +111,32 @@ def paint(tokenizer: Tokenizer, usage: Usage) -> tuple[list[Painted], list[Paint
 
     Where a position has several codes, the other depths hold their most used ones.
     """
-    depth, size = usage.counts.shape
     order = usage.counts.flatten().argsort(descending=True, stable=True)
     shown = min(SHOWN, len(order) // 2)
     common = usage.counts.argmax(1)
     chosen: list[Tensor] = [order[:shown], order[len(order) - shown :].flip(0)]
-    rows, columns = (min(SIDE, side) for side in tokenizer.grid)
-    found: list[list[Painted]] = []
-    for indices in chosen:
-        painted: list[Painted] = []
-        for part in indices.split(PAINTED):
-            codes = common.repeat(len(part), 1)
-            codes[torch.arange(len(part)), part // size] = part % size
-            grid = codes[:, None, None].expand(-1, rows, columns, -1)
-            images = to_uint8(tokenizer.decode(grid if depth > 1 else grid[..., 0]))
-            painted += [_painted(int(index), image, usage) for index, image in zip(part, images)]
-        found.append(painted)
+    found = [
+        [_painted(int(index), image, usage) for index, image in zip(indices, tiles(tokenizer, indices, common))]
+        for indices in chosen
+    ]
     return found[0], found[1]
+
+
+def tiles(tokenizer: Tokenizer, indices: Tensor, common: Tensor, side: int = SIDE) -> Tensor:
+    """What codes paint: uint8 (n, C, H, W), a grid filled with each, of at most `side` rows and columns.
+
+    Args:
+        indices: (n,), depth * K + code.
+        common: (depth,), the codes that the other depths hold meanwhile.
+    """
+    size, (rows, columns) = tokenizer.codebook_size, (min(side, length) for length in tokenizer.grid)
+    found = []
+    for part in indices.split(PAINTED):
+        codes = common.repeat(len(part), 1)
+        codes[torch.arange(len(part)), part // size] = part % size
+        grid = codes[:, None, None].expand(-1, rows, columns, -1)
+        found.append(to_uint8(tokenizer.decode(grid if tokenizer.depth > 1 else grid[..., 0])).cpu())
+    return torch.cat(found)
 
 
 def _painted(index: int, image: Tensor, usage: Usage) -> Painted:

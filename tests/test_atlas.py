@@ -1,0 +1,89 @@
+"""vqgen-codebook: pictures of codes, counts and neighbours."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_measure import SIZE, codes_for, make_prior
+from torchvision.io import decode_image
+
+import vqgen.sampling.atlas as program
+from vqgen.sampling.atlas import nearest_codes, vectors
+from vqgen.tokenizer.codes import CodeFiles
+from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
+from vqgen.tokenizer.pixels import to_uint8
+from vqgen.tokenizer.quantize import QuantizerConfig
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_counts_and_tiles_are_those_of_a_naive_loop(cli, tmp_path, depth):
+    model = make_prior(tmp_path / "model", depth=depth)
+    codes = codes_for(tmp_path / "codes", model, depth=depth)
+    words = ["--tokenizer", model / "tokenizer", "--codes", codes, "--output", tmp_path / "out"]
+    result = cli(program.main, *words)
+    assert result.code == 0 and "codes used over" in result.out, result.err
+    found = json.loads((tmp_path / "out/codebook.json").read_text())
+    counts = [[0] * SIZE for _ in range(depth)]
+    for split in ("train", "heldout"):
+        files = CodeFiles(codes, split)
+        for image in range(len(files)):
+            for view in range(files.views):
+                for position in files.gather(range(image, image + 1), view).reshape(-1, depth).tolist():
+                    for which, code in enumerate(position):
+                        counts[which][code] += 1
+    assert found["counts"] == counts
+    tokenizer = Tokenizer.load(model / "tokenizer")
+    first = max(range(SIZE), key=lambda code: (counts[0][code], -code))
+    common = [max(range(SIZE), key=lambda code: (row[code], -code)) for row in counts]
+    assert first == common[0]
+    rows, columns = (min(4, side) for side in tokenizer.grid)
+    grid = torch.tensor(common).expand(1, rows, columns, depth)
+    tile = to_uint8(tokenizer.decode(grid if depth > 1 else grid[..., 0]))[0]
+    atlas = decode_image(str(tmp_path / "out/atlas.png"))
+    assert torch.equal(atlas[:, 1 : 1 + tile.shape[1], 1 : 1 + tile.shape[2]], tile.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["vq", "fsq", "lfq", "residual", "simvq"])
+def test_neighbours_are_the_nearest_in_what_the_decoder_sees(kind):
+    torch.manual_seed(0)
+    extra = {"levels": [4, 4]} if kind == "fsq" else {"depth": 2} if kind == "residual" else {}
+    quantizer = QuantizerConfig(quantizer=kind, codebook_size=16, code_dim=4, **extra)
+    model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([8, 8], 3, model, quantizer)).eval()
+    table = vectors(tokenizer)
+    assert table.shape == (tokenizer.depth, 16, 8)
+    near = nearest_codes(table, 5, 3)
+    expected = sorted((float((table[0, i] - table[0, 5]).norm()), i) for i in range(16) if i != 5)[:3]
+    assert [d for _, d in near] == pytest.approx([d for d, _ in expected])
+    if tokenizer.depth > 1:
+        assert all(index >= 16 for index, _ in nearest_codes(table, 21, 3))
+        codes = torch.tensor([[3, 7]]).view(1, 1, 1, 2)
+        whole = tokenizer.quantizer.decode(codes).flatten()
+        nothing = tokenizer.quantizer.decode(torch.zeros(1, 1, 1, 2, dtype=torch.long)).flatten()
+        torch.testing.assert_close(whole, table[0, 3] + table[1, 7] - nothing)  # each depth adds its own
+
+
+def test_neighbours_are_told_and_shown(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    words = ["--tokenizer", model / "tokenizer", "--output", tmp_path / "out", "--neighbours", 2, 5, "--k", 3]
+    result = cli(program.main, *words)
+    assert result.code == 0 and "near 2: " in result.out and "near 5: " in result.out, result.err
+    found = json.loads((tmp_path / "out/codebook.json").read_text())
+    assert "counts" not in found and len(found["neighbours"]["5"]) == 3
+    assert (tmp_path / "out/neighbours.png").is_file()
+
+
+def test_what_does_not_fit_is_refused(cli, tmp_path):
+    model, other = make_prior(tmp_path / "model"), make_prior(tmp_path / "other", depth=2)
+    codes = codes_for(tmp_path / "codes", other, depth=2)
+    for words, part in (
+        (["--codes", codes], "another tokenizer"),
+        (["--neighbours", SIZE], f"0 to {SIZE - 1}"),
+        (["--k", 0], "--k: found 0"),
+        (["--codes", tmp_path / "nowhere"], "nowhere"),
+    ):
+        result = cli(program.main, "--tokenizer", model / "tokenizer", "--output", tmp_path / "out", *words)
+        assert result.code and part in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    assert not Path(tmp_path / "out").exists()
