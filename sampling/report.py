@@ -107,9 +107,15 @@ def shrunk(picture: Png) -> Png:
 def changed(run: RunFolder) -> set[str]:
     """The options of a run that are other than the program's default."""
     program = PriorTraining if run.kind == "prior" else TokenizerTraining
-    defaults = {".".join(option.path): option.default for option in options(program)}
-    given = {name for name in run.options if name not in ("output", "overwrite")}
-    return {name for name in given if name not in defaults or plain(defaults[name]) != plain(run.options[name])}
+    # By their own names, which occur once in a program: a section may have been another in an earlier version.
+    defaults = {option.name: option.default for option in options(program)}
+    names = {name: name.rpartition(".")[2] for name in run.options}
+    return {
+        name
+        for name, own in names.items()
+        if own not in ("output", "overwrite")
+        and (own not in defaults or plain(defaults[own]) != plain(run.options[name]))
+    }
 
 
 def codebook(run: RunFolder, folders: Sequence[Path]) -> Codebook:
