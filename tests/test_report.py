@@ -1,10 +1,13 @@
 """vqgen-report: what a page says of runs written by hand, that it needs nothing else, and that a browser shows it."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -412,7 +415,14 @@ def test_thinning_keeps_peaks_and_ends():
 def browse(*words: Any) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):  # its helpers would outlive it
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium")
