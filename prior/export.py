@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vqgen import __version__
-from vqgen.artifact import atomic_path, copy_artifact, write_json, write_tensors, write_text
+from vqgen.artifact import atomic_path, copy_artifact, fingerprint, write_json, write_tensors, write_text
 from vqgen.config import command
 from vqgen.errors import UsageError
 
@@ -146,6 +146,7 @@ def export(config: ExportConfig) -> None:
                 write_text(folder / "README.md", card(prior, config.dtype))
         print(f"exported to {config.output}: vqgen.Generator.load({str(config.output)!r}) loads it")
         return
+    prior.fingerprint = fingerprint(prior.backbone.state_dict())
     settings = prior.backbone.config.to_diff_dict()
     settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
     generation = {"bos_token_id": prior.vocabulary.null, "do_sample": True, "top_k": 0}

@@ -22,7 +22,7 @@ from vqgen.errors import UsageError, UserError
 
 from ..tokenizer.model import Tokenizer
 from ..tokenizer.reconstruct import write_png_atomic
-from .usage import Usage, codes_of, count_codes, tiles
+from .usage import codes_of, count_codes, tiles
 
 ATLAS, FIGURES, NEIGHBOURS = "atlas.png", "codebook.json", "neighbours.png"
 TILE = 4
@@ -74,18 +74,6 @@ def nearest_codes(table: Tensor, index: int, k: int) -> list[tuple[int, float]]:
     ]
 
 
-def figures(usage: Usage) -> dict[str, Any]:
-    """The counts of every code, and what comes of them."""
-    return {
-        "images": usage.images,
-        "splits": usage.splits,
-        "codes_used": usage.used,
-        "usage": usage.used / usage.counts.shape[1],
-        "perplexity": usage.perplexity,
-        "counts": usage.counts.tolist(),
-    }
-
-
 def inspect(config: CodebookConfig) -> dict[str, Any]:
     """Write everything, and return what codebook.json holds. Raises `UserError`."""
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -108,7 +96,8 @@ def inspect(config: CodebookConfig) -> dict[str, Any]:
         order = torch.cat(
             [which * size + counts.argsort(descending=True, stable=True) for which, counts in enumerate(usage.counts)]
         )
-        about |= figures(usage)
+        counted = {"images": usage.images, "splits": usage.splits, "counts": usage.counts.tolist()}
+        about |= usage.figures | counted
     columns = math.ceil(math.sqrt(depth * size))
     write_png_atomic(config.output / ATLAS, _sheet(tiles(tokenizer, order, common, TILE), columns))
     if config.neighbours:

@@ -107,7 +107,10 @@ def reference(config: SamplesConfig, images: ImageConfig, extractor: Extractor, 
     folder = config.cache.expanduser() / hashlib.sha256(key.encode()).hexdigest()[:32]
     rank, world = rank_and_world()
     if folder.is_dir():
-        kept = load_artifact(folder, "reference")
+        try:
+            kept = load_artifact(folder, "reference")
+        except UserError as error:
+            raise UserError(f"--cache: {error}, or remove {folder} to have it made again") from error
         held, about = kept.tensors, kept.description
         return Reference(
             Statistics(about["count"], held["mean"], held["covariance"], held["features"]), about["pixels"]

@@ -12,6 +12,7 @@ from torchvision.io import encode_png
 from vqgen.errors import UserError
 
 from ..tokenizer.codes import CodeFiles, Manifest, Split
+from ..tokenizer.fidelity import code_figures
 from ..tokenizer.model import Tokenizer
 from ..tokenizer.pixels import to_uint8
 from .charts import Bars, Chart, Series, bar_chart, line_chart
@@ -49,15 +50,9 @@ class Usage:
     """int64 (depth, K)."""
 
     @property
-    def used(self) -> float:
-        """Codes that occur, mean over the depths."""
-        return float((self.counts > 0).double().sum(1).mean())
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the entropy of the counts, mean over the depths."""
-        share = self.counts.double() / self.counts.sum(1, keepdim=True)
-        return float((-(share * share.clamp_min(1e-30).log()).sum(1)).exp().mean())
+    def figures(self) -> dict[str, float]:
+        """Codes in use, their share, and the perplexity; means over the depths."""
+        return code_figures(self.counts)
 
     def charts(self) -> tuple[Bars, Chart]:
         """How many codes are used how often, and the uses of the codes by rank."""

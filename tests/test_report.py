@@ -177,8 +177,8 @@ def test_codes_that_are_used_unevenly_fall_into_their_bars():
     bars, ranks = usage.charts()
     values = {bar.label: int(bar.value) for bar in bars.bars}
     assert values == {**dict.fromkeys(LABELS, 0), "never": 3, "<⅛": 1, "½–1": 2, "1–2": 1, "4–8": 1}
-    assert usage.used == 5 and len(ranks.lines[0].points.split()) == 5
-    assert Usage(1, "train", torch.full((2, 8), 3)).perplexity == pytest.approx(8)
+    assert usage.figures["codes_used"] == 5 and len(ranks.lines[0].points.split()) == 5
+    assert Usage(1, "train", torch.full((2, 8), 3)).figures["perplexity"] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("kind", ["residual", "product"])

@@ -77,15 +77,20 @@ class Fidelity:
         }
         if "lpips" in mean:
             figures["lpips"] = mean["lpips"]
-        counts = counts.cpu().double()
-        share = counts / counts.sum(dim=1, keepdim=True)
-        used = (counts > 0).double().sum(dim=1)
-        entropy = -(share * share.clamp_min(1e-10).log()).sum(dim=1)
-        return figures | {
-            "codes_used": float(used.mean()),
-            "usage": float(used.mean() / counts.shape[1]),
-            "perplexity": float(entropy.exp().mean()),
-        }
+        return figures | code_figures(counts)
+
+
+def code_figures(counts: Tensor) -> dict[str, float]:
+    """Of how often each code occurs, (depth, K): `codes_used`, `usage` and `perplexity`, see `Fidelity`."""
+    counts = counts.cpu().double()
+    share = counts / counts.sum(dim=1, keepdim=True)
+    used = (counts > 0).double().sum(dim=1)
+    entropy = -(share * share.clamp_min(1e-10).log()).sum(dim=1)
+    return {
+        "codes_used": float(used.mean()),
+        "usage": float(used.mean() / counts.shape[1]),
+        "perplexity": float(entropy.exp().mean()),
+    }
 
 
 def mse(images: Tensor, targets: Tensor) -> Tensor:
