@@ -80,7 +80,7 @@ def heat_map(grid: Tensor) -> Tensor:
 
 
 def measure(config: LikelihoodConfig) -> dict[str, Any]:
-    """Measure the prior, write everything, and return what likelihood.json holds. Raises `UserError`."""
+    """Measure the prior; what likelihood.json holds, the same in all processes. Raises `UserError`."""
     prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
     if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
         raise UserError(
@@ -100,11 +100,15 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
         )
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
+    if config.n > len(codes):
+        raise UsageError(
+            f"--n: found {config.n}, but the {config.split} split of {config.codes} holds {len(codes)}; ask for fewer"
+        )
     device = torch.device(processes().device or "cpu")
     precision = precision_of(config.precision, device)
     accelerator = Accelerator(mixed_precision=precision)
     prior = prior.to(device)
-    count = min(len(codes), config.n or len(codes))
+    count = config.n or len(codes)
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     sequences = Sequences(codes, prior.vocabulary)
 
@@ -130,7 +134,8 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
         for label in range(classes + 1)
         if counts[label]
     }
-    found = {
+    accelerator.wait_for_everyone()
+    return {
         "version": __version__,
         "model": str(config.model),
         "prior_fingerprint": prior.fingerprint,
@@ -145,14 +150,15 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
         "by_class": by_class,
         "nats_by_position": grid.tolist(),
     }
-    if accelerator.is_main_process:
-        kind = ("-unconditional" if config.unconditional else "") + (f"-{count}" if config.n else "")
-        output = config.output or config.model / f"likelihood-{config.split}{kind}"
-        write_png_atomic(output / MAP, heat_map(grid))
-        write_json(output / FIGURES, found)
-        found["output"] = str(output)
-    accelerator.wait_for_everyone()
-    return found
+
+
+def write(config: LikelihoodConfig, found: dict[str, Any]) -> Path:
+    """Write likelihood.json and positions.png; the folder they are in."""
+    kind = ("-unconditional" if config.unconditional else "") + (f"-{found['images']}" if config.n else "")
+    output = config.output or config.model / f"likelihood-{config.split}{kind}"
+    write_png_atomic(output / MAP, heat_map(torch.tensor(found["nats_by_position"], dtype=torch.float64)))
+    write_json(output / FIGURES, found)
+    return output
 
 
 def _figures(found: Any) -> dict[str, float]:
@@ -162,15 +168,16 @@ def _figures(found: Any) -> dict[str, float]:
 def run(config: LikelihoodConfig) -> None:
     """See how well a prior predicts code files: nats a token, bits a dimension, by class and by position."""
     found = measure(config)
-    if "output" not in found:
-        return  # another process tells
+    if not processes().is_main_process:
+        return
+    output = write(config, found)
     for name, each in found["by_class"].items() if len(found["by_class"]) > 1 else ():
         print(f"{name}: {each['nats_per_token']:.4f} nats per token over {each['images']} images")
     print(
         f"{found['images']} {found['split']} images: {found['nats_per_token']:.4f} nats per token, perplexity "
         f"{found['perplexity']:.1f}; {found['bits_per_dimension']:.4f} bits per dimension, the rate of the codes"
     )
-    print(f"look at {Path(found['output']) / MAP}")
+    print(f"look at {output / MAP}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

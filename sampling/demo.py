@@ -32,7 +32,7 @@ class DemoConfig:
 def drawn(samples: Path, prior: Path) -> bool:
     """Whether `samples` holds a finished run of this very prior."""
     path = samples / "samples.json"
-    return path.is_file() and read_json(path)["prior_fingerprint"] == read_json(prior / "vqgen.json")["fingerprint"]
+    return path.is_file() and read_json(path).get("prior_fingerprint") == read_json(prior / "vqgen.json")["fingerprint"]
 
 
 def demo(config: DemoConfig) -> None:

@@ -1,4 +1,4 @@
-"""vqgen-eval: figures of reconstructions and of samples, each with a receipt by which it can be measured again."""
+"""vqgen-eval: figures of reconstructions, priors and samples, each with a receipt by which it can be measured again."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +15,14 @@ from vqgen.values import checked
 
 from .classifier import ClassifierTraining, train_classifier
 from .collect import Measured
-from .pipeline import find_device
+from .prediction import PredictionConfig, measure_prediction
 from .realism import SamplesConfig, measure_samples
 from .receipt import differences, flat, read_receipt, write_receipt
 from .reconstruction import ReconstructionConfig, measure_reconstruction
 
 PROGRAMS: dict[str, tuple[type, Callable[[Any], Measured]]] = {
     "reconstruction": (ReconstructionConfig, measure_reconstruction),
+    "likelihood": (PredictionConfig, measure_prediction),
     "samples": (SamplesConfig, measure_samples),
 }
 
@@ -36,7 +37,7 @@ def _measure(program: str, config: Any) -> Measured | None:
     if main:
         asked = values_of(config)
         write_receipt(path, program, asked, found.fingerprints, found.counts, found.figures, found.environment)
-    processes(cpu=find_device(config.device).type == "cpu").destroy_process_group()
+    processes().destroy_process_group()
     return found if main else None
 
 
@@ -52,6 +53,11 @@ def _show(found: Measured | None, path: Path) -> None:
 def reconstruction(config: ReconstructionConfig) -> None:
     """Measure a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, usage and perplexity of the codebook."""
     _show(_measure("reconstruction", config), config.output)
+
+
+def likelihood(config: PredictionConfig) -> None:
+    """Measure a prior on code files: nats a token, perplexity, bits a dimension, nats by class."""
+    _show(_measure("likelihood", config), config.output)
 
 
 def samples(config: SamplesConfig) -> None:
@@ -75,6 +81,8 @@ class ReplayConfig:
     """Folder of samples."""
     model: Path | None = None
     """Run or model folder of the prior."""
+    codes: Path | None = None
+    """Folder of code files."""
     classifier: Path | None = None
     """Folder of the classifier."""
     weights: str | None = None
@@ -123,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "vqgen-eval",
         {
             "reconstruction": (ReconstructionConfig, reconstruction),
+            "likelihood": (PredictionConfig, likelihood),
             "samples": (SamplesConfig, samples),
             "classifier": (ClassifierTraining, train_classifier),
             "replay": (ReplayConfig, replay),

@@ -12,7 +12,8 @@ from ..prior.model import Prior
 def find_classes(words: Sequence[str] | None, prior: Prior) -> list[int]:
     """The classes to draw in turn; [-1] for an unconditional prior.
 
-    A word is a class's name or, where no class is called so, its index; None means every class. Raises `UsageError`.
+    A word is a class's name or, where no class is called so, its index or several of them with commas between; None
+    means every class. Raises `UsageError`.
     """
     count, names = prior.vocabulary.classes, prior.class_names or []
     if words is None:
@@ -30,6 +31,8 @@ def find_classes(words: Sequence[str] | None, prior: Prior) -> list[int]:
             if not 0 <= int(word) < count:
                 raise UsageError(f"--class: found {word}, expected an index from 0 to {count - 1} or a name")
             found.append(int(word))
+        elif "," in word.strip(","):
+            found += find_classes([part.strip() for part in word.split(",")], prior)
         else:
             close = difflib.get_close_matches(word.casefold(), folded, n=1)
             hint = (

@@ -214,7 +214,7 @@ class Generator:
         if classes is None:
             return find_classes(None, self.prior)
         each = [classes] if isinstance(classes, str) or not hasattr(classes, "__iter__") else list(classes)
-        return [find_classes([one], self.prior)[0] if isinstance(one, str) else int(one) for one in each]
+        return [c for one in each for c in (find_classes([one], self.prior) if isinstance(one, str) else [int(one)])]
 
     def draw(
         self,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
+from vqgen.artifact import fingerprint
 from vqgen.errors import UsageError
 from vqgen.hardware import precision_of, processes
 from vqgen.tracking import progress
@@ -104,6 +105,7 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measured:
             "tokenizer": tokenizer.fingerprint,
             "data": whole.hexdigest(),
             "extractor": network.fingerprint if network else None,
+            "perceptual": fingerprint(perceptual.distance.state_dict()) if perceptual else None,
         },
         {"images": whole.count},
         found,

@@ -61,6 +61,8 @@ class Example:
     """Channels."""
     class_: list[str] | None = None
     """Classes."""
+    files: list[Path] = field(default_factory=list)
+    """Files."""
     scale: float | Literal["auto"] = "auto"
     """A scale."""
     inner: Inner = field(default_factory=lambda: Inner(steps=20))
@@ -132,8 +134,10 @@ def test_help_texts_of_a_base_class_are_found() -> None:
         ("--rates []", "inner.rates", []),
         ("--class 3", "class_", ["3"]),
         ("--class no 3 null", "class_", ["no", "3", "null"]),
-        ("--class dress,coat", "class_", ["dress", "coat"]),
+        ("--class 'coats, grey' '[03]' '#1'", "class_", ["coats, grey", "[03]", "#1"]),
         ("--class '[no, 03]'", "class_", ["no", "03"]),
+        ("--class dress,coat", "class_", ["dress,coat"]),  # for the program that knows the names
+        ("--files 'a, b.png' '# 3'", "files", [Path("a, b.png"), Path("# 3")]),
         ("--class 'ankle boot' t-shirt/top", "class_", ["ankle boot", "t-shirt/top"]),
         ("--class none", "class_", None),
         ("--name no", "name", "no"),

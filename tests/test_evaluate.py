@@ -10,12 +10,14 @@ import pytest
 import torch
 from processes import run_two
 from safetensors.torch import save_file
+from test_measure import codes_for, make_prior
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.io import write_png
 from torchvision.models.vgg import cfgs, make_layers
 
+import vqgen.prior.measure as measuring
 import vqgen.sampling.evaluate as evaluate
 import vqgen.sampling.realism as realism
 import vqgen.sampling.sample as sampling
@@ -24,6 +26,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.sampling.distances import density_coverage, figures, frechet, kernel_distance, statistics
 from vqgen.sampling.extract import Inception, PixelHash, Vgg16, extract, extractor_for
+from vqgen.sampling.receipt import flat
 from vqgen.tokenizer.images import ImageConfig, open_images, ordered_batches
 from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
@@ -291,6 +294,7 @@ def test_reconstruction_gives_what_the_tokenizer_gives(cli, tmp_path, model, pho
     used = tokenizer.encode(given).unique().numel()
     assert found["figures"]["codes_used"] == used and found["counts"] == {"images": 20}
     assert found["fingerprints"]["tokenizer"] == tokenizer.fingerprint
+    assert found["fingerprints"]["extractor"] and not found["fingerprints"]["perceptual"]
     assert found["figures"]["rfd-vgg16"] > 0 and "psnr" in result.out and "rfd-vgg16" in result.out
     # The same in another pass, in smaller batches, and of fewer images.
     assert cli(evaluate.main, "replay", tmp_path / "receipt.json").code == 0
@@ -321,6 +325,44 @@ def test_two_processes_measure_what_one_does(cli, tmp_path, model, photos, vgg16
         for name, value in theirs["figures"].items():
             if name != "at":
                 assert ours["figures"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_prior_is_measured_with_a_receipt(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    codes = codes_for(tmp_path / "codes", model, labels=np.array([0, 1, 2, 0, -1, 2, 2, 0, 1]))
+    words = ["--model", model, "--codes", codes, "--split", "train"]
+    result = cli(evaluate.main, "likelihood", *words, "--output", tmp_path / "one.json")
+    assert result.code == 0 and "bits_per_dimension" in result.out and "9 images" in result.out, result.err
+    found = receipt(tmp_path / "one.json")
+    assert cli(measuring.main, *words).code == 0
+    whole = receipt(model / "likelihood-train" / "likelihood.json")
+    assert {name: whole[name] for name in ("nats_per_token", "perplexity", "bits_per_dimension")} == {
+        name: value for name, value in found["figures"].items() if name != "nats_by_class"
+    }
+    by_class = found["figures"]["nats_by_class"]
+    assert by_class == {name: each["nats_per_token"] for name, each in whole["by_class"].items()} and len(by_class) == 4
+    prior = Prior.load(model)
+    assert found["fingerprints"]["prior"] == prior.fingerprint
+    assert found["fingerprints"]["tokenizer"] == prior.tokenizer_fingerprint
+    first, second = run_two(EVALUATE, "likelihood", *words, "--output", tmp_path / "two.json", "--batch-size", 2)
+    assert "receipt" in first.ok().out and not second.ok().out
+    both = receipt(tmp_path / "two.json")
+    assert both["fingerprints"] == found["fingerprints"]
+    assert dict(flat(both["figures"])) == pytest.approx(dict(flat(found["figures"])), rel=1e-5)
+    # Elsewhere it comes out the same; of one other code it does not, nor of another class.
+    shutil.move(codes, tmp_path / "moved")
+    assert cli(evaluate.main, "replay", tmp_path / "one.json", "--codes", tmp_path / "moved").out.startswith("same")
+    changed = codes_for(tmp_path / "changed", model, labels=np.array([0, 1, 2, 0, -1, 2, 2, 0, 2]))
+    result = cli(evaluate.main, "replay", tmp_path / "one.json", "--codes", changed)
+    assert result.code == 1 and "fingerprints.codes" in result.err and "figures.nats_per_token" in result.err
+    for more, part in (
+        (["--n", 10], "--n: found 10, but the train split of"),
+        (["--n", -1], "--n: found -1"),
+        (["--split", "heldout"], "holds no heldout images"),
+        (["--output", model / "vqgen.json"], "is no receipt"),
+    ):
+        result = cli(evaluate.main, "likelihood", *words, "--codes", changed, *more)
+        assert result.code and part in result.err and len(result.err.strip().splitlines()) == 1, result.err
 
 
 def test_samples_from_a_folder_are_those_drawn_from_the_model(evaluated, tmp_path, model, photos, drawn):
@@ -478,7 +520,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
     assert result.code == 1 and "no receipt of vqgen-eval" in result.err
     for words in ([], ["sample"]):
         result = cli(evaluate.main, *words)
-        assert result.code == 2 and "reconstruction, samples, classifier, replay" in result.err
+        assert result.code == 2 and "reconstruction, likelihood, samples, classifier, replay" in result.err
     assert "usage: vqgen-eval COMMAND" in cli(evaluate.main, "--help").out
     words = ["--tokenizer", model / "tokenizer", "--data", photos, "--n", 1, "--extractor", "fd-vgg16"]
     result = cli(evaluate.main, "reconstruction", *words, "--weights", vgg16, "--output", tmp_path / "r.json")

@@ -241,6 +241,11 @@ def test_names_come_before_indices(model):
     prior.class_names = ["2", "0", "1"]
     assert program.find_classes(["2", "1"], prior) == [0, 2]
     assert program.find_classes(None, prior) == [0, 1, 2]
+    prior.class_names = ["cats, dogs", "#1", "[a"]
+    assert program.find_classes(["cats, dogs", "#1", "[a"], prior) == [0, 1, 2]
+    assert program.find_classes(["[a,1"], prior) == [2, 1]
+    with pytest.raises(UsageError, match="no class 'dogs'"):
+        program.find_classes(["0,dogs"], prior)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,7 @@ from vqgen.health import (
 )
 
 from .adversarial import GanConfig, blind_loss
-from .quantize import QuantizerConfig
-
-# Codes that are looked up, learned from the vectors nearest to them, and revived.
-_LEARNED = ("vq", "residual", "product")
+from .quantize import LEARNED, QuantizerConfig
 
 
 def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, training: int, heldout: int) -> list[Finding]:
@@ -29,7 +26,7 @@ def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, traini
     found = [too_large, learning_rate_too_high(rows), adversary_dominates(rows)]
     found.append(pinned_discriminator(rows, gan.gan_loss, blind_loss(gan.gan_loss)))
     if not too_large and not found[1]:  # of which it is a consequence, with another remedy
-        settled = 2 * quantizer.revive_after if quantizer.quantizer in _LEARNED else 0
+        settled = 2 * quantizer.revive_after if quantizer.quantizer in LEARNED else 0
         reachable = min(quantizer.codes, heldout)
         found.append(codebook_collapse(rows, reachable, collapse_remedy(quantizer), settled))
     return [finding for finding in found if finding]
@@ -42,7 +39,7 @@ def collapse_remedy(config: QuantizerConfig) -> str:
         return f"raise --entropy-weight (it is {config.entropy_weight:g}) or --gumbel-kl-weight, or use {less}"
     if config.quantizer == "lfq":
         return f"raise --entropy-weight (it is {config.entropy_weight:g}), or use {less}"
-    if config.quantizer not in _LEARNED:
+    if config.quantizer not in LEARNED:
         return f"use {less}"
     helps = {
         "--codebook ema": config.codebook != "ema",

@@ -19,15 +19,16 @@ from vqgen.errors import UsageError
 # Levels of FSQ for about 2^8 ... 2^16 codes (Mentzer et al. 2023, table 1).
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])
 
+LEARNED = ("vq", "residual", "product")
+"""Kinds whose codes are looked up, learned from the vectors nearest to them, and revived."""
 # Options that only some quantizers have.
-_LEARNED = ("vq", "residual", "product")
 _ONLY = {
     "depth": ("residual", "product"),
     "levels": ("fsq",),
-    "codebook": _LEARNED,
-    "codebook_decay": _LEARNED,
+    "codebook": LEARNED,
+    "codebook_decay": LEARNED,
     "commitment_weight": ("vq", "simvq", "lfq", "residual", "product"),
-    "revive_after": _LEARNED,
+    "revive_after": LEARNED,
     "shared_codebook": ("residual",),
     "estimator": ("vq", "simvq", "residual", "product"),
     **dict.fromkeys(("entropy_weight", "entropy_diversity"), ("vq", "lfq", "gumbel")),
@@ -64,7 +65,8 @@ class QuantizerConfig:
     kmeans_start: bool = True
     """Start the codebook from k-means over the first batches of latents (vq, residual, product)."""
     revive_after: int = 100
-    """A code unused for this many steps is moved to a random latent of the batch; 0 = never (vq, residual, product)."""
+    """A code unused for this many steps is moved to a random latent of the batch; 0 = never (vq, residual, product).
+    Each of a step's --accumulate parts counts as one."""
     shared_codebook: bool = False
     """One codebook for all depths (Lee et al. 2022, section 3.1.2); residual only."""
     estimator: Literal["straight-through", "rotation"] = "straight-through"

@@ -74,19 +74,20 @@ def type_name(hint: Any) -> str:
 def from_words(hint: Any, words: list[str]) -> Any:
     """What was typed for an option of this type, not checked yet; text stays as typed (`no` may be a name).
 
-    A list is several words, or one that holds commas or a YAML list; `none` empties what may be empty.
+    A list is several words, or one that is a YAML list or, of numbers and the like, holds commas: a name or a path may
+    have some of its own. `none` empties what may be empty.
     """
     members = kinds(hint)
     if words in (["null"], ["none"]) and type(None) in members:
         return None
     if any(typing.get_origin(kind) is list for kind in members):
-        text = list[str] in members
+        text = list[str] in members or list[Path] in members
         if len(words) == 1 and words[0].startswith("["):
             with suppress(yaml.YAMLError):
                 return yaml.load(words[0], yaml.BaseLoader if text else YamlLoader)
-        if len(words) == 1 and "," in words[0]:
-            words = words[0].split(",")
-        return words if text else [_from_word(word) for word in words]
+        if text:
+            return words
+        return [_from_word(word) for word in (words[0].split(",") if len(words) == 1 else words)]
     if any(kind in (str, Path) or typing.get_origin(kind) is typing.Literal for kind in members):
         return words[0]
     return _from_word(words[0])

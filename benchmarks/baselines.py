@@ -1,0 +1,167 @@
+"""The README's table of baselines: every preset that two cores can train, measured, each figure with its receipt.
+
+    python benchmarks/baselines.py run cifar10/fsq fashion-mnist/demo --data DATA --vgg16 VGG16 --output baselines
+    python benchmarks/baselines.py table
+
+`run` trains the tokenizer of each row, makes code files, trains a prior, and measures all three with `vqgen-eval`; what
+is there already is kept, so an interrupted call goes on. DATA is a folder with cifar10/ and fashion_mnist/, each of a
+train.parquet and a test.parquet; VGG16 a file of its convolutions. The receipts land in `OUTPUT/DATA/ROW`; the table
+is printed from those in `benchmarks/results/receipts`. Give paths that are relative: receipts keep them.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from vqgen.artifact import read_json, write_json
+from vqgen.sampling.receipt import read_receipt
+from vqgen.sessions import read_sessions
+from vqgen.tracking import read_history
+
+RECEIPTS = Path(__file__).parent / "results" / "receipts"
+QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")
+SAMPLES = 2000
+
+
+def stack(*presets: str) -> list[str]:
+    return [word for preset in presets for word in ("--config", preset)]
+
+
+# Row -> the words of vqgen-train-tokenizer, without data and output. FROM stands for the tokenizer of another row.
+ROWS: dict[str, dict[str, list[str]]] = {
+    "cifar10": {
+        **{name: [*stack("vqvae", f"quantizer-{name}"), "--steps", "600"] for name in QUANTIZERS},
+        "vqvae": stack("vqvae"),
+        "vqgan-cifar10": stack("vqgan-cifar10"),
+        "cifar10-512": stack("cifar10-512"),
+        "cifar10-512-even": [*stack("cifar10-512", "cifar10-512-even"), "--init", "FROM cifar10-512"],
+        "cifar10-512-lpips": [*stack("cifar10-512", "cifar10-512-lpips"), "--init", "FROM cifar10-512-even"],
+        "cifar10-8192": stack("cifar10-512", "cifar10-8192"),
+    },
+    "fashion-mnist": {
+        "demo": stack("demo-tokenizer"),
+        **{name: stack("demo-tokenizer", f"quantizer-{name}") for name in QUANTIZERS if name != "vq"},
+    },
+}
+CHANNELS = {"cifar10": 3, "fashion-mnist": 1}
+CLASSIFIER = {"cifar10": ["--steps", "4000", "--width", "48"], "fashion-mnist": ["--steps", "1200"]}
+
+
+def call(module: str, *words: Any) -> None:
+    print("+", module, *words, flush=True)
+    subprocess.run([sys.executable, "-m", f"vqgen.{module}", *map(str, words)], check=True)
+
+
+def spent(run: Path) -> dict[str, Any]:
+    """How a finished run was trained: images or code sequences seen, seconds, cores."""
+    config, steps = yaml.safe_load((run / "config.yaml").read_text()), read_json(run / "finished.json")["steps"]
+    seen, sessions = steps * config["run"]["batch_size"], read_sessions(run)
+    found = {"steps": steps, "seen": seen}
+    if sessions:
+        return {**found, "seconds": sum(s["seconds"] for s in sessions), "threads": sessions[-1]["threads"]}
+    # A run of a version that kept no sessions: by its own rate.
+    rates = [row["train/per_second"] for row in read_history(run / "metrics.jsonl", steps) if "train/per_second" in row]
+    return {**found, "seconds": round(seen / median(rates), 1)}
+
+
+def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
+    """Make one row, or what is missing of it."""
+    source, here, receipts = images / data.replace("-", "_"), output / data / row, output / "receipts" / data / row
+    tokenizer, codes, prior, judge = here / "tokenizer", here / "codes", here / "prior", output / data / "classifier"
+
+    def receipt(program: str, *words: Any) -> None:
+        if not (receipts / f"{program}.json").is_file():
+            call("sampling.evaluate", program, *words, "--output", receipts / f"{program}.json")
+
+    if not judge.exists():
+        size = ["--size", 32, "--channels", CHANNELS[data]]
+        call("sampling.evaluate", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", judge)
+    if not (tokenizer / "finished.json").is_file():
+        words = [str(output / data / w[5:] / "tokenizer") if w.startswith("FROM ") else w for w in ROWS[data][row]]
+        needs = ["--perceptual-weights", vgg16] if {"vqgan-cifar10", "cifar10-512-lpips"} & set(words) else []
+        call("tokenizer.train", *words, *needs, "--data", source, "--output", tokenizer)
+    extractor = ["--extractor", "fd-vgg16", "--weights", vgg16]
+    receipt("reconstruction", "--tokenizer", tokenizer, "--data", source, "--perceptual-weights", vgg16, *extractor)
+    if not (prior / "finished.json").is_file():
+        call("tokenizer.encode", "--tokenizer", tokenizer, "--data", source, "--output", codes)
+        call("prior.train", "--config", "demo-prior", "--codes", codes, "--output", prior)
+    receipt("likelihood", "--model", prior, "--codes", codes)
+    judged = [*extractor, "--split", "heldout", "--classifier", judge, "--n", SAMPLES, "--cache", output / "cache"]
+    receipt("samples", "--model", prior, "--data", source, *judged)
+    write_json(receipts / "training.json", {"tokenizer": spent(tokenizer), "prior": spent(prior)})
+    for folder in (tokenizer, prior):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def line(folder: Path) -> str:
+    """A row of the table, from the receipts in a folder."""
+    found = {path.stem: read_receipt(path)["figures"] for path in folder.glob("*.json") if path.stem != "training"}
+    trained = read_json(folder / "training.json")
+
+    def show(program: str, name: str, shape: str) -> str:
+        value = found.get(program, {}).get(name)
+        return "" if value is None else shape.format(value)
+
+    cells = [
+        f"[`{folder.name}`](benchmarks/results/receipts/{folder.parent.name}/{folder.name})",
+        show("reconstruction", "psnr", "{:.2f}"),
+        show("reconstruction", "ssim", "{:.3f}"),
+        show("reconstruction", "lpips", "{:.3f}"),
+        show("reconstruction", "rfd-vgg16", "{:.1f}"),
+        show("reconstruction", "usage", "{:.1%}").replace("%", " %").replace("100.0", "100"),
+        show("likelihood", "bits_per_dimension", "{:.3f}"),
+        show("samples", "fd-vgg16", "{:.1f}"),
+        show("samples", "classifier_accuracy", "{:.1%}").replace("%", " %"),
+        " + ".join(f"{trained[s]['seconds'] / 60:.1f}" for s in ("tokenizer", "prior") if s in trained) + " min",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+TITLES = (
+    "",
+    "PSNR (dB)",
+    "SSIM",
+    "LPIPS",
+    "rfd-vgg16",
+    "usage",
+    "bits per dimension",
+    "samples: fd-vgg16",
+    "by class",
+    "training",
+)
+
+
+def table(data: str) -> list[str]:
+    """The Markdown table of a data set, the best reconstructions first."""
+    folders = [path.parent for path in (RECEIPTS / data).glob("*/training.json")]
+    order = sorted(folders, key=lambda f: -read_receipt(f / "reconstruction.json")["figures"]["psnr"])
+    rule = "|" + "---|" * len(TITLES)
+    return ["| " + " | ".join(TITLES) + " |", rule, *map(line, order)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run")
+    every = [f"{data}/{row}" for data, rows in ROWS.items() for row in rows]
+    runs.add_argument("rows", nargs="+", choices=every, metavar="DATA/ROW", help=", ".join(every))
+    for name in ("data", "vgg16", "output"):
+        runs.add_argument(f"--{name}", type=Path, required=True)
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        print("\n\n".join("\n".join([f"**{data}**", "", *table(data)]) for data in ROWS))
+        return
+    for name in arguments.rows:
+        data, row = name.split("/")
+        run(data, row, arguments.data, arguments.vgg16, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
