@@ -5,8 +5,8 @@
 
 `run` trains the tokenizer of each row, makes code files, trains a prior, and measures all three with `vqgen-eval`; what
 is there already is kept, so an interrupted call goes on. DATA is a folder with cifar10/ and fashion_mnist/, each of a
-train.parquet and a test.parquet; VGG16 a file of its convolutions. The receipts land in `OUTPUT/DATA/ROW`; the table
-is printed from those in `benchmarks/results/receipts`. Give paths that are relative: receipts keep them.
+train.parquet and a test.parquet; VGG16 a file of its convolutions. The receipts land in `OUTPUT/receipts/DATA/ROW`;
+the table is printed from those in `benchmarks/results/receipts`. Give paths that are relative: receipts keep them.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from vqgen.tracking import read_history
 RECEIPTS = Path(__file__).parent / "results" / "receipts"
 QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")
 SAMPLES = 2000
+GUIDED = ["--guidance-scale", "3", "--min-p", "0.1"]  # as in the preset demo-samples
 
 
 def stack(*presets: str) -> list[str]:
@@ -49,6 +50,8 @@ ROWS: dict[str, dict[str, list[str]]] = {
         **{name: stack("demo-tokenizer", f"quantizer-{name}") for name in QUANTIZERS if name != "vq"},
     },
 }
+TOKENIZERS_ALONE = {name for name in ROWS["cifar10"] if name not in QUANTIZERS}
+"""Rows without a prior: that of the package (`cifar10-prior`, 83 minutes) goes with the best of them."""
 CHANNELS = {"cifar10": 3, "fashion-mnist": 1}
 CLASSIFIER = {"cifar10": ["--steps", "4000", "--width", "48"], "fashion-mnist": ["--steps", "1200"]}
 
@@ -75,38 +78,59 @@ def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
     source, here, receipts = images / data.replace("-", "_"), output / data / row, output / "receipts" / data / row
     tokenizer, codes, prior, judge = here / "tokenizer", here / "codes", here / "prior", output / data / "classifier"
 
-    def receipt(program: str, *words: Any) -> None:
-        if not (receipts / f"{program}.json").is_file():
-            call("sampling.evaluate", program, *words, "--output", receipts / f"{program}.json")
+    def receipt(program: str, *words: Any, name: str = "") -> None:
+        path = receipts / f"{name or program}.json"
+        if not path.is_file():
+            call("sampling.evaluate", program, *words, "--output", path)
 
+    lpips, extractor = ["--perceptual-weights", vgg16], ["--extractor", "fd-vgg16", "--weights", vgg16]
     if not judge.exists():
         size = ["--size", 32, "--channels", CHANNELS[data]]
         call("sampling.evaluate", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", judge)
     if not (tokenizer / "finished.json").is_file():
         words = [str(output / data / w[5:] / "tokenizer") if w.startswith("FROM ") else w for w in ROWS[data][row]]
-        needs = ["--perceptual-weights", vgg16] if {"vqgan-cifar10", "cifar10-512-lpips"} & set(words) else []
+        needs = lpips if {"vqgan-cifar10", "cifar10-512-lpips"} & set(words) else []
         call("tokenizer.train", *words, *needs, "--data", source, "--output", tokenizer)
-    extractor = ["--extractor", "fd-vgg16", "--weights", vgg16]
-    receipt("reconstruction", "--tokenizer", tokenizer, "--data", source, "--perceptual-weights", vgg16, *extractor)
-    if not (prior / "finished.json").is_file():
-        call("tokenizer.encode", "--tokenizer", tokenizer, "--data", source, "--output", codes)
-        call("prior.train", "--config", "demo-prior", "--codes", codes, "--output", prior)
-    receipt("likelihood", "--model", prior, "--codes", codes)
-    judged = [*extractor, "--split", "heldout", "--classifier", judge, "--n", SAMPLES, "--cache", output / "cache"]
-    receipt("samples", "--model", prior, "--data", source, *judged)
-    write_json(receipts / "training.json", {"tokenizer": spent(tokenizer), "prior": spent(prior)})
-    for folder in (tokenizer, prior):
+    receipt("reconstruction", "--tokenizer", tokenizer, "--data", source, *lpips, *extractor)
+    made = [tokenizer]
+    if row not in TOKENIZERS_ALONE:
+        made.append(prior)
+        if not (prior / "finished.json").is_file():
+            call("tokenizer.encode", "--tokenizer", tokenizer, "--data", source, "--output", codes)
+            call("prior.train", "--config", "demo-prior", "--codes", codes, "--output", prior)
+        receipt("likelihood", "--model", prior, "--codes", codes)
+        judged = [*extractor, "--split", "heldout", "--classifier", judge, "--n", SAMPLES, "--cache", output / "cache"]
+        receipt("samples", "--model", prior, "--data", source, *judged)
+        guided = ["--extractor", "none", "--classifier", judge, "--n", SAMPLES // 2, *GUIDED]
+        receipt("samples", "--model", prior, *guided, name="samples-guided")
+    write_json(receipts / "training.json", {folder.name: spent(folder) for folder in made})
+    for folder in made:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+TITLES = (
+    "row",
+    "PSNR",
+    "SSIM",
+    "LPIPS",
+    "rfd-vgg16",
+    "usage",
+    "perplexity",
+    "bits/dim",
+    "fd-vgg16",
+    "by class",
+    "training",
+)
 
 
 def line(folder: Path) -> str:
     """A row of the table, from the receipts in a folder."""
     found = {path.stem: read_receipt(path)["figures"] for path in folder.glob("*.json") if path.stem != "training"}
-    trained = read_json(folder / "training.json")
 
-    def show(program: str, name: str, shape: str) -> str:
-        value = found.get(program, {}).get(name)
-        return "" if value is None else shape.format(value)
+    def show(receipt: str, name: str, shape: str) -> str:
+        figures = found.get(receipt, {})
+        value = figures.get("at", {}).get(str(SAMPLES), figures).get(name)  # of as many samples as in the other rows
+        return "" if value is None else shape.format(value).replace("%", " %")
 
     cells = [
         f"[`{folder.name}`](benchmarks/results/receipts/{folder.parent.name}/{folder.name})",
@@ -114,35 +138,21 @@ def line(folder: Path) -> str:
         show("reconstruction", "ssim", "{:.3f}"),
         show("reconstruction", "lpips", "{:.3f}"),
         show("reconstruction", "rfd-vgg16", "{:.1f}"),
-        show("reconstruction", "usage", "{:.1%}").replace("%", " %").replace("100.0", "100"),
+        show("reconstruction", "usage", "{:.1%}"),
+        show("reconstruction", "perplexity", "{:.0f}"),
         show("likelihood", "bits_per_dimension", "{:.3f}"),
         show("samples", "fd-vgg16", "{:.1f}"),
-        show("samples", "classifier_accuracy", "{:.1%}").replace("%", " %"),
-        " + ".join(f"{trained[s]['seconds'] / 60:.1f}" for s in ("tokenizer", "prior") if s in trained) + " min",
+        show("samples-guided", "classifier_accuracy", "{:.1%}"),
+        " + ".join(f"{part['seconds'] / 60:.0f}" for part in read_json(folder / "training.json").values()) + " min",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-TITLES = (
-    "",
-    "PSNR (dB)",
-    "SSIM",
-    "LPIPS",
-    "rfd-vgg16",
-    "usage",
-    "bits per dimension",
-    "samples: fd-vgg16",
-    "by class",
-    "training",
-)
 
 
 def table(data: str) -> list[str]:
     """The Markdown table of a data set, the best reconstructions first."""
     folders = [path.parent for path in (RECEIPTS / data).glob("*/training.json")]
     order = sorted(folders, key=lambda f: -read_receipt(f / "reconstruction.json")["figures"]["psnr"])
-    rule = "|" + "---|" * len(TITLES)
-    return ["| " + " | ".join(TITLES) + " |", rule, *map(line, order)]
+    return ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES), *map(line, order)]
 
 
 def main() -> None:

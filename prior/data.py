@@ -1,6 +1,6 @@
 """Code files -> sequences of token ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Sequences:
             labels = torch.full_like(labels, -1)
         return torch.cat([self.vocabulary.class_id(labels)[:, None], tokens], dim=1)
 
-    def ordered(self, indices: range, batch_size: int) -> Iterator[Tensor]:
+    def ordered(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """The given images in order, view 0."""
         for start in range(0, len(indices), batch_size):
             part = np.asarray(indices[start : start + batch_size])
@@ -50,7 +50,8 @@ class Sequences:
         step = first_step
         while True:
             whole = epoch_slice(len(self), seed, step * batch_size * world, batch_size * world)
-            views = np.random.default_rng(step_seed(seed, step)).integers(self.codes.views, size=len(whole))
+            random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
+            views = random.integers(self.codes.views, size=len(whole))
             mine = slice(rank * batch_size, (rank + 1) * batch_size)
             yield self.rows(whole[mine], views[mine])
             step += 1

@@ -20,7 +20,9 @@ from vqgen.artifact import write_json
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import precision_of, processes
+from vqgen.order import some
 from vqgen.tracking import progress
+from vqgen.values import at_least
 
 from ..tokenizer.codes import CodeFiles
 from ..tokenizer.reconstruct import write_png_atomic
@@ -48,7 +50,7 @@ class LikelihoodConfig:
     split: Literal["heldout", "train"] = "heldout"
     """Which images of the code files."""
     n: int = 0
-    """Images to measure, the first ones; 0 = all."""
+    """Images to measure, the same ones from all over the set; 0 = all."""
     unconditional: bool = False
     """Leave the classes out, as guidance does."""
     batch_size: int = 64
@@ -57,10 +59,7 @@ class LikelihoodConfig:
     """Autocast; auto takes 16 bits where the hardware has them, which is faster and off by about 0.1 %."""
 
     def __post_init__(self) -> None:
-        for name, least in {"n": 0, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                found = getattr(self, name)
-                raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
+        at_least(self, n=0, batch_size=1)
 
 
 def heat_map(grid: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=precision)
     prior = prior.to(device)
     count = config.n or len(codes)
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    mine = some(count, len(codes))[accelerator.process_index :: accelerator.num_processes]
     sequences = Sequences(codes, prior.vocabulary)
 
     def batches():
@@ -155,6 +154,7 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
 def write(config: LikelihoodConfig, found: dict[str, Any]) -> Path:
     """Write likelihood.json and positions.png; the folder they are in."""
     kind = ("-unconditional" if config.unconditional else "") + (f"-{found['images']}" if config.n else "")
+    kind += "" if found["precision"] == "fp32" else f"-{found['precision']}"
     output = config.output or config.model / f"likelihood-{config.split}{kind}"
     write_png_atomic(output / MAP, heat_map(torch.tensor(found["nats_by_position"], dtype=torch.float64)))
     write_json(output / FIGURES, found)

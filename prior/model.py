@@ -5,6 +5,7 @@ stands for "unconditional" and is the start token where there are no classes.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from transformers import (
 from vqgen.artifact import copy_artifact, load_artifact, read_json, save_artifact, write_text
 from vqgen.config import from_dict
 from vqgen.errors import UsageError, UserError
+from vqgen.values import at_least
 
 from ..tokenizer.model import Tokenizer
 
@@ -95,15 +97,11 @@ class PriorConfig:
     """Dropout of embeddings, attention output and feed-forward output."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, dim=1, layers=1, heads=1, hidden_dim=1)
         if self.dim % self.heads:
             raise UsageError(f"--heads: {self.heads} does not divide --dim {self.dim}; choose a divisor")
         if self.backbone != "gpt2" and self.dim // self.heads % 2:
             raise UsageError(f"--heads: --dim / --heads is {self.dim // self.heads}, rotary positions need it even")
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise UsageError(f"--hidden-dim: found {self.hidden_dim}, expected at least 1")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout: found {self.dropout}, expected 0 <= dropout < 1")
 
@@ -165,12 +163,29 @@ def _compare(path: Path, own: PreTrainedConfig) -> None:
     """Refuse a `config.json` that describes another network than `vqgen.json`: each reader would see another model."""
     try:
         stated = AutoConfig.for_model(**read_json(path)).to_dict()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is no transformers configuration ({error}); restore the file") from error
+    except UserError:
+        raise
+    except Exception as error:  # the library checks types by errors of its own
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
     for key, value in own.to_dict().items():
         # These name the writer, not the network.
         if key not in ("architectures", "dtype", "transformers_version") and stated.get(key) != value:
             raise UserError(f"{path} has {key} {stated.get(key)!r}, vqgen.json needs {value!r}; restore the file")
+
+
+def _check_description(about: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for values in `vqgen.json` that would be taken for others, or fail much later."""
+    names, grid, shape = about["class_names"], about["grid"], about["image_shape"]
+    numbers = [about["codebook_size"], about["depth"], about["classes"], *grid, *shape]
+    if not all(type(number) is int for number in numbers) or (len(grid), len(shape)) != (2, 3):
+        raise ValueError("codebook_size, depth, grid, classes and image_shape have to be whole numbers")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("class_names have to be a list of names")
+    if names and len(names) != about["classes"]:
+        raise ValueError(f"{len(names)} class_names for {about['classes']} classes")
+    if not isinstance(about["tokenizer_fingerprint"], str) or not isinstance(about["label_dropout"], (int, float)):
+        raise ValueError("tokenizer_fingerprint has to be text, and label_dropout a number")
 
 
 class Prior(nn.Module):
@@ -260,6 +275,7 @@ class Prior(nn.Module):
         artifact = load_artifact(folder, "prior")
         about = artifact.description
         try:
+            _check_description(about)
             vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), about["classes"])
             prior = cls(
                 from_dict(PriorConfig, about["prior"], str(folder / "vqgen.json")),

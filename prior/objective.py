@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError
+from vqgen.values import at_least
 
 from .likelihood import token_nats
 from .model import Vocabulary
@@ -30,8 +31,9 @@ class ObjectiveConfig:
         for name in ("label_dropout", "token_corruption", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 to 1")
-        if not self.z_loss >= 0:
-            raise UsageError(f"--z-loss: found {self.z_loss}, expected at least 0")
+        if self.label_dropout == 1:
+            raise UsageError("--label-dropout: 1 leaves no class to learn; tokenize images without classes for that")
+        at_least(self, z_loss=0)
 
 
 def without_labels(tokens: Tensor, share: float, vocabulary: Vocabulary) -> Tensor:

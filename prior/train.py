@@ -17,8 +17,10 @@ from vqgen.errors import UsageError, UserError
 from vqgen.hardware import matrix_rate
 from vqgen.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
+from vqgen.order import some
 from vqgen.run import Run, RunConfig
 from vqgen.sharding import reshard, shard, units, whole
+from vqgen.values import at_least
 
 from ..tokenizer.codes import CodeFiles
 from ..tokenizer.model import Tokenizer
@@ -45,7 +47,7 @@ class PriorTraining:
     """Stop after this many validations without a better held-out loss; 0 = train to the last step. The best weights
     are saved either way."""
     validation_images: int = 2000
-    """Held-out images that each validation measures; 0 = all."""
+    """Held-out images that each validation measures, the same ones from all over the set; 0 = all."""
     preview_images: int = 40
     """Images drawn at each validation and written under images/; 0 = none."""
     gradient_checkpointing: bool = False
@@ -56,9 +58,7 @@ class PriorTraining:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("patience", "validation_images", "preview_images"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
+        at_least(self, patience=0, validation_images=0, preview_images=0)
 
 
 class PriorTrainer:
@@ -129,11 +129,10 @@ class PriorTrainer:
         return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak}
 
     def validate(self, step: int) -> dict[str, float]:
-        count = len(self.heldout_codes)
-        if self.config.validation_images:
-            count = min(count, self.config.validation_images)
+        there = len(self.heldout_codes)
+        chosen = some(self.config.validation_images or there, there)
         rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
-        batches = self.heldout_codes.ordered(range(rank, count, world), max(1, self.run.micro_batch))
+        batches = self.heldout_codes.ordered(chosen[rank::world], max(1, self.run.micro_batch))
         average = cast(Prior, self.average.module)
         found = likelihood(average, batches, self.run.accelerator)
         if found.nats_per_token < self.extra["best"]:
@@ -165,7 +164,8 @@ class PriorTrainer:
 
     def finished(self) -> str | None:
         if self.config.patience and self.extra["stale"] >= self.config.patience:
-            return f"stopped early: {self.extra['stale']} validations without a better held-out loss"
+            stale = self.extra["stale"]
+            return f"stopped early: {stale} validations without a better held-out loss; a larger --patience goes on"
         return None
 
     def save(self) -> None:

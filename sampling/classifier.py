@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.artifact import load_artifact, save_artifact
+from vqgen.artifact import check_writable, load_artifact, save_artifact
 from vqgen.config import from_dict
 from vqgen.errors import UsageError, UserError
+from vqgen.hardware import processes
 from vqgen.tracking import progress
+from vqgen.values import at_least
 
 from ..tokenizer.images import ImageConfig, open_images, ordered_batches, training_batches
 from ..tokenizer.layers import ResidualBlock
@@ -102,9 +104,9 @@ class ClassifierTraining:
     """Of weights, order and flips."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "width"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, steps=1, batch_size=1, width=1, seed=0)
+        if not self.lr > 0:
+            raise UsageError(f"--lr: found {self.lr}, expected more than 0")
         if self.width % 8:
             raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
 
@@ -113,6 +115,9 @@ def train_classifier(config: ClassifierTraining) -> None:
     """Train a classifier on the real training images alone, to judge samples by."""
     if config.output.exists():
         raise UsageError(f"--output: {config.output} exists; choose another folder")
+    check_writable(config.output)
+    if processes().num_processes > 1:
+        raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")
     images = ImageConfig(size=config.size, channels=config.channels, flip=True, holdout=config.holdout)
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", images)
@@ -129,16 +134,21 @@ def train_classifier(config: ClassifierTraining) -> None:
     batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
     with progress(config.steps, "classifier", "step", True) as bar:
         for _, batch in zip(range(config.steps), batches):
-            loss = F.cross_entropy(
-                model(to_float(batch.images.to(device))), batch.labels.to(device), label_smoothing=0.1
+            labels = batch.labels.to(device)
+            each = F.cross_entropy(
+                model(to_float(batch.images.to(device))), labels, label_smoothing=0.1, ignore_index=-1, reduction="sum"
             )
+            loss = each / (labels >= 0).sum().clamp(min=1)
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             bar.update()
     model.eval()
-    right = [model.choose(b.images) == b.labels for b in ordered_batches(heldout, range(len(heldout)), 256, images)]
+    right = [
+        (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
+        for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
+    ]
     model.save(config.output)
     shares = torch.cat(right).float()
     print(f"classifier: {config.output}, right on {shares.mean():.1%} of {len(shares)} held-out images")

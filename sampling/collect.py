@@ -1,16 +1,21 @@
 """What measuring images needs whatever is measured: counts that fit, features as they come, all processes' together."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from vqgen.errors import UsageError
 
 from .classifier import Classifier
 from .extract import Extractor, extract
+
+UNKNOWN = torch.tensor(-1, dtype=torch.int8)
+"""Whether a classifier is right about an image that has no class."""
 
 
 @dataclass
@@ -23,11 +28,14 @@ class Measured:
     environment: dict[str, Any]
 
 
-def check_counts(config: Any, **least: int) -> None:
-    for name, lowest in least.items():
-        if getattr(config, name) < lowest:
-            found = getattr(config, name)
-            raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {lowest}")
+def check_weights_are_used(extractor: str, weights: str | None) -> None:
+    if extractor == "none" and weights:
+        raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+
+
+def warn(text: str) -> None:
+    """Print a line above any progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def many(asked: int, there: int, option: str, what: str) -> int:
@@ -71,7 +79,8 @@ class Collected:
                 found["logits"] = logits
         if self.classifier is not None:
             assert labels is not None
-            found["right"] = self.classifier.choose(images) == labels
+            chosen = self.classifier.choose(images)
+            found["right"] = torch.where(labels < 0, UNKNOWN, (chosen == labels).to(torch.int8))
         for name, rows in found.items():
             self.rows.setdefault(name, []).append(rows)
 

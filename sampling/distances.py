@@ -4,23 +4,28 @@ FID (Heusel et al. 2017), KID (Binkowski et al. 2018), Inception Score (Salimans
 (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vqgen.order import some
+
 NEIGHBOURS = {"precision and recall": 3, "density and coverage": 5}
 """k of the balls around an image, as published."""
 KEPT = 10_000
-"""Images that the figures by neighbours and KID look at, the first ones; the moments are of all."""
+"""Images that the figures by neighbours and KID look at, from all over a larger set; the moments are of all."""
+SUBSET = 1000
+"""Images of a subset that KID is the mean over."""
+CHUNK = 1000
+"""Features in float64 at once."""
 SEED = 2020
 """Of KID's subsets and the Inception Score's parts: torch-fidelity's own."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is kept of a set of images: the moments of all features, and the first `KEPT` features themselves."""
+    """What is kept of a set of images: the moments of all features, and `KEPT` of the features themselves."""
 
     count: int
     mean: Tensor
@@ -31,25 +36,21 @@ class Statistics:
     """float32 (min(count, KEPT), D)."""
 
 
-def statistics(batches: Iterable[Tensor]) -> Statistics:
-    """Moments of features that come in batches (B, D), summed in float64; of at least 2 images."""
-    count, total, squares, kept = 0, torch.zeros(()), torch.zeros(()), []
-    shift: Tensor | None = None
-    for features in batches:
-        exact = features.double()
-        if shift is None:  # near the mean, so that the squares do not swallow the differences
-            shift, total, squares = exact.mean(0), exact.new_zeros(exact.shape[1]), exact.new_zeros(exact.shape[1], 1)
-        exact = exact - shift
-        if count < KEPT:
-            kept.append(features[: KEPT - count].float())
-        count += len(exact)
-        total = total + exact.sum(0)
-        squares = squares + exact.T @ exact
-    if shift is None or count < 2:
+def statistics(features: Tensor) -> Statistics:
+    """Moments of features (N, D), summed in float64; of at least 2 images."""
+    count = len(features)
+    if count < 2:
         raise ValueError(f"moments need at least 2 images, found {count}")
+    # Near the mean, so that the squares do not swallow the differences.
+    shift = features[:CHUNK].double().mean(0)
+    total, squares = torch.zeros_like(shift), torch.zeros(len(shift), len(shift), dtype=torch.float64)
+    for part in features.split(CHUNK):
+        exact = part.double() - shift
+        total += exact.sum(0)
+        squares += exact.T @ exact
     mean = total / count
     covariance = (squares - count * torch.outer(mean, mean)) / (count - 1)
-    return Statistics(count, mean + shift, covariance, torch.cat(kept))
+    return Statistics(count, mean + shift, covariance, features[some(KEPT, count)].float())
 
 
 def frechet(samples: Statistics, reference: Statistics) -> float:
@@ -60,13 +61,15 @@ def frechet(samples: Statistics, reference: Statistics) -> float:
     return float(fid_statistics_to_metric(*both, verbose=False)[KEY_METRIC_FID])
 
 
-def kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID: mean and standard deviation over 100 pairs of subsets of 1,000, or of as many as there are."""
+def kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float | None]:
+    """KID: mean and standard deviation over 100 pairs of subsets of 1,000, or of as many as there are; no deviation
+    where there is but one subset on either side."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    size = min(1000, len(samples), len(reference))
+    size = min(SUBSET, len(samples), len(reference))
     found = kid_features_to_metric(samples, reference, kid_subset_size=size, rng_seed=SEED, verbose=False)
-    return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
+    whole = size == len(samples) == len(reference)
+    return float(found[KEY_METRIC_KID_MEAN]), None if whole else float(found[KEY_METRIC_KID_STD])
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
@@ -93,9 +96,9 @@ def density_coverage(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     # By products of matrices, small distances between vectors far from 0 are exact in float64 alone.
     samples, reference = samples.double(), reference.double()
     inside, covered = 0, 0
-    for some in reference.split(2000):
-        radii = torch.cdist(some, reference).kthvalue(k + 1).values[:, None]  # each is its own nearest
-        distances = torch.cdist(some, samples)
+    for part in reference.split(2000):
+        radii = torch.cdist(part, reference).kthvalue(k + 1).values[:, None]  # each is its own nearest
+        distances = torch.cdist(part, samples)
         inside += int((distances < radii).sum())
         covered += int((distances < radii).any(1).sum())
     return inside / (k * len(samples)), covered / len(reference)
@@ -112,7 +115,9 @@ def figures(
     """
     here, there = samples.features, reference.features
     found = {name: frechet(samples, reference)}
-    found[kernel], found[f"{kernel}_std"] = kernel_distance(here, there)
+    found[kernel], deviation = kernel_distance(here, there)
+    if deviation is not None:
+        found[f"{kernel}_std"] = deviation
     found["precision"], found["recall"] = precision_recall(here, there)
     found["density"], found["coverage"] = density_coverage(here, there)
     if logits is not None:

@@ -6,18 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from vqgen.artifact import check_writable
 from vqgen.config import build, commands, options, values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import processes
 from vqgen.values import checked
 
 from .classifier import ClassifierTraining, train_classifier
-from .collect import Measured
+from .collect import Measured, rank_and_world
 from .prediction import PredictionConfig, measure_prediction
 from .realism import SamplesConfig, measure_samples
-from .receipt import differences, flat, read_receipt, write_receipt
+from .receipt import differences, flat, read_receipt, without_classifier, write_receipt
 from .reconstruction import ReconstructionConfig, measure_reconstruction
 
 PROGRAMS: dict[str, tuple[type, Callable[[Any], Measured]]] = {
@@ -27,42 +26,36 @@ PROGRAMS: dict[str, tuple[type, Callable[[Any], Measured]]] = {
 }
 
 
-def _measure(program: str, config: Any) -> Measured | None:
-    """Measure and write the receipt; None in all processes but the main one."""
+def _measure(program: str, config: Any) -> None:
+    """Measure, and have the main process print the figures and write the receipt."""
     path: Path = config.output
+    check_writable(path)  # before hours of measuring
     if path.exists():
         read_receipt(path)  # anything else is not replaced
     found = PROGRAMS[program][1](config)
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    if main:
+    if rank_and_world()[0] == 0:
+        for name, value in flat(found.figures):
+            print(f"{name:<28} {value:.5g}")
+        shown = ", ".join(f"{count} {what}" for what, count in found.counts.items())
         asked = values_of(config)
         write_receipt(path, program, asked, found.fingerprints, found.counts, found.figures, found.environment)
+        print(f"of {shown}; receipt: {path}")
     processes().destroy_process_group()
-    return found if main else None
-
-
-def _show(found: Measured | None, path: Path) -> None:
-    if found is None:
-        return
-    for name, value in flat(found.figures):
-        print(f"{name:<28} {value:.5g}")
-    shown = ", ".join(f"{count} {what}" for what, count in found.counts.items())
-    print(f"of {shown}; receipt: {path}")
 
 
 def reconstruction(config: ReconstructionConfig) -> None:
     """Measure a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, usage and perplexity of the codebook."""
-    _show(_measure("reconstruction", config), config.output)
+    _measure("reconstruction", config)
 
 
 def likelihood(config: PredictionConfig) -> None:
     """Measure a prior on code files: nats a token, perplexity, bits a dimension, nats by class."""
-    _show(_measure("likelihood", config), config.output)
+    _measure("likelihood", config)
 
 
 def samples(config: SamplesConfig) -> None:
     """Measure samples against real images: FID, KID, Inception Score, precision, recall, density, coverage and more."""
-    _show(_measure("samples", config), config.output)
+    _measure("samples", config)
 
 
 @dataclass
@@ -89,23 +82,36 @@ class ReplayConfig:
     """Weights of the extractor."""
     perceptual_weights: str | None = None
     """Backbone of LPIPS."""
+    cache: Path | None = None
+    """Folder of the features of real images; that of the receipt is never used, it was another machine's."""
     device: str | None = None
     """auto, cpu, cuda or cuda:N."""
+    without_classifier: bool = False
+    """Leave out what a classifier said, where it is not at hand."""
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise UsageError(f"--tolerance: found {self.tolerance}, expected at least 0")
 
 
 def replay(config: ReplayConfig) -> None:
     """Measure again what receipts say, and say whether it comes out the same, or what differs."""
-    for path in config.receipts:
-        _replay(path, config)
+    told = [_replay(path, config) for path in config.receipts]
+    different = [text for same, text in told if not same]
+    processes().destroy_process_group()
+    if different:
+        raise UserError(different[-1])
 
 
-def _replay(path: Path, config: ReplayConfig) -> None:
+def _replay(path: Path, config: ReplayConfig) -> tuple[bool, str]:
+    """Whether a receipt comes out the same, and what to say of it; all but a difference of the last is printed."""
     former = read_receipt(path)
-    program = former.get("program")
+    program = former["program"]
     if program not in PROGRAMS:
         raise UserError(f"{path} is of {program!r}, which this version does not know")
     asked, measure = PROGRAMS[program]
-    moved = {k: v for k, v in values_of(config).items() if v is not None and k not in ("receipts", "tolerance")}
+    own = ("receipts", "tolerance", "without_classifier")
+    moved = {k: v for k, v in values_of(config).items() if v is not None and k not in own}
     known = {option.name: option for option in options(asked)}
     unknown = next((name for name in former["options"] if name not in known), None)
     if unknown:
@@ -113,16 +119,26 @@ def _replay(path: Path, config: ReplayConfig) -> None:
     foreign = next((name for name in moved if name not in known), None)
     if foreign:
         raise UsageError(f"--{foreign.replace('_', '-')}: a receipt of {program} has no such option; leave it out")
-    values = {k: checked(known[k].type, v, f"{path}: {k}") for k, v in {**former["options"], **moved}.items()}
+    left = {"cache", "classifier"} if config.without_classifier else {"cache"}
+    options_then = {name: value for name, value in former["options"].items() if name not in left}
+    values = {k: checked(known[k].type, v, f"{path}: {k}") for k, v in {**options_then, **moved}.items()}
     found = measure(build(asked, values))
     now: Mapping[str, Any] = {"fingerprints": found.fingerprints, "counts": found.counts, "figures": found.figures}
-    differs = differences(former, now, config.tolerance)
-    if differs:
-        raise UserError(f"{path} does not come out the same: {'; '.join(differs)}")
+    if config.without_classifier:
+        former = {part: without_classifier(former[part]) for part in (*now, "environment")}
+        now = {part: without_classifier(value) for part, value in now.items()}
     changed = [f"{k} {v}, now {found.environment.get(k)}" for k, v in former["environment"].items()
                if found.environment.get(k) != v]  # fmt: skip
     there = f" (with {'; '.join(changed)})" if changed else ""
-    print(f"same: {len(dict(flat(found.figures)))} figures within {config.tolerance:g} of {path}{there}")
+    differs = differences(former, now, config.tolerance)
+    text = f"{path} does not come out the same: {'; '.join(differs)}{there}"
+    if not differs:
+        count = len(dict(flat(now["figures"])))
+        text = f"same: {count} figures within {config.tolerance:g} of {path}{there}"
+    last = path == config.receipts[-1]
+    if rank_and_world()[0] == 0 and not (differs and last):
+        print(text, flush=True)
+    return not differs, text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

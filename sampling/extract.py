@@ -101,7 +101,7 @@ class Vgg16:
     def __init__(self, weights: str, device: torch.device) -> None:
         from torchvision.models.vgg import cfgs, make_layers
 
-        found, _ = convolutions("vgg", "torchvision" if weights == "download" else weights, "--weights")
+        found, _ = convolutions("vgg", weights, "--weights", "download")
         self.network = make_layers(cfgs["D"])[:30].eval().requires_grad_(False)  # up to the last ReLU
         try:
             self.network.load_state_dict({name.removeprefix("features."): value for name, value in found.items()})
@@ -128,6 +128,8 @@ def extractor_for(network: Network, weights: str | None, device: torch.device) -
     if weights is None:
         raise UsageError(f"--weights: {network} needs its weights; name a local file, or say download")
     try:
+        import torch_fidelity  # noqa: F401  # which all distances need, before anything is computed
+
         return (Inception if network == "inception" else Vgg16)(weights, device)
     except ImportError as error:
         raise UsageError(f"--extractor: {network} needs {error.name}; pip install 'vqgen[eval]'") from error
@@ -146,9 +148,13 @@ class PixelHash:
         """Take in uint8 (B, C, H, W) and labels (B,), -1 for none."""
         head = " ".join(map(str, images.shape[1:])).encode()
         for image, label in zip(images.cpu().contiguous().numpy(), labels.tolist(), strict=True):
-            digest = hashlib.sha256(head + b" %d\n" % label + image.tobytes()).digest()
-            self.total = (self.total + int.from_bytes(digest, "big")) % 2**256
-        self.count += len(images)
+            self.add_one(head + b" %d\n" % label + image.tobytes())
+
+    def add_one(self, content: bytes) -> None:
+        """Take in one member of the set, whatever it is made of."""
+        digest = hashlib.sha256(content).digest()
+        self.total = (self.total + int.from_bytes(digest, "big")) % 2**256
+        self.count += 1
 
     def join(self, others: Iterable["PixelHash"]) -> "PixelHash":
         """That of several sets together."""

@@ -53,9 +53,15 @@ class Names:
         found: dict[int, str] = {}
         for label in sorted(set(self.labels)):
             name = self.class_name(self.labels.index(label)) or "none"
-            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)[:80].strip(" .") or str(label)
+            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)
+            # File systems count bytes.
+            name = name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or str(label)
             taken = {other.casefold() for other in found.values()}
-            found[label] = name if name.casefold() not in taken else f"{name}-{label}"
+            if name.casefold() in taken:
+                name = f"{name}-{label}"
+            while name.casefold() in taken:
+                name += "_"
+            found[label] = name
         return found
 
     def file(self, index: int) -> str:
@@ -127,7 +133,8 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
         what = "the samples of a run that did not end" if unfinished else "the samples of another run"
         reason = f" ({differs})" if differs else f" and {foreign[0]}, which is not of that run"
         raise UsageError(f"--output: {output} holds {what}{reason}; choose another folder or add --overwrite")
-    return "on" if unfinished or former["n"] < about["n"] else "done"
+    whole = all((output / names.file(index)).is_file() for index in range(about["n"]))
+    return "on" if unfinished or former["n"] < about["n"] or not whole else "done"
 
 
 def begin(output: Path, about: Mapping[str, Any], anew: bool) -> None:

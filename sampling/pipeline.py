@@ -1,6 +1,7 @@
 """A prior's model folder as one object that draws images: labels to codes to pixels."""
 
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqgen.artifact import DESCRIPTION
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import precision_of
 
@@ -43,7 +45,7 @@ def find_model(model: Path | None) -> Path:
         return model
     if os.environ.get("VQGEN_MODEL"):
         return Path(os.environ["VQGEN_MODEL"])
-    return DEFAULT_MODEL if DEFAULT_MODEL.is_dir() else SHIPPED
+    return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else SHIPPED
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -52,11 +54,14 @@ def find_device(device: str | torch.device) -> torch.device:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
         found = None
-    if found is None or found.type not in DECODE_PIXELS:
+    if found is None or found.type not in DECODE_PIXELS or (found.type == "cpu" and found.index):
         raise UsageError(f"--device: found {device}, expected auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device: found {device}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto")
     return found
+
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Generator:
 
     def __init__(self, prior: Prior, tokenizer: Tokenizer, device: torch.device, precision: str = "auto") -> None:
         """Takes the models over: moves both and casts the prior's weights to `precision` (auto, fp32, bf16, fp16)."""
+        if precision not in PRECISIONS:
+            raise UsageError(f"--precision: found {precision}, expected one of {', '.join(PRECISIONS)}")
         self.precision = precision_of(precision, device).replace("no", "fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         for parameter in prior.backbone.parameters():
@@ -102,7 +109,15 @@ class Generator:
         """
         folder, place = find_model(None if model is None else Path(model)), find_device(device)
         prior = Prior.load(folder)
-        return cls(prior, prior.load_tokenizer(folder / "tokenizer"), place, precision)
+        tokenizer = prior.load_tokenizer(folder / "tokenizer")
+        own, vocabulary = (tokenizer.codebook_size, tokenizer.depth, tokenizer.grid), prior.vocabulary
+        stated = (vocabulary.codebook_size, vocabulary.depth, vocabulary.grid)
+        if own != stated:
+            raise UserError(
+                f"{folder / DESCRIPTION} says codebook size, depth and grid {stated}, its tokenizer has {own}; "
+                "restore the file"
+            )
+        return cls(prior, tokenizer, place, precision)
 
     @property
     def classes(self) -> int:
@@ -140,6 +155,8 @@ class Generator:
 
         Raises `UsageError` for a class or a setting that does not fit.
         """
+        if n < 0:
+            raise UsageError(f"--n: found {n}, expected at least 0")
         return self.draw(range(n), self._labels(classes), SamplingSettings(**settings), seed, batch_size)
 
     def complete(
@@ -164,7 +181,7 @@ class Generator:
         """
         given = self.encode(images)
         if not 1 <= mask_rows <= self.tokenizer.grid[0]:
-            raise ValueError(f"mask_rows: found {mask_rows}, expected 1 to {self.tokenizer.grid[0]}, the rows of codes")
+            raise UsageError(f"mask_rows: found {mask_rows}, expected 1 to {self.tokenizer.grid[0]}, the rows of codes")
         kept = self.prior.vocabulary.to_tokens(given)
         kept = kept[:, : len(kept[0]) // self.tokenizer.grid[0] * (self.tokenizer.grid[0] - mask_rows)]
         labels = [-1] if classes is None else self._labels(classes)
@@ -181,7 +198,7 @@ class Generator:
             classes: names or indices, one an image or one for all; by default no class.
         """
         tokens = self.prior.vocabulary.to_tokens(self.encode(images))
-        labels = torch.tensor([-1] if classes is None else self._labels(classes))
+        labels = torch.tensor([-1] if classes is None else self._cycle(self._labels(classes)))
         if len(labels) not in (1, len(tokens)):
             raise ValueError(f"{len(labels)} classes for {len(tokens)} images")
         condition = self.prior.vocabulary.class_id(labels.expand(len(tokens)))[:, None]
@@ -198,6 +215,10 @@ class Generator:
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU."""
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"images are of type {type(images).__name__}, expected a tensor; torch.from_numpy makes one"
+            )
         images = images[None] if images.ndim == 3 else images
         size = self.tokenizer.config.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.tokenizer.config.channels:
@@ -213,8 +234,11 @@ class Generator:
         """A string is a name or an index, a number always an index."""
         if classes is None:
             return find_classes(None, self.prior)
-        each = [classes] if isinstance(classes, str) or not hasattr(classes, "__iter__") else list(classes)
-        return [c for one in each for c in (find_classes([one], self.prior) if isinstance(one, str) else [int(one)])]
+        single = isinstance(classes, str) or not hasattr(classes, "__iter__") or getattr(classes, "ndim", 1) == 0
+        found: list[int] = []
+        for one in [classes] if single else classes:
+            found += find_classes([one], self.prior) if isinstance(one, str) else [operator.index(one)]
+        return found
 
     def draw(
         self,

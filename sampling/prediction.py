@@ -7,12 +7,14 @@ from typing import Literal
 import torch
 
 from vqgen.hardware import processes
+from vqgen.order import some
+from vqgen.values import at_least
 
 from ..prior.data import Sequences
 from ..prior.measure import LikelihoodConfig, measure
 from ..prior.model import Prior
 from ..tokenizer.codes import CodeFiles
-from .collect import Measured, check_counts
+from .collect import Measured
 from .extract import PixelHash
 from .receipt import environment
 
@@ -28,7 +30,7 @@ class PredictionConfig:
     split: Literal["heldout", "train"] = "heldout"
     """Which images of the code files."""
     n: int = 0
-    """Images to measure, the first ones; 0 = all."""
+    """Images to measure, the same ones from all over the set; 0 = all."""
     unconditional: bool = False
     """Leave the classes out, as guidance does."""
     output: Path = Path("receipt.json")
@@ -39,7 +41,7 @@ class PredictionConfig:
     """Autocast; auto takes 16 bits where the hardware has them."""
 
     def __post_init__(self) -> None:
-        check_counts(self, n=0, batch_size=1)
+        at_least(self, n=0, batch_size=1)
 
 
 def measure_prediction(config: PredictionConfig) -> Measured:
@@ -56,7 +58,9 @@ def measure_prediction(config: PredictionConfig) -> Measured:
         )
     )
     codes, seen = CodeFiles(config.codes, config.split), PixelHash()
-    for tokens in Sequences(codes, Prior.load(config.model).vocabulary).ordered(range(found["images"]), 1000):
+    for tokens in Sequences(codes, Prior.load(config.model).vocabulary).ordered(
+        some(found["images"], len(codes)), 1000
+    ):
         seen.add(tokens[:, 1:], tokens[:, 0])
     state = processes()
     return Measured(

@@ -2,30 +2,42 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.distributed as dist
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqgen.artifact import load_artifact, read_json, save_artifact
+from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import processes
+from vqgen.order import epoch_slice, some
 from vqgen.tracking import progress
+from vqgen.values import at_least
 
 from ..tokenizer.images import ImageConfig, ImageDataset, open_images, ordered_batches
 from ..tokenizer.sources import Files, Source, open_source
 from .classifier import Classifier
-from .collect import Collected, Measured, check_counts, everywhere, many, rank_and_world
+from .collect import (
+    Collected,
+    Measured,
+    check_weights_are_used,
+    everywhere,
+    many,
+    rank_and_world,
+    warn,
+)
 from .distances import Statistics, figures, statistics
 from .extract import Extractor, Network, PixelHash, extractor_for
 from .logits import SamplingSettings
-from .output import FINISHED
+from .output import FINISHED, UNFINISHED
 from .pipeline import Generator, find_device
 from .receipt import environment
 
@@ -44,11 +56,14 @@ class SamplesConfig:
     model: Path | None = None
     """Prior to draw from; nothing is written but the receipt."""
     n: int = 0
-    """Samples to judge, the first ones; 0 = all of --samples, 10,000 of --model."""
+    """Samples to judge, the first ones that vqgen-sample drew, or some from all over another folder; 0 = all of
+    --samples, 10,000 of --model."""
     split: Literal["train", "heldout"] = "train"
     """Which of the real images."""
     reference_n: int = 0
-    """Real images to compare with, the first ones; 0 = all."""
+    """Real images to compare with, the same ones from all over the set; 0 = all."""
+    fit: Literal["crop", "pad"] | None = None
+    """How real images are brought to the size of --samples; by default cropped. Of --model, as its tokenizer does."""
     at: list[int] = field(default_factory=list)
     """Also give the figures of so many samples, the first ones: distances depend on the number."""
     output: Path = Path("receipt.json")
@@ -77,13 +92,23 @@ class SamplesConfig:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
-        check_counts(self, n=0, batch_size=1, reference_n=0)
+        at_least(self, n=0, batch_size=1, reference_n=0)
         if self.extractor != "none" and not self.data:
             raise UsageError("--data: needed, the real images to compare with; or --extractor none")
         if (self.samples is None) == (self.model is None):
             raise UsageError("--samples or --model: give one of them, the samples or the prior to draw them from")
         if self.extractor == "none" and self.classifier is None:
             raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
+        if self.samples is not None:
+            drawing = {"seed": 0, "precision": "auto", **values_of(SamplingSettings())}
+            given = {"seed": self.seed, "precision": self.precision, **values_of(self.sampling)}
+            other = next((name for name in drawing if given[name] != drawing[name]), None)
+            if other:
+                option = other.replace("_", "-")
+                raise UsageError(f"--{option}: found {given[other]} with --samples, which are drawn; leave it out")
+        elif self.fit:
+            raise UsageError(f"--fit: found {self.fit} with --model, whose tokenizer says it; leave it out")
+        check_weights_are_used(self.extractor, self.weights)
         if any(count < 2 for count in self.at):
             raise UsageError(f"--at: found {min(self.at)}, expected at least 2")
 
@@ -96,33 +121,57 @@ class Reference:
     pixels: str
 
 
+def _contents(source: Source, chosen: Sequence[int]) -> str:
+    """A fingerprint of encoded images and their labels, by all processes together; much sooner had than of pixels."""
+    rank, world = rank_and_world()
+    found = PixelHash()
+    for index in chosen[rank::world]:
+        try:
+            data = source.read(index)
+        except OSError:  # broken, as it will be found again where it is decoded
+            data = b""
+        found.add_one(b"%d\n" % source.labels[index] + data)
+    return found.join(everywhere(found)).hexdigest()
+
+
+def _kept(folder: Path) -> Reference | None:
+    """What --cache holds, as the main process finds it; None where it has to be made."""
+    found: list[Reference | None] = [None]
+    if rank_and_world()[0] == 0 and folder.is_dir():
+        try:
+            kept = load_artifact(folder, "reference")
+            held, about = kept.tensors, kept.description
+            moments = Statistics(int(about["count"]), held["mean"], held["covariance"], held["features"])
+            found = [Reference(moments, str(about["pixels"]))]
+        except (UserError, KeyError, ValueError, TypeError) as error:
+            warn(f"{folder} is damaged and made again ({error})")
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
 def reference(config: SamplesConfig, images: ImageConfig, extractor: Extractor, device: torch.device) -> Reference:
     """Features of the real images at the samples' size, from --cache where they have been made before."""
     dataset = open_images(config.data, config.split, images)
     count = many(config.reference_n, len(dataset), "--reference-n", f"the {config.split} split of {config.data}")
     if count < 2:
         raise UsageError(f"--data: {config.data} holds {count} {config.split} image; a distance needs at least 2")
-    shape = [images.size, images.channels, images.fit]
-    key = json.dumps(["reference 1", dataset.fingerprint, count, shape, extractor.name, extractor.fingerprint])
+    dataset.broken.report = warn
+    chosen, shape = some(count, len(dataset)), [images.size, images.channels, images.fit]
+    contents = _contents(dataset.source, chosen)
+    key = json.dumps(["reference 2", contents, shape, extractor.name, extractor.fingerprint])
     folder = config.cache.expanduser() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    kept = _kept(folder)
+    if kept is not None:
+        return kept
     rank, world = rank_and_world()
-    if folder.is_dir():
-        try:
-            kept = load_artifact(folder, "reference")
-        except UserError as error:
-            raise UserError(f"--cache: {error}, or remove {folder} to have it made again") from error
-        held, about = kept.tensors, kept.description
-        return Reference(
-            Statistics(about["count"], held["mean"], held["covariance"], held["features"]), about["pixels"]
-        )
     found, pixels = Collected(extractor, device), PixelHash()
     with progress(count, "real images", "img", rank == 0) as bar:
-        for batch in ordered_batches(dataset, range(rank, count, world), config.batch_size, images):
+        for batch in ordered_batches(dataset, chosen[rank::world], config.batch_size, images):
             found.add(batch.indices, batch.images)
             pixels.add(batch.images, batch.labels)
             bar.update(len(batch.images) * world)
-    features = found.joined()["features"]
-    made = statistics(features.split(1000))
+    made = statistics(found.joined()["features"])
     whole = pixels.join(everywhere(pixels))
     if rank == 0:
         tensors = {"mean": made.mean, "covariance": made.covariance, "features": made.features}
@@ -145,28 +194,34 @@ def open_samples(folder: Path, config: SamplesConfig) -> tuple[ImageDataset, lis
             raise UserError(f"{path} is no list of samples ({error!r}); draw them again") from error
         mark = hashlib.sha256("\n".join(names).encode()).hexdigest()
         source = Source(str(folder), Files(folder, names), np.arange(len(names)), labels, classes, mark)
+    elif (folder / UNFINISHED).is_file():
+        raise UserError(f"--samples: {folder} is not drawn to its end; run the same vqgen-sample again")
     else:
         source = open_source(str(folder), "all", config.holdout)
+        order = epoch_slice(len(source), 0, 0, len(source))  # the first ones of a class are no sample of all
+        source = replace(source, rows=source.rows[order], labels=source.labels[order])
     if not len(source):
         raise UserError(f"--samples: {folder} holds no images")
-    size, mode = _size_and_mode(source, 0)
-    if isinstance(source.items, Files):
-        for index in range(1, len(source)):
-            other, _ = _size_and_mode(source, index)
-            if other != size:
-                found, first = "x".join(map(str, other)), "x".join(map(str, size))
-                name = source.item_name(index)
-                raise UserError(f"--samples: {name} has {found} pixels, others {first}; give images of one size")
-    images = ImageConfig([size[1], size[0]], 1 if mode in ("1", "L", "I;16") else 3, broken="error", cache_mb=0)
+    size, grey = _size_and_grey(source, 0)
+    for index in range(1, len(source)):
+        other, also = _size_and_grey(source, index)
+        if other != size:
+            found, first = "x".join(map(str, other)), "x".join(map(str, size))
+            name = source.item_name(index)
+            raise UserError(f"--samples: {name} has {found} pixels, others {first}; give images of one size")
+        grey &= also
+    images = ImageConfig([size[1], size[0]], 1 if grey else 3, config.fit or "crop", broken="error", cache_mb=0)
     images.workers = config.workers
     return ImageDataset(source, images), source.class_names
 
 
-def _size_and_mode(source: Source, index: int) -> tuple[tuple[int, int], str]:
-    """Width and height, and Pillow's mode, by the head of an image alone."""
+def _size_and_grey(source: Source, index: int) -> tuple[tuple[int, int], bool]:
+    """Width and height as it is shown, and whether it has no colour, by the head of an image alone."""
     try:
         with Image.open(BytesIO(source.read(index))) as image:
-            return image.size, image.mode
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = image.size
+            return (height, width) if turned else (width, height), image.mode in ("1", "L", "I;16")
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"--samples: {source.item_name(index)} cannot be read ({error}); remove it") from error
 
@@ -224,15 +279,19 @@ def measure_samples(config: SamplesConfig) -> Measured:
             pixels.add(shown, labels)
             bar.update(len(shown) * world)
     rows, whole = found.joined(), pixels.join(everywhere(pixels))
+    labelled = int((rows["right"] >= 0).sum()) if "right" in rows else 0
 
     def judged(number: int) -> dict[str, Any]:
         first = {name: value[:number] for name, value in rows.items()}
         result: dict[str, Any] = {}
         if extractor and real:
-            these = statistics(first["features"].split(1000))
+            these = statistics(first["features"])
             result = figures(these, real.statistics, extractor.name, extractor.kernel, first.get("logits"))
         if "right" in first:
-            result["classifier_accuracy"] = float(first["right"].double().mean())
+            known = first["right"][first["right"] >= 0]
+            if not len(known):
+                raise UserError(f"--classifier: none of the first {number} samples has a class; leave it out")
+            result["classifier_accuracy"] = float(known.double().mean())
         return result
 
     result = judged(count)
@@ -247,7 +306,11 @@ def measure_samples(config: SamplesConfig) -> Measured:
             "tokenizer": generator.tokenizer.fingerprint if generator else None,
             "classifier": classifier.fingerprint if classifier else None,
         },
-        {"samples": whole.count, "real images": real.statistics.count if real else 0},
+        {
+            "samples": whole.count,
+            "real images": real.statistics.count if real else 0,
+            **({"samples of a class": labelled} if 0 < labelled < whole.count else {}),
+        },
         result,
         environment(device, generator.precision if generator else "fp32", world),
     )

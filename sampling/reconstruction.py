@@ -11,14 +11,16 @@ from accelerate import Accelerator
 from vqgen.artifact import fingerprint
 from vqgen.errors import UsageError
 from vqgen.hardware import precision_of, processes
+from vqgen.order import some
 from vqgen.tracking import progress
+from vqgen.values import at_least
 
 from ..tokenizer.fidelity import Fidelity
 from ..tokenizer.images import ImageConfig, open_images, ordered_batches
 from ..tokenizer.model import Tokenizer
 from ..tokenizer.perceptual import PerceptualDistance
 from ..tokenizer.pixels import to_uint8
-from .collect import Collected, Measured, check_counts, everywhere, many
+from .collect import Collected, Measured, check_weights_are_used, everywhere, many, warn
 from .distances import frechet, statistics
 from .extract import Network, PixelHash, extractor_for
 from .pipeline import find_device
@@ -36,7 +38,7 @@ class ReconstructionConfig:
     split: Literal["heldout", "train"] = "heldout"
     """Which of them."""
     n: int = 0
-    """Images to measure, the first ones; 0 = all."""
+    """Images to measure, the same ones from all over the set; 0 = all."""
     output: Path = Path("receipt.json")
     """The receipt; one that is there is replaced."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
@@ -59,7 +61,10 @@ class ReconstructionConfig:
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        check_counts(self, n=0, batch_size=1)
+        at_least(self, n=0, batch_size=1)
+        check_weights_are_used(self.extractor, self.weights)
+        if self.perceptual_net != "vgg" and not self.perceptual_weights:
+            raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
 
 
 def measure_reconstruction(config: ReconstructionConfig) -> Measured:
@@ -83,7 +88,8 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measured:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     fidelity, pixels = Fidelity(tokenizer, perceptual, device), PixelHash()
     sides = [Collected(network, device) for _ in range(2)] if network else []
-    mine = range(state.process_index, count, state.num_processes)
+    mine = some(count, len(dataset))[state.process_index :: state.num_processes]
+    dataset.broken.report = warn
     with progress(count, "reconstructing", "img", state.is_main_process) as bar, torch.inference_mode():
         for batch in ordered_batches(dataset, mine, config.batch_size, images):
             given = batch.images.to(device)
@@ -97,7 +103,7 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measured:
             bar.update(len(given) * state.num_processes)
     found: dict[str, Any] = fidelity.figures(Accelerator() if state.num_processes > 1 else None)
     if network:
-        real, ours = (statistics([side.joined()["features"]]) for side in sides)
+        real, ours = (statistics(side.joined()["features"]) for side in sides)
         found["r" + network.name] = frechet(ours, real)
     whole = pixels.join(everywhere(pixels))
     return Measured(

@@ -25,6 +25,7 @@ from vqgen.config import as_dict, command
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import processes
 from vqgen.tracking import progress
+from vqgen.values import at_least
 
 from ..tokenizer.pixels import BrokenImage, decode
 from ..tokenizer.reconstruct import write_png_atomic
@@ -78,10 +79,7 @@ class SampleConfig:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
-        for name in ("n", "num_per_class", "batch_size", "columns", "keep_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+        at_least(self, n=1, num_per_class=1, batch_size=1, columns=1, keep_rows=1)
         if self.n is not None and self.num_per_class is not None:
             raise UsageError("--num-per-class: --n is given too; give one of them")
         if not 0 <= self.seed < 2**64:
@@ -138,7 +136,12 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, classes:
         columns = classes if 1 < classes <= min(shown, 20) else math.ceil(math.sqrt(shown))
     if n > shown > columns:
         shown -= shown % columns
-    images = [decode_image(str(output / names.file(i)), ImageReadMode.UNCHANGED) for i in range(shown)]
+    images = []
+    for path in (output / names.file(index) for index in range(shown)):
+        try:
+            images.append(decode_image(str(path), ImageReadMode.UNCHANGED))
+        except RuntimeError as error:
+            raise UserError(f"{path} is damaged; remove it and run the same command to have it drawn again") from error
     write_png_atomic(output / GRID, make_grid(images, nrow=columns, padding=2, pad_value=255))
 
 
@@ -190,6 +193,8 @@ def sample(config: SampleConfig) -> None:
     where = check_output(output, names, about, config.overwrite)
     if where == "done":
         if state.is_main_process:
+            if config.columns:
+                write_grid(output, names, n, config.columns, len(classes))
             print(f"{output} holds these {n} images already; --overwrite draws them again")
         return
     state.wait_for_everyone()

@@ -412,7 +412,7 @@ def test_a_description_that_is_no_json_object_is_named(tmp_path: Path, content: 
     save_artifact(tmp_path, "prior", {}, weights())
     (tmp_path / DESCRIPTION).write_bytes(content)
     message = refusal(load_artifact, tmp_path, "prior")
-    assert message.startswith(str(tmp_path / DESCRIPTION)) and message.endswith("; write it anew")
+    assert message.startswith(str(tmp_path / DESCRIPTION)) and message.endswith("; restore or remove it")
 
 
 def test_a_folder_where_a_file_belongs_is_one_line(tmp_path: Path) -> None:

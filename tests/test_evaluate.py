@@ -24,7 +24,8 @@ import vqgen.sampling.sample as sampling
 from vqgen.artifact import load_artifact
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
-from vqgen.sampling.distances import density_coverage, figures, frechet, kernel_distance, statistics
+from vqgen.sampling import distances
+from vqgen.sampling.distances import density_coverage, figures, frechet, kernel_distance, precision_recall, statistics
 from vqgen.sampling.extract import Inception, PixelHash, Vgg16, extract, extractor_for
 from vqgen.sampling.receipt import flat
 from vqgen.tokenizer.images import ImageConfig, open_images, ordered_batches
@@ -46,14 +47,14 @@ def features(count: int, size: int = 12, shift: float = 0.0, seed: int = 0) -> t
 
 def test_moments_are_those_of_torch_fidelity():
     given = features(500)
-    ours = statistics(given.split(64))
+    ours = statistics(given)
     theirs = fid_features_to_statistics(given.double())
     np.testing.assert_allclose(ours.mean.numpy(), theirs["mu"], rtol=1e-12)
     np.testing.assert_allclose(ours.covariance.numpy(), theirs["sigma"], rtol=1e-9, atol=1e-9)
     assert ours.count == 500 and torch.equal(ours.features, given)
     other = features(300, shift=0.5, seed=1)
     expected = fid_statistics_to_metric(fid_features_to_statistics(other.double()), theirs, verbose=False)
-    assert frechet(statistics([other]), ours) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert frechet(statistics(other), ours) == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert frechet(ours, ours) == pytest.approx(0, abs=1e-5)
 
 
@@ -70,7 +71,7 @@ def test_distances_are_those_of_torchmetrics():
     random = torch.Generator().manual_seed(0)
     real = torch.randint(0, 200, (400, 3, 2, 2), dtype=torch.uint8, generator=random)
     drawn = torch.randint(40, 256, (300, 3, 2, 2), dtype=torch.uint8, generator=random)
-    one, two = (statistics([x.flatten(1).float()]) for x in (drawn, real))
+    one, two = (statistics(x.flatten(1).float()) for x in (drawn, real))
     metric = FrechetInceptionDistance(feature=Rows(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(drawn, real=False)
@@ -78,8 +79,28 @@ def test_distances_are_those_of_torchmetrics():
     kernel = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=300)
     kernel.update(real[:300], real=True)
     kernel.update(drawn, real=False)
-    # Of 300 images each there is one subset: the whole.
+    # Of 300 images each there is one subset: the whole, and no deviation between subsets.
+    assert kernel_distance(one.features, two.features[:300])[1] is None
+    assert kernel_distance(one.features, two.features)[1]
     assert kernel_distance(one.features, two.features[:300])[0] == pytest.approx(kernel.compute()[0].item(), rel=1e-3)
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_real_images():
+    real = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    narrow = real[:40] * 0.05 + real[0]  # all beside one real image, and most real images far from any
+    precision, recall = precision_recall(narrow, real)
+    assert precision == 1 and recall < 0.2
+    assert precision_recall(real, narrow) == (recall, precision)
+
+
+def test_of_many_images_some_from_all_over_are_compared_one_by_one(monkeypatch):
+    monkeypatch.setattr(distances, "KEPT", 50)
+    rows = features(400)
+    found = statistics(rows)
+    assert found.count == 400 and found.features.shape == (50, 12)
+    where = [int((rows == row).all(1).nonzero()) for row in found.features]
+    assert where == sorted(set(where)) and min(where) < 50 and max(where) > 350
+    assert torch.equal(statistics(rows).features, found.features)
 
 
 def test_density_and_coverage_are_those_of_a_naive_loop():
@@ -95,12 +116,12 @@ def test_density_and_coverage_are_those_of_a_naive_loop():
 
 
 def test_figures_of_the_same_images_are_those_of_no_distance():
-    one = statistics([features(200)])
+    one = statistics(features(200))
     found = figures(one, one, "fid", "kid", logits=torch.eye(10).repeat(20, 1) * 100)
     assert found["fid"] == pytest.approx(0, abs=1e-5) and found["precision"] == found["recall"] == 1
     assert found["coverage"] == 1 and found["inception_score"] == pytest.approx(10, rel=0.2)
     with pytest.raises(ValueError, match="at least 2"):
-        statistics([features(1)])
+        statistics(features(1))
 
 
 def test_the_hash_of_pixels_knows_no_order():
@@ -416,7 +437,84 @@ def test_the_reference_is_made_once(evaluated, tmp_path, photos, drawn, monkeypa
     file = kept / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     result = evaluated(*words)
-    assert result.code == 1 and str(file) in result.err and len(result.err.strip().splitlines()) == 1
+    assert result.code == 0 and str(kept) in result.err and "made again" in result.err
+    assert receipt(tmp_path / "receipt.json") == first
+    assert load_artifact(kept, "reference").description["count"] == 40
+
+
+def squares(folder: Path, count: int, seed: int, size: tuple[int, int] = (16, 16), channels: int = 3) -> Path:
+    """Uncompressed PNG files, all of one length whatever they show."""
+    folder.mkdir(parents=True)
+    random = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        image = torch.randint(0, 256, (channels, *size), generator=random).to(torch.uint8)
+        write_png(image, str(folder / f"{index:02d}.png"), compression_level=0)
+    return folder
+
+
+def test_other_images_under_the_same_names_are_another_reference(cli, evaluated, tmp_path, drawn):
+    one, two = (squares(tmp_path / name / "images", 12, seed) for seed, name in enumerate("ab"))
+    lengths = [[path.stat().st_size for path in sorted(folder.iterdir())] for folder in (one, two)]
+    assert lengths[0] == lengths[1]
+    words = ["--samples", drawn, "--holdout", 0.1]
+    for name in "ab":
+        assert evaluated(*words, "--data", tmp_path / name, "--output", f"{name}.json").code == 0
+    first, second = receipt(tmp_path / "a.json"), receipt(tmp_path / "b.json")
+    assert first["fingerprints"]["data"] != second["fingerprints"]["data"] and first["figures"] != second["figures"]
+    result = cli(evaluate.main, "replay", tmp_path / "a.json", "--data", tmp_path / "b", "--cache", tmp_path / "cache")
+    assert result.code == 1 and "fingerprints.data" in result.err
+    # Changed in place, too.
+    shutil.copytree(two, one, dirs_exist_ok=True)
+    result = cli(evaluate.main, "replay", tmp_path / "a.json", "--cache", tmp_path / "cache")
+    assert result.code == 1 and "fingerprints.data" in result.err
+
+
+def test_fewer_images_are_from_all_classes(evaluated, tmp_path, photos, monkeypatch):
+    """A folder of classes lists one after the other: its first images would be of a single one."""
+    seen: list[int] = []
+    whole = PixelHash.add
+
+    def noted(self: PixelHash, images: torch.Tensor, labels: torch.Tensor) -> None:
+        seen.extend(labels.tolist())
+        whole(self, images, labels)
+
+    monkeypatch.setattr(PixelHash, "add", noted)
+    for index in range(20):
+        for name in ("dark", "light"):
+            (tmp_path / "mine" / name).mkdir(parents=True, exist_ok=True)
+            shade = torch.full((3, 16, 16), 100 + index, dtype=torch.uint8)
+            write_png(shade, str(tmp_path / "mine" / name / f"{index}.png"))
+    assert evaluated("--samples", "mine", "--data", photos, "--reference-n", 20, "--n", 10, "--at", 6).code == 0
+    real, ours = seen[:20], seen[20:]
+    assert 4 < sum(real) < 16 and 1 < sum(ours) < 9 and len(ours) == 10
+
+
+def test_the_reference_is_fitted_as_asked(evaluated, tmp_path, photos, drawn):
+    for fit in ("crop", "pad"):
+        words = ["--samples", drawn, "--data", photos, "--fit", fit, "--output", f"{fit}.json"]
+        assert evaluated(*words).code == 0
+    one, two = (receipt(tmp_path / f"{fit}.json")["fingerprints"] for fit in ("crop", "pad"))
+    assert one["samples"] == two["samples"] and one["data"] != two["data"]
+
+
+def test_samples_are_grey_only_where_all_are(evaluated, tmp_path, photos):
+    squares(tmp_path / "some", 6, 0)
+    grey = torch.full((1, 16, 16), 90, dtype=torch.uint8)
+    write_png(grey, str(tmp_path / "some" / "00.png"))
+    assert evaluated("--samples", "some", "--data", photos).code == 0
+    colour = receipt(tmp_path / "receipt.json")["fingerprints"]["data"]
+    squares(tmp_path / "grey", 6, 0, channels=1)
+    assert evaluated("--samples", "grey", "--data", photos).code == 0
+    assert receipt(tmp_path / "receipt.json")["fingerprints"]["data"] != colour
+    assert evaluated("--samples", squares(tmp_path / "all", 6, 1), "--data", photos).code == 0
+    assert receipt(tmp_path / "receipt.json")["fingerprints"]["data"] == colour
+
+
+def test_broken_real_images_are_named(evaluated, tmp_path, photos, drawn):
+    shutil.copytree(photos, tmp_path / "mine")
+    (tmp_path / "mine" / "train" / "dark" / "2.png").write_bytes(b"no image")
+    result = evaluated("--samples", drawn, "--data", "mine", "--split", "train")
+    assert result.code == 1 and "skipped, broken" in result.err and "2.png" in result.err  # 1 of 40 is too many
 
 
 def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
@@ -440,6 +538,44 @@ def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
     assert found["figures"]["classifier_accuracy"] == pytest.approx(0.95, abs=0.051)
     assert found["fingerprints"]["classifier"] == load_artifact(tmp_path / "judge", "classifier").fingerprint
     assert "exists; choose another" in cli(evaluate.main, "classifier", *words).err
+    for more, part in (
+        (["--output", tmp_path / "alone.json" / "judge"], "alone.json is a file"),
+        (["--lr", 0], "--lr: found 0"),
+        (["--seed", -1], "--seed: found -1"),
+    ):
+        assert part in cli(evaluate.main, "classifier", *words, *more).err
+    # An image beside the folders of the classes has none, and is learned nothing from.
+    shutil.copytree(photos, tmp_path / "beside")
+    for split in ("train", "val"):
+        write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "beside" / split / "odd.png"))
+    words[words.index("--data") + 1], words[words.index("--output") + 1] = tmp_path / "beside", tmp_path / "other"
+    result = cli(evaluate.main, "classifier", *words)
+    assert result.code == 0 and "of 20 held-out images" in result.out, result.err
+    # Images of no class are no mistakes.
+    labels = [image["label"] for image in about["images"]]
+    for image in about["images"][10:]:
+        image["label"] = -1
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    assert cli(evaluate.main, "samples", *alone).code == 0
+    judged = receipt(tmp_path / "alone.json")
+    assert judged["counts"]["samples of a class"] == 10
+    assert judged["figures"]["classifier_accuracy"] == pytest.approx(0.9, abs=0.101)
+    for image in about["images"]:
+        image["label"] = -1
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    assert "none of the first 20 samples has a class" in cli(evaluate.main, "samples", *alone).err
+    for image, label in zip(about["images"], labels, strict=True):
+        image["label"] = label
+    # Without the classifier at hand the rest is measured again.
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    assert evaluated("--samples", "real", "--data", photos, "--classifier", "judge", "--output", "both.json").code == 0
+    shutil.move(tmp_path / "judge", tmp_path / "gone")
+    cache = ["--cache", tmp_path / "cache"]
+    result = cli(evaluate.main, "replay", tmp_path / "both.json", *cache)
+    assert result.code == 1 and "judge" in result.err
+    result = cli(evaluate.main, "replay", tmp_path / "both.json", *cache, "--without-classifier")
+    assert result.code == 0 and result.out.startswith("same: "), result.err + result.out
+    shutil.move(tmp_path / "gone", tmp_path / "judge")
     about["class_names"] = ["cat", "dog"]
     (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
     result = evaluated("--samples", "real", "--data", photos, "--classifier", "judge")
@@ -476,6 +612,18 @@ def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, dra
     write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "moved" / "00003.png"))
     result = cli(evaluate.main, "replay", path, *elsewhere)
     assert result.code == 1 and "fingerprints.samples" in result.err and "figures.fd-vgg16" in result.err
+    # Several are all measured, whatever the first of them says.
+    cache = ["--cache", tmp_path / "cache"]
+    result = cli(evaluate.main, "replay", tmp_path / "changed.json", path, *cache)
+    assert result.code == 1 and "changed.json does not come out" in result.out + result.err
+    assert f"of {path}" in result.out
+    result = cli(evaluate.main, "replay", path, "--tolerance", -1)
+    assert result.code == 2 and "--tolerance: found -1" in result.err
+    found = receipt(path)
+    found["options"]["cache"], found["environment"]["torch"] = "/proc/nowhere", "0.1"
+    (tmp_path / "changed.json").write_text(json.dumps(found))
+    result = cli(evaluate.main, "replay", tmp_path / "changed.json", *cache)
+    assert result.code == 0 and "torch 0.1, now" in result.out, result.err
     result = cli(evaluate.main, "replay", path, "--tokenizer", model)
     assert result.code == 2 and "--tokenizer: a receipt of samples has no such option" in result.err
 
@@ -489,6 +637,8 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
     (tmp_path / "broken" / "0.png").write_bytes(b"no image")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "mine.json").write_text('{"a": 1}')
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "samples.partial.json").write_text("{}")
     data, own = ["--data", photos], ["--samples", drawn]
     for words, parts in (
         (data, ["--samples or --model"]),
@@ -496,7 +646,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, "--samples", "nowhere"], ["--samples", "nowhere is no folder"]),
         ([*data, "--samples", "empty"], ["empty", "no images"]),
         ([*data, "--samples", "one"], ["--n: found 1", "at least 2"]),
-        ([*data, "--samples", "mixed"], ["2.png has 20x20", "others 16x16"]),
+        ([*data, "--samples", "mixed"], ["20x20", "16x16", "give images of one size"]),
         ([*data, "--samples", "broken"], ["0.png cannot be read"]),
         ([*data, *own, "--n", 21], ["--n: found 21", "holds 20"]),
         ([*data, *own, "--extractor", "none"], ["--extractor: found none and no --classifier"]),
@@ -507,6 +657,14 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, *own, "--output", "mine.json"], ["mine.json is no receipt"]),
         ([*own, "--data", "cut.parquet"], ["cut.parquet"]),
         ([*own, "--data", "empty"], ["empty", "no images"]),
+        ([*data, *own, "--temperature", 0.5], ["--temperature: found 0.5 with --samples"]),
+        ([*data, *own, "--seed", 3], ["--seed: found 3 with --samples"]),
+        ([*data, *own, "--precision", "fp32"], ["--precision: found fp32 with --samples"]),
+        ([*data, "--model", model, "--fit", "pad"], ["--fit: found pad with --model"]),
+        ([*data, *own, "--extractor", "none", "--classifier", model], ["--weights: found with --extractor none"]),
+        ([*data, *own, "--output", "mine.json/receipt.json"], ["mine.json is a file"]),
+        ([*data, "--samples", "half"], ["half is not drawn to its end"]),
+        ([*data, *own, "--weights", "empty"], ["--weights: empty is no file; name a safetensors file, or download"]),
         ([*own, "--data", "one"], ["1 image"]),
         ([*data, *own, "--classifier", model], ["holds a prior, where a classifier is needed"]),
     ):

@@ -90,6 +90,14 @@ def test_a_longer_prompt_goes_in_at_once(backbone):
     prompt = torch.cat([conditions(vocabulary, 3), whole[:, :5]], 1)
     rest = generate(decoder, prompt, legal[5:], uniforms[:, 5:], SamplingSettings()).tokens
     assert torch.equal(rest, whole[:, 5:])
+    # Guidance that grows goes on as strong as it would have been.
+    growing = SamplingSettings(guidance_scale=6.0, guidance_schedule="linear")
+    condition = prompt[:, :1]
+    null = torch.full_like(condition, vocabulary.null)
+    whole = generate(decoder, condition, legal, uniforms, growing, null).tokens
+    prompts = [torch.cat([first, whole[:, :5]], 1) for first in (condition, null)]
+    rest = generate(decoder, prompts[0], legal[5:], uniforms[:, 5:], growing, prompts[1]).tokens
+    assert torch.equal(rest, whole[:, 5:])
 
 
 @backbones

@@ -132,7 +132,7 @@ def test_every_precision_measures(tmp_path):
     codes_for(tmp_path / "codes", model)
     words = ["--model", model, "--codes", tmp_path / "codes", "--split", "train", "--n", 5, "--precision", "bf16"]
     run("vqgen.prior.measure", *words).ok()  # a process of its own: Accelerate's state is global
-    found = json.loads((model / "likelihood-train-5/likelihood.json").read_text())
+    found = json.loads((model / "likelihood-train-5-bf16/likelihood.json").read_text())
     assert found["precision"] == "bf16" and found["images"] == 5
 
 

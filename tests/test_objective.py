@@ -77,12 +77,13 @@ def test_labels_are_dropped_at_their_share_and_the_given_stay():
     assert (found[:, 0] == vocabulary.null).float().mean() == pytest.approx(0.2, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["label_dropout", "token_corruption", "label_smoothing", "z_loss"])
-@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+OUTSIDE = [(name, value) for name in ("token_corruption", "label_smoothing") for value in (-0.1, 1.5, math.nan)]
+OUTSIDE += [("label_dropout", value) for value in (-0.1, 1, 1.5, math.nan)] + [("z_loss", -0.1), ("z_loss", math.nan)]
+
+
+@pytest.mark.parametrize(("name", "value"), OUTSIDE)
 def test_options_out_of_range_are_named(name, value):
-    if name == "z_loss" and value == 1.5:
-        return
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: found"):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: "):
         ObjectiveConfig(**{name: value})
 
 

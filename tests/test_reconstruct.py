@@ -16,6 +16,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.io import decode_image, read_image, write_png
 
+from vqgen.order import some
 from vqgen.tokenizer import compare
 from vqgen.tokenizer import images as image_module
 from vqgen.tokenizer.compare import main
@@ -52,7 +53,7 @@ def measured():
     config = ImageConfig(size=[24, 16], channels=1)
     data = open_images("demo", "heldout", config)
     tokenizer = make()
-    originals = torch.stack([data[i].image for i in range(20)])
+    originals = torch.stack([data[i].image for i in some(20, len(data))])
     codes = torch.cat([tokenizer.encode(image[None]) for image in originals])
     results = torch.cat([to_uint8(tokenizer.decode(code[None])) for code in codes])
     return tokenizer, data, config, originals, codes, results
@@ -197,7 +198,7 @@ def test_broken_images_are_left_out_of_the_figures(measured, monkeypatch):
     given = image_module.ordered_batches
 
     def without_the_first(dataset, indices, batch_size, settings):
-        return given(dataset, [i for i in indices if i != 0], batch_size, settings)
+        return given(dataset, indices[1:] if len(indices) == 20 else indices, batch_size, settings)
 
     monkeypatch.setattr("vqgen.tokenizer.reconstruct.ordered_batches", without_the_first)
     found = reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
@@ -336,12 +337,12 @@ def test_large_images_are_shrunk_with_their_aspect(tmp_path, cli, grey):
 def test_resized_images_give_the_figures_of_the_run(tmp_path, cli, grey):
     """What a validation measures: the same images, prepared alike."""
     out = tmp_path / "out"
-    words = ["demo", "--tokenizer", grey, "--resize", "--n", 50, "--precision", "fp32", "--batch-size", 7]
+    words = ["demo", "--tokenizer", grey, "--resize", "--precision", "fp32", "--batch-size", 70]
     result = cli(main, *words, "--output", out)
-    assert result.code == 0 and "50 resized as in training" in result.out
+    assert result.code == 0 and "1000 resized as in training" in result.out
     config = ImageConfig(size=[24, 16], channels=1)
     data = open_images("demo", "heldout", config)
-    validation = reconstruct(Tokenizer.load(grey), data, 50, 25, config, None, Accelerator(cpu=True))
+    validation = reconstruct(Tokenizer.load(grey), data, 1000, 25, config, None, Accelerator(cpu=True))
     assert told(out)["figures"] == pytest.approx(validation.figures, rel=1e-5)
     assert len(told(out)["pictures"]) == 32 and len(result.out.splitlines()) == 3, "too many to be told one by one"
 

@@ -284,3 +284,29 @@ def test_a_mistake_at_the_start_can_be_mended(tmp_path: Path) -> None:
     assert run(TOKENIZER, *STAGE_ONE, "--lr", 1, "--output", folder, hook=at_row(2)).code == -signal.SIGKILL
     run(TOKENIZER, *STAGE_ONE, "--steps", 1, "--output", folder).ok()
     assert [row["step"] for row in rows(folder)] == [1, 1]
+
+
+def test_a_prior_that_stopped_early_goes_on_with_more_patience(tmp_path: Path, codes: Path, two: Path) -> None:
+    folder = tmp_path / "prior"
+    shutil.copytree(two, folder)
+    words = [*STAGE_TWO, "--codes", codes, "--output", folder]
+    words[words.index("--patience") + 1] = "4"
+    before = steps(folder)[-1]
+    run(PRIOR, *words).ok()
+    assert steps(folder)[-1] > before
+
+
+def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path) -> None:
+    """Each of its options changes the first steps' loss, or adds a term of its own."""
+    found = {}
+    for option in ("", "--label-dropout 0.9", "--token-corruption 0.9", "--label-smoothing 0.3", "--z-loss 0.1"):
+        folder = tmp_path / (option.split(" ")[0] or "plain")
+        words = (
+            "--dim 16 --layers 1 --heads 2 --dropout 0 --batch-size 8 --steps 3 --precision fp32 --log-every 1".split()
+        )
+        run(PRIOR, *words, "--preview-images", 0, *option.split(), "--codes", codes, "--output", folder).ok()
+        found[folder.name] = [row for row in rows(folder) if "train/loss" in row]
+    plain = found.pop("plain")
+    for option, other in found.items():
+        assert len(other) == len(plain) == 3
+        assert set(other[0]) != set(plain[0]) or other[-1]["train/loss"] != plain[-1]["train/loss"], option

@@ -157,11 +157,28 @@ def test_devices():
         find_device("cuda:99")
 
 
+def test_a_description_that_does_not_fit_the_tokenizer_is_refused(tmp_path):
+    folder = make_model(tmp_path / "mine")
+    about = json.loads((folder / "vqgen.json").read_text())
+    (folder / "vqgen.json").write_text(json.dumps({**about, "grid": [3, 2]}))
+    with pytest.raises(UserError, match=r"vqgen.json says .* its tokenizer has \(16, 1, \(2, 3\)\)"):
+        Generator.load(folder, "cpu")
+
+
+def test_no_two_classes_share_a_path_and_none_is_too_long():
+    names = ["a_b-2", "a_b", "a/b", "A/B", "\N{GRINNING FACE}" * 80, "a_b-3"]
+    files = [Names("folders", range(6), names).file(index) for index in range(6)]
+    assert len({Path(file).parent.name.casefold() for file in files}) == 6
+    assert all(len(part.encode()) < 200 for file in files for part in Path(file).parts)
+
+
 def test_which_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VQGEN_MODEL", raising=False)
     assert find_model(None) == SHIPPED
     Path("runs/demo/prior").mkdir(parents=True)
+    assert find_model(None) == SHIPPED  # nothing is trained there yet
+    Path("runs/demo/prior/vqgen.json").write_text("{}")
     assert find_model(None) == Path("runs/demo/prior")
     monkeypatch.setenv("VQGEN_MODEL", "elsewhere")
     assert find_model(None) == Path("elsewhere")
@@ -422,6 +439,11 @@ def test_a_finished_run_goes_on_to_more_images(sample, tmp_path):
     for n in (5, 2):
         result = sample("--n", n)
         assert result.code == 0 and f"holds these {n} images already" in result.out and tree(folder) == before
+    (folder / "00003.png").unlink()  # what is missing is drawn, whatever the list says
+    assert "1 images in" in sample("--n", 5).out
+    assert {name: file[1] for name, file in tree(folder).items()} == {name: file[1] for name, file in before.items()}
+    assert sample("--n", 5, "--columns", 5).code == 0
+    assert decode_image(str(folder / "grid.png")).shape == (3, 8, 42)
     (folder / "00006.png").write_bytes(b"mine")
     result = sample("--n", 9)
     assert result.code == 2 and "00006.png, which is not of that run" in result.err
@@ -602,10 +624,22 @@ def test_the_generator_as_people_call_it(model):
     for mask_rows in (1, 2):
         done = generator.complete(image, mask_rows, n=3)
         assert torch.equal(done.codes[:, : 2 - mask_rows], codes[:, : 2 - mask_rows].expand(3, -1, -1))
-    with pytest.raises(ValueError, match="mask_rows: found 3"):
+    with pytest.raises(UsageError, match="mask_rows: found 3"):
         generator.complete(image, 3)
     with pytest.raises(UserError, match="expected uint8"):
         generator.encode(image.float())
+    with pytest.raises(UserError, match="of type ndarray, expected a tensor"):
+        generator.complete(image.numpy(), 1)  # type: ignore[arg-type]
+    for classes in (3, -2, [0, 7]):
+        with pytest.raises(UsageError, match="--class: found"):
+            generator.log_likelihood(image, classes)
+    with pytest.raises(TypeError):
+        generator.log_likelihood(image, 1.7)  # type: ignore[arg-type]
+    assert generator.sample(2, classes=torch.tensor(1)).labels.tolist() == [1, 1]
+    with pytest.raises(UsageError, match="--n: found -3"):
+        generator.sample(-3)
+    with pytest.raises(UsageError, match="--precision: found half"):
+        Generator.load(model, "cpu", "half")
 
 
 def test_likelihood_of_images_is_that_of_a_full_softmax(model):

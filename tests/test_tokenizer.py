@@ -345,7 +345,7 @@ def refused(net, path) -> str:
 
 def test_lpips_without_its_file(tmp_path):
     assert "does not exist" in refused("vgg", tmp_path / "none.safetensors")
-    assert "does not exist" in refused("vgg", tmp_path)
+    assert "is no file" in refused("vgg", tmp_path)
 
 
 def test_lpips_with_a_damaged_file(tmp_path):
@@ -359,7 +359,8 @@ def test_lpips_with_a_damaged_file(tmp_path):
 def test_lpips_with_the_other_network(tmp_path):
     for net, other in (("vgg", "alex"), ("alex", "vgg")):
         save_file(tensors_of(other), tmp_path / f"{other}.safetensors")
-        assert f"not the {net} backbone" in refused(net, tmp_path / f"{other}.safetensors")
+        name = {"vgg": "VGG16", "alex": "AlexNet"}[net]
+        assert f"does not hold the convolutions of {name} alone" in refused(net, tmp_path / f"{other}.safetensors")
 
 
 def test_lpips_with_a_missing_or_an_unknown_tensor(tmp_path):
@@ -559,10 +560,11 @@ def test_codes_of_any_integer_type(dtype):
     assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
 
 
-def test_nothing_at_all():
-    tokenizer = make().eval()
+@pytest.mark.parametrize("patch", [1, 2])
+def test_nothing_at_all(patch):
+    tokenizer = make(patch=patch).eval()
     codes = tokenizer.encode(torch.zeros(0, 3, 16, 24))
-    assert codes.shape == (0, 8, 12) and tokenizer.decode(codes).shape == (0, 3, 16, 24)
+    assert codes.shape == (0, 8 // patch, 12 // patch) and tokenizer.decode(codes).shape == (0, 3, 16, 24)
     assert tokenizer.reconstruct(torch.zeros(0, 3, 16, 24, dtype=torch.uint8)).dtype == torch.uint8
 
 

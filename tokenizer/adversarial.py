@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vqgen.errors import UsageError
 from vqgen.optimize import OptimizerConfig, optimizer_for
 from vqgen.run import Run
+from vqgen.values import at_least
 
 from .augment import Augmentation, diff_augment
 from .discriminator import PatchDiscriminator
@@ -66,9 +67,7 @@ class GanConfig:
             # A number that is not finite fails the comparison, or the one below.
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
-        for name in ("gan_width", "gan_layers", "gan_plateau_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, gan_width=1, gan_layers=1, gan_plateau_steps=1)
         if not 0 <= self.gan_plateau < 1:
             raise UsageError(f"--gan-plateau: found {self.gan_plateau}, expected a share, 0 <= value < 1")
         if self.gan_start_at == "share":

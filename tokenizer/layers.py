@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgen.errors import UsageError
+from vqgen.values import at_least
 
 from .norm import GroupNorm
 
@@ -36,9 +37,7 @@ class ModelConfig:
     """Dropout inside the residual blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "patch", "blocks", "latent_dim", "groups"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, width=1, patch=1, blocks=1, latent_dim=1, groups=1)
         if not self.multipliers or min(self.multipliers) < 1:
             raise UsageError(f"--multipliers: found {self.multipliers}, expected positive integers, one a level")
         if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):

@@ -105,7 +105,12 @@ class Tokenizer(nn.Module):
         `UserError` for images of another shape, type or range.
         """
         with self._evaluating():
-            return self.quantizer.encode(self.encoder(self._pixels(images)))
+            pixels = self._pixels(images)
+            if not len(pixels):  # of which torch makes no patches
+                depth = [self.depth] if self.depth > 1 else []
+                sides = [side // self.factor for side in pixels.shape[2:]]
+                return torch.zeros(0, *sides, *depth, dtype=torch.long, device=pixels.device)
+            return self.quantizer.encode(self.encoder(pixels))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

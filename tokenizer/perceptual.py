@@ -125,13 +125,18 @@ def _wanted(net: str) -> set[str]:
     return {f"features.{index}.{kind}" for index in _CONVOLUTIONS[net] for kind in ("weight", "bias")}
 
 
-def check_weights(net: str, weights: str, option: str = "--perceptual-weights") -> None:
-    """Raise `UserError` for a file that is missing, damaged or of another network; reads its head alone."""
-    if weights == "torchvision":
+def check_weights(net: str, weights: str, option: str = "--perceptual-weights", download: str = "torchvision") -> None:
+    """Raise `UserError` for a file that is missing, damaged or of another network; reads its head alone.
+
+    Args:
+        option, download: the option that names the file, and its word for torchvision's own weights.
+    """
+    if weights == download:
         return
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise UserError(f"{option}: {path} does not exist; name a safetensors file, or torchvision")
+        state = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{option}: {path} {state}; name a safetensors file, or {download}")
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
@@ -140,12 +145,15 @@ def check_weights(net: str, weights: str, option: str = "--perceptual-weights") 
     odd = min(_wanted(net) ^ names, default=None)
     if odd:
         state = "misses" if odd in _wanted(net) else "has an unknown"
-        raise UserError(f"{option}: {path} {state} {odd}, so it is not the {net} backbone of LPIPS")
+        name = {"vgg": "VGG16", "alex": "AlexNet"}[net]
+        raise UserError(f"{option}: {path} {state} {odd}, so it does not hold the convolutions of {name} alone")
 
 
-def convolutions(net: str, weights: str, option: str = "--perceptual-weights") -> tuple[dict[str, Tensor], str]:
-    """The backbone's convolutions by torchvision's names, and where they came from; errors name `option`."""
-    if weights == "torchvision":
+def convolutions(
+    net: str, weights: str, option: str = "--perceptual-weights", download: str = "torchvision"
+) -> tuple[dict[str, Tensor], str]:
+    """The backbone's convolutions by torchvision's names, and where they came from; see `check_weights`."""
+    if weights == download:
         from torchvision import models
 
         try:
@@ -156,6 +164,6 @@ def convolutions(net: str, weights: str, option: str = "--perceptual-weights") -
                 "name a local safetensors file instead"
             ) from error
         return {key: value for key, value in model.state_dict().items() if key in _wanted(net)}, "torchvision"
-    check_weights(net, weights, option)
+    check_weights(net, weights, option, download)
     path = Path(weights).expanduser()
     return {key: value.to(torch.float32) for key, value in load_file(path).items()}, str(path)

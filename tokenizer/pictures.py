@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.errors import UsageError, UserError
+from vqgen.values import at_least
 
 from .fidelity import SMALLEST
 from .model import Tokenizer
@@ -41,7 +42,7 @@ class ReconstructConfig:
     holdout: float = 0.05
     """Share that the training held out where the source has no split of its own; for --split train and heldout."""
     n: int = 0
-    """Images to take; 0 = all."""
+    """Images to take, the first ones; 0 = all."""
     resize: bool = False
     """Resize and crop (or pad) as in training, so that figures compare with those of the run. Without it every image
     keeps its own size, less what is over at its edges where the tokenizer's factor does not divide it."""
@@ -64,9 +65,7 @@ class ReconstructConfig:
     """Where to compute; auto takes what Accelerate finds."""
 
     def __post_init__(self) -> None:
-        for name, least in {"n": 0, "largest": 0, "pictures": 0, "amplify": 0, "batch_size": 1}.items():
-            if not getattr(self, name) >= least:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least {least}")
+        at_least(self, n=0, largest=0, pictures=0, amplify=0, batch_size=1)
         if not self.data:
             raise UsageError("--data: found nothing; name image files, a folder of images or another source")
         if not 0 < self.holdout < 1:

@@ -17,6 +17,7 @@ from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.folder import remove
 from vqgen.hardware import precision_of
+from vqgen.values import at_least
 
 from .codes import MANIFEST, Manifest, code_shape, shard_name, verify_checksum
 from .images import ImageConfig, ImageDataset, open_images
@@ -61,9 +62,7 @@ class TokenizeConfig:
     images: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "views", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, batch_size=1, views=1, shard_size=1)
         augmented = self.images.flip or self.images.random_crop > 0
         if self.views > 1 and not augmented:
             raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-crop")

@@ -10,6 +10,7 @@ from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from vqgen.artifact import atomic_path
+from vqgen.order import some
 
 from .fidelity import Fidelity
 from .images import ImageConfig, ImageDataset, ordered_batches
@@ -50,13 +51,12 @@ def reconstruct(
     perceptual: PerceptualDistance | None,
     accelerator: Accelerator,
 ) -> Reconstructions:
-    """Encode and decode the first `count` images of `dataset`, shared among the processes; `Fidelity` says what is
-    measured."""
+    """Encode and decode `count` images of `dataset`, shared among the processes; `Fidelity` says what is measured."""
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     fidelity = Fidelity(tokenizer, perceptual, device)
     none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
     originals, images = [none], [none]
-    for batch in ordered_batches(dataset, range(rank, count, world), batch_size, config):
+    for batch in ordered_batches(dataset, some(count, len(dataset))[rank::world], batch_size, config):
         given = batch.images.to(device)
         results, _ = pass_through(tokenizer, given, fidelity)
         if sum(len(part) for part in originals) < SHOWN:

@@ -15,6 +15,7 @@ from vqgen.health import Finding, Row, non_finite_origin
 from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
 from vqgen.order import step_seed
 from vqgen.run import Run, RunConfig
+from vqgen.values import at_least
 
 from .adversarial import Adversary, GanConfig
 from .diagnosis import diagnose
@@ -43,7 +44,7 @@ class TokenizerTraining:
     overwrite: bool = False
     """Remove an earlier run in --output and start anew."""
     validation_images: int = 1000
-    """Held-out images that each validation measures; 0 = all."""
+    """Held-out images that each validation measures, the same ones from all over the set; 0 = all."""
     channels_last: bool = True
     """Memory layout of the convolutions; faster nearly everywhere."""
     images: ImageConfig = field(default_factory=ImageConfig)
@@ -55,8 +56,7 @@ class TokenizerTraining:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.validation_images < 0:
-            raise UsageError(f"--validation-images: found {self.validation_images}, expected at least 0")
+        at_least(self, validation_images=0)
         self.architecture()  # impossible combinations are refused before anything is loaded
         height, width = self.images.size
         if self.loss.perceptual_weights:

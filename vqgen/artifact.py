@@ -92,6 +92,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_writable(path: Path) -> None:
+    """Raise `UserError` where `path` cannot become a file or a folder: to be known before the work, not after it."""
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        state = "may not be written to" if above.is_dir() else "is a file"
+        raise UserError(f"cannot write {path}: {above} {state}; choose another place")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented for people."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -104,9 +112,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); write it anew") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); restore or remove it") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object belongs; write it anew")
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object belongs; restore or remove it")
     return value
 
 

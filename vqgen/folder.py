@@ -13,7 +13,7 @@ from .sessions import MACHINE
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
-_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps"}
+_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
 FINISHED = "finished.json"
 # What a run writes, and all that --overwrite removes; config.yaml comes last, by it the folder is known as a run's.
 _OWN = ("checkpoints/step-*", "images/step-*.png", "logs/vqgen", "tokenizer/vqgen.json", "tokenizer/model.safetensors")

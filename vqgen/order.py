@@ -37,3 +37,9 @@ def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
         parts.append(part)
         start, size = start + len(part), size - len(part)
     return np.concatenate(parts)
+
+
+def some(count: int, among: int) -> list[int]:
+    """`count` of the indices below `among`, in order, always the same: a sample of a set whatever its order, which in a
+    folder of classes is one class after the other. All where `among` is not more."""
+    return sorted(epoch_slice(among, 0, 0, count).tolist()) if count < among else list(range(among))

@@ -34,6 +34,7 @@ from .sessions import Session
 from .sharding import is_sharded, take_up, whole
 from .tracking import JsonlTracker, further_trackers, progress, read_history
 from .trainer import Trainer
+from .values import at_least
 
 
 @dataclass
@@ -64,10 +65,8 @@ class RunConfig:
     """Further trackers beside metrics.jsonl: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
-        names = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every")
-        for name in (*names, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        at_least(self, steps=1, batch_size=1, accumulate=1, log_every=1, validate_every=1, checkpoint_every=1)
+        at_least(self, keep_checkpoints=1)
 
 
 class Run:
@@ -246,7 +245,7 @@ class Run:
                 signal.signal(number, handler)
         if self.main:
             trainer.save()
-            write_json(self.folder / FINISHED, {"steps": self.settings.steps})
+            write_json(self.folder / FINISHED, {"steps": self.done})
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 

@@ -58,6 +58,14 @@ def kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
+def at_least(config: Any, **lowest: float) -> None:
+    """Raise a `UsageError` that names the first option below its least value; None, where an option may be, passes."""
+    for name, least in lowest.items():
+        found = getattr(config, name)
+        if found is not None and not found >= least:
+            raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
+
+
 def type_name(hint: Any) -> str:
     """A type in the words of `--help` and of errors."""
     if typing.get_origin(hint) is typing.Literal:
@@ -78,7 +86,8 @@ def from_words(hint: Any, words: list[str]) -> Any:
     have some of its own. `none` empties what may be empty.
     """
     members = kinds(hint)
-    if words in (["null"], ["none"]) and type(None) in members:
+    empty = (["null"],) if list[str] in members else (["null"], ["none"])  # a class may be called none
+    if words in empty and type(None) in members:
         return None
     if any(typing.get_origin(kind) is list for kind in members):
         text = list[str] in members or list[Path] in members
@@ -126,6 +135,11 @@ def checked(hint: Any, value: Any, where: str) -> Any:
     found = value if isinstance(value, str) and value.strip() else repr(value)
     if bool in members and isinstance(value, str):
         value = _SWITCH.get(value.lower(), value)
+    kind = next((item for item in members if typing.get_origin(item) is list), None)
+    if kind is not None and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        value = [value]  # a list of one, as people write it in YAML
+    if kind == list[str] and isinstance(value, list):
+        value = [str(item) if type(item) is int else item for item in value]
     if int in members and float not in members:
         value = _whole(value)
     elif list[int] in members and isinstance(value, list):
