@@ -1,7 +1,6 @@
 """What run folders hold, read for people to look at: whatever is missing or cut off is said and not refused."""
 
 import json
-import math
 import statistics
 import struct
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ from .output import FINISHED as SAMPLES
 from .output import GRID
 
 Kind = Literal["tokenizer", "prior", "samples"]
+LARGEST = 1e15
+"""Numbers of this size and more are no figure of a run, and no axis has room for them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class RunFolder:
     """images/step-*.png by their step, in order."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    ended: int | None = None
+    """Steps done, as finished.json says."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -75,8 +78,8 @@ class RunFolder:
 
     @property
     def steps(self) -> int:
-        """Steps done, as far as they were logged."""
-        return max((row["step"] for row in self.rows), default=0)
+        """Steps done, as far as is known."""
+        return max([*(row["step"] for row in self.rows), self.ended or 0])
 
     @property
     def findings(self) -> list[dict[str, Any]]:
@@ -127,7 +130,8 @@ class Found:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a chart can show."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,7 +172,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         row = None
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and 0 <= row["step"] < LARGEST:
             rows.append(row)
         else:
             damaged += bool(line.strip())
@@ -185,7 +189,12 @@ def _read_run(path: Path, kind: Kind) -> RunFolder:
     config = _config(path)
     run.options = dict(_flat(config or {}))
     run.rows = _rows(path / "metrics.jsonl", run.notes)
-    run.sessions, run.finished = read_sessions(path), (path / FINISHED).is_file()
+    numbers = ("first_step", "last_step", "seconds")
+    run.sessions = [session for session in read_sessions(path) if all(_finite(session.get(name)) for name in numbers)]
+    run.finished = (path / FINISHED).is_file()
+    with suppress(UserError):
+        ended = read_json(path / FINISHED).get("steps") if run.finished else None
+        run.ended = ended if isinstance(ended, int) and 0 <= ended < LARGEST else None
     with suppress(UserError):
         run.description = read_json(path / DESCRIPTION)
     found = {file.stem[5:]: Png.read(file) for file in sorted(path.glob("images/step-*.png"))}
@@ -209,7 +218,10 @@ def _read_samples(path: Path) -> RunFolder | None:
         return None
     samples = RunFolder(path, "samples", path.name, pictures={0: picture})
     with suppress(UserError):
-        samples.description = read_json(path / SAMPLES)
+        found = read_json(path / SAMPLES)
+        names = found.get("class_names") or []
+        if isinstance(found.get("settings", {}), dict) and isinstance(names, list):
+            samples.description = found
     return samples
 
 

@@ -1,6 +1,7 @@
 """vqgen-report: what a page says of runs written by hand, that it needs nothing else, and that a browser shows it."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -291,6 +292,31 @@ def test_what_an_unfinished_run_lacks_is_said(show, tmp_path, content, missing):
     page = show(run)
     assert missing in page.text and not page.named("img")
     assert ("Total loss" in page.text) == ("1.0" in (content or "") or "0.0" in (content or ""))
+
+
+def test_numbers_that_no_run_writes_are_left_out(show, tmp_path):
+    run = make_tokenizer(tmp_path / "run")
+    lines = [
+        '{"step": 1, "train/loss": 1' + "0" * 400 + "}",
+        '{"step": -3, "train/loss": 0.5}',
+        '{"step": 2, "train/loss": 1e308}',
+        '{"step": 3, "train/loss": -1e308}',
+        '{"step": 4, "train/loss": 0.25}',
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    session = {"began": "2026-01-01", "first_step": 0, "last_step": 4, "seconds": math.nan}
+    (run / "machine.json").write_text(json.dumps({"sessions": [session, {"began": 3}]}))
+    samples = tmp_path / "samples"
+    picture(samples / "grid.png", 1)
+    for odd in ({"settings": [1]}, {"class_names": 3}, {"n": {}}):
+        (samples / "samples.json").write_text(json.dumps({"settings": {}, "n": 1, **odd}))
+        assert "One line of metrics.jsonl" in show(run).text and show(samples).named("img")
+
+
+def test_a_finished_run_without_its_history_says_how_far_it_went(show, tmp_path):
+    run = make_tokenizer(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    assert "Finished, 40 steps" in show(run).text
 
 
 def test_a_configuration_that_cannot_be_read(show, tmp_path):
