@@ -1,0 +1,41 @@
+"""The README's tables of baselines are those of the receipts, and the receipts of a row belong together."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vqgen.artifact import read_json
+from vqgen.sampling.receipt import flat, read_receipt
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("baselines", ROOT / "benchmarks" / "baselines.py")
+assert _spec and _spec.loader
+baselines = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(baselines)
+FOLDERS = sorted(path.parent for path in baselines.RECEIPTS.glob("*/*/training.json"))
+
+
+@pytest.mark.parametrize("data", list(baselines.ROWS))
+def test_the_readme_has_the_table_of_the_receipts(data):
+    found = "\n".join(baselines.table(data))
+    assert found in (ROOT / "README.md").read_text(encoding="utf-8"), f"the table of {data} is now\n{found}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_receipts_of_a_row_belong_together(folder):
+    found = {path.stem: read_receipt(path) for path in folder.glob("*.json") if path.stem != "training"}
+    trained = read_json(folder / "training.json")
+    assert "reconstruction" in found and ("likelihood" in found) == ("samples" in found) == ("prior" in trained)
+    for mark in ("tokenizer", "prior", "classifier"):
+        assert len({r["fingerprints"][mark] for r in found.values() if r["fingerprints"].get(mark)}) <= 1, mark
+    for receipt in found.values():
+        assert not [value for value in receipt["options"].values() if str(value).startswith("/")]
+        assert all(isinstance(value, (int, float)) for _, value in flat(receipt["figures"]))
+    assert found["reconstruction"]["counts"]["images"] == 10_000
+
+
+def test_rows_that_are_measured_are_rows_that_can_be_made():
+    assert FOLDERS
+    for folder in FOLDERS:
+        assert folder.name in baselines.ROWS[folder.parent.name] or folder.name == "package"
