@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from vqgen.hardware import matrix_rate, precision_of
+from vqgen.hardware import find_device, matrix_rate, precision_of
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
 from vqgen.sampling.decoder import Decoder
 from vqgen.sampling.generate import generate, image_uniforms
 from vqgen.sampling.logits import SamplingSettings
-from vqgen.sampling.pipeline import CPU_ROWS, find_device
+from vqgen.sampling.pipeline import CPU_ROWS
 
 
 def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:

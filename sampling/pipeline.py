@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqgen.artifact import DESCRIPTION
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import precision_of
+from vqgen.hardware import find_device, precision_of
 
 from ..prior.likelihood import token_nats
 from ..prior.model import Prior
@@ -48,22 +48,6 @@ def find_model(model: Path | None) -> Path:
     return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else SHIPPED
 
 
-def find_device(device: str | torch.device) -> torch.device:
-    """The device that was named; `auto` is CUDA where there is one, else the CPU. Raises `UsageError`."""
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in DECODE_PIXELS or (found.type == "cpu" and found.index):
-        raise UsageError(f"--device: found {device}, expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device: found {device}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto")
-    return found
-
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
 @dataclass(frozen=True)
 class Samples:
     """Images as drawn, row by row, on the CPU."""
@@ -89,8 +73,6 @@ class Generator:
 
     def __init__(self, prior: Prior, tokenizer: Tokenizer, device: torch.device, precision: str = "auto") -> None:
         """Takes the models over: moves both and casts the prior's weights to `precision` (auto, fp32, bf16, fp16)."""
-        if precision not in PRECISIONS:
-            raise UsageError(f"--precision: found {precision}, expected one of {', '.join(PRECISIONS)}")
         self.precision = precision_of(precision, device).replace("no", "fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         for parameter in prior.backbone.parameters():

@@ -17,7 +17,7 @@ from torch import Tensor
 from vqgen.artifact import load_artifact, read_json, save_artifact
 from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import processes
+from vqgen.hardware import find_device, processes
 from vqgen.order import epoch_slice, some
 from vqgen.tracking import progress
 from vqgen.values import at_least
@@ -38,7 +38,7 @@ from .distances import Statistics, figures, statistics
 from .extract import Extractor, Network, PixelHash, extractor_for
 from .logits import SamplingSettings
 from .output import FINISHED, UNFINISHED
-from .pipeline import Generator, find_device
+from .pipeline import Generator
 from .receipt import environment
 
 Streamed = Iterator[tuple[Tensor, Tensor, Tensor]]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from vqgen.artifact import fingerprint
 from vqgen.errors import UsageError
-from vqgen.hardware import precision_of, processes
+from vqgen.hardware import find_device, precision_of, processes
 from vqgen.order import some
 from vqgen.tracking import progress
 from vqgen.values import at_least
@@ -23,7 +23,6 @@ from ..tokenizer.pixels import to_uint8
 from .collect import Collected, Measured, check_weights_are_used, everywhere, many, warn
 from .distances import frechet, statistics
 from .extract import Network, PixelHash, extractor_for
-from .pipeline import find_device
 from .receipt import environment
 
 

@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 from vqgen import __version__
 from vqgen.config import as_dict, command
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import processes
+from vqgen.hardware import find_device, processes
 from vqgen.tracking import progress
 from vqgen.values import at_least
 
@@ -34,7 +34,7 @@ from .logits import SamplingSettings
 from .names import find_classes
 from .output import GRID, Layout, Names, begin, check_output, finish
 from .oversample import batches, selected
-from .pipeline import Generator, find_device, find_model
+from .pipeline import Generator, find_model
 
 GRID_IMAGES = 100
 

@@ -18,10 +18,11 @@ import vqgen.sampling.sample as program
 from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.errors import UsageError, UserError
+from vqgen.hardware import find_device
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.output import Names
-from vqgen.sampling.pipeline import SHIPPED, Generator, find_device, find_model
+from vqgen.sampling.pipeline import SHIPPED, Generator, find_model
 from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
 from vqgen.tokenizer.pixels import to_uint8

@@ -17,6 +17,19 @@ from . import __version__
 from .errors import UsageError
 
 
+def find_device(device: str | torch.device) -> torch.device:
+    """The device that was named; `auto` is CUDA where there is one, else the CPU. Raises `UsageError`."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
+        raise UsageError(f"--device: found {device}, expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device: found {device}, but torch sees {torch.cuda.device_count()} CUDA devices; use auto")
+    return found
+
+
 def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
     """Accelerate's name of the precision; `auto` takes bf16 where the hardware computes in it."""
     if precision == "fp16" and device.type != "cuda":
@@ -27,7 +40,9 @@ def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", 
         # These CPU checks are private in some versions of torch; where they are missing float32 is always right.
         checks = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         return "bf16" if device.type == "cpu" and any(check() for check in checks if check) else "no"
-    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]  # type: ignore[return-value]
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"--precision: found {precision}, expected auto, fp32, bf16 or fp16")
+    return precision.replace("fp32", "no")  # type: ignore[return-value]
 
 
 def processes(cpu: bool = False, **settings: Any) -> PartialState:
