@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from vqgen.config import as_dict, build, command, from_dict, help_text, options, parse, read_saved, save, values_of
 from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer.train import TokenizerTraining
 
 ROOT = Path(__file__).parents[1]
 
@@ -537,3 +538,16 @@ def test_help_and_version(cli: Callable[..., Any]) -> None:
     assert "\ninner:\n" in help_text("x", "y", Example)
     version = cli(program(nothing), "--version")
     assert version.code == 0 and version.out.startswith("vqgen ")
+
+
+def test_a_quantizer_preset_goes_on_top_of_any_other() -> None:
+    presets = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    kinds = [name for name in presets if name.startswith("quantizer-")]
+    bases = [[name] for name in ("demo-tokenizer", "vqvae", "vqgan-cifar10", "vqgan", "cifar10-512")]
+    bases += [["cifar10-512", name] for name in ("cifar10-512-even", "cifar10-512-lpips", "cifar10-8192")]
+    assert len(kinds) == 10
+    for base in bases:
+        for kind in kinds:
+            words = [word for name in [*base, kind] for word in ("--config", name)]
+            asked = parse(TokenizerTraining, [*words, "--data", "x", "--output", "y", "--perceptual-weights", "z"])
+            assert asked.quantizer.codes >= 32, (base, kind)
