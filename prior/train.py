@@ -42,7 +42,7 @@ class PriorTraining:
     output: Path = Path("runs/prior")
     """Run folder; finished, it is the prior's model folder, with the tokenizer inside."""
     overwrite: bool = False
-    """Remove an earlier run in --output and start anew."""
+    """Remove an earlier run in --output and start anew; after an interruption leave it out, or that is removed too."""
     patience: int = 5
     """Stop after this many validations without a better held-out loss; 0 = train to the last step. The best weights
     are saved either way."""

@@ -55,7 +55,7 @@ class SampleConfig:
     output: Path = Path("samples")
     """Folder for the images. Samples of the same run are completed there; other files are refused."""
     overwrite: bool = False
-    """Remove the samples of a former run from --output; no other file is touched."""
+    """Remove the samples of a former run from --output, no other file; after an interruption leave it out."""
     layout: Layout = "flat"
     """Names of the files: flat = 00000.png, labels = 00000-cat.png, folders = images/cat/00000.png, which any program
     of vqgen takes as --data with labels."""

@@ -130,7 +130,9 @@ def test_lpips_without_its_weights(train: Train, tmp_path: Path) -> None:
     train(*words, "--perceptual-weights", missing)[0].refused(1, str(missing), "is not a whole safetensors file")
     names = [f"features.{n}.{kind}" for n in (0, 3, 6, 8, 10) for kind in ("weight", "bias")]
     save_file({name: torch.zeros(1) for name in names}, missing)
-    train(*words, "--perceptual-weights", missing)[0].refused(1, str(missing), "is not the vgg backbone of LPIPS")
+    train(*words, "--perceptual-weights", missing)[0].refused(
+        1, str(missing), "does not hold the convolutions of VGG16 alone"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -44,7 +44,7 @@ class TokenizeConfig:
     output: Path = Path("runs/codes")
     """Folder of the code files; one that was begun with the same options is finished."""
     overwrite: bool = False
-    """Remove code files begun or finished in --output and start anew."""
+    """Remove code files begun or finished in --output and start anew; after an interruption leave it out."""
     verify: bool = False
     """Only check the code files in --output: every checksum, every code, every label."""
     batch_size: int = 64

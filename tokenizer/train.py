@@ -42,7 +42,7 @@ class TokenizerTraining:
     """Tokenizer whose weights the run starts from; its encoder and decoder must have the same sizes, and its quantizer
     comes along where it has the same options of size."""
     overwrite: bool = False
-    """Remove an earlier run in --output and start anew."""
+    """Remove an earlier run in --output and start anew; after an interruption leave it out, or that is removed too."""
     validation_images: int = 1000
     """Held-out images that each validation measures, the same ones from all over the set; 0 = all."""
     channels_last: bool = True
