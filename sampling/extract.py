@@ -132,7 +132,7 @@ def extractor_for(network: Network, weights: str | None, device: torch.device) -
 
         return (Inception if network == "inception" else Vgg16)(weights, device)
     except ImportError as error:
-        raise UsageError(f"--extractor: {network} needs {error.name}; pip install 'vqgen[eval]'") from error
+        raise UsageError(f"--extractor: {network} needs torch-fidelity; pip install torch-fidelity") from error
     except SafetensorError as error:
         raise UserError(f"--weights: {weights} is not a whole safetensors file ({error})") from error
 

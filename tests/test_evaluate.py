@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,13 @@ def vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vgg16.safetensors"
     save_file({f"features.{name}": value for name, value in random_vgg16().state_dict().items()}, path)
     return path
+
+
+def test_a_missing_library_is_named_before_anything_is_computed(monkeypatch, vgg16):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for network in ("fd-vgg16", "inception"):
+        with pytest.raises(UsageError, match=f"--extractor: {network} needs torch-fidelity; pip install"):
+            extractor_for(network, str(vgg16), torch.device("cpu"))
 
 
 def test_vgg16_is_that_of_torchvision(vgg16):
