@@ -14,15 +14,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import yaml
-
 from vqgen.artifact import read_json, write_json
+from vqgen.sampling.history import open_folder
 from vqgen.sampling.receipt import read_receipt
-from vqgen.sessions import read_sessions
-from vqgen.tracking import read_history
 
 RECEIPTS = Path(__file__).parent / "results" / "receipts"
 QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")
@@ -62,15 +58,15 @@ def call(module: str, *words: Any) -> None:
 
 
 def spent(run: Path) -> dict[str, Any]:
-    """How a finished run was trained: images or code sequences seen, seconds, cores."""
-    config, steps = yaml.safe_load((run / "config.yaml").read_text()), read_json(run / "finished.json")["steps"]
-    seen, sessions = steps * config["run"]["batch_size"], read_sessions(run)
-    found = {"steps": steps, "seen": seen}
-    if sessions:
-        return {**found, "seconds": sum(s["seconds"] for s in sessions), "threads": sessions[-1]["threads"]}
-    # A run of a version that kept no sessions: by its own rate.
-    rates = [row["train/per_second"] for row in read_history(run / "metrics.jsonl", steps) if "train/per_second" in row]
-    return {**found, "seconds": round(seen / median(rates), 1)}
+    """How a finished run was trained: images or code sequences seen, and seconds; of a run from before these were noted,
+    by the rates it logged."""
+    (found,) = open_folder(run).runs
+    return {
+        "steps": found.steps,
+        "seen": found.steps * found.options["run.batch_size"],
+        "seconds": round(found.wall or found.computed or 0.0, 1),
+        "from": "machine.json" if found.wall else "logged rates",
+    }
 
 
 def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:

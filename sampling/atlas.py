@@ -19,6 +19,7 @@ from vqgen import __version__
 from vqgen.artifact import write_json
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
+from vqgen.values import at_least
 
 from ..tokenizer.model import Tokenizer
 from ..tokenizer.reconstruct import write_png_atomic
@@ -45,8 +46,7 @@ class CodebookConfig:
     """Folder for the pictures and figures, which are replaced there."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise UsageError(f"--k: found {self.k}, expected at least 1")
+        at_least(self, k=1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from vqgen.artifact import check_writable
 from vqgen.config import build, commands, options, values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.hardware import processes
-from vqgen.values import checked
+from vqgen.values import at_least, checked
 
 from .classifier import ClassifierTraining, train_classifier
 from .collect import Measured, rank_and_world
@@ -90,21 +90,19 @@ class ReplayConfig:
     """Leave out what a classifier said, where it is not at hand."""
 
     def __post_init__(self) -> None:
-        if not self.tolerance >= 0:
-            raise UsageError(f"--tolerance: found {self.tolerance}, expected at least 0")
+        at_least(self, tolerance=0)
 
 
 def replay(config: ReplayConfig) -> None:
     """Measure again what receipts say, and say whether it comes out the same, or what differs."""
-    told = [_replay(path, config) for path in config.receipts]
-    different = [text for same, text in told if not same]
+    different = [text for path in config.receipts if (text := _replay(path, config))]
     processes().destroy_process_group()
     if different:
-        raise UserError(different[-1])
+        raise UserError(" | ".join(different))
 
 
-def _replay(path: Path, config: ReplayConfig) -> tuple[bool, str]:
-    """Whether a receipt comes out the same, and what to say of it; all but a difference of the last is printed."""
+def _replay(path: Path, config: ReplayConfig) -> str:
+    """What does not come out the same; where all does, the main process says so."""
     former = read_receipt(path)
     program = former["program"]
     if program not in PROGRAMS:
@@ -131,14 +129,12 @@ def _replay(path: Path, config: ReplayConfig) -> tuple[bool, str]:
                if found.environment.get(k) != v]  # fmt: skip
     there = f" (with {'; '.join(changed)})" if changed else ""
     differs = differences(former, now, config.tolerance)
-    text = f"{path} does not come out the same: {'; '.join(differs)}{there}"
-    if not differs:
+    if differs:
+        return f"{path} does not come out the same: {'; '.join(differs)}{there}"
+    if rank_and_world()[0] == 0:
         count = len(dict(flat(now["figures"])))
-        text = f"same: {count} figures within {config.tolerance:g} of {path}{there}"
-    last = path == config.receipts[-1]
-    if rank_and_world()[0] == 0 and not (differs and last):
-        print(text, flush=True)
-    return not differs, text
+        print(f"same: {count} figures within {config.tolerance:g} of {path}{there}", flush=True)
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,8 @@ from vqgen.hardware import processes
 from vqgen.order import some
 from vqgen.values import at_least
 
-from ..prior.data import Sequences
+from ..prior.data import Sequences, vocabulary_of
 from ..prior.measure import LikelihoodConfig, measure
-from ..prior.model import Prior
 from ..tokenizer.codes import CodeFiles
 from .collect import Measured
 from .extract import PixelHash
@@ -58,9 +57,8 @@ def measure_prediction(config: PredictionConfig) -> Measured:
         )
     )
     codes, seen = CodeFiles(config.codes, config.split), PixelHash()
-    for tokens in Sequences(codes, Prior.load(config.model).vocabulary).ordered(
-        some(found["images"], len(codes)), 1000
-    ):
+    chosen = some(found["images"], len(codes))
+    for tokens in Sequences(codes, vocabulary_of(codes)).ordered(chosen, 1000):
         seen.add(tokens[:, 1:], tokens[:, 0])
     state = processes()
     return Measured(

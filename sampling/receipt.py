@@ -84,7 +84,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: fl
         for key in [*old, *(key for key in new if key not in old)]:
             one, two = old.get(key), new.get(key)
             numbers = part == "figures" and all(isinstance(v, (int, float)) for v in (one, two))
-            if numbers and math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-6):  # type: ignore[arg-type]
+            if numbers and math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-9):  # type: ignore[arg-type]
                 continue
             if one != two:
                 shown = [str(v)[:12] if part == "fingerprints" else v for v in (one, two)]

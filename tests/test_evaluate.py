@@ -654,7 +654,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, "--samples", "nowhere"], ["--samples", "nowhere is no folder"]),
         ([*data, "--samples", "empty"], ["empty", "no images"]),
         ([*data, "--samples", "one"], ["--n: found 1", "at least 2"]),
-        ([*data, "--samples", "mixed"], ["20x20", "16x16", "give images of one size"]),
+        ([*data, "--samples", "mixed"], ["mixed", ".png has ", "20x20", "16x16", "give images of one size"]),
         ([*data, "--samples", "broken"], ["0.png cannot be read"]),
         ([*data, *own, "--n", 21], ["--n: found 21", "holds 20"]),
         ([*data, *own, "--extractor", "none"], ["--extractor: found none and no --classifier"]),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqgen.errors import UsageError
+from vqgen.values import at_least
 
 
 @dataclass
@@ -24,8 +25,7 @@ class LossConfig:
     fetch them once. With 0 --perceptual-weight they serve the held-out LPIPS figure alone."""
 
     def __post_init__(self) -> None:
-        if self.perceptual_weight < 0:
-            raise UsageError(f"--perceptual-weight: found {self.perceptual_weight}, expected at least 0")
+        at_least(self, perceptual_weight=0)
         if self.perceptual_weight and self.perceptual_weights is None:
             raise UsageError(
                 f"--perceptual-weights is needed with --perceptual-weight {self.perceptual_weight}: a safetensors "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqgen.errors import UsageError
+from vqgen.values import at_least
 
 # Levels of FSQ for about 2^8 ... 2^16 codes (Mentzer et al. 2023, table 1).
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])
@@ -87,17 +88,12 @@ class QuantizerConfig:
     """Weight of the KL divergence of the choices from the uniform prior (gumbel only)."""
 
     def __post_init__(self) -> None:
-        if self.codebook_size < 2:
-            raise UsageError(f"--codebook-size: found {self.codebook_size}, expected at least 2")
-        if self.code_dim < 1:
-            raise UsageError(f"--code-dim: found {self.code_dim}, expected at least 1")
+        at_least(self, codebook_size=2, code_dim=1)
+        at_least(self, commitment_weight=0, entropy_weight=0, entropy_diversity=0, gumbel_kl_weight=0)
         if self.l2_normalize and self.code_dim < 2 and self.quantizer in ("vq", "product"):
             raise UsageError("--code-dim: 1 with --l2-normalize leaves only two codes; use a larger --code-dim")
         if not 0 < self.codebook_decay < 1:
             raise UsageError(f"--codebook-decay: found {self.codebook_decay}, expected 0 < decay < 1")
-        for name in ("commitment_weight", "entropy_weight", "entropy_diversity", "gumbel_kl_weight"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
         for name in ("entropy_temperature", "gumbel_temperature", "gumbel_temperature_end"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected more than 0")

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from .errors import UsageError
 from .hardware import precision_of
 from .sharding import own_shares
+from .values import at_least
 
 
 @dataclass
@@ -41,9 +42,7 @@ class OptimizerConfig:
     """Decay of the averaged weights that are validated and saved; it rises to this over the first steps."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "grad_clip", "lr_warmup"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 0")
+        at_least(self, lr=0, weight_decay=0, grad_clip=0, lr_warmup=0)
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 <= value < 1")
