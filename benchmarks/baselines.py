@@ -58,8 +58,8 @@ def call(module: str, *words: Any) -> None:
 
 
 def spent(run: Path) -> dict[str, Any]:
-    """How a finished run was trained: images or code sequences seen, and seconds; of a run from before these were noted,
-    by the rates it logged."""
+    """How a finished run was trained: images or code sequences seen, and seconds; those of a run from before they were
+    noted by the rates it logged."""
     (found,) = open_folder(run).runs
     return {
         "steps": found.steps,
