@@ -27,7 +27,7 @@ lint: $(READY) types
 # pyright follows relative imports by folder, so it gets the package laid out as it is installed.
 types:
 	@rm -rf build/types && mkdir -p build/types/vqgen
-	@cd build/types/vqgen && top=../../.. && ln -s $$top/vqgen/*.py $$top/tokenizer $$top/prior $$top/sampling $$top/configs .
+	@cd build/types/vqgen && top=../../.. && ln -s $$top/vqgen/* $$top/tokenizer $$top/prior $$top/sampling $$top/evaluation $$top/app $$top/configs .
 
 # The stamp comes last: an installation that was cut off is done again, a finished one only when these files change.
 $(READY): pyproject.toml constraints.txt

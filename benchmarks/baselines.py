@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.artifact import read_json, write_json
-from vqgen.sampling.history import open_folder
-from vqgen.sampling.receipt import read_receipt
+from vqgen.evaluation.receipt import read_receipt
+from vqgen.evaluation.report.run_folder import open_folder
 
 RECEIPTS = Path(__file__).parent / "results" / "receipts"
 QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")
@@ -77,12 +77,12 @@ def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
     def receipt(program: str, *words: Any, name: str = "") -> None:
         path = receipts / f"{name or program}.json"
         if not path.is_file():
-            call("sampling.evaluate", program, *words, "--output", path)
+            call("evaluation.program", program, *words, "--output", path)
 
     lpips, extractor = ["--perceptual-weights", vgg16], ["--extractor", "fd-vgg16", "--weights", vgg16]
     if not judge.exists():
         size = ["--size", 32, "--channels", CHANNELS[data]]
-        call("sampling.evaluate", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", judge)
+        call("evaluation.program", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", judge)
     if not (tokenizer / "finished.json").is_file():
         words = [str(output / data / w[5:] / "tokenizer") if w.startswith("FROM ") else w for w in ROWS[data][row]]
         needs = lpips if {"vqgan-cifar10", "cifar10-512-lpips"} & set(words) else []

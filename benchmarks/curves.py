@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from vqgen.tracking import read_history
+from vqgen.training.trackers import read_history
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from vqgen.tokenizer.codes.plan import TokenizeConfig, build_job
+from vqgen.tokenizer.data.dataset import ImageConfig
 from vqgen.tokenizer.encode import encode_batch, tokenize
-from vqgen.tokenizer.images import ImageConfig
-from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.plan import TokenizeConfig, build_job
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 
 def bare(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:

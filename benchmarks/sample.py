@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from vqgen.hardware import find_device, matrix_rate, precision_of
+from vqgen.devices import find_device, matrix_rate, precision_of
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
-from vqgen.sampling.decoder import Decoder
+from vqgen.sampling.cached_transformer import CachedTransformer
 from vqgen.sampling.generate import generate, image_uniforms
+from vqgen.sampling.generator import CPU_ROWS
 from vqgen.sampling.logits import SamplingSettings
-from vqgen.sampling.pipeline import CPU_ROWS
 
 
 def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
@@ -80,7 +80,7 @@ def main() -> None:
     ours = model_with("eager" if device.type == "cpu" else "sdpa")
     ours.load_state_dict(theirs.state_dict())
     length, count = vocabulary.length, sum(p.numel() for p in ours.parameters())
-    decoder = Decoder(ours, length)  # type: ignore[arg-type]
+    decoder = CachedTransformer(ours, length)  # type: ignore[arg-type]
     allowed = [vocabulary.allowed(position) for position in range(length)]
     print(f"{arguments.backbone}, {count / 1e6:.1f} M parameters, {length} codes of {arguments.codebook_size}, "
           f"{precision} on {device}, {torch.get_num_threads()} threads")  # fmt: skip

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from turns import Step, compare
 
 from vqgen.config import parse
-from vqgen.hardware import keep_memory, precision_of
-from vqgen.prior.data import Sequences, vocabulary_of
+from vqgen.devices import keep_memory, precision_of
+from vqgen.prior.dataset import Sequences, vocabulary_of
 from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining, build
-from vqgen.tokenizer.codes import CodeFiles
+from vqgen.tokenizer.codes.format import CodeFiles
 
 STEPS = 1000  # of the schedule that both are in
 

@@ -25,14 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 from turns import Step, compare
 
 from vqgen.config import parse
-from vqgen.hardware import keep_memory
-from vqgen.tokenizer.discriminator import PatchDiscriminator
-from vqgen.tokenizer.images import Batch
-from vqgen.tokenizer.layers import Attention
+from vqgen.devices import keep_memory
+from vqgen.tokenizer.data.dataset import Batch
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.norm import GroupNorm
-from vqgen.tokenizer.perceptual import PerceptualDistance
-from vqgen.tokenizer.pixels import to_float
+from vqgen.tokenizer.networks.autoencoder import Attention
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.networks.group_norm import GroupNorm
 from vqgen.tokenizer.train import TokenizerTraining, build
 
 

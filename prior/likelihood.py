@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from vqgen.sharding import is_sharded
+from vqgen.training.fsdp import is_sharded
 
 from .model import Prior
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.artifact import write_json
 from vqgen.config import command
+from vqgen.devices import precision_of, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import precision_of, processes
-from vqgen.order import some
-from vqgen.tracking import progress
-from vqgen.values import at_least
+from vqgen.options import at_least
+from vqgen.progress import progress
+from vqgen.seeding import fixed_subset
+from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from ..tokenizer.codes import CodeFiles
-from ..tokenizer.reconstruct import write_png_atomic
-from .data import Sequences
+from .dataset import Sequences
 from .likelihood import rated, tabulate
 from .model import Prior
 
@@ -108,7 +108,7 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=precision)
     prior = prior.to(device)
     count = config.n or len(codes)
-    mine = some(count, len(codes))[accelerator.process_index :: accelerator.num_processes]
+    mine = fixed_subset(count, len(codes))[accelerator.process_index :: accelerator.num_processes]
     sequences = Sequences(codes, prior.vocabulary)
 
     def batches():

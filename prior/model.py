@@ -26,9 +26,8 @@ from transformers import (
 from vqgen.artifact import copy_artifact, load_artifact, read_json, save_artifact, write_text
 from vqgen.config import from_dict
 from vqgen.errors import UsageError, UserError
-from vqgen.values import at_least
-
-from ..tokenizer.model import Tokenizer
+from vqgen.options import at_least
+from vqgen.tokenizer.model import Tokenizer
 
 
 @dataclass(frozen=True)

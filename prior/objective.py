@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError
-from vqgen.values import at_least
+from vqgen.options import at_least
 
 from .likelihood import token_nats
 from .model import Vocabulary

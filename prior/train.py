@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from vqgen.config import command
+from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import matrix_rate
-from vqgen.health import Finding, Row, non_finite_origin, overfitting
-from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
-from vqgen.order import some
-from vqgen.run import Run, RunConfig
-from vqgen.sharding import reshard, shard, units, whole
-from vqgen.values import at_least
+from vqgen.options import at_least
+from vqgen.seeding import fixed_subset
+from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.reconstruction import write_png_atomic
+from vqgen.training.fsdp import full_tensors, reshard, shard, units
+from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
+from vqgen.training.optimizer import OptimizerConfig, averaged, optimizer_for, update_average
+from vqgen.training.run import Run, RunConfig
 
-from ..tokenizer.codes import CodeFiles
-from ..tokenizer.model import Tokenizer
-from ..tokenizer.pixels import to_uint8
-from ..tokenizer.reconstruct import write_png_atomic
-from .data import Sequences, vocabulary_of
+from .dataset import Sequences, vocabulary_of
 from .likelihood import likelihood
 from .model import Prior, PriorConfig
 from .objective import ObjectiveConfig, corrupted, objective, without_labels
@@ -130,14 +130,14 @@ class PriorTrainer:
 
     def validate(self, step: int) -> dict[str, float]:
         there = len(self.heldout_codes)
-        chosen = some(self.config.validation_images or there, there)
+        chosen = fixed_subset(self.config.validation_images or there, there)
         rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
         batches = self.heldout_codes.ordered(chosen[rank::world], max(1, self.run.micro_batch))
         average = cast(Prior, self.average.module)
         found = likelihood(average, batches, self.run.accelerator)
         if found.nats_per_token < self.extra["best"]:
             self.extra.update(best=found.nats_per_token, stale=0)
-            self.best.load_state_dict(whole(average.state_dict()))
+            self.best.load_state_dict(full_tensors(average.state_dict()))
         else:
             self.extra["stale"] += 1
         if self.config.preview_images and (self.run.main or self.run.sharded):

@@ -1,8 +1,7 @@
 """Cached decoding on token ids alone: a causal LM, plain numbers, no images.
 
-`generate` is what others call. Under it lie `prefill` (the prompt, in one pass), `decode_one` (one token) and
-`decode_n` (the loop), on a `Decoder`, which holds the model's static key-value cache. Nothing in the loop waits for
-the device.
+`generate` is the entry point. It calls `prefill` (the prompt, in one pass) and `decode_n` (the loop over `decode_one`)
+on a `CachedTransformer`, which holds the model's static key-value cache. Nothing in the loop waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from vqgen.errors import UserError
 
-from .decoder import Decoder
+from .cached_transformer import CachedTransformer
 from .logits import SamplingSettings, choose, guide
 
 
@@ -30,7 +29,7 @@ def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy((np.stack(rows) >> np.uint64(11)) * 2.0**-53)
 
 
-def prefill(decoder: Decoder, prompt: Tensor, allowed: tuple[int, int]) -> Tensor:
+def prefill(decoder: CachedTransformer, prompt: Tensor, allowed: tuple[int, int]) -> Tensor:
     """Start a batch with its prompts (rows, P); return the logits of the ids that may come first, (rows, K)."""
     decoder.start(len(prompt))
     return decoder.feed(prompt, allowed)
@@ -72,7 +71,7 @@ def decode_one(
 
 
 def decode_n(
-    decoder: Decoder,
+    decoder: CachedTransformer,
     logits: Tensor,
     allowed: Sequence[tuple[int, int]],
     uniforms: Tensor,
@@ -106,7 +105,7 @@ def decode_n(
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder,
+    decoder: CachedTransformer,
     prompt: Tensor,
     allowed: Sequence[tuple[int, int]],
     uniforms: Tensor,

@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 
 from vqgen.errors import UsageError
-
-from ..prior.model import Prior
+from vqgen.prior.model import Prior
 
 
 def find_classes(words: Sequence[str] | None, prior: Prior) -> list[int]:

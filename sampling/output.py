@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vqgen.artifact import read_json, write_json
 from vqgen.errors import UsageError, UserError
-from vqgen.folder import remove
+from vqgen.output_folder import remove
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]

@@ -22,19 +22,19 @@ from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.config import as_dict, command
+from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import find_device, processes
-from vqgen.tracking import progress
-from vqgen.values import at_least
+from vqgen.options import at_least
+from vqgen.progress import progress
+from vqgen.tokenizer.data.pixels import BrokenImage, decode
+from vqgen.tokenizer.data.sources import SUFFIXES
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from ..tokenizer.pixels import BrokenImage, decode
-from ..tokenizer.reconstruct import write_png_atomic
-from ..tokenizer.sources import SUFFIXES
+from .generator import Generator, find_model
 from .logits import SamplingSettings
 from .names import find_classes
 from .output import GRID, Layout, Names, begin, check_output, finish
 from .oversample import batches, selected
-from .pipeline import Generator, find_model
 
 GRID_IMAGES = 100
 

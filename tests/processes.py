@@ -177,7 +177,7 @@ def run_two(
 
 
 def _at_row(at: int, number: int) -> None:
-    from vqgen.tracking import JsonlTracker
+    from vqgen.training.trackers import JsonlTracker
 
     write = JsonlTracker.log
 
@@ -195,16 +195,16 @@ def at_row(step: int, number: int = signal.SIGKILL) -> Callable[[], None]:
 
 
 def _in_step(at: int, number: int) -> None:
-    import vqgen.run
+    import vqgen.training.run
 
-    seed_of = vqgen.run.step_seed
+    seed_of = vqgen.training.run.step_seed
 
     def step_seed(seed: int, done: int, *where: int) -> int:
         if done + 1 == at:
             os.kill(os.getpid(), number)
         return seed_of(seed, done, *where)
 
-    vqgen.run.step_seed = step_seed
+    vqgen.training.run.step_seed = step_seed
 
 
 def in_step(step: int, number: int) -> Callable[[], None]:
@@ -265,7 +265,7 @@ def write_images(folder: Path, count: int) -> None:
     """The first of the demo's images as PNG, one sub-folder a class."""
     from torchvision.io import write_png
 
-    from vqgen.tokenizer.images import ImageConfig, open_images
+    from vqgen.tokenizer.data.dataset import ImageConfig, open_images
 
     images = open_images("demo", "train", ImageConfig(size=[28, 28], channels=1))
     for index in range(count):

@@ -14,12 +14,8 @@ from processes import two_ranks
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
-from vqgen.checkpoint import NonFinite, load_checkpoint, save_checkpoint
 from vqgen.errors import UsageError
-from vqgen.health import pinned_discriminator
-from vqgen.optimize import OptimizerConfig
-from vqgen.run import Run, RunConfig
-from vqgen.tokenizer.adversarial import (
+from vqgen.tokenizer.losses.adversarial import (
     Adversary,
     GanConfig,
     LeCam,
@@ -29,8 +25,12 @@ from vqgen.tokenizer.adversarial import (
     discriminator_loss,
     generator_loss,
 )
-from vqgen.tokenizer.discriminator import PatchDiscriminator
-from vqgen.tokenizer.losses import reconstruction_loss
+from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.training.checkpoint import NonFinite, load_checkpoint, save_checkpoint
+from vqgen.training.health import pinned_discriminator
+from vqgen.training.optimizer import OptimizerConfig
+from vqgen.training.run import Run, RunConfig
 
 KINDS = ("hinge", "vanilla", "non-saturating")
 

@@ -8,13 +8,13 @@ import torch
 from test_measure import SIZE, codes_for, make_prior
 from torchvision.io import decode_image
 
-import vqgen.sampling.atlas as program
-from vqgen.sampling.atlas import nearest_codes, vectors
-from vqgen.tokenizer.codes import CodeFiles
-from vqgen.tokenizer.layers import ModelConfig
+import vqgen.evaluation.report.atlas as program
+from vqgen.evaluation.report.atlas import nearest_codes, vectors
+from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.pixels import to_uint8
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 
 @pytest.mark.parametrize("depth", [1, 2])

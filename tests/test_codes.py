@@ -29,7 +29,7 @@ from vqgen import artifact
 from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import encode
-from vqgen.tokenizer.codes import (
+from vqgen.tokenizer.codes.format import (
     MANIFEST,
     CodeFiles,
     Manifest,
@@ -43,14 +43,14 @@ from vqgen.tokenizer.codes import (
     used_codes,
     write_shard,
 )
+from vqgen.tokenizer.codes.plan import TokenizeConfig
+from vqgen.tokenizer.data.dataset import ImageConfig, mirrored, open_images
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.data.sources import DEMO
 from vqgen.tokenizer.encode import tokenize, view_seed
-from vqgen.tokenizer.images import ImageConfig, mirrored, open_images
-from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.pixels import to_float
-from vqgen.tokenizer.plan import TokenizeConfig
-from vqgen.tokenizer.quantize import QuantizerConfig
-from vqgen.tokenizer.sources import DEMO
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:

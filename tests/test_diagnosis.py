@@ -9,10 +9,10 @@ import torch
 from processes import TOKENIZER, Ended, at_row, rows, run, write_images
 from safetensors.torch import save_file
 
-from vqgen.health import Finding
-from vqgen.tokenizer.adversarial import GanConfig
 from vqgen.tokenizer.diagnosis import collapse_remedy, diagnose
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.losses.adversarial import GanConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.training.health import Finding
 
 HEALTHY = (
     "--data demo --channels 1 --size 16 --width 16 --multipliers 1 2 --groups 8 --blocks 1 --no-attention "

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqgen.tokenizer.augment import diff_augment
-from vqgen.tokenizer.discriminator import PatchDiscriminator
+from vqgen.tokenizer.losses.diffaugment import diff_augment
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 
 # ---- differentiable augmentation ----
 

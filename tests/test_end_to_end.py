@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from vqgen.artifact import load_artifact
 from vqgen.prior.model import Prior
-from vqgen.tokenizer.codes import CodeFiles
-from vqgen.tokenizer.images import ImageConfig, open_images
+from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.pixels import to_float
 
 # 28 x 28 to 7 x 7 codes.
 STAGE_ONE = (

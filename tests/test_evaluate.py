@@ -18,23 +18,23 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.io import write_png
 from torchvision.models.vgg import cfgs, make_layers
 
+import vqgen.evaluation.program as evaluate
+import vqgen.evaluation.samples as realism
 import vqgen.prior.measure as measuring
-import vqgen.sampling.evaluate as evaluate
-import vqgen.sampling.realism as realism
 import vqgen.sampling.sample as sampling
 from vqgen.artifact import load_artifact
 from vqgen.errors import UsageError, UserError
+from vqgen.evaluation import distances
+from vqgen.evaluation.distances import density_coverage, figures, frechet, kernel_distance, precision_recall, statistics
+from vqgen.evaluation.extractors import Inception, PixelHash, Vgg16, extract, extractor_for
+from vqgen.evaluation.receipt import flat
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
-from vqgen.sampling import distances
-from vqgen.sampling.distances import density_coverage, figures, frechet, kernel_distance, precision_recall, statistics
-from vqgen.sampling.extract import Inception, PixelHash, Vgg16, extract, extractor_for
-from vqgen.sampling.receipt import flat
-from vqgen.tokenizer.images import ImageConfig, open_images, ordered_batches
-from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
-EVALUATE = "vqgen.sampling.evaluate"
+EVALUATE = "vqgen.evaluation.program"
 
 
 def features(count: int, size: int = 12, shift: float = 0.0, seed: int = 0) -> torch.Tensor:

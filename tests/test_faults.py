@@ -11,8 +11,8 @@ import torch
 from processes import PRIOR, TOKENIZER, Ended, rows, run, steps, weights
 from safetensors.torch import load_file
 
-from vqgen.checkpoint import load_checkpoint, save_checkpoint
 from vqgen.errors import UserError
+from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
 
 TINY = (
     "--data demo --channels 1 --size 16 --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 8 "
@@ -187,9 +187,9 @@ def test_combinations_that_cannot_be(tmp_path: Path) -> None:
 
 
 def without_wandb() -> None:
-    import vqgen.tracking
+    import vqgen.training.trackers
 
-    vqgen.tracking.is_wandb_available = lambda: False
+    vqgen.training.trackers.is_wandb_available = lambda: False
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
 from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
-from vqgen.sampling.decoder import Decoder, Linear
+from vqgen.sampling.cached_transformer import CachedTransformer, Linear
 from vqgen.sampling.generate import decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.generator import CPU_ROWS
 from vqgen.sampling.logits import SamplingSettings
-from vqgen.sampling.pipeline import CPU_ROWS
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
 
@@ -34,7 +34,7 @@ def conditions(vocabulary: Vocabulary, count: int) -> torch.Tensor:
     return vocabulary.class_id(torch.arange(count) % max(vocabulary.classes, 1))[:, None]
 
 
-class Recorder(Decoder):
+class Recorder(CachedTransformer):
     """A decoder that keeps every logit it gave."""
 
     def start(self, rows):
@@ -84,7 +84,7 @@ def test_future_tokens_change_no_earlier_logit(backbone):
 @backbones
 def test_a_longer_prompt_goes_in_at_once(backbone):
     vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = Decoder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
     uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
     whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()).tokens
     prompt = torch.cat([conditions(vocabulary, 3), whole[:, :5]], 1)
@@ -104,7 +104,7 @@ def test_a_longer_prompt_goes_in_at_once(backbone):
 def test_a_prompt_may_come_in_pieces(backbone):
     """A piece sees what came before it, and of itself what is not ahead."""
     vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = Decoder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
     tokens = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
     given = []
     with torch.inference_mode():
@@ -123,7 +123,7 @@ def test_joined_projections_are_the_models_own(backbone):
     with torch.inference_mode():
         before = model(input_ids=tokens, use_cache=False).logits
         names = {name: value.clone() for name, value in model.state_dict().items()}
-        decoder = Decoder(model, vocabulary.length)
+        decoder = CachedTransformer(model, vocabulary.length)
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
         assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
     held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -171,12 +171,12 @@ def test_other_models_are_refused():
         (LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2), "grouped heads"),
     ):
         with pytest.raises(ValueError, match=words):
-            Decoder(AutoModelForCausalLM.from_config(config), 4)
+            CachedTransformer(AutoModelForCausalLM.from_config(config), 4)
 
 
 def test_the_cache_is_exact_and_used_again():
     vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary, sharp=20), vocabulary.length)
     legal, settings = allowed_of(vocabulary), SamplingSettings()
 
     def drawn(seed, count=4):
@@ -297,7 +297,7 @@ def test_samples_follow_the_distribution(settings):
     prompt = vocabulary.class_id(torch.ones(count, dtype=torch.long))[:, None]
     null = torch.full_like(prompt, vocabulary.null)
     uniforms = image_uniforms(1, range(count), 2)
-    drawn = generate(Decoder(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
+    drawn = generate(CachedTransformer(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
     tokens = drawn.tokens
     with torch.no_grad():  # whatever the settings, the nats are those of the model itself
         own = model(input_ids=torch.cat([prompt, tokens[:, :1]], 1)).logits[..., :5].log_softmax(-1)
@@ -327,7 +327,7 @@ def test_only_legal_codes_are_drawn():
         model.lm_head.weight.zero_()  # every id, classes and null too, is as likely as any other
     uniforms = image_uniforms(0, range(200), vocabulary.length)
     tokens = generate(
-        Decoder(model, vocabulary.length),
+        CachedTransformer(model, vocabulary.length),
         conditions(vocabulary, 200),
         allowed_of(vocabulary),
         uniforms,
@@ -359,7 +359,7 @@ def test_guidance_doubles_the_rows_only_where_it_does_something():
 
 def test_every_token_is_shown_as_it_is_drawn():
     vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder, seen = Decoder(model_of(vocabulary), vocabulary.length), []
+    decoder, seen = CachedTransformer(model_of(vocabulary), vocabulary.length), []
     uniforms = image_uniforms(0, range(3), vocabulary.length)
     legal, prompt = allowed_of(vocabulary), conditions(vocabulary, 3)
     drawn = generate(decoder, prompt, legal, uniforms, SamplingSettings(), rows=CPU_ROWS, on_token=seen.append)
@@ -368,7 +368,7 @@ def test_every_token_is_shown_as_it_is_drawn():
 
 def test_steps_compose_to_the_whole():
     vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = Decoder(model_of(vocabulary, sharp=20), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary, sharp=20), vocabulary.length)
     uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
     with torch.inference_mode():
         logits = prefill(decoder, conditions(vocabulary, 3), legal[0])
@@ -385,7 +385,7 @@ def test_logits_that_are_not_finite_are_an_error():
     uniforms = image_uniforms(0, range(2), vocabulary.length)
     with pytest.raises(UserError, match="not finite"):
         generate(
-            Decoder(model, 4),
+            CachedTransformer(model, 4),
             conditions(vocabulary, 2),
             allowed_of(vocabulary),
             uniforms,
@@ -395,7 +395,7 @@ def test_logits_that_are_not_finite_are_an_error():
 
 def test_a_model_in_training_mode_is_refused():
     vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = Decoder(model_of(vocabulary).train(), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary).train(), vocabulary.length)
     with pytest.raises(ValueError, match="training mode"):
         generate(
             decoder,
@@ -408,7 +408,7 @@ def test_a_model_in_training_mode_is_refused():
 
 def test_nothing_to_draw_is_nothing():
     vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = Decoder(model_of(vocabulary), vocabulary.length)
+    decoder = CachedTransformer(model_of(vocabulary), vocabulary.length)
     none = conditions(vocabulary, 0)
     drawn = generate(decoder, none, allowed_of(vocabulary), image_uniforms(0, [], 4), SamplingSettings())
     assert drawn.tokens.shape == (0, 4) and drawn.nats.shape == (0,)

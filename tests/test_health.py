@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqgen.health import (
+from vqgen.training.health import (
     Finding,
     adversary_dominates,
     codebook_collapse,

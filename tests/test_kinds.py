@@ -11,14 +11,14 @@ from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 
 from vqgen.errors import UsageError
-from vqgen.optimize import averaged, update_average
-from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.product import ProductQuantizer
-from vqgen.tokenizer.quantize import Quantizer, QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
-from vqgen.tokenizer.residual import ResidualQuantizer
-from vqgen.tokenizer.simvq import SimVQ
+from vqgen.tokenizer.quantizers.base import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.product import ProductQuantizer
+from vqgen.tokenizer.quantizers.residual import ResidualQuantizer
+from vqgen.tokenizer.quantizers.simvq import SimVQ
+from vqgen.training.optimizer import averaged, update_average
 
 # Every registered kind as it is by default, and the ways in which some differ.
 DEPTH = {"residual": 3, "product": 2}
@@ -203,7 +203,7 @@ def test_an_averaged_quantizer_goes_on_from_its_codes(case: str) -> None:
     taken = make(case, seed=3)
     own = taken.state_dict()
     taken.load_state_dict({**module.state_dict(), **{name: own[name] for name in taken.training_state}})
-    taken.settle()
+    taken.reset_training_state()
     assert torch.equal(taken.eval().encode(latents()), codes)
     torch.testing.assert_close(taken.decode(codes), module.decode(codes))
     out = taken.train()(latents())

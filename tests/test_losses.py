@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from vqgen.errors import UsageError
-from vqgen.run import RunConfig
-from vqgen.tokenizer.adversarial import Adversary, GanConfig
-from vqgen.tokenizer.layers import ModelConfig
-from vqgen.tokenizer.losses import LossConfig, reconstruction_loss
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.losses.adversarial import Adversary, GanConfig
+from vqgen.tokenizer.losses.reconstruction import LossConfig, reconstruction_loss
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 from vqgen.tokenizer.train import TokenizerTrainer, TokenizerTraining, build
+from vqgen.training.run import RunConfig
 
 # ---- values by hand ----
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 import vqgen.prior.export as exporting
 import vqgen.prior.measure as measuring
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.sampling.generator import Generator
 from vqgen.sampling.logits import SamplingSettings
-from vqgen.sampling.pipeline import Generator
-from vqgen.tokenizer.codes import CodeFiles
-from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 SIZE = 12
 

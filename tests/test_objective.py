@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_prior import make, tokens_for
 
+from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
-from vqgen.hardware import matrix_rate
 from vqgen.prior.model import Vocabulary
 from vqgen.prior.objective import ObjectiveConfig, corrupted, objective, without_labels
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vqgen.tokenizer import features, norm
-from vqgen.tokenizer.features import FixedConvolution, difference, remembered
-from vqgen.tokenizer.perceptual import PerceptualDistance
+from vqgen.tokenizer.losses import lpips_kernels as features
+from vqgen.tokenizer.losses.lpips import PerceptualDistance
+from vqgen.tokenizer.losses.lpips_kernels import FixedConvolution, difference, remembered
+from vqgen.tokenizer.networks import group_norm as norm
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 FILES = {"vgg": "vgg16_features.safetensors", "alex": "alexnet_features.safetensors"}

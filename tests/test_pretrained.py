@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 
 import vqgen
-from vqgen.sampling import evaluate, sample
-from vqgen.sampling.pipeline import SHIPPED
-from vqgen.sampling.receipt import read_receipt
+from vqgen.evaluation import program as evaluate
+from vqgen.evaluation.receipt import read_receipt
+from vqgen.sampling import sample
+from vqgen.sampling.generator import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
@@ -64,7 +65,7 @@ def test_its_likelihood_is_what_the_card_says():
     """Nats a token of the first 1,000 test images of CIFAR-10, against the card's figure over all 10,000."""
     if not (REAL / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
-    from vqgen.tokenizer.images import ImageConfig, open_images
+    from vqgen.tokenizer.data.dataset import ImageConfig, open_images
 
     generator = vqgen.Generator.load(SHIPPED, "cpu", "fp32")
     images = open_images(str(REAL / "cifar10"), "heldout", ImageConfig([32, 32]))

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.data import Sequences, vocabulary_of
+from vqgen.prior.dataset import Sequences, vocabulary_of
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
 from vqgen.prior.preview import preview_codes
 from vqgen.prior.train import PriorTraining
-from vqgen.tokenizer.codes import (
+from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
     ShardEntry,
@@ -33,9 +33,9 @@ from vqgen.tokenizer.codes import (
     shard_name,
     write_shard,
 )
-from vqgen.tokenizer.layers import ModelConfig
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)

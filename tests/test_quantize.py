@@ -14,14 +14,14 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer import codebook as codebooks
-from vqgen.tokenizer import nearest as search
-from vqgen.tokenizer.codebook import Codebook, entropies, estimated
-from vqgen.tokenizer.images import ImageConfig, open_images
-from vqgen.tokenizer.nearest import kmeans, nearest
-from vqgen.tokenizer.pixels import to_float
-from vqgen.tokenizer.quantize import Quantizer, QuantizerConfig
-from vqgen.tokenizer.vq import VectorQuantizer
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.quantizers import codebook as codebooks
+from vqgen.tokenizer.quantizers import search as search
+from vqgen.tokenizer.quantizers.base import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.codebook import Codebook, entropies, estimated
+from vqgen.tokenizer.quantizers.search import kmeans, nearest
+from vqgen.tokenizer.quantizers.vq import VectorQuantizer
 
 VARIANTS = [(codebook, l2) for codebook in ("ema", "gradient") for l2 in (True, False)]
 variants = pytest.mark.parametrize(("codebook", "l2"), VARIANTS)
@@ -670,14 +670,14 @@ def test_reviving_without_a_look_changes_nothing_where_none_is_dead():
 
 
 def test_an_average_of_codebooks_compares_directions_still():
-    """Averaged codes are shorter than 1: they are brought to unit length where they are used, and by `settle`."""
+    """Averaged codes are shorter than 1: they get unit length where they are used, and by `reset_training_state`."""
     quantizer = make(codebook_size=64).eval()
     quantizer.codebook.codes.mul_(torch.linspace(0.2, 0.9, 64)[:, None])
     z = latents(8, 6, 8, 8)
     codes, decoded = quantizer.encode(z), quantizer.decode(quantizer.encode(z))
     flat, table = quantizer.codebook.scaled(quantizer.vectors(z)), F.normalize(quantizer.codebook.codes, dim=1)
     assert torch.equal(codes.flatten(), (flat @ table.T).argmax(dim=1))
-    quantizer.settle()
+    quantizer.reset_training_state()
     torch.testing.assert_close(quantizer.codebook.codes.norm(dim=1), torch.ones(64))
     assert torch.equal(quantizer.encode(z), codes)
     torch.testing.assert_close(quantizer.decode(codes), decoded)

@@ -21,15 +21,14 @@ from vector_quantize_pytorch import LFQ as LibraryLFQ
 from vector_quantize_pytorch import lookup_free_quantization as library_lfq
 
 from vqgen.errors import UsageError
-from vqgen.optimize import averaged, update_average
-from vqgen.tokenizer import codebook
-from vqgen.tokenizer.fsq import FSQ
-from vqgen.tokenizer.gumbel import GumbelQuantizer
-from vqgen.tokenizer.layers import ModelConfig
-from vqgen.tokenizer.lfq import LFQ, bit_entropies
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.quantize import FSQ_LEVELS, Quantizer, QuantizerConfig
-from vqgen.tokenizer.quantizers import quantizer_for
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers import codebook, quantizer_for
+from vqgen.tokenizer.quantizers.base import FSQ_LEVELS, Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.fsq import FSQ
+from vqgen.tokenizer.quantizers.gumbel import GumbelQuantizer
+from vqgen.tokenizer.quantizers.lfq import LFQ, bit_entropies
+from vqgen.training.optimizer import averaged, update_average
 
 Kind = Literal["fsq", "lfq", "gumbel"]
 KINDS: tuple[Kind, ...] = ("fsq", "lfq", "gumbel")

@@ -16,18 +16,18 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.io import decode_image, read_image, write_png
 
-from vqgen.order import some
-from vqgen.tokenizer import compare
-from vqgen.tokenizer import images as image_module
-from vqgen.tokenizer.compare import main
-from vqgen.tokenizer.fidelity import SMALLEST, Fidelity, mse, psnr, ssim
-from vqgen.tokenizer.images import ImageConfig, open_images
-from vqgen.tokenizer.layers import ModelConfig
+from vqgen.seeding import fixed_subset
+from vqgen.tokenizer import reconstruct as compare
+from vqgen.tokenizer.data import dataset as image_module
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.pixels import to_float, to_uint8
+from vqgen.tokenizer.metrics import SMALLEST, ReconstructionMetrics, mse, psnr, ssim
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.pictures import ReconstructConfig, find_images, grouped, read_images
-from vqgen.tokenizer.pixels import to_float, to_uint8
-from vqgen.tokenizer.quantize import QuantizerConfig
-from vqgen.tokenizer.reconstruct import Reconstructions, reconstruct, write_comparison
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.reconstruct import main
+from vqgen.tokenizer.reconstruct_inputs import ReconstructConfig, find_images, grouped, read_images
+from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 ALEX = REALDATA / "weights" / "alexnet_features.safetensors"
@@ -53,7 +53,7 @@ def measured():
     config = ImageConfig(size=[24, 16], channels=1)
     data = open_images("demo", "heldout", config)
     tokenizer = make()
-    originals = torch.stack([data[i].image for i in some(20, len(data))])
+    originals = torch.stack([data[i].image for i in fixed_subset(20, len(data))])
     codes = torch.cat([tokenizer.encode(image[None]) for image in originals])
     results = torch.cat([to_uint8(tokenizer.decode(code[None])) for code in codes])
     return tokenizer, data, config, originals, codes, results
@@ -124,19 +124,19 @@ def test_ssim_takes_the_smallest_size_that_is_allowed():
 
 def test_a_plain_grey_explains_nothing():
     """`mse_over_variance` is 1 for the best single shade, and 4 for its mirror image."""
-    fidelity = Fidelity(make(), None, torch.device("cpu"))
+    fidelity = ReconstructionMetrics(make(), None, torch.device("cpu"))
     originals = torch.cat([torch.full((1, 1, 24, 16), shade, dtype=torch.uint8) for shade in (0, 254)])
     codes = torch.zeros(2, 12, 8, dtype=torch.long)
     each = fidelity.add(originals, torch.full_like(originals, 127), codes)
     assert fidelity.figures()["mse_over_variance"] == pytest.approx(1, rel=1e-4)
     assert each.keys() == {"psnr", "ssim"} and each["psnr"].shape == (2,)
-    mirrored = Fidelity(make(), None, torch.device("cpu"))
+    mirrored = ReconstructionMetrics(make(), None, torch.device("cpu"))
     mirrored.add(originals, originals.flip(0), codes)
     assert mirrored.figures()["mse_over_variance"] == pytest.approx(4, rel=1e-4)
 
 
 def test_images_of_any_size_weigh_the_same():
-    fidelity = Fidelity(make(), None, torch.device("cpu"))
+    fidelity = ReconstructionMetrics(make(), None, torch.device("cpu"))
     pairs = [
         (pixels(1, 1, 8, 8), pixels(1, 1, 8, 8, seed=1) // 8),
         (pixels(1, 1, 64, 32), pixels(1, 1, 64, 32, seed=2)),
@@ -152,14 +152,14 @@ def test_images_of_any_size_weigh_the_same():
 def test_each_depth_has_its_own_histogram():
     """Two depths with four codes each, together eight: half of each codebook and not all of one."""
     tokenizer = make(quantizer=QuantizerConfig(quantizer="residual", codebook_size=8, code_dim=4, depth=2))
-    fidelity = Fidelity(tokenizer, None, torch.device("cpu"))
+    fidelity = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
     codes = torch.stack([torch.arange(24) % 4, 4 + torch.arange(24) % 4], dim=1).view(1, 4, 6, 2)
     fidelity.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
     found = fidelity.figures()
     assert (found["codes_used"], found["usage"]) == (4, 0.5) and found["perplexity"] == pytest.approx(4)
     # Depths that are used unevenly: the mean of their figures.
     codes[..., 1] = 7
-    fidelity = Fidelity(tokenizer, None, torch.device("cpu"))
+    fidelity = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
     fidelity.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
     found = fidelity.figures()
     assert (found["codes_used"], found["usage"]) == (2.5, 2.5 / 8) and found["perplexity"] == pytest.approx(2.5)
@@ -200,7 +200,7 @@ def test_broken_images_are_left_out_of_the_figures(measured, monkeypatch):
     def without_the_first(dataset, indices, batch_size, settings):
         return given(dataset, indices[1:] if len(indices) == 20 else indices, batch_size, settings)
 
-    monkeypatch.setattr("vqgen.tokenizer.reconstruct.ordered_batches", without_the_first)
+    monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", without_the_first)
     found = reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
     assert found.figures["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)
 

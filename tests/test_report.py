@@ -19,15 +19,15 @@ import yaml
 from test_prior import write_codes
 from torchvision.io import write_png
 
-import vqgen.sampling.demo as demonstration
-import vqgen.sampling.report as reporting
+import vqgen.app.demo as demonstration
+import vqgen.evaluation.report.program as reporting
 from vqgen.config import as_dict, parse
+from vqgen.evaluation.report import charts
 from vqgen.prior.train import PriorTraining
-from vqgen.sampling import charts
-from vqgen.tokenizer.codes import CodeFiles
-from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
 SIZE = 12
@@ -172,7 +172,7 @@ def test_the_codebook(show, tmp_path):
 
 
 def test_codes_that_are_used_unevenly_fall_into_their_bars():
-    from vqgen.sampling.usage import LABELS, Usage
+    from vqgen.evaluation.report.codebook import LABELS, Usage
 
     usage = Usage(1, "train", torch.tensor([[0, 0, 1, 7, 8, 16, 64, 0]]))  # even use: 12
     bars, ranks = usage.charts()
@@ -184,7 +184,7 @@ def test_codes_that_are_used_unevenly_fall_into_their_bars():
 
 @pytest.mark.parametrize("kind", ["residual", "product"])
 def test_codes_of_several_depths_are_painted(tmp_path, kind):
-    from vqgen.sampling.usage import Usage, paint
+    from vqgen.evaluation.report.codebook import Usage, paint
 
     sizes = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     quantizer = QuantizerConfig(quantizer=kind, depth=2, codebook_size=SIZE, code_dim=4)

@@ -17,18 +17,18 @@ from torchvision.io import decode_image
 import vqgen.sampling.sample as program
 from vqgen import __version__
 from vqgen.config import as_dict
+from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
-from vqgen.hardware import find_device
 from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.sampling.generator import SHIPPED, Generator, find_model
 from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.output import Names
-from vqgen.sampling.pipeline import SHIPPED, Generator, find_model
-from vqgen.tokenizer.layers import ModelConfig
+from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.pixels import to_uint8
-from vqgen.tokenizer.quantize import QuantizerConfig
-from vqgen.tokenizer.reconstruct import write_png_atomic
-from vqgen.tokenizer.sources import open_source
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
 NAMES = ["shirt", "shoe", "bag"]
 
@@ -357,7 +357,7 @@ def test_removing_that_is_cut_off_loses_no_list(sample, tmp_path, monkeypatch):
 
 def die_while_writing() -> None:
     """SIGKILL when half of the sixth PNG is on disk."""
-    import vqgen.tokenizer.reconstruct as reconstruct
+    import vqgen.tokenizer.reconstruction as reconstruct
 
     write, written = reconstruct.Path.write_bytes, []
 

@@ -21,13 +21,13 @@ from torchvision.io import decode_png
 from torchvision.transforms.v2.functional import to_image
 
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.discriminator import PatchDiscriminator
-from vqgen.tokenizer.images import ImageConfig, open_images
-from vqgen.tokenizer.layers import Decoder, Encoder, ModelConfig, _attend
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.pixels import to_float, to_uint8
+from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.perceptual import PerceptualDistance
-from vqgen.tokenizer.pixels import to_float, to_uint8
-from vqgen.tokenizer.quantize import QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, ModelConfig, _attend
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 

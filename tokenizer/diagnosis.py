@@ -1,6 +1,8 @@
 """What may be wrong with a tokenizer run: which rules of health apply to it, and which remedies it has left."""
 
-from vqgen.health import (
+from vqgen.tokenizer.losses.adversarial import GanConfig, blind_loss
+from vqgen.tokenizer.quantizers.base import LEARNED, QuantizerConfig
+from vqgen.training.health import (
     Finding,
     Row,
     adversary_dominates,
@@ -9,9 +11,6 @@ from vqgen.health import (
     learning_rate_too_high,
     pinned_discriminator,
 )
-
-from .adversarial import GanConfig, blind_loss
-from .quantize import LEARNED, QuantizerConfig
 
 
 def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, training: int, heldout: int) -> list[Finding]:

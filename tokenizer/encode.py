@@ -24,12 +24,11 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.artifact import copy_artifact
 from vqgen.config import command, save
+from vqgen.devices import processes
 from vqgen.errors import UserError
-from vqgen.hardware import processes
-from vqgen.order import hash64
-from vqgen.tracking import progress
-
-from .codes import (
+from vqgen.progress import progress
+from vqgen.seeding import hash64
+from vqgen.tokenizer.codes.format import (
     MANIFEST,
     CodeFiles,
     Manifest,
@@ -42,11 +41,22 @@ from .codes import (
     used_codes,
     write_shard,
 )
-from .images import Batch, Key, mirrored
-from .loader import worker_count
+from vqgen.tokenizer.codes.plan import (
+    CONFIG,
+    SPLITS,
+    TOKENIZER,
+    Job,
+    ShardRange,
+    TokenizeConfig,
+    begin,
+    build_job,
+    reopen,
+)
+from vqgen.tokenizer.data.dataset import Batch, Key, mirrored
+from vqgen.tokenizer.data.loader import worker_count
+from vqgen.tokenizer.data.sources import Split
+
 from .model import Tokenizer
-from .plan import CONFIG, SPLITS, TOKENIZER, Job, ShardRange, TokenizeConfig, begin, build_job, reopen
-from .sources import Split
 
 T = TypeVar("T")
 

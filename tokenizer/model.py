@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vqgen.artifact import load_artifact, save_artifact
 from vqgen.config import as_dict, from_dict
 from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer.data.pixels import to_float, to_uint8
+from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, ModelConfig
+from vqgen.tokenizer.quantizers.base import Quantized, QuantizerConfig
 
-from .layers import Decoder, Encoder, ModelConfig
-from .pixels import to_float, to_uint8
-from .quantize import Quantized, QuantizerConfig
 from .quantizers import quantizer_for
 
 # How far float images may reach beyond [-1, 1]: arithmetic in 16 bits.

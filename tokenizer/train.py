@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
-from vqgen.health import Finding, Row, non_finite_origin
-from vqgen.optimize import OptimizerConfig, averaged, optimizer_for, update_average
-from vqgen.order import step_seed
-from vqgen.run import Run, RunConfig
-from vqgen.values import at_least
+from vqgen.options import at_least
+from vqgen.seeding import step_seed
+from vqgen.tokenizer.data.dataset import Batch, ImageConfig, ImageDataset, open_images, training_batches
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.losses.adversarial import Adversary, GanConfig
+from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
+from vqgen.tokenizer.losses.reconstruction import LossConfig, reconstruction_loss
+from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.training.health import Finding, Row, non_finite_origin
+from vqgen.training.optimizer import OptimizerConfig, averaged, optimizer_for, update_average
+from vqgen.training.run import Run, RunConfig
 
-from .adversarial import Adversary, GanConfig
 from .diagnosis import diagnose
-from .discriminator import PatchDiscriminator
-from .images import Batch, ImageConfig, ImageDataset, open_images, training_batches
-from .layers import ModelConfig
-from .losses import LossConfig, reconstruction_loss
 from .model import Tokenizer, TokenizerConfig, TokenizerOutput
-from .perceptual import PerceptualDistance, check_size, check_weights
-from .pixels import to_float
-from .quantize import QuantizerConfig
-from .reconstruct import reconstruct, write_comparison
+from .reconstruction import reconstruct, write_comparison
 
 
 @dataclass
@@ -150,7 +150,7 @@ class TokenizerTrainer:
             given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
             self.run.say(f"--init: the quantizer of {folder} has other sizes; this run's starts anew")
         self.tokenizer.load_state_dict({**own, **given})
-        self.tokenizer.quantizer.settle()
+        self.tokenizer.quantizer.reset_training_state()
         return not different
 
     @torch.no_grad()

@@ -10,19 +10,20 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Tokenizer": ".tokenizer.model",
-    "CodeFiles": ".tokenizer.codes",
+    "CodeFiles": ".tokenizer.codes.format",
     "Prior": ".prior.model",
-    "Generator": ".sampling.pipeline",
+    "Generator": ".sampling.generator",
     "UserError": ".errors",
 }
 __all__ = ["CodeFiles", "Generator", "Prior", "Tokenizer", "UserError", "__version__"]
 
 if TYPE_CHECKING:
+    from vqgen.prior.model import Prior  # pyright: ignore[reportMissingImports]
+    from vqgen.sampling.generator import Generator  # pyright: ignore[reportMissingImports]
+    from vqgen.tokenizer.codes.format import CodeFiles  # pyright: ignore[reportMissingImports]
+    from vqgen.tokenizer.model import Tokenizer  # pyright: ignore[reportMissingImports]
+
     from .errors import UserError
-    from .prior.model import Prior  # pyright: ignore[reportMissingImports]
-    from .sampling.pipeline import Generator  # pyright: ignore[reportMissingImports]
-    from .tokenizer.codes import CodeFiles  # pyright: ignore[reportMissingImports]
-    from .tokenizer.model import Tokenizer  # pyright: ignore[reportMissingImports]
 
 
 def __getattr__(name: str):

@@ -1,0 +1,153 @@
+"""A small classifier of a labelled data set: whether samples are taken for the class that they were drawn as."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgen.artifact import check_writable, load_artifact, save_artifact
+from vqgen.config import from_dict
+from vqgen.devices import processes
+from vqgen.errors import UsageError, UserError
+from vqgen.options import at_least
+from vqgen.progress import progress
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.networks.autoencoder import ResidualBlock
+
+
+@dataclass
+class ClassifierConfig:
+    """A network, the images it is for, and what they can be."""
+
+    size: list[int]
+    """Height and width of an image."""
+    channels: int
+    """1 or 3."""
+    class_names: list[str]
+    """One an output."""
+    width: int = 32
+    """Channels at the first level; the next have twice as many each."""
+
+
+class Classifier(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, classes): residual blocks at a half, a quarter and an eighth of the
+    size."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config, self.fingerprint = config, ""
+        width = config.width
+        layers: list[nn.Module] = [nn.Conv2d(config.channels, width, 4, stride=2, padding=1)]
+        before = width
+        for multiplier in (1, 2, 4):
+            layers += [ResidualBlock(before, width * multiplier, 8, 0.1), nn.MaxPool2d(2)]
+            before = width * multiplier
+        self.features = nn.Sequential(*layers, nn.GroupNorm(8, before), nn.SiLU())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(before, len(config.class_names)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+    @torch.inference_mode()
+    def choose(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) -> their most likely classes (B,), on the CPU."""
+        device = next(self.parameters()).device
+        return self(to_float(images.to(device))).argmax(dim=1).cpu()
+
+    def save(self, folder: Path) -> str:
+        """Write the model folder and return its fingerprint."""
+        self.fingerprint = save_artifact(folder, "classifier", {"classifier": asdict(self.config)}, self.state_dict())
+        return self.fingerprint
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Classifier":
+        """Read a model folder. Raises `UserError` where anything does not fit."""
+        artifact = load_artifact(folder, "classifier")
+        described = artifact.description.get("classifier")
+        classifier = cls(from_dict(ClassifierConfig, described, str(folder / "vqgen.json")))
+        try:
+            classifier.load_state_dict(artifact.tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder}: weights and vqgen.json do not fit: {reason}") from error
+        classifier.fingerprint = artifact.fingerprint
+        return classifier.eval().to(device)
+
+
+@dataclass
+class ClassifierTraining:
+    """How a classifier is trained."""
+
+    data: str
+    """Labelled images: as for vqgen-train-tokenizer."""
+    output: Path
+    """Folder for the classifier; one that exists is refused."""
+    size: list[int]
+    """Height and width in pixels, those of the samples it is to judge; one number means a square."""
+    channels: int = 3
+    """3 for colour, 1 for grey."""
+    steps: int = 3000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Images a step."""
+    lr: float = 4e-3
+    """Peak learning rate of AdamW under a one-cycle schedule."""
+    width: int = 32
+    """Channels at the first level."""
+    holdout: float = 0.05
+    """Share of the images held out where the source has no held-out split of its own."""
+    seed: int = 0
+    """Of weights, order and flips."""
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, batch_size=1, width=1, seed=0)
+        if not self.lr > 0:
+            raise UsageError(f"--lr: found {self.lr}, expected more than 0")
+        if self.width % 8:
+            raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
+
+
+def train_classifier(config: ClassifierTraining) -> None:
+    """Train a classifier on the real training images alone, to judge samples by."""
+    if config.output.exists():
+        raise UsageError(f"--output: {config.output} exists; choose another folder")
+    check_writable(config.output)
+    if processes().num_processes > 1:
+        raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")
+    images = ImageConfig(size=config.size, channels=config.channels, flip=True, holdout=config.holdout)
+    train = open_images(config.data, "train", images, augment=True, replace_broken=True)
+    heldout = open_images(config.data, "heldout", images)
+    if not train.class_names:
+        raise UserError(f"--data: {config.data} has no labels; give one whose subfolders or labels are classes")
+    if min(images.size) < 16:
+        raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = ClassifierConfig(images.size, images.channels, train.class_names, config.width)
+    model = Classifier(described).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps)
+    batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
+    with progress(config.steps, "classifier", "step", True) as bar:
+        for _, batch in zip(range(config.steps), batches):
+            labels = batch.labels.to(device)
+            each = F.cross_entropy(
+                model(to_float(batch.images.to(device))), labels, label_smoothing=0.1, ignore_index=-1, reduction="sum"
+            )
+            loss = each / (labels >= 0).sum().clamp(min=1)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update()
+    model.eval()
+    right = [
+        (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
+        for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
+    ]
+    model.save(config.output)
+    shares = torch.cat(right).float()
+    print(f"classifier: {config.output}, right on {shares.mean():.1%} of {len(shares)} held-out images")

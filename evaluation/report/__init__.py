@@ -1,0 +1,1 @@
+"""vqgen-report: runs as one HTML page."""

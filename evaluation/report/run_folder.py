@@ -1,0 +1,257 @@
+"""What run folders hold, read for people to look at: whatever is missing or cut off is said and not refused."""
+
+import json
+import statistics
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from vqgen.artifact import DESCRIPTION, read_json
+from vqgen.errors import UsageError, UserError
+from vqgen.options import YamlLoader
+from vqgen.output_folder import FINISHED
+from vqgen.sampling.output import FINISHED as SAMPLES
+from vqgen.sampling.output import GRID
+from vqgen.tokenizer.codes.format import MANIFEST
+from vqgen.tokenizer.data.pixels import PNG
+from vqgen.training.sessions import read_sessions
+
+Kind = Literal["tokenizer", "prior", "samples"]
+LARGEST = 1e15
+"""Numbers of this size and more are no figure of a run, and no axis has room for them."""
+
+
+@dataclass(frozen=True)
+class Png:
+    """A PNG file: its bytes and its size in pixels."""
+
+    data: bytes
+    width: int
+    height: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Png | None":
+        """None where there is no such file or it is no PNG."""
+        with suppress(OSError, struct.error):
+            data = path.read_bytes()
+            if data.startswith(PNG) and data.rstrip(b"\0").endswith(b"IEND\xaeB`\x82"):
+                return cls(data, *struct.unpack(">II", data[16:24]))
+        return None
+
+
+@dataclass
+class RunFolder:
+    """A run, finished or not, or what was drawn with one; `notes` say what its folder lacks."""
+
+    path: Path
+    kind: Kind
+    name: str
+    """What the report calls it."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Those of metrics.jsonl that are whole."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """config.yaml, sections flattened: `run.steps` -> value."""
+    description: dict[str, Any] = field(default_factory=dict)
+    """vqgen.json of the model, or samples.json."""
+    pictures: dict[int, Png] = field(default_factory=dict)
+    """images/step-*.png by their step, in order."""
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+    ended: int | None = None
+    """Steps done, as finished.json says."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of everything that was logged as a number, in order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if "/" in name))
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of every finite number logged under `name`."""
+        return [(row["step"], float(row[name])) for row in self.rows if _finite(row.get(name))]
+
+    @property
+    def steps(self) -> int:
+        """Steps done, as far as is known."""
+        return max([*(row["step"] for row in self.rows), self.ended or 0])
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """Rows in which the run named what is wrong with it."""
+        return [row for row in self.rows if "health" in row]
+
+    @property
+    def rate(self) -> float | None:
+        """Median of the logged rates, examples a second; the first, in which things warm up, only where it is alone."""
+        rates = [value for _, value in self.series("train/per_second")]
+        return statistics.median(rates[1:] or rates) if rates else None
+
+    @property
+    def computed(self) -> float | None:
+        """Seconds spent in training steps, from the logged rates; validations and checkpoints are not in it."""
+        batch, before, total = self.options.get("run.batch_size"), 0.0, 0.0
+        rates = self.series("train/per_second")
+        if not isinstance(batch, int) or not rates:
+            return None
+        for step, rate in rates:
+            total, before = total + (step - before) * batch / rate if rate > 0 else total, step
+        return total
+
+    @property
+    def wall(self) -> float | None:
+        """Seconds of all sessions up to their last checkpoints; None where they were not recorded from step 0 on."""
+        seconds = [session.get("seconds") for session in self.sessions]
+        if not self.sessions or self.sessions[0].get("first_step") != 0 or not all(map(_finite, seconds)):
+            return None
+        return float(sum(cast(list[float], seconds)))
+
+    def likelihoods(self) -> Iterator[tuple[dict[str, Any], Png]]:
+        """What vqgen-likelihood left in a prior's folder: its figures and its map."""
+        for path in sorted(self.path.glob("likelihood-*/positions.png")):
+            picture = Png.read(path)
+            with suppress(UserError):
+                if picture:
+                    yield read_json(path.parent / "likelihood.json"), picture
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder named on the command line turned out to hold."""
+
+    runs: list[RunFolder]
+    codes: list[Path]
+    """Folders of code files that lie beside the runs."""
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a number that a chart can show."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    """The tree of a config.yaml; None where there is none that can be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        tree = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
+        return tree if isinstance(tree, dict) else None
+    return None
+
+
+def _kind(path: Path) -> Kind | None:
+    """What a folder is the run of, by its configuration or by its model."""
+    config = _config(path) or {}
+    if isinstance(config.get("quantizer"), dict):
+        return "tokenizer"
+    if "codes" in config and isinstance(config.get("optimizer"), dict):
+        return "prior"
+    with suppress(UserError):
+        kind = read_json(path / DESCRIPTION).get("kind")
+        return kind if kind in ("tokenizer", "prior") else None
+    return None
+
+
+def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        notes.append("There is no metrics.jsonl, so there are no curves.")
+        return []
+    rows, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and 0 <= row["step"] < LARGEST:
+            rows.append(row)
+        else:
+            damaged += bool(line.strip())
+    if damaged:
+        lines = "One line" if damaged == 1 else f"{damaged} lines"
+        notes.append(f"{lines} of metrics.jsonl cannot be read, as a run leaves one that was killed while it wrote.")
+    if not rows:
+        notes.append("Nothing has been logged yet, so there are no curves.")
+    return rows
+
+
+def _read_run(path: Path, kind: Kind) -> RunFolder:
+    run = RunFolder(path, kind, path.name)
+    config = _config(path)
+    run.options = dict(_flat(config or {}))
+    run.rows = _rows(path / "metrics.jsonl", run.notes)
+    numbers = ("first_step", "last_step", "seconds")
+    run.sessions = [session for session in read_sessions(path) if all(_finite(session.get(name)) for name in numbers)]
+    run.finished = (path / FINISHED).is_file()
+    with suppress(UserError):
+        ended = read_json(path / FINISHED).get("steps") if run.finished else None
+        run.ended = ended if isinstance(ended, int) and 0 <= ended < LARGEST else None
+    with suppress(UserError):
+        run.description = read_json(path / DESCRIPTION)
+    found = {file.stem[5:]: Png.read(file) for file in sorted(path.glob("images/step-*.png"))}
+    run.pictures = {int(step): png for step, png in found.items() if png and step.isdecimal()}
+    if config is None:
+        run.notes.append("There is no config.yaml that can be read, so the configuration is not known.")
+    if run.rows and not any(name.startswith("heldout/") for name in run.figures):
+        run.notes.append("It has not been validated yet, so there are no held-out figures.")
+    if not run.pictures:
+        what = "reconstructions" if kind == "tokenizer" else "samples"
+        run.notes.append(f"There are no pictures of {what} in images/ yet.")
+    if not run.description:
+        run.notes.append(f"There is no {DESCRIPTION} yet: the model is written at the end of the run.")
+    return run
+
+
+def _read_samples(path: Path) -> RunFolder | None:
+    """What vqgen-sample left: the grid alone."""
+    picture = Png.read(path / GRID)
+    if not picture or not (path / SAMPLES).is_file():
+        return None
+    samples = RunFolder(path, "samples", path.name, pictures={0: picture})
+    with suppress(UserError):
+        found = read_json(path / SAMPLES)
+        names = found.get("class_names") or []
+        if isinstance(found.get("settings", {}), dict) and isinstance(names, list):
+            samples.description = found
+    return samples
+
+
+def open_folder(path: Path) -> Found:
+    """Read a run, or a folder that holds tokenizer/, codes/, prior/ and samples/, or some of them, as the demo's does.
+
+    Raises `UsageError` where it is neither.
+    """
+    advice = "name the folder of a tokenizer run, a prior run or a demo"
+    if not path.is_dir():
+        raise UsageError(f"RUN: {path} {'is a file' if path.exists() else 'does not exist'}; {advice}")
+    if (path / MANIFEST).is_file():
+        raise UsageError(f"RUN: {path} holds code files; give them as --codes, and {advice}")
+    kind, samples = _kind(path), _read_samples(path)
+    if kind or samples:
+        return Found([_read_run(path, kind)] if kind else [cast(RunFolder, samples)], [])
+    parts = [path / name for name in ("tokenizer", "prior")]
+    runs = [_read_run(part, kind) for part in parts if (kind := _kind(part))]
+    if not runs:
+        there = sorted(item.name for item in path.iterdir() if not item.name.startswith("."))
+        held = f"{', '.join(there[:3])}{' …' * (len(there) > 3)}" if there else "nothing"
+        raise UsageError(f"RUN: {path} is no run, it holds {held}; {advice}")
+    samples = _read_samples(path / "samples")
+    codes = path / "codes"
+    return Found([*([samples] if samples else []), *runs], [codes] if (codes / MANIFEST).is_file() else [])
+
+
+def tell_apart(runs: list[RunFolder]) -> None:
+    """Name each run by as few of its last folders as make it unlike the others."""
+    parts = [run.path.resolve().parts for run in runs]
+    for run, own in zip(runs, parts):
+        lengths = range(1, len(own))
+        count = next((n for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1), 1)
+        run.name = "/".join(own[-count:])

@@ -1,0 +1,279 @@
+"""A causal LM laid out for decoding: joined projections, a static key-value cache, attention for one query.
+
+The arithmetic is that of the transformers model it is given (Llama, Qwen3 or GPT-2); the cost of a token is not. What
+transformers does for every token and layer (a mask, positions, a cache object, repeated heads, three projections where
+one does) is done once here, or not at all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+Norm = Callable[[Tensor], Tensor]
+
+
+ROWS = 128
+
+
+class _Product:
+    """The products of one weight, packed where that helps."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.packed: Tensor | None = None
+        self.onednn = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if self.onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def sum(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(y, x, self.packed, self.bias, "add")
+        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self.product(y)
+
+
+@cache
+def _step(shape: tuple[int, int], biased: bool, threads: int) -> int:
+    """With a bfloat16 weight of `shape` on a CPU a row comes out the same at every multiple of this many rows up to
+    `ROWS`; `threads` are those that torch has now."""
+    random = torch.Generator().manual_seed(0)
+
+    def numbers(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=random).bfloat16()
+
+    made = _Product(numbers(*shape), numbers(shape[0]) if biased else None)
+    x, y = numbers(ROWS, shape[0]), numbers(ROWS, shape[1])
+    product, total = made.product(y), made.sum(x, y)
+
+    def same(n: int) -> bool:
+        return torch.equal(made.product(y[:n]), product[:n]) and torch.equal(made.sum(x[:n], y[:n]), total[:n])
+
+    return next(step for step in (1, ROWS // 2, ROWS) if all(same(n) for n in range(step, ROWS, step)))
+
+
+class Linear(_Product):
+    """y = x W^T + b on (N, in), for a weight (out, in); a row's bits do not depend on the rows beside it.
+
+    In bfloat16 on a CPU oneDNN wants the weight in blocks and would bring it there anew for every product, which at so
+    few rows costs as much as the product. Here that is done once, by the operators that a frozen compiled graph calls;
+    the sums are the same. Where torch has them not, the plain product does it. The order of the sums may depend on the
+    number of rows there: which numbers agree is tried out once a shape, and others are filled up to one of those.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self.rows: tuple[int, int] | None = None
+        """A product's rows are a multiple of the first, and at most the second; None = any number."""
+        if self.onednn:
+            outer, inner = weight.shape
+            self.rows = (_step((outer, inner), bias is not None, torch.get_num_threads()), ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._by_rows(self.product, x)
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + linear(y) in one pass."""
+        return self._by_rows(self.sum, x, y)
+
+    def _by_rows(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """`function` of as many rows at a time as `rows` allows, the last ones filled up."""
+        count = len(given[0])
+        step, most = self.rows or (1, count)
+        if count <= most and count % step == 0:
+            return function(*given)
+        filled = [F.pad(x, (0, 0, 0, -count % step)).split(most) for x in given]
+        return torch.cat([function(*part) for part in zip(*filled, strict=True)])[:count]
+
+
+@dataclass
+class Block:
+    """One transformer block."""
+
+    before_attention: Norm
+    qkv: Linear
+    norms: tuple[Norm, Norm] | None
+    """Of each head's queries and keys (Qwen3)."""
+    out: Linear
+    before_mlp: Norm
+    up: Linear
+    """Where `gated`, the gate above the values."""
+    down: Linear
+
+
+def _norm(module: nn.Module) -> Norm:
+    """Layer norm (GPT-2) or RMS norm (the others) as a function."""
+    if isinstance(module, nn.LayerNorm):
+        return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    epsilon = torch.full((), module.variance_epsilon, device=weight.device)  # type: ignore[arg-type]
+
+    def rms_norm(x: Tensor) -> Tensor:  # F.rms_norm takes a quarter longer on CPUs
+        full = x.float()
+        size = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
+        scale = torch.addcmul(epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()
+        return (full * scale * weight).to(x.dtype)
+
+    return rms_norm
+
+
+def _joined(*modules: nn.Module) -> Linear:
+    """Linear layers of the same input as one. Their own weights become views of it, so that nothing is held twice."""
+    weight = torch.cat([module.weight.data for module in modules])  # type: ignore[misc]
+    for module, part in zip(modules, weight.split([len(m.weight) for m in modules]), strict=True):  # type: ignore[arg-type]
+        module.weight.data = part  # type: ignore[union-attr]
+    return Linear(weight)
+
+
+def _transposed(module: nn.Module) -> Linear:
+    """GPT-2's layers hold their matrices as (in, out)."""
+    return Linear(module.weight.data.t(), module.bias.data)  # type: ignore[operator, union-attr, arg-type]
+
+
+def _blocks(model: Any) -> list[Block]:
+    if model.config.model_type == "gpt2":
+        return [
+            Block(
+                _norm(layer.ln_1),
+                _transposed(layer.attn.c_attn),
+                None,
+                _transposed(layer.attn.c_proj),
+                _norm(layer.ln_2),
+                _transposed(layer.mlp.c_fc),
+                _transposed(layer.mlp.c_proj),
+            )
+            for layer in model.transformer.h
+        ]
+    blocks = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        blocks.append(
+            Block(
+                _norm(layer.input_layernorm),
+                _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+                (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+                Linear(attention.o_proj.weight.data),
+                _norm(layer.post_attention_layernorm),
+                _joined(mlp.gate_proj, mlp.up_proj),
+                Linear(mlp.down_proj.weight.data),
+            )
+        )
+    return blocks
+
+
+class CachedTransformer:
+    """Feeds tokens to a causal LM and keeps its keys and values, in a cache that the next batch uses again.
+
+    Args:
+        model: a Llama, Qwen3 or GPT-2 of transformers, in evaluation mode. Its projections become views of joined ones.
+        positions: tokens that a sequence feeds to the model, which is the size of the cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, positions: int) -> None:
+        config = model.config
+        if config.model_type not in ("llama", "qwen3", "gpt2"):
+            raise ValueError(f"no decoder for a {config.model_type}; expected llama, qwen3 or gpt2")
+        self.model, self.positions = model, positions
+        self.heads = config.num_attention_heads
+        if getattr(config, "num_key_value_heads", self.heads) != self.heads:
+            raise ValueError("no decoder for grouped heads; num_key_value_heads must equal num_attention_heads")
+        inner: Any = model  # its parts have no types
+        self._blocks = _blocks(inner)
+        self._head: Tensor = inner.get_output_embeddings().weight.data
+        self._heads_of: dict[tuple[int, int], Linear] = {}
+        ids = torch.arange(positions, device=model.device)[None]
+        if config.model_type == "gpt2":
+            self.gated, self._activation = False, ACT2FN[config.activation_function]
+            self._tokens: Tensor = inner.transformer.wte.weight.data
+            self._places: Tensor | None = inner.transformer.wpe(ids[0]).detach()
+            self._last_norm, self._turns = _norm(inner.transformer.ln_f), None
+        else:
+            self.gated, self._activation = True, ACT2FN[config.hidden_act]
+            self._tokens, self._places = inner.model.embed_tokens.weight.data, None
+            self._last_norm = _norm(inner.model.norm)
+            cos, sin = (part[0, :, None] for part in inner.model.rotary_emb(self._head, ids))
+            half = sin.shape[-1] // 2
+            # Halves swapped and multiplied by this are what transformers calls rotate_half(x) * sin.
+            self._turns = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        self._cache: list[Tensor] = []
+        self._rows, self._fed = 0, 0
+
+    def start(self, rows: int) -> None:
+        """Begin a batch of `rows` sequences: forget the former one."""
+        if rows != self._rows:
+            self._cache = []  # the former one goes before the next is made
+            width = self._blocks[0].out.weight.shape[1] // self.heads
+            shape = (2, rows, self.positions, self.heads, width)
+            self._cache = [self._head.new_zeros(shape) for _ in self._blocks]
+        self._rows, self._fed = rows, 0
+
+    def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
+        """Feed the next tokens (rows, T).
+
+        Returns:
+            The logits after the last one, float32 (rows, V), or of the ids in `allowed` alone, from the first to before
+            the second.
+        """
+        rows, count = tokens.shape
+        first, last = self._fed, self._fed + count
+        if last > self.positions:
+            raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
+        self._fed = last
+        x = F.embedding(tokens, self._tokens)
+        if self._places is not None:
+            x = x + self._places[first:last]
+        x = x.view(rows * count, -1)
+        for block, (keys, values) in zip(self._blocks, self._cache, strict=True):
+            qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
+            q, k, v = self._heads(block, qkv, first, last)
+            keys[:, first:last] = k
+            values[:, first:last] = v
+            seen = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                keys[:, :last].transpose(1, 2),
+                values[:, :last].transpose(1, 2),
+                self._mask(first, last, q),
+            )
+            x = block.out.added(x, seen.transpose(1, 2).reshape(x.shape))
+            inner = block.up(block.before_mlp(x))
+            if self.gated:
+                gate, inner = inner.chunk(2, -1)
+                inner = self._activation(gate).mul_(inner)
+            else:
+                inner = self._activation(inner)
+            x = block.down.added(x, inner)
+        head = self._head_of(allowed or (0, len(self._head)))
+        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+
+    def _head_of(self, allowed: tuple[int, int]) -> Linear:
+        """The part of the output layer that makes these logits; there are as many as codes a position."""
+        if allowed not in self._heads_of:
+            self._heads_of[allowed] = Linear(self._head[slice(*allowed)])
+        return self._heads_of[allowed]
+
+    def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), turned by their positions."""
+        qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
+        if block.norms is not None:
+            qk = torch.cat([norm(part) for norm, part in zip(block.norms, qk.chunk(2, 2), strict=True)], 2)
+        if self._turns is not None:
+            cos, sin = (part[first:last] for part in self._turns)
+            qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
+        q, k = qk.chunk(2, 2)
+        return q, k, v
+
+    def _mask(self, first: int, last: int, like: Tensor) -> Tensor | None:
+        """What the tokens fed at once must not see of each other; one alone sees everything there is."""
+        if last - first == 1:
+            return None
+        return torch.ones(last - first, last, dtype=torch.bool, device=like.device).tril(first)

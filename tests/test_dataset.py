@@ -1,0 +1,593 @@
+"""Sources, decoding, fitting, augmentation and batches, on the demo images and odd files made from them."""
+
+import io
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vqgen import seeding as order
+from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer.data import sources
+from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit, to_float, to_uint8
+
+DEMO = sources.DEMO
+SMALL = ImageConfig(size=[16, 16], channels=1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The first 60 held-out demo images: encoded bytes and labels, and the class names."""
+    table = pq.read_table(DEMO / "heldout.parquet").slice(0, 60)
+    return [row["bytes"] for row in table["image"].to_pylist()], table["label"].to_pylist()
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """An upright colour picture, 24 high and 40 wide, without symmetry, made of real garments."""
+    column = pq.read_table(DEMO / "heldout.parquet")["image"].slice(0, 3).to_pylist()
+    planes = [Image.open(io.BytesIO(row["bytes"])).resize((40, 24)) for row in column]
+    return Image.merge("RGB", planes)
+
+
+def encode(image: Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    array = np.array(image)
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def write_files(names, encoded, folder: Path) -> Path:
+    """A folder of image files."""
+    for name, data in zip(names, encoded):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def flat(rows, folder: Path, count: int = 20) -> Path:
+    return write_files([f"{i:03}.png" for i in range(count)], rows[0], folder)
+
+
+def write_table(path: Path, rows, names=("image", "label"), **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": data, "path": None} for data in rows[0]], kind)
+    pq.write_table(pa.table(dict(zip(names, [images, pa.array(rows[1])]))), path, **options)
+    return path
+
+
+def everything(dataset, config, view_seed=None):
+    batches = list(ordered_batches(dataset, range(len(dataset)), 7, config, view_seed))
+    return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
+
+
+# Range and configuration
+
+
+def test_range_round_trip_is_exact_on_all_values():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert to_float(values).min() == -1 and to_float(values).max() == 1
+    assert torch.equal(to_uint8(to_float(values)), values)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 2}, "--channels: found 2, expected 1 or 3"),
+        ({"size": [32, 0]}, "--size"),
+        ({"size": [1, 2, 3]}, "--size"),
+        ({"size": []}, "--size"),
+        ({"fit": "stretch"}, "--fit"),
+        ({"random_crop": -0.1}, "--random-crop"),
+        ({"holdout": 1.0}, "--holdout"),
+        ({"holdout": float("nan")}, "--holdout"),
+        ({"broken": "ignore"}, "--broken"),
+        ({"max_broken": 2.0}, "--max-broken"),
+        ({"workers": -2}, "--workers"),
+        ({"cache_mb": -1}, "--cache-mb"),
+    ],
+)
+def test_wrong_configuration_names_the_option(options, message):
+    with pytest.raises(UsageError, match=message):
+        ImageConfig(**options)
+
+
+def test_one_number_is_a_square():
+    assert ImageConfig(size=[28]).size == [28, 28]
+
+
+# Decoding
+
+
+def test_every_mode_gives_the_same_picture(photo):
+    grey = photo.convert("L")
+    colour, plain = pixels(photo), pixels(grey)
+    for kind in ("png", "bmp", "tiff", "ppm"):
+        assert torch.equal(decode(encode(photo, kind), 3), colour)
+        assert torch.equal(decode(encode(grey, kind if kind != "ppm" else "png"), 1), plain)
+    assert torch.equal(decode(encode(photo, "webp", lossless=True), 3), colour)
+    assert torch.equal(decode(encode(grey), 3), plain.expand(3, -1, -1))
+    assert torch.equal(decode(encode(photo), 1), plain)  # the luma of Pillow, exactly
+    assert torch.equal(decode(encode(grey.convert("RGB")), 1), plain)
+    assert torch.equal(decode(encode(grey.convert("1")), 1), pixels(grey.convert("1").convert("L")))
+
+
+def test_palette_gif_and_cmyk_show_colours_not_indices(photo):
+    for colours in (2, 16, 200):  # 1, 4 and 8 bits
+        palette = photo.quantize(colours)
+        expected = pixels(palette.convert("RGB"))
+        assert torch.equal(decode(encode(palette), 3), expected), colours
+    assert torch.equal(decode(encode(palette, "gif"), 3), expected)
+    animated = encode(palette, "gif", save_all=True, append_images=[palette.rotate(180)])
+    assert torch.equal(decode(animated, 3), expected)
+    smooth = photo.resize((80, 48))
+    for ink in (encode(smooth.convert("CMYK"), "jpeg", quality=98), encode(smooth.convert("CMYK"), "tiff")):
+        error = (decode(ink, 3).int() - pixels(smooth).int()).abs().float().mean()
+        assert error < 4
+
+
+def test_transparency_shows_white(photo):
+    clear = photo.copy()
+    clear.putalpha(0)
+    assert decode(encode(clear), 3).min() == 255
+    assert decode(encode(photo.convert("L").convert("LA")), 1).equal(pixels(photo.convert("L")))
+    half = Image.merge("LA", [Image.new("L", (4, 4), 55), Image.new("L", (4, 4), 51)])
+    assert decode(encode(half), 1).unique().tolist() == [215]  # 255 - 200 * 51 / 255
+    assert decode(encode(clear, "webp", lossless=True), 3).min() == 255
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((0, 0), 0)
+    for kind in ("png", "gif"):
+        shown = decode(encode(palette, kind, transparency=0), 3)
+        assert shown[:, 0, 0].tolist() == [255] * 3 and shown[:, 1, 1].tolist() == [40, 50, 60]
+    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
+    assert decode(encode(keyed, transparency=(1, 2, 3)), 3).min() == 255
+
+
+def test_sixteen_bits_keep_their_brightness(photo):
+    grey = np.array(photo.convert("L"))
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert torch.equal(decode(encode(wide), 1), torch.from_numpy(grey)[None])
+    assert torch.equal(decode(encode(wide, "tiff"), 3), torch.from_numpy(grey).expand(3, -1, -1))
+    with pytest.raises(BrokenImage, match="float"):
+        decode(encode(Image.fromarray(grey.astype(np.float32)), "tiff"), 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(photo, orientation):
+    # The stored picture that a viewer turns upright, by EXIF's definition of the eight orientations.
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = photo.transpose(undo[orientation]) if orientation > 1 else photo
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("png", "tiff"):
+        assert torch.equal(decode(encode(stored, kind, exif=exif), 3), pixels(photo)), kind
+    assert torch.equal(decode(encode(stored, "webp", lossless=True, exif=exif), 3), pixels(photo))
+    jpeg = decode(encode(stored, "jpeg", quality=98, subsampling=0, exif=exif), 3)
+    assert (jpeg.int() - pixels(photo).int()).abs().float().mean() < 4
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
+def test_damaged_bytes_are_broken_images(photo, kind):
+    whole = encode(photo, kind)
+    for data in (b"", whole[: len(whole) // 2], whole[:9], b"no image at all"):
+        with pytest.raises(BrokenImage) as caught:
+            decode(data, 3)
+        assert str(caught.value) and "\n" not in str(caught.value)
+
+
+# Fitting
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 48), (48, 32), (64, 512)])
+@pytest.mark.parametrize("shape", [(28, 28), (24, 40), (40, 24), (1, 900), (700, 500)])
+def test_fit_gives_the_size_for_any_aspect_ratio(size, shape):
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    assert fit(image, size, "pad").shape == (3, *size)
+    cropped = fit(image, size, "crop")
+    assert cropped.shape[1] >= size[0] and cropped.shape[2] >= size[1]
+    assert cropped.shape[1] == size[0] or cropped.shape[2] == size[1]
+    assert torch.equal(fit(image, shape, "crop"), image) and torch.equal(fit(image, shape, "pad"), image)
+
+
+def test_crop_takes_the_centre_and_pad_adds_black(tmp_path):
+    stripes = np.zeros((20, 60), np.uint8)
+    stripes[:, 20:40] = 200
+    for name in ("a", "b"):
+        Image.fromarray(stripes).save(tmp_path / f"{name}.png")
+    middle = open_images(str(tmp_path), "train", ImageConfig(size=[20, 20], channels=1))[0].image
+    assert middle.unique().tolist() == [200]
+    padded = open_images(str(tmp_path), "train", ImageConfig(size=[60, 60], channels=1, fit="pad"))[0].image
+    assert padded[:, :20].max() == 0 and padded[:, 40:].max() == 0
+    assert torch.equal(padded[0, 20:40], torch.from_numpy(stripes))
+
+
+def test_shrinking_is_antialiased():
+    noise = torch.randint(0, 256, (1, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # The mean of k x k pixels has a k-th of their spread; plain bilinear sampling would keep about half.
+    assert fit(noise, (16, 16), "crop").float().std() < noise.float().std() / 8
+
+
+# Sources
+
+
+def test_demo_counts_size_and_licence():
+    train, held = (open_images("demo", split, SMALL) for split in ("train", "heldout"))
+    assert (len(train), len(held)) == (9000, 1000)
+    assert train.labels.bincount().tolist() == [900] * 10 and held.labels.bincount().tolist() == [100] * 10
+    assert train.class_names == held.class_names and (train.class_names or [])[9] == "Ankle boot"
+    assert train[0].image.shape == (1, 16, 16)
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 6_000_000
+    assert "Copyright (c) 2017 Zalando SE" in (DEMO / "LICENSE").read_text()
+    seen = [
+        set(pq.read_table(DEMO / f"{s}.parquet")["image"].combine_chunks().field("bytes").to_pylist())
+        for s in ("train", "heldout")
+    ]
+    assert not seen[0] & seen[1]
+
+
+def test_every_kind_of_source_gives_the_same_images(rows, tmp_path):
+    import datasets
+
+    names = ["bag", "coat", "hat"]
+    labels = [i % 3 for i in range(30)]
+    halves = {"train": slice(0, 20), "test": slice(20, 30)}
+    for split, part in halves.items():
+        inside = [f"{split}/{names[k]}/{i:03}.png" for i, k in enumerate(labels)]
+        write_files(inside[part], rows[0][part], tmp_path / "folder")
+        some = (rows[0][part], labels[part])
+        write_table(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet", some)
+        write_table(tmp_path / "nested" / split / "0000.parquet", ([*some[0]], [names[k] for k in some[1]]))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    saved = datasets.DatasetDict(
+        {
+            s: datasets.Dataset.from_dict(
+                {"image": [{"bytes": b, "path": None} for b in rows[0][p]], "label": labels[p]}, features=features
+            )
+            for s, p in halves.items()
+        }
+    )
+    saved.save_to_disk(str(tmp_path / "disk"))
+    saved["train"].to_parquet(str(tmp_path / "hf" / "train.parquet"))
+    saved["test"].to_parquet(str(tmp_path / "hf" / "validation.parquet"))
+    kinds = ["folder", "parquet", "nested", "disk", "hf"]
+    marks = set()
+    for split, part in halves.items():
+        order = sorted(range(30)[part], key=lambda i: (labels[i], i))  # a folder is read in order of name
+        expected = torch.stack([fit(decode(rows[0][i], 1), (16, 16), "crop") for i in range(30)])
+        for kind in kinds:
+            dataset = open_images(str(tmp_path / kind), "train" if split == "train" else "heldout", SMALL)
+            images, found = everything(dataset, SMALL)
+            at = order if kind == "folder" else list(range(30)[part])
+            assert torch.equal(images, expected[at]), kind
+            assert found.tolist() == [labels[i] for i in at], kind
+            assert dataset.class_names == (["0", "1", "2"] if kind == "parquet" else names), kind
+            marks.add(dataset.fingerprint)
+    assert len(marks) == 10
+
+
+def test_large_parquet_is_mapped_and_gives_the_same(rows, tmp_path, monkeypatch):
+    import datasets
+
+    path = write_table(tmp_path / "all.parquet", rows)
+    expected = everything(open_images(str(path), "train", SMALL), SMALL)
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = everything(open_images(str(path), "train", SMALL), SMALL)
+    assert (tmp_path / "cache").is_dir()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_a_name_goes_to_datasets_and_fails_in_one_line(rows, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if name == "nobody/nothing":
+            raise ConnectionError("no\nroute")
+        images = [{"bytes": data, "path": None} for data in rows[0]]
+        features = datasets.Features(img=datasets.Image(), fine_label=datasets.Value("int64"))
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_dict({"img": images, "fine_label": rows[1]}, features=features)
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    dataset = open_images("somebody/things", "train", SMALL)
+    assert asked == ["somebody/things"] and len(dataset) == 57 and dataset[0].image.shape == (1, 16, 16)
+    with pytest.raises(UserError) as caught:
+        open_images("nobody/nothing", "train", SMALL)
+    assert "nobody/nothing" in str(caught.value) and "no route" in str(caught.value)
+    with pytest.raises(UserError, match="does not exist"):
+        open_images(str(tmp_path / "typo"), "train", SMALL)
+    assert asked == ["somebody/things", "nobody/nothing"]
+
+
+def test_split_is_fixed_and_disjoint(rows, tmp_path):
+    folder = flat(rows, tmp_path / "a", 60)
+
+    def names(where, split, holdout=0.2):
+        source = sources.open_source(str(where), split, holdout)
+        return {Path(source.item_name(i)).name for i in range(len(source))}
+
+    train, held = names(folder, "train"), names(folder, "heldout")
+    assert len(held) == 12 and not train & held and len(train | held) == 60
+    assert names(shutil.copytree(folder, tmp_path / "b"), "heldout") == held
+    assert len(names(folder, "heldout", 0.001)) == 1 and len(names(folder, "train", 0.999)) == 1
+    (folder / f"{min(train)}").unlink()
+    assert len(names(folder, "heldout") - held) <= 1  # the others stay where they were
+    # Fixed for ever: a change of the hash would move images from one split to the other.
+    assert order.hash64("split", "000.png") == 0x4C848E724FA39966
+
+
+def test_folder_layouts(rows, tmp_path):
+    some = rows[0][:6]
+    cat = write_files([f"cat/{i}.png" for i in range(3)], some, tmp_path / "classes")
+    write_files([f"train/deep/{i}.PNG" for i in range(3)], some[3:], cat)
+    write_files([".hidden/x.png", "__MACOSX/y.png", ".z.png"], some, cat)
+    dataset = open_images(str(cat), "train", SMALL)  # "train" is a class here: no held-out folder stands beside it
+    assert dataset.class_names == ["cat", "train"] and len(dataset) == 5
+    lone = write_files([f"train/{c}/{i}.png" for c in "ab" for i in range(3)], some, tmp_path / "lone")
+    assert open_images(str(lone), "train", SMALL).class_names == ["a", "b"]
+    plain = open_images(str(flat(rows, tmp_path / "flat", 5)), "train", SMALL)
+    assert plain.class_names is None and plain.labels.tolist() == [-1] * 4
+    (cat / "loop").symlink_to(cat)
+    assert len(open_images(str(cat), "train", SMALL)) == 5
+
+
+def test_fingerprint_follows_content_and_split_not_place(rows, tmp_path):
+    folder = flat(rows, tmp_path / "a")
+    mark = open_images(str(folder), "train", SMALL).fingerprint
+    assert len(mark) == 64 and mark != open_images(str(folder), "heldout", SMALL).fingerprint
+    assert mark == open_images(str(shutil.copytree(folder, tmp_path / "b")), "train", SMALL).fingerprint
+    (folder / "000.png").write_bytes(rows[0][0] + b"0")
+    assert mark != open_images(str(folder), "train", SMALL).fingerprint
+
+
+def test_bad_sources_are_one_line(rows, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flat(rows, tmp_path / "single", 1)
+    whole = write_table(tmp_path / "whole.parquet", rows).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    middle = bytearray(whole)
+    middle[8 : len(whole) // 2] = bytes(len(whole) // 2 - 8)
+    (tmp_path / "holes.parquet").write_bytes(middle)
+    write_table(tmp_path / "none.parquet", ([], []))
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "text.parquet")
+    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
+    for split in ("test", "validation"):
+        write_table(tmp_path / "noname" / f"{split}.parquet", rows)
+    (tmp_path / "note.txt").write_text("no image")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "state.json").write_text("{")
+    found = {}
+    for name, words in {
+        "empty": "holds no images",
+        "single": "at least 2",
+        "cut.parquet": "cannot be read",
+        "holes.parquet": "cannot be read",
+        "none.parquet": "holds no images",
+        "text.parquet": "no columns of encoded images",
+        "two.parquet": "2 columns of encoded images",
+        "noname": "no train",
+        "note.txt": "single file",
+        "disk": "gave no dataset",
+        "missing/folder": "does not exist",
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            open_images(str(tmp_path / name), "train", SMALL)[0]
+        found[name] = str(caught.value)
+        assert name.split("/")[0] in found[name] and "\n" not in found[name]
+    with pytest.raises(UserError, match="found nothing"):
+        open_images("", "train", SMALL)
+
+
+# Augmentation and batches
+
+
+def augmenting(rows, folder):
+    """A colour dataset with flips and random crops."""
+    config = ImageConfig(size=[24, 20], flip=True, random_crop=0.3)
+    return open_images(str(flat(rows, folder)), "train", config, augment=True, replace_broken=True), config
+
+
+def test_augmentation_depends_on_the_key_alone(rows, tmp_path):
+    dataset, config = augmenting(rows, tmp_path)
+    views = torch.stack([dataset[(3, seed)].image for seed in range(40)])
+    assert torch.equal(views, torch.stack([dataset[(3, seed)].image for seed in range(40)]))
+    assert len(views.flatten(1).unique(dim=0)) > 20
+    fresh = open_images(str(tmp_path), "train", replace(config, cache_mb=0), augment=True)
+    assert not fresh.cached() and torch.equal(fresh[(3, 7)].image, views[7])
+    plain = open_images(str(tmp_path), "train", config)
+    assert torch.equal(plain[(3, 7)].image, plain[3].image) and torch.equal(dataset[3].image, plain[3].image)
+    with pytest.raises(ValueError, match="augment"):
+        next(ordered_batches(plain, [0], 1, config, view_seed=0))
+
+
+def test_flip_mirrors_half_and_crop_cuts_from_the_enlarged(rows, tmp_path):
+    folder = str(flat(rows, tmp_path))
+    flips = open_images(folder, "train", replace(SMALL, flip=True), augment=True)
+    plain = flips[0].image
+    views = [flips[(0, seed)].image for seed in range(200)]
+    mirrored = sum(torch.equal(view, plain.flip(-1)) for view in views)
+    assert mirrored + sum(torch.equal(view, plain) for view in views) == 200 and 70 < mirrored < 130
+    config = replace(SMALL, random_crop=0.5)
+    crops = open_images(folder, "train", config, augment=True)
+    large = open_images(folder, "train", replace(SMALL, size=[24, 24]))[0].image
+    windows = large.unfold(1, 16, 1).unfold(2, 16, 1).reshape(-1, 16, 16)
+    views = [crops[(0, seed)].image for seed in range(400)]
+    assert all((windows == view).all((1, 2)).any() for view in views)
+    assert len(torch.stack(views).flatten(1).unique(dim=0)) > 70  # of 81 places
+
+
+def test_random_crop_reaches_along_the_long_side(photo, tmp_path):
+    for i in range(3):
+        photo.rotate(90 * (i == 2), expand=True).save(tmp_path / f"{i}.png")
+    config = ImageConfig(size=[24, 24], random_crop=0.25)
+    dataset = open_images(str(tmp_path), "train", config, augment=True)
+    for index in range(len(dataset)):
+        views = {dataset[(index, seed)].image.numpy().tobytes() for seed in range(300)}
+        assert len(views) > 7 * 7  # more places than the square of the shorter side offers
+
+
+def test_training_batches_resume_slice_and_cover(rows, tmp_path):
+    dataset, config = augmenting(rows, tmp_path)
+
+    def take(count, first=0, rank=0, world=1, size=4, seed=5):
+        return list(itertools.islice(training_batches(dataset, size, seed, first, rank, world, config), count))
+
+    def equal(a, b):
+        return torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
+
+    whole = take(12)
+    assert all(equal(a, b) for a, b in zip(whole[7:], take(5, first=7)))
+    slices = [take(6, rank=r, world=2, size=2) for r in (0, 1)]
+    for step in range(6):
+        assert torch.equal(torch.cat([slices[r][step].images for r in (0, 1)]), whole[step].images)
+    order = torch.cat([b.indices for b in whole])
+    assert len(dataset) == 19 and order[:19].sort().values.equal(torch.arange(19))
+    assert order[19:38].sort().values.equal(torch.arange(19)) and not order[:19].equal(order[19:38])
+    assert not equal(whole[0], take(1, seed=6)[0])
+    assert take(1, size=50)[0].indices.bincount().max() == 3  # more images asked than there are: epochs wrap
+
+
+def test_workers_change_nothing_and_draw_no_random_numbers(rows, tmp_path):
+    flat(rows, tmp_path)
+    (tmp_path / "003.png").write_bytes(b"broken")
+    results = []
+    state = torch.get_rng_state()
+    for workers in (0, 2):
+        config = ImageConfig(size=[24, 20], flip=True, max_broken=0.2, workers=workers)
+        dataset = open_images(str(tmp_path), "train", config, augment=True, replace_broken=True)
+        found = list(ordered_batches(dataset, [5, 1, 1, 9, 0], 2, config, view_seed=3))
+        # The same workers serve the next reading, also after one that was left in the middle.
+        stopped = ordered_batches(dataset, range(len(dataset)), 4, config)
+        found.append(next(stopped))
+        stopped.close()
+        # Four epochs: on the way everything is in memory, and the workers are no longer asked.
+        found += itertools.islice(training_batches(dataset, 8, 1, 2, 0, 1, config), 9)
+        assert dataset.cached()
+        results.append((found, list(dataset.broken.names)))
+    assert torch.equal(state, torch.get_rng_state())
+    assert results[0][1] == results[1][1] and len(results[0][1]) == 1
+    for one, two in zip(*(found for found, _ in results), strict=True):
+        assert torch.equal(one.images, two.images) and torch.equal(one.indices, two.indices)
+        assert torch.equal(one.labels, two.labels) and one.broken == two.broken
+
+
+def test_cache_spares_the_second_reading(rows, tmp_path, monkeypatch):
+    dataset = open_images(str(flat(rows, tmp_path)), "train", SMALL)
+    first = everything(dataset, SMALL)[0]
+    assert dataset.cached()
+    monkeypatch.setattr(sources.Files, "read", lambda *_: pytest.fail("read again"))
+    assert torch.equal(everything(dataset, SMALL)[0], first)
+
+
+# Broken images
+
+
+@pytest.fixture
+def damaged(rows, tmp_path):
+    """20 training images of which two are broken: one empty, one cut."""
+    write_files([f"train/{i:03}.png" for i in range(20)], rows[0], tmp_path)
+    write_files([f"test/{i:03}.png" for i in range(4)], rows[0][20:], tmp_path)
+    (tmp_path / "train/004.png").write_bytes(b"")
+    (tmp_path / "train/009.png").write_bytes(rows[0][9][:100])
+    return str(tmp_path)
+
+
+def test_broken_images_are_left_out_and_named_once(damaged):
+    config = replace(SMALL, max_broken=0.1)
+    dataset = open_images(damaged, "train", config)
+    for _ in range(2):
+        indices = torch.cat([b.indices for b in ordered_batches(dataset, range(20), 6, config)])
+        assert indices.tolist() == [i for i in range(20) if i not in (4, 9)]
+    assert [name.split(" ")[0][-7:] for name in dataset.broken.names] == ["004.png", "009.png"]
+    assert "empty" in next(iter(dataset.broken.names))
+    assert [b.indices.tolist() for b in ordered_batches(dataset, [4, 9, 5], 2, config)] == [[5]]
+    with pytest.raises(UserError, match=r"004\.png"):
+        dataset[4]
+
+
+def test_broken_images_are_replaced_in_training(damaged):
+    config = replace(SMALL, max_broken=0.1)
+    dataset = open_images(damaged, "train", config, replace_broken=True)
+    said: list[str] = []
+    dataset.broken.report = said.append
+    runs = [list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, config), 8)) for _ in range(2)]
+    for a, b in zip(*runs):
+        assert len(a.indices) == 5 and a.indices.equal(b.indices) and a.images.equal(b.images)
+        assert not {4, 9} & set(a.indices.tolist())
+    assert len(dataset.broken.names) == 2
+    assert sorted(line.split(" (")[0][-7:] for line in said) == ["004.png", "009.png"]
+
+
+def test_labels_of_one_split_survive_another_without_any(tmp_path, rows):
+    images = [{"bytes": data, "path": None} for data in rows[0][:6]]
+    table = {"image": images[:4], "label": [1, 0, 1, 1]}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": images[4:]}), tmp_path / "test.parquet")
+    assert open_images(str(tmp_path), "train", SMALL).labels.tolist() == [1, 0, 1, 1]
+    assert open_images(str(tmp_path), "heldout", SMALL).labels.tolist() == [-1, -1]
+    pq.write_table(pa.table({"image": images[4:], "label": ["a", "b"]}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="numbers in one split and as text"):
+        open_images(str(tmp_path), "train", SMALL)
+
+
+def test_broken_images_end_the_run_where_configured(damaged):
+    strict = replace(SMALL, broken="error", max_broken=1.0)
+    with pytest.raises(UserError, match=r"004\.png"):
+        list(ordered_batches(open_images(damaged, "train", strict), range(20), 4, strict))
+    few = replace(SMALL, max_broken=0.05)
+    with pytest.raises(UserError, match="2 of 20 images"):
+        list(ordered_batches(open_images(damaged, "train", few), range(20), 4, few))
+    with pytest.raises(UserError, match="2 of 20 images"):
+        dataset = open_images(damaged, "train", few, replace_broken=True)
+        list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, few), 8))
+
+
+def test_nothing_but_broken_images(tmp_path):
+    write_files([f"{i}.png" for i in range(4)], [b"x"] * 4, tmp_path)
+    config = replace(SMALL, max_broken=1.0)
+    dataset = open_images(str(tmp_path), "train", config, replace_broken=True)
+    with pytest.raises(UserError, match="too few whole images"):
+        next(training_batches(dataset, 2, 0, 0, 0, 1, config))
+
+
+def test_a_file_that_vanishes_is_broken_and_a_row_is_named(rows, tmp_path):
+    config = replace(SMALL, max_broken=1.0)
+    folder = flat(rows, tmp_path / "files", 6)
+    dataset = open_images(str(folder), "train", config)
+    for path in folder.iterdir():
+        path.unlink()
+    assert list(ordered_batches(dataset, range(5), 2, config)) == [] and len(dataset.broken.names) == 5
+    table = write_table(tmp_path / "train.parquet", ([rows[0][0], b"", None], [0, 1, 1]))
+    dataset = open_images(str(table), "train", replace(config, holdout=0.01))
+    list(ordered_batches(dataset, range(2), 2, config))
+    assert all("train.parquet row " in name and "(empty)" in name for name in dataset.broken.names)
+    assert dataset.broken.names

@@ -1,0 +1,1 @@
+"""Code files: their format, and the plan of who writes which."""

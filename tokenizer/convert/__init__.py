@@ -1,0 +1,1 @@
+"""Tokenizers of other projects, converted from and to their files."""

@@ -1,0 +1,1 @@
+"""Networks of the tokenizer: encoder, decoder and discriminator."""

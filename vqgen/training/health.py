@@ -1,0 +1,225 @@
+"""The rules by which a run names what is wrong with itself and how to mend it.
+
+Each rule reads rows of `metrics.jsonl` (oldest first) and returns a `Finding` or nothing; a healthy run says nothing.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: a short name, what was measured, and what to change."""
+
+    name: str
+    measured: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.measured}; {self.remedy}"
+
+
+def _last(rows: Sequence[Row], key: str, count: int) -> list[float]:
+    """The newest `count` numbers under `key`; fewer where there are not so many."""
+    return [row[key] for row in rows if isinstance(row.get(key), (int, float))][-count:]
+
+
+def _risen(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+    """The lowest mean of five numbers in a row under `key` and, 2.5 times as high or higher, the median of the last."""
+    values = _last(rows, key, len(rows))
+    means = [sum(values[i : i + 5]) / 5 for i in range(len(values) - 9)]
+    now = sorted(values[-5:])[2] if means else 0.0
+    return (min(means), now) if means and now > 2.5 * min(means) else None
+
+
+def codebook_too_large(codes: int, vectors: int) -> Finding | None:
+    """Fewer than 8 vectors a code in the whole training set: most codes can never be learned, whatever the steps.
+
+    Args:
+        codes: size of a codebook.
+        vectors: positions of all training images together.
+    """
+    if vectors >= 8 * codes:
+        return None
+    fitting = 2 ** max(1, int(math.log2(max(vectors, 1) / 32)))
+    return Finding(
+        "codebook too large",
+        f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} a code",
+        f"use --codebook-size {fitting}, or more images",
+    )
+
+
+def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled: int = 0) -> Finding | None:
+    """Two validations in a row with under a quarter of the codes in use, or a perplexity under 5 % of them.
+
+    Args:
+        reachable: the codebook size, or the number of held-out positions where that is smaller.
+        remedy: what to change; it depends on the quantizer.
+        settled: steps before which a validation says nothing, because unused codes have not been revived yet.
+    """
+    late = [row for row in rows if row.get("step", 0) >= settled]
+    used, perplexity = _last(late, "heldout/codes_used", 2), _last(late, "heldout/perplexity", 2)
+    if len(used) < 2 or len(perplexity) < 2:
+        return None
+    if max(used) < 0.25 * reachable or max(perplexity) < 0.05 * reachable:
+        return Finding(
+            "codebook collapse",
+            f"{used[-1]:.0f} of {reachable} codes in use on held-out images, perplexity {perplexity[-1]:.0f}",
+            remedy,
+        )
+    return None
+
+
+def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
+    """Weights that grow by leaps, or a reconstruction loss that explodes or rises.
+
+    - The square of the weights' norm grows by over 3 % a step between two rows. A step that is small against the
+      weights turns them, one that is not lengthens them; in healthy runs it was 0.1 % and less.
+    - The reconstruction loss is over 1.5 in a row. Images lie in [-1, 1]: plain grey has at most 1.
+    - It has risen to 2.5 times its lowest, and no adversarial loss explains that.
+    """
+    name, rates = "learning rate too high", _last(rows, "train/lr", len(rows))
+    highest = f" (it has been {max(rates):.2g})" if rates else ""
+    remedy = f"use a --lr of a tenth{highest}, or a longer --lr-warmup"
+    step, norm = 0, 1.0
+    for row in rows:
+        for after in _last([row], "train/weight_growth", 1):
+            growth = after / norm
+            if growth**2 - 1 > 0.03 * max(1, row["step"] - step):
+                text = f"the norm of the weights grew {growth:.2g}-fold from step {step} to step {row['step']}"
+                return Finding(name, text, remedy)
+            step, norm = row["step"], after
+    worst = max(_last(rows, "train/reconstruction", len(rows)), default=0.0)
+    if worst > 1.5:
+        return Finding(name, f"the reconstruction loss was {worst:.3g}, where plain grey has at most 1", remedy)
+    risen = _risen(rows, "train/reconstruction")
+    if risen and not _last(rows, "train/adversarial", 1):
+        return Finding(name, f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}", remedy)
+    return None
+
+
+def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
+    """The decoder serves the discriminator and not the images.
+
+    - In five rows in a row the discriminator takes reconstructions for more real than the originals: the decoder has
+      found what it likes, which a discriminator that keeps up does not allow.
+    - The reconstruction loss has risen to 2.5 times its lowest.
+    - Two validations in a row have a PSNR over 1.5 dB below the best, and an LPIPS, where it is measured, no better.
+    """
+    felt = [row for row in rows if _last([row], "train/adversarial", 1)]
+    if not felt:
+        return None
+    real, fake = (_last(felt, f"train/discriminator_{name}", 5) for name in ("real", "fake"))
+    validations = [row for row in rows if _last([row], "heldout/psnr", 1)]
+    best: Row = max(validations[:-2], key=lambda row: row["heldout/psnr"], default={})
+    risen = _risen(rows, "train/reconstruction")
+    if len(real) == len(fake) == 5 and all(f - r > 0.02 for r, f in zip(real, fake)):
+        text = f"the discriminator takes reconstructions ({fake[-1]:.2f}) for more real than originals ({real[-1]:.2f})"
+    elif risen:
+        text = f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}"
+    elif best and all(
+        row["heldout/psnr"] < best["heldout/psnr"] - 1.5
+        and row.get("heldout/lpips", math.inf) >= best.get("heldout/lpips", -math.inf)
+        for row in validations[-2:]
+    ):
+        text = f"held-out PSNR fell from {best['heldout/psnr']:.1f} dB to {validations[-1]['heldout/psnr']:.1f} dB"
+    else:
+        return None
+    return Finding(
+        "adversarial loss dominates",
+        text,
+        "raise --gan-start, so that reconstructions improve first, lower --gan-weight, and leave --gan-adaptive on",
+    )
+
+
+def pinned_discriminator(rows: Sequence[Row], loss: str = "hinge", blind: float = 1.0) -> Finding | None:
+    """Five logged means in a row at a bound of its loss: near 0 (it always wins) or near `blind` (it says nothing).
+
+    Args:
+        loss: the name of the loss, for the message.
+        blind: its value where every logit is 0.
+    """
+    losses = _last(rows, "train/discriminator", 5)
+    if len(losses) < 5:
+        return None
+    if max(losses) < 0.02 * blind:
+        return Finding(
+            "discriminator pinned",
+            f"its {loss} loss is {losses[-1]:.3f}: it tells every reconstruction from its original",
+            "use --gan-augment color translation or --gan-lecam 0.01, lower --gan-lr, or raise --gan-start",
+        )
+    if all(abs(value - blind) < 0.002 * blind for value in losses):
+        return Finding(
+            "discriminator pinned",
+            f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it has not learned to tell anything",
+            "raise --gan-lr or --gan-width, or lower --gan-lecam",
+        )
+    return None
+
+
+def overfitting(rows: Sequence[Row]) -> Finding | None:
+    """The held-out loss rose at three validations in a row, to 1 % over its best, while the training loss fell.
+
+    The training loss is the mean since the validation before: single rows of it are noise.
+    """
+    heldout, train, since = [], [], []
+    for row in rows:
+        since += _last([row], "train/loss", 1)
+        for loss in _last([row], "heldout/nats_per_token", 1):
+            heldout.append(loss)
+            train.append(sum(since) / len(since) if since else train[-1] if train else math.nan)
+            since = []
+    if len(heldout) < 4:
+        return None
+    rising = heldout[-4] < heldout[-3] < heldout[-2] < heldout[-1]
+    if rising and heldout[-1] > 1.01 * min(heldout) and train[-1] < train[-4]:
+        return Finding(
+            "prior overfits",
+            f"held-out {heldout[-1]:.3f} nats per token after a best of {min(heldout):.3f}, training {train[-1]:.3f}",
+            "use more images or --views with --flip, raise --dropout or --weight-decay, or a smaller --dim",
+        )
+    return None
+
+
+def non_finite_origin(model: nn.Module, replay: Callable[[], Any]) -> str:
+    """Where NaN or infinity begins: the first module, in order of execution, whose output is not finite.
+
+    Args:
+        replay: runs the failing forward pass of `model` again.
+
+    Falls back to the first parameter with such a gradient, where the forward pass is finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            return f"the weights {name}"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if not found and isinstance(first, Tensor) and not torch.isfinite(first).all():
+                found.append(name)
+
+        return hook
+
+    # A module's own hook comes after those of its parts: what it adds to their outputs is told apart from them.
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            replay()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"the output of {found[0]}"
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return "the loss itself"

@@ -1,0 +1,167 @@
+"""AdamW and Muon, their learning-rate schedule, and the averaged weights that are validated and saved."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import get_scheduler
+
+from vqgen.devices import precision_of
+from vqgen.errors import UsageError
+from vqgen.options import at_least
+
+from .fsdp import own_shares
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer, its schedule and the averaging of weights."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon moves matrices and convolutions along orthogonalised momentum, at the same --lr, and leaves the rest to
+    AdamW; fewer steps to the same loss, each a little longer."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    lr_warmup: int = 100
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices and convolutions; biases, norms and codebooks have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean; Muon's momentum is 0.95."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 = no clipping."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights that are validated and saved; it rises to this over the first steps."""
+
+    def __post_init__(self) -> None:
+        at_least(self, lr=0, weight_decay=0, grad_clip=0, lr_warmup=0)
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 <= value < 1")
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration: the steepest at 0 whose singular values stay near 1 (Jordan et al. 2024)."""
+LEAST_SIDE = 32
+"""Narrower matrices, such as those that make pixels, have too few directions to gain from Muon."""
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """(N, r, c) -> about U V^T of each one's singular value decomposition: its singular values lie between 0.7 and 1.2
+    after these five iterations, which is what Muon needs. In bfloat16 where the hardware computes in it."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16() if precision_of("auto", matrices.device) == "bf16" else matrices.float()
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups with `muon`, AdamW for the others: one optimizer, one state.
+
+    Nesterov's momentum of each matrix is orthogonalised and scaled by 0.2 sqrt(max(rows, columns)), so that an update
+    is as large as AdamW's and `lr` and decoupled `weight_decay` carry over (Liu et al. 2025, eq. 4). A convolution
+    counts as the matrix (out, in * height * width). `torch.optim.Muon` is the same, for matrices alone.
+    Its rounding depends on the hardware: the processes of a run must be on machines of one kind, and so must those
+    before and after a resume that is to be exact.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        settings = {"lr": lr, "betas": betas, "momentum": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+        # `fused` also has torch put the step counts beside the parameters when a state is loaded.
+        super().__init__(groups, settings | {"fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if trained:
+                (self._muon if group["muon"] else self._adamw)(group, trained)
+        return loss
+
+    def _muon(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
+        updates: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for p in trained:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # type: ignore[union-attr]
+            updates[matrix.shape].append((p, matrix))  # type: ignore[index]
+        for shape, same in updates.items():  # matrices of one shape go together
+            size = 0.2 * max(shape) ** 0.5
+            for (p, _), update in zip(same, orthogonalised(torch.stack([m for _, m in same])), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * size)
+
+    def _adamw(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
+        for p in trained:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in trained]
+        (beta1, beta2), rest = group["betas"], {"amsgrad": False, "maximize": False, "max_exp_avg_sqs": []}
+        adamw(
+            trained,  # type: ignore[arg-type]
+            [p.grad for p in trained],  # type: ignore[misc]
+            *([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")),
+            state_steps=[s["step"] for s in states],
+            **(rest | {"beta1": beta1, "beta2": beta2}),
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+            fused=group["fused"],
+        )
+
+
+def optimizer_for(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer, with decay on matrices and convolutions alone, and its schedule over `steps`.
+
+    Muon gets neither codebooks nor embeddings nor a head tied to one or named `lm_head`: their rows are looked up or
+    chosen one by one, so that no direction is shared between them.
+    """
+    rows = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = p.ndim >= 2 and "codebook" not in name
+            wide = matrix and min(p.flatten(1).shape) >= LEAST_SIDE and id(p) not in rows and "lm_head" not in name
+            groups[config.weight_decay if matrix else 0.0, wide and config.optimizer == "muon"].append(p)
+    parameters = [{"params": ps, "weight_decay": decay, "muon": muon} for (decay, muon), ps in groups.items()]
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "muon":
+        optimizer: torch.optim.Optimizer = Muon(parameters, config.lr, betas)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, fused=True)
+    warmup = min(config.lr_warmup, steps)
+    return optimizer, get_scheduler(config.lr_schedule, optimizer, warmup, steps)
+
+
+def averaged(model: nn.Module) -> AveragedModel:
+    """A copy of `model` that follows it as an exponential average, buffers included."""
+    average = AveragedModel(model, use_buffers=True)
+    return average.requires_grad_(False).eval()
+
+
+def update_average(average: AveragedModel, model: nn.Module, decay: float, step: int) -> None:
+    """One update after step `step`; the decay rises with the steps, or the start would weigh for too long."""
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average.multi_avg_fn = lambda averages, values, count: update(own_shares(averages), own_shares(values), count)
+    average.update_parameters(model)

@@ -1,0 +1,66 @@
+"""Where the metrics of a run go: always `metrics.jsonl`, and further trackers by name."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+from vqgen.errors import UsageError, UserError
+
+
+class JsonlTracker(GeneralTracker):
+    """One JSON object a line in `metrics.jsonl`, flushed as it is written."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The configuration is in config.yaml already."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **clean}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+def further_trackers(names: Sequence[str]) -> list[str]:
+    """`names` as given, each checked to be known and installed: Accelerate drops a missing one without a word."""
+    known: dict[str, Callable[[], bool | None]] = {
+        "tensorboard": is_tensorboard_available,
+        "wandb": is_wandb_available,
+    }
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--log-with: found {name}, expected {' or '.join(known)}")
+        if not known[name]():
+            raise UsageError(f"--log-with: {name} is not installed; pip install {name}")
+    return list(names)
+
+
+def read_history(path: Path, last: int) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` up to step `last`; later ones, and half a line of a killed run, are left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if row["step"] <= last:
+                rows.append(row)
+    return rows
