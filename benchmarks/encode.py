@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from vqgen.tokenizer.codes.plan import TokenizeConfig, build_job
-from vqgen.tokenizer.data.dataset import ImageConfig
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.encode import encode_batch, tokenize
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
 def bare(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:

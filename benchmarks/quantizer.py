@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from vector_quantize_pytorch import VectorQuantize
 
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
 from vqgen.tokenizer.quantizers.codebook import Codebook
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 DECAY, COMMITMENT = 0.99, 0.25
 Step = Callable[[], None]

@@ -18,11 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vqgen.devices import find_device, matrix_rate, precision_of
-from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
+from vqgen.prior.model import backbone_config
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.cached_transformer import CachedTransformer
 from vqgen.sampling.generate import generate, image_uniforms
 from vqgen.sampling.generator import CPU_ROWS
-from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.settings import SamplingSettings
 
 
 def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:

@@ -13,7 +13,8 @@ from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.options import at_least
 from vqgen.progress import progress
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.networks.autoencoder import ResidualBlock
 

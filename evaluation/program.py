@@ -10,7 +10,8 @@ from vqgen.artifact import check_writable
 from vqgen.config import build, commands, options, values_of
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.options import at_least, checked
+from vqgen.option_types import checked
+from vqgen.options import at_least
 
 from .classifier import ClassifierTraining, train_classifier
 from .likelihood import PredictionConfig, measure_prediction

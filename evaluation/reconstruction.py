@@ -14,7 +14,8 @@ from vqgen.errors import UsageError
 from vqgen.options import at_least
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches
+from vqgen.tokenizer.data.dataset import open_images, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import ReconstructionMetrics

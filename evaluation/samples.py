@@ -21,10 +21,11 @@ from vqgen.errors import UsageError, UserError
 from vqgen.options import at_least
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
-from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.output import FINISHED, UNFINISHED
+from vqgen.sampling.settings import SamplingSettings
 from vqgen.seeding import epoch_slice, fixed_subset
-from vqgen.tokenizer.data.dataset import ImageConfig, ImageDataset, open_images, ordered_batches
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Files, Source, open_source
 
 from .classifier import Classifier

@@ -9,7 +9,7 @@ from torch import Tensor
 from vqgen.seeding import epoch_slice, step_seed
 from vqgen.tokenizer.codes.format import CodeFiles
 
-from .model import Vocabulary
+from .vocabulary import Vocabulary
 
 
 def vocabulary_of(codes: CodeFiles) -> Vocabulary:

@@ -6,9 +6,8 @@ stands for "unconditional" and is the start token where there are no classes.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,84 +24,11 @@ from transformers import (
 
 from vqgen.artifact import copy_artifact, load_artifact, read_json, save_artifact, write_text
 from vqgen.config import from_dict
-from vqgen.errors import UsageError, UserError
-from vqgen.options import at_least
+from vqgen.errors import UserError
 from vqgen.tokenizer.model import Tokenizer
 
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Token ids: `depth` ranges of `codebook_size` codes, then one id a class, then the null id."""
-
-    codebook_size: int
-    depth: int
-    grid: tuple[int, int]
-    classes: int
-
-    @property
-    def length(self) -> int:
-        """Code tokens an image."""
-        return self.grid[0] * self.grid[1] * self.depth
-
-    @property
-    def null(self) -> int:
-        """The id that is both "unconditional" and the start of an unconditional sequence."""
-        return self.codebook_size * self.depth + self.classes
-
-    @property
-    def size(self) -> int:
-        """Number of ids, the null id included."""
-        return self.null + 1
-
-    def class_id(self, labels: Tensor) -> Tensor:
-        """Labels (B,) -> token ids (B,); -1 (no label) becomes the null id."""
-        return torch.where(labels < 0, self.null, labels + self.codebook_size * self.depth)
-
-    def allowed(self, position: int) -> tuple[int, int]:
-        """First and one-past-last id that may stand at code position `position` (0 is the first code)."""
-        start = position % self.depth * self.codebook_size
-        return start, start + self.codebook_size
-
-    def to_tokens(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, h, w) or (B, h, w, depth) -> tokens (B, length), raster order, depth innermost."""
-        shape = (*self.grid, self.depth) if self.depth > 1 else self.grid
-        if codes.shape[1:] != torch.Size(shape):
-            raise UserError(f"codes have shape {tuple(codes.shape[1:])}, this prior was made for {tuple(shape)}")
-        ranges = torch.arange(self.depth, device=codes.device) * self.codebook_size
-        return (codes.reshape(len(codes), self.length // self.depth, self.depth) + ranges).flatten(1)
-
-    def to_codes(self, tokens: Tensor) -> Tensor:
-        """The inverse of `to_tokens`."""
-        ranges = torch.arange(self.depth, device=tokens.device) * self.codebook_size
-        codes = tokens.reshape(len(tokens), *self.grid, self.depth) - ranges
-        return codes if self.depth > 1 else codes.squeeze(-1)
-
-
-@dataclass
-class PriorConfig:
-    """The transformer."""
-
-    backbone: Literal["llama", "qwen3", "gpt2"] = "llama"
-    """Architecture, by its name in transformers."""
-    dim: int = 512
-    """Width of the residual stream."""
-    layers: int = 8
-    """Transformer blocks."""
-    heads: int = 8
-    """Attention heads; must divide --dim."""
-    hidden_dim: int | None = None
-    """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2, rounded up to 64."""
-    dropout: float = 0.1
-    """Dropout of embeddings, attention output and feed-forward output."""
-
-    def __post_init__(self) -> None:
-        at_least(self, dim=1, layers=1, heads=1, hidden_dim=1)
-        if self.dim % self.heads:
-            raise UsageError(f"--heads: {self.heads} does not divide --dim {self.dim}; choose a divisor")
-        if self.backbone != "gpt2" and self.dim // self.heads % 2:
-            raise UsageError(f"--heads: --dim / --heads is {self.dim // self.heads}, rotary positions need it even")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout: found {self.dropout}, expected 0 <= dropout < 1")
+from .options import PriorConfig
+from .vocabulary import Vocabulary
 
 
 def backbone_config(config: PriorConfig, vocabulary: Vocabulary) -> LlamaConfig | Qwen3Config | GPT2Config:

@@ -1,39 +1,11 @@
 """What a prior is trained to do: predict codes, with what makes that harder or steadier."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from vqgen.errors import UsageError
-from vqgen.options import at_least
-
 from .likelihood import token_nats
-from .model import Vocabulary
-
-
-@dataclass
-class ObjectiveConfig:
-    """Regularisation of the prior, all of it in training alone."""
-
-    label_dropout: float = 0.1
-    """Share of sequences trained without their class, which guidance needs."""
-    token_corruption: float = 0.0
-    """Share of the codes fed in that are replaced by random ones, against overfitting; what is to be predicted stays
-    (1 - pkeep of Esser et al. 2021)."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability that is spread over all ids (Szegedy et al. 2016)."""
-    z_loss: float = 0.0
-    """Weight of the squared log of the softmax's normaliser, which keeps logits small; 1e-4 is usual (Chowdhery et al.
-    2022, section 5)."""
-
-    def __post_init__(self) -> None:
-        for name in ("label_dropout", "token_corruption", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 to 1")
-        if self.label_dropout == 1:
-            raise UsageError("--label-dropout: 1 leaves no class to learn; tokenize images without classes for that")
-        at_least(self, z_loss=0)
+from .options import ObjectiveConfig
+from .vocabulary import Vocabulary
 
 
 def without_labels(tokens: Tensor, share: float, vocabulary: Vocabulary) -> Tensor:

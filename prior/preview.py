@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .model import Prior, Vocabulary
+from .model import Prior
+from .vocabulary import Vocabulary
 
 
 class _LegalCodes(LogitsProcessor):

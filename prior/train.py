@@ -23,13 +23,15 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.fsdp import full_tensors, reshard, shard, units
 from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
-from vqgen.training.optimizer import OptimizerConfig, averaged, optimizer_for, update_average
-from vqgen.training.run import Run, RunConfig
+from vqgen.training.optimizer import averaged, optimizer_for, update_average
+from vqgen.training.options import OptimizerConfig, RunConfig
+from vqgen.training.run import Run
 
 from .dataset import Sequences, vocabulary_of
 from .likelihood import likelihood
-from .model import Prior, PriorConfig
-from .objective import ObjectiveConfig, corrupted, objective, without_labels
+from .model import Prior
+from .objective import corrupted, objective, without_labels
+from .options import ObjectiveConfig, PriorConfig
 from .preview import preview_codes
 
 

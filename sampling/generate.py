@@ -14,7 +14,8 @@ from torch import Tensor
 from vqgen.errors import UserError
 
 from .cached_transformer import CachedTransformer
-from .logits import SamplingSettings, choose, guide
+from .logits import choose, guide
+from .settings import SamplingSettings
 
 
 def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:

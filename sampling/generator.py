@@ -21,9 +21,9 @@ from vqgen.tokenizer.model import Tokenizer
 
 from .cached_transformer import CachedTransformer
 from .generate import Drawn, generate, image_uniforms
-from .logits import SamplingSettings
 from .names import find_classes
 from .oversample import batches, places, selected
+from .settings import SamplingSettings
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"

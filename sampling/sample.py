@@ -31,10 +31,10 @@ from vqgen.tokenizer.data.sources import SUFFIXES
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .generator import Generator, find_model
-from .logits import SamplingSettings
 from .names import find_classes
 from .output import GRID, Layout, Names, begin, check_output, finish
 from .oversample import batches, selected
+from .settings import SamplingSettings
 
 GRID_IMAGES = 100
 

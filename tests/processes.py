@@ -265,7 +265,8 @@ def write_images(folder: Path, count: int) -> None:
     """The first of the demo's images as PNG, one sub-folder a class."""
     from torchvision.io import write_png
 
-    from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+    from vqgen.tokenizer.data.dataset import open_images
+    from vqgen.tokenizer.data.options import ImageConfig
 
     images = open_images("demo", "train", ImageConfig(size=[28, 28], channels=1))
     for index in range(count):

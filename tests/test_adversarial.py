@@ -17,7 +17,6 @@ from torch.multiprocessing.spawn import start_processes
 from vqgen.errors import UsageError
 from vqgen.tokenizer.losses.adversarial import (
     Adversary,
-    GanConfig,
     LeCam,
     Plateau,
     adaptive_ratio,
@@ -25,12 +24,13 @@ from vqgen.tokenizer.losses.adversarial import (
     discriminator_loss,
     generator_loss,
 )
+from vqgen.tokenizer.losses.options import GanConfig
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.training.checkpoint import NonFinite, load_checkpoint, save_checkpoint
 from vqgen.training.health import pinned_discriminator
-from vqgen.training.optimizer import OptimizerConfig
-from vqgen.training.run import Run, RunConfig
+from vqgen.training.options import OptimizerConfig, RunConfig
+from vqgen.training.run import Run
 
 KINDS = ("hinge", "vanilla", "non-saturating")
 

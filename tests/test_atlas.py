@@ -12,9 +12,10 @@ import vqgen.evaluation.report.atlas as program
 from vqgen.evaluation.report.atlas import nearest_codes, vectors
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import to_uint8
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
 @pytest.mark.parametrize("depth", [1, 2])

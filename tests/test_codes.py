@@ -44,13 +44,15 @@ from vqgen.tokenizer.codes.format import (
     write_shard,
 )
 from vqgen.tokenizer.codes.plan import TokenizeConfig
-from vqgen.tokenizer.data.dataset import ImageConfig, mirrored, open_images
+from vqgen.tokenizer.data.dataset import mirrored, open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.data.sources import DEMO
 from vqgen.tokenizer.encode import tokenize, view_seed
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:

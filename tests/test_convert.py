@@ -24,10 +24,11 @@ from vqgen.errors import UserError
 from vqgen.tokenizer import encode
 from vqgen.tokenizer.convert.program import main, read_checkpoint
 from vqgen.tokenizer.convert.weights import DIFFUSERS, LLAMAGEN, TAMING, Foreign, to_diffusers
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 DATA = Path(__file__).parent / "data"

@@ -16,7 +16,8 @@ from PIL import Image
 from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data import sources
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit, to_float, to_uint8
 
 DEMO = sources.DEMO

@@ -10,8 +10,8 @@ from processes import TOKENIZER, Ended, at_row, rows, run, write_images
 from safetensors.torch import save_file
 
 from vqgen.tokenizer.diagnosis import collapse_remedy, diagnose
-from vqgen.tokenizer.losses.adversarial import GanConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.losses.options import GanConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.training.health import Finding
 
 HEALTHY = (

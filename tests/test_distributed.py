@@ -16,7 +16,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from vqgen.artifact import load_artifact
 from vqgen.tokenizer.quantizers import quantizer_for
-from vqgen.tokenizer.quantizers.base import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.base import Quantizer
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 # No dropout: its noise is each process's own.
 STAGE_ONE = (

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from vqgen.artifact import load_artifact
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.model import Tokenizer
 

@@ -28,11 +28,15 @@ from vqgen.evaluation import distances
 from vqgen.evaluation.distances import density_coverage, figures, frechet, kernel_distance, precision_recall, statistics
 from vqgen.evaluation.extractors import Inception, PixelHash, Vgg16, extract, extractor_for
 from vqgen.evaluation.receipt import flat
-from vqgen.prior.model import Prior, PriorConfig, Vocabulary
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images, ordered_batches
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
+from vqgen.tokenizer.data.dataset import open_images, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 EVALUATE = "vqgen.evaluation.program"
 

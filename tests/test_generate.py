@@ -6,11 +6,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
-from vqgen.prior.model import PriorConfig, Vocabulary, backbone_config
+from vqgen.prior.model import backbone_config
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.cached_transformer import CachedTransformer, Linear
 from vqgen.sampling.generate import decode_n, generate, image_uniforms, prefill
 from vqgen.sampling.generator import CPU_ROWS
-from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
 

@@ -11,10 +11,12 @@ from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 from vector_quantize_pytorch import SimVQ as LibrarySimVQ
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
-from vqgen.tokenizer.quantizers.base import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.base import Quantizer
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.quantizers.product import ProductQuantizer
 from vqgen.tokenizer.quantizers.residual import ResidualQuantizer
 from vqgen.tokenizer.quantizers.simvq import SimVQ

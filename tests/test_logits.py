@@ -11,16 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from vqgen.errors import UsageError
 from vqgen.sampling.generate import decode_one
-from vqgen.sampling.logits import (
-    SamplingSettings,
-    apply_temperature,
-    choose,
-    draw,
-    guide,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-)
+from vqgen.sampling.logits import apply_temperature, choose, draw, guide, keep_min_p, keep_top_k, keep_top_p
+from vqgen.sampling.settings import SamplingSettings
 
 LARGEST_UNIFORM = 1 - 2.0**-53
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 12))

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.losses.adversarial import Adversary, GanConfig
-from vqgen.tokenizer.losses.reconstruction import LossConfig, reconstruction_loss
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.losses.adversarial import Adversary
+from vqgen.tokenizer.losses.options import GanConfig, LossConfig
+from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.train import TokenizerTrainer, TokenizerTraining, build
-from vqgen.training.run import RunConfig
+from vqgen.training.options import RunConfig
 
 # ---- values by hand ----
 

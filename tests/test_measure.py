@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import vqgen.prior.export as exporting
 import vqgen.prior.measure as measuring
-from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
-from vqgen.sampling.logits import SamplingSettings
+from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 SIZE = 12
 

@@ -9,8 +9,9 @@ from test_prior import make, tokens_for
 
 from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
-from vqgen.prior.model import Vocabulary
-from vqgen.prior.objective import ObjectiveConfig, corrupted, objective, without_labels
+from vqgen.prior.objective import corrupted, objective, without_labels
+from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.vocabulary import Vocabulary
 
 
 def given(seed=0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
-from vqgen.training.optimizer import Muon, OptimizerConfig, optimizer_for, orthogonalised
+from vqgen.training.optimizer import Muon, optimizer_for, orthogonalised
+from vqgen.training.options import OptimizerConfig
 
 SETTINGS = OptimizerConfig(optimizer="muon", lr=1e-2, weight_decay=0.1, lr_warmup=0, lr_schedule="constant_with_warmup")
 

@@ -65,7 +65,8 @@ def test_its_likelihood_is_what_the_card_says():
     """Nats a token of the first 1,000 test images of CIFAR-10, against the card's figure over all 10,000."""
     if not (REAL / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
-    from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+    from vqgen.tokenizer.data.dataset import open_images
+    from vqgen.tokenizer.data.options import ImageConfig
 
     generator = vqgen.Generator.load(SHIPPED, "cpu", "fp32")
     images = open_images(str(REAL / "cifar10"), "heldout", ImageConfig([32, 32]))

@@ -20,9 +20,11 @@ from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.dataset import Sequences, vocabulary_of
 from vqgen.prior.likelihood import likelihood, token_nats
-from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
 from vqgen.prior.preview import preview_codes
 from vqgen.prior.train import PriorTraining
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
@@ -33,9 +35,10 @@ from vqgen.tokenizer.codes.format import (
     shard_name,
     write_shard,
 )
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)

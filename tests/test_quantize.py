@@ -14,12 +14,14 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.quantizers import codebook as codebooks
 from vqgen.tokenizer.quantizers import search as search
-from vqgen.tokenizer.quantizers.base import Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.base import Quantizer
 from vqgen.tokenizer.quantizers.codebook import Codebook, entropies, estimated
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.quantizers.search import kmeans, nearest
 from vqgen.tokenizer.quantizers.vq import VectorQuantizer
 

@@ -21,13 +21,15 @@ from vector_quantize_pytorch import LFQ as LibraryLFQ
 from vector_quantize_pytorch import lookup_free_quantization as library_lfq
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import codebook, quantizer_for
-from vqgen.tokenizer.quantizers.base import FSQ_LEVELS, Quantizer, QuantizerConfig
+from vqgen.tokenizer.quantizers.base import Quantizer
 from vqgen.tokenizer.quantizers.fsq import FSQ
 from vqgen.tokenizer.quantizers.gumbel import GumbelQuantizer
 from vqgen.tokenizer.quantizers.lfq import LFQ, bit_entropies
+from vqgen.tokenizer.quantizers.options import FSQ_LEVELS, QuantizerConfig
 from vqgen.training.optimizer import averaged, update_average
 
 Kind = Literal["fsq", "lfq", "gumbel"]

@@ -19,12 +19,14 @@ from torchvision.io import decode_image, read_image, write_png
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer import reconstruct as compare
 from vqgen.tokenizer.data import dataset as image_module
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.metrics import SMALLEST, ReconstructionMetrics, mse, psnr, ssim
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.reconstruct import main
 from vqgen.tokenizer.reconstruct_inputs import ReconstructConfig, find_images, grouped, read_images
 from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison

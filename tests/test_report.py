@@ -25,9 +25,10 @@ from vqgen.config import as_dict, parse
 from vqgen.evaluation.report import charts
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
 SIZE = 12

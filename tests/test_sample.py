@@ -19,15 +19,18 @@ from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.model import Prior, PriorConfig, Vocabulary
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import SHIPPED, Generator, find_model
-from vqgen.sampling.logits import SamplingSettings
 from vqgen.sampling.output import Names
+from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.data.sources import open_source
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 NAMES = ["shirt", "shoe", "bag"]

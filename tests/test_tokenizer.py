@@ -21,13 +21,16 @@ from torchvision.io import decode_png
 from torchvision.transforms.v2.functional import to_image
 
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.data.dataset import ImageConfig, open_images
+from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, ModelConfig, _attend
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, _attend
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 

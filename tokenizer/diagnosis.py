@@ -1,7 +1,8 @@
 """What may be wrong with a tokenizer run: which rules of health apply to it, and which remedies it has left."""
 
-from vqgen.tokenizer.losses.adversarial import GanConfig, blind_loss
-from vqgen.tokenizer.quantizers.base import LEARNED, QuantizerConfig
+from vqgen.tokenizer.losses.adversarial import blind_loss
+from vqgen.tokenizer.losses.options import GanConfig
+from vqgen.tokenizer.quantizers.options import LEARNED, QuantizerConfig
 from vqgen.training.health import (
     Finding,
     Row,

@@ -2,47 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vqgen.artifact import load_artifact, save_artifact
 from vqgen.config import as_dict, from_dict
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UserError
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
-from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, ModelConfig
-from vqgen.tokenizer.quantizers.base import Quantized, QuantizerConfig
+from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder
+from vqgen.tokenizer.quantizers.base import Quantized
 
+from .options import TokenizerConfig
 from .quantizers import quantizer_for
 
 # How far float images may reach beyond [-1, 1]: arithmetic in 16 bits.
 _ROUNDING = 0.01
-
-
-@dataclass
-class TokenizerConfig:
-    """The architecture, as kept in `vqgen.json`."""
-
-    image_size: list[int]
-    """Height and width of the training images, in pixels."""
-    channels: int
-    """1 for grey, 3 for RGB."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    fit: Literal["crop", "pad"] = "crop"
-    """How training images of another aspect ratio were fitted; tokenizing does the same."""
-
-    def __post_init__(self) -> None:
-        factor = self.model.factor
-        if any(side < factor or side % factor for side in self.image_size):
-            height, width = self.image_size
-            raise UsageError(
-                f"--size: {height}x{width} is not divisible by the downsampling factor {factor} "
-                f"of --multipliers {self.model.multipliers} and --patch {self.model.patch}; change one of them"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torchvision.utils import make_grid
 
 from vqgen.artifact import atomic_path
 from vqgen.seeding import fixed_subset
-from vqgen.tokenizer.data.dataset import ImageConfig, ImageDataset, ordered_batches
+from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 

@@ -13,20 +13,24 @@ from vqgen.config import command
 from vqgen.errors import UsageError, UserError
 from vqgen.options import at_least
 from vqgen.seeding import step_seed
-from vqgen.tokenizer.data.dataset import Batch, ImageConfig, ImageDataset, open_images, training_batches
+from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
-from vqgen.tokenizer.losses.adversarial import Adversary, GanConfig
+from vqgen.tokenizer.losses.adversarial import Adversary
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
-from vqgen.tokenizer.losses.reconstruction import LossConfig, reconstruction_loss
-from vqgen.tokenizer.networks.autoencoder import ModelConfig
+from vqgen.tokenizer.losses.options import GanConfig, LossConfig
+from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.training.health import Finding, Row, non_finite_origin
-from vqgen.training.optimizer import OptimizerConfig, averaged, optimizer_for, update_average
-from vqgen.training.run import Run, RunConfig
+from vqgen.training.optimizer import averaged, optimizer_for, update_average
+from vqgen.training.options import OptimizerConfig, RunConfig
+from vqgen.training.run import Run
 
 from .diagnosis import diagnose
-from .model import Tokenizer, TokenizerConfig, TokenizerOutput
+from .model import Tokenizer, TokenizerOutput
+from .options import TokenizerConfig
 from .reconstruction import reconstruct, write_comparison
 
 

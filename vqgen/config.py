@@ -28,7 +28,7 @@ import yaml
 from . import __version__
 from .artifact import write_text
 from .errors import UsageError, UserError
-from .options import YamlDumper, YamlLoader, checked, from_words, kinds, type_name
+from .option_types import YamlDumper, YamlLoader, checked, from_words, kinds, type_name
 
 C = TypeVar("C")
 

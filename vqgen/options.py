@@ -1,61 +1,93 @@
-"""One value of a configuration: what YAML or the command line says -> the type its option declares.
+"""Options of a program as documented dataclasses: ranges of numbers, and sections that depend on a choice."""
 
-YAML 1.1 reads `no` as false, `1:30` as 90 and `1e-4` as text. Here the option's type decides what a word means.
-"""
-
-import functools
-import re
-import types
+import dataclasses
 import typing
-from contextlib import redirect_stderr, suppress
-from io import StringIO
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from .errors import UsageError
 
-_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option accepts, as in `Annotated[int, Range(least=1)]`; NaN is in no range."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def contains(self, value: float) -> bool:
+        """Return whether `value` satisfies every bound."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML where `no` and `1:30` are text and 1e-4 is a number; a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, str) and keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-YamlLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0].rpartition(":")[2] in ("null", "merge")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _first, _pattern in (
-    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-    ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-    ("float", "-+.0123456789", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
-    ("float", "-+.", r"[-+]?\.inf|\.nan"),
-):
-    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+Count = Annotated[int, Range(least=1)]
+"""A number of things of which there must be one."""
+CountOrZero = Annotated[int, Range(least=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Fraction = Annotated[float, Range(least=0, below=1)]
+"""A share that may be 0 but not the whole, e.g. a dropout or a decay."""
 
 
-class YamlDumper(yaml.SafeDumper):
-    """Quotes whatever either `YamlLoader` or any other reader of YAML would take for something else than text."""
+def option_name(field: str) -> str:
+    """Name of a field on the command line: `class_` -> `--class`, `batch_size` -> `--batch-size`."""
+    return "--" + field.removesuffix("_").replace("_", "-")
 
 
-YamlDumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + YamlLoader.yaml_implicit_resolvers.get(first, [])
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *YamlLoader.yaml_implicit_resolvers}
-}
+def ranges_of(hint: Any) -> list[Range]:
+    """Every `Range` in a type, also inside of a union such as `Count | None` or a list such as `list[Count]`."""
+    found = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)]
+    return found + [each for part in typing.get_args(hint) if part is not hint for each in ranges_of(part)]
 
 
-def kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+class Options:
+    """Base of every dataclass of options: values outside of their declared ranges raise `UsageError`."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            for bounds in ranges_of(hints[field.name]):
+                for number in numbers:
+                    # Other types are for the type check, which has a message of its own.
+                    if isinstance(number, (int, float)) and not bounds.contains(number):
+                        raise UsageError(f"{option_name(field.name)}: found {number}, expected {bounds}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section whose options depend on one of its own: kind -> dataclass of that kind's options."""
+
+    selector: str
+    """Name of the option that chooses, e.g. `quantizer`."""
+    kinds: Mapping[str, type]
+    """Every dataclass has a class attribute `kind: ClassVar[str]`, its key here."""
+    default: str
+
+
+def choice(selector: str, kinds: Mapping[str, type], default: str) -> Any:
+    """Declare a section as a choice between kinds with their own options.
+
+    With `quantizer: QuantizerConfig = choice("quantizer", QUANTIZERS, default="vq")` the option `--quantizer fsq`, or
+    `quantizer: {quantizer: fsq, levels: [8, 5]}` in YAML, makes the section an instance of `QUANTIZERS["fsq"]`.
+    """
+    return dataclasses.field(
+        default_factory=lambda: kinds[default](), metadata={"choice": Choice(selector, kinds, default)}
+    )
 
 
 def at_least(config: Any, **lowest: float) -> None:
@@ -64,96 +96,3 @@ def at_least(config: Any, **lowest: float) -> None:
         found = getattr(config, name)
         if found is not None and not found >= least:
             raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
-
-
-def type_name(hint: Any) -> str:
-    """A type in the words of `--help` and of errors."""
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(str(value) for value in typing.get_args(hint))
-    members = [kind for kind in kinds(hint) if kind is not type(None)]
-    if members != [hint]:
-        return " | ".join(type_name(kind) for kind in members)
-    if typing.get_origin(hint) is list:
-        return "list of " + type_name(typing.get_args(hint)[0])
-    name: str = hint.__name__
-    return {"Path": "path", "str": "text", "bool": "true or false"}.get(name, name)
-
-
-def from_words(hint: Any, words: list[str]) -> Any:
-    """What was typed for an option of this type, not checked yet; text stays as typed (`no` may be a name).
-
-    A list is several words, or one that is a YAML list or, of numbers and the like, holds commas: a name or a path may
-    have some of its own. `none` empties what may be empty.
-    """
-    members = kinds(hint)
-    empty = (["null"],) if list[str] in members else (["null"], ["none"])  # a class may be called none
-    if words in empty and type(None) in members:
-        return None
-    if any(typing.get_origin(kind) is list for kind in members):
-        text = list[str] in members or list[Path] in members
-        if len(words) == 1 and words[0].startswith("["):
-            with suppress(yaml.YAMLError):
-                return yaml.load(words[0], yaml.BaseLoader if text else YamlLoader)
-        if text:
-            return words
-        return [_from_word(word) for word in (words[0].split(",") if len(words) == 1 else words)]
-    if any(kind in (str, Path) or typing.get_origin(kind) is typing.Literal for kind in members):
-        return words[0]
-    return _from_word(words[0])
-
-
-def _from_word(word: str) -> Any:
-    with suppress(yaml.YAMLError):
-        return yaml.load(word, YamlLoader) if word.strip() else word
-    return word  # no YAML: stays text, for the type check to name
-
-
-def _whole(value: Any) -> Any:
-    """1e5, which people write for a number of steps, as an int; 1.5 is no count and stays."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return int(value)
-    if isinstance(value, (str, float)):
-        with suppress(ValueError):
-            return int(float(value)) if float(value).is_integer() else value
-    return value
-
-
-@functools.cache
-def _parser(hint: Any):
-    """A jsonargparse parser that checks values of one type; kept, because building one costs milliseconds."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
-    parser.add_argument("--value", type=hint)
-    return parser
-
-
-def checked(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint`, or a `UsageError` that says where it stands, what it is and what belongs there."""
-    members = kinds(hint)
-    found = value if isinstance(value, str) and value.strip() else repr(value)
-    if bool in members and isinstance(value, str):
-        value = _SWITCH.get(value.lower(), value)
-    kind = next((item for item in members if typing.get_origin(item) is list), None)
-    if kind is not None and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        value = [value]  # a list of one, as people write it in YAML
-    if kind == list[str] and isinstance(value, list):
-        value = [str(item) if type(item) is int else item for item in value]
-    if int in members and float not in members:
-        value = _whole(value)
-    elif list[int] in members and isinstance(value, list):
-        value = [_whole(item) for item in value]
-    # jsonargparse would take None for any type, True for a literal 1, and the text "null" for None.
-    if value is None or isinstance(value, bool):
-        if type(value) in members:
-            return value
-    elif isinstance(value, str) and set(members) <= {str, type(None)}:
-        return value
-    elif isinstance(value, str) and set(members) <= {Path, type(None)}:
-        if value:
-            return Path(value)
-    else:
-        with suppress(Exception), redirect_stderr(StringIO()):
-            return _parser(hint).parse_object({"value": value})["value"]
-    raise UsageError(f"{where}: found {found}, expected {type_name(hint)}")

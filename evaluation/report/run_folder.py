@@ -13,7 +13,7 @@ import yaml
 
 from vqgen.artifact import DESCRIPTION, read_json
 from vqgen.errors import UsageError, UserError
-from vqgen.options import YamlLoader
+from vqgen.option_types import YamlLoader
 from vqgen.output_folder import FINISHED
 from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID

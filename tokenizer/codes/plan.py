@@ -18,7 +18,8 @@ from vqgen.devices import precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.options import at_least
 from vqgen.output_folder import remove
-from vqgen.tokenizer.data.dataset import ImageConfig, ImageDataset, open_images
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images
+from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Split
 from vqgen.tokenizer.model import Tokenizer
 

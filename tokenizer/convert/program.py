@@ -14,7 +14,8 @@ from torch import Tensor
 from vqgen.artifact import DESCRIPTION, atomic_path, read_json, read_tensors, write_json, write_tensors
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.options import TokenizerConfig
 
 from .weights import (
     DIFFUSERS,

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.model import Tokenizer, TokenizerConfig
-from vqgen.tokenizer.networks.autoencoder import Attention, ModelConfig
-from vqgen.tokenizer.quantizers.base import QuantizerConfig
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.autoencoder import Attention
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ section 3.3. All draws come from torch's generator and are made image by image.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Augmentation = Literal["color", "translation", "cutout"]
+from .options import Augmentation
 
 
 def diff_augment(images: Tensor, policy: Sequence[Augmentation]) -> Tensor:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from .base import Quantizer, QuantizerConfig
+from .base import Quantizer
 from .fsq import FSQ
 from .gumbel import GumbelQuantizer
 from .lfq import LFQ
+from .options import QuantizerConfig
 from .product import ProductQuantizer
 from .residual import ResidualQuantizer
 from .simvq import SimVQ

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .base import Chosen, QuantizerConfig, distributed
+from .base import Chosen, distributed
+from .options import QuantizerConfig
 from .search import histogram, kmeans, nearest, uncompiled
 
 # Soft choices held at once: this many float32 numbers, 16 MiB, whatever N and K.

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Chosen, Quantizer, QuantizerConfig
+from .base import Chosen, Quantizer
 from .codebook import histogram
+from .options import QuantizerConfig
 
 # The bound reaches this share beyond the outermost levels, as in vector-quantize-pytorch, which others build on: the
 # same latents have the same codes. (The paper's listing has 1 - 1e-3 there, and tan where f(0) = 0 asks for atanh.)

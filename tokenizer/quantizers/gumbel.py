@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Chosen, Quantizer, QuantizerConfig
+from .base import Chosen, Quantizer
 from .codebook import entropy_of_mean, histogram
+from .options import QuantizerConfig
 
 
 class GumbelQuantizer(Quantizer):

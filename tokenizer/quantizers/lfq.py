@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Chosen, Quantizer, QuantizerConfig
+from .base import Chosen, Quantizer
 from .codebook import entropy_of_mean, estimated, histogram, vq_loss
+from .options import QuantizerConfig
 
 
 class LFQ(Quantizer):

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .base import Chosen, QuantizerConfig
+from .base import Chosen
 from .codebook import Codebook
+from .options import QuantizerConfig
 from .vq import MultiCodebookQuantizer
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .base import Chosen, QuantizerConfig
+from .base import Chosen
 from .codebook import Codebook, estimated, vq_loss
+from .options import QuantizerConfig
 from .search import histogram
 from .vq import MultiCodebookQuantizer
 

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Chosen, Quantizer, QuantizerConfig
+from .base import Chosen, Quantizer
 from .codebook import estimated, vq_loss
+from .options import QuantizerConfig
 from .search import histogram, nearest
 
 

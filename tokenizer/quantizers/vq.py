@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .base import Chosen, Quantizer, QuantizerConfig
+from .base import Chosen, Quantizer
 from .codebook import Codebook
+from .options import QuantizerConfig
 
 
 class VectorQuantizer(Quantizer):

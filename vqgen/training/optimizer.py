@@ -2,8 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
 from vqgen.devices import precision_of
-from vqgen.errors import UsageError
-from vqgen.options import at_least
 
 from .fsdp import own_shares
-
-
-@dataclass
-class OptimizerConfig:
-    """The optimizer, its schedule and the averaging of weights."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon moves matrices and convolutions along orthogonalised momentum, at the same --lr, and leaves the rest to
-    AdamW; fewer steps to the same loss, each a little longer."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    lr_warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices and convolutions; biases, norms and codebooks have none."""
-    beta1: float = 0.9
-    """AdamW's decay of the gradient's mean; Muon's momentum is 0.95."""
-    beta2: float = 0.95
-    """AdamW's decay of the gradient's square."""
-    grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 = no clipping."""
-    ema_decay: float = 0.999
-    """Decay of the averaged weights that are validated and saved; it rises to this over the first steps."""
-
-    def __post_init__(self) -> None:
-        at_least(self, lr=0, weight_decay=0, grad_clip=0, lr_warmup=0)
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 <= value < 1")
-
+from .options import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration: the steepest at 0 whose singular values stay near 1 (Jordan et al. 2024)."""

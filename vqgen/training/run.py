@@ -10,10 +10,9 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +25,6 @@ from tqdm import tqdm
 from vqgen.artifact import read_json, write_json, write_text
 from vqgen.devices import describe, keep_memory, precision_of, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.options import at_least
 from vqgen.output_folder import FINISHED, check_folder, take_folder
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
@@ -34,41 +32,10 @@ from vqgen.seeding import step_seed
 from .checkpoint import NonFinite, checkpoints, finite_or_raise, load_checkpoint, non_finite, save_checkpoint
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
+from .options import RunConfig
 from .sessions import Session
 from .trackers import JsonlTracker, further_trackers, read_history
 from .trainer import Trainer
-
-
-@dataclass
-class RunConfig:
-    """How long, how exact, how often."""
-
-    steps: int = 10_000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Examples a step, over all processes and accumulated parts together."""
-    accumulate: int = 1
-    """Parts into which a process splits its share of a step, to save memory; a codebook learns after each part."""
-    seed: int = 0
-    """Seed of weights, data order, augmentation and dropout."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; auto takes bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile (needs a C++ compiler)."""
-    log_every: int = 20
-    """Steps between rows of training figures in metrics.jsonl."""
-    validate_every: int = 500
-    """Steps between validations on held-out data."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk."""
-    log_with: list[str] = field(default_factory=list)
-    """Further trackers beside metrics.jsonl: tensorboard, wandb."""
-
-    def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, accumulate=1, log_every=1, validate_every=1, checkpoint_every=1)
-        at_least(self, keep_checkpoints=1)
 
 
 class Run:

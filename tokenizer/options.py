@@ -1,0 +1,31 @@
+"""The architecture of a tokenizer."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqgen.errors import UsageError
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
+
+
+@dataclass
+class TokenizerConfig:
+    """The architecture, as kept in `vqgen.json`."""
+
+    image_size: list[int]
+    """Height and width of the training images, in pixels."""
+    channels: int
+    """1 for grey, 3 for RGB."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    fit: Literal["crop", "pad"] = "crop"
+    """How training images of another aspect ratio were fitted; tokenizing does the same."""
+
+    def __post_init__(self) -> None:
+        factor = self.model.factor
+        if any(side < factor or side % factor for side in self.image_size):
+            height, width = self.image_size
+            raise UsageError(
+                f"--size: {height}x{width} is not divisible by the downsampling factor {factor} "
+                f"of --multipliers {self.model.multipliers} and --patch {self.model.patch}; change one of them"
+            )
