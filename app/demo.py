@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqgen.artifact import read_json
 from vqgen.config import command, parse
 from vqgen.evaluation.report.program import ReportConfig, check_output, write_report
+from vqgen.files import read_json
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.train import train as train_prior
 from vqgen.sampling.sample import SampleConfig, sample

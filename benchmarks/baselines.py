@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vqgen.artifact import read_json, write_json
 from vqgen.evaluation.receipt import read_receipt
 from vqgen.evaluation.report.run_folder import open_folder
+from vqgen.files import read_json, write_json
 
 RECEIPTS = Path(__file__).parent / "results" / "receipts"
 QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.artifact import check_writable, load_artifact, save_artifact
+from vqgen.artifact import load_artifact, save_artifact
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import check_writable
 from vqgen.options import at_least
 from vqgen.progress import progress
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqgen.artifact import check_writable
 from vqgen.config import build, commands, options, values_of
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import check_writable
 from vqgen.option_types import checked
 from vqgen.options import at_least
 

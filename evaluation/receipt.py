@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vqgen.artifact import read_json, write_json
 from vqgen.devices import describe
 from vqgen.errors import UserError
+from vqgen.files import read_json, write_json
 
 PACKAGES = ("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips")
 KIND = "vqgen receipt"

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from vqgen.artifact import load_artifact, read_json, save_artifact
+from vqgen.artifact import load_artifact, save_artifact
 from vqgen.config import values_of
 from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json
 from vqgen.options import at_least
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator

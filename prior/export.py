@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from vqgen import __version__
-from vqgen.artifact import atomic_path, copy_artifact, fingerprint, write_json, write_tensors, write_text
+from vqgen.artifact import copy_artifact, fingerprint, write_tensors
 from vqgen.config import command
 from vqgen.errors import UsageError
+from vqgen.files import atomic_path, write_json, write_text
 
 from .model import Prior
 

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vqgen import __version__
-from vqgen.artifact import write_json
 from vqgen.config import command
 from vqgen.devices import precision_of, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import write_json
 from vqgen.options import at_least
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset

@@ -22,9 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from vqgen.artifact import copy_artifact, load_artifact, read_json, save_artifact, write_text
+from vqgen.artifact import copy_artifact, load_artifact, save_artifact
 from vqgen.config import from_dict
 from vqgen.errors import UserError
+from vqgen.files import read_json, write_text
 from vqgen.tokenizer.model import Tokenizer
 
 from .options import PriorConfig

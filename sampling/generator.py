@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqgen.artifact import DESCRIPTION
 from vqgen.devices import find_device, precision_of
 from vqgen.errors import UsageError, UserError
+from vqgen.files import DESCRIPTION
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.data.pixels import centre, fit, to_uint8

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from vqgen.artifact import read_json, write_json
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
 from vqgen.output_folder import remove
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"

@@ -20,20 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vqgen
-from vqgen.artifact import (
-    DESCRIPTION,
-    WEIGHTS,
-    atomic_path,
-    fingerprint,
-    load_artifact,
-    read_json,
-    read_tensors,
-    save_artifact,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from vqgen.artifact import fingerprint, load_artifact, read_tensors, save_artifact, write_tensors
 from vqgen.errors import UserError
+from vqgen.files import DESCRIPTION, WEIGHTS, atomic_path, read_json, write_json, write_text
 
 TYPES = [
     torch.float32,
@@ -198,7 +187,8 @@ CRASH = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from vqgen.artifact import atomic_path, save_artifact, write_text
+from vqgen.artifact import save_artifact
+from vqgen.files import atomic_path, write_text
 
 def text(mark):
     write_text(folder / "text", mark * size)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vqgen.artifact import read_json
 from vqgen.evaluation.receipt import flat, read_receipt
+from vqgen.files import read_json
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("baselines", ROOT / "benchmarks" / "baselines.py")

@@ -564,10 +564,10 @@ def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_pat
     one_line(error, str(folder / shard_name(2)), "delete it")
 
 
-@pytest.mark.parametrize("where", ["save_file", "os.fsync"])
+@pytest.mark.parametrize("where", ["artifact.save_file", "files.os.fsync"])
 def test_a_full_disk_is_one_line_and_loses_no_finished_shard(make, reference, tmp_path, monkeypatch, where):
     folder = tmp_path / "codes"
-    real = artifact.save_file if where == "save_file" else os.fsync
+    real = artifact.save_file if where == "artifact.save_file" else os.fsync
 
     def full(*arguments: Any, **options: Any) -> Any:
         if f".{shard_name(2)}" in str(arguments) or list(folder.glob(f".{shard_name(2)}*")):
@@ -575,7 +575,7 @@ def test_a_full_disk_is_one_line_and_loses_no_finished_shard(make, reference, tm
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"vqgen.artifact.{where}", full)
+        patch.setattr(f"vqgen.{where}", full)
         with pytest.raises(UserError) as error:
             tokenize(make(folder))
     one_line(error, str(folder / shard_name(2)), "No space left on device")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from vqgen import __version__
-from vqgen.artifact import read_json, write_json
 from vqgen.config import command
 from vqgen.devices import precision_of, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
 from vqgen.output_folder import remove
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import centre, fit

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from vqgen.artifact import atomic_path
+from vqgen.files import atomic_path
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig

@@ -6,7 +6,7 @@ Public names load on first use, so that `import vqgen` costs nothing and needs n
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "Tokenizer": ".tokenizer.model",

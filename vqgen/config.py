@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import yaml
 
 from . import __version__
-from .artifact import write_text
 from .errors import UsageError, UserError
+from .files import write_text
 from .option_types import YamlDumper, YamlLoader, checked, from_words, kinds, type_name
 
 C = TypeVar("C")

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vqgen import __version__
-from vqgen.artifact import write_json
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
+from vqgen.files import write_json
 from vqgen.options import at_least
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic

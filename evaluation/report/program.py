@@ -17,9 +17,9 @@ import jinja2
 from torchvision.io import encode_png
 
 from vqgen import __version__
-from vqgen.artifact import DESCRIPTION, write_text
 from vqgen.config import command, options
 from vqgen.errors import UsageError, UserError
+from vqgen.files import DESCRIPTION, write_text
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes.format import Manifest
 from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit

@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from vqgen.artifact import DESCRIPTION, read_json
 from vqgen.errors import UsageError, UserError
+from vqgen.files import DESCRIPTION, read_json
 from vqgen.option_types import YamlLoader
 from vqgen.output_folder import FINISHED
 from vqgen.sampling.output import FINISHED as SAMPLES

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqgen.artifact import read_json, write_json, write_tensors
+from vqgen.artifact import write_tensors
 from vqgen.errors import UserError
+from vqgen.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1

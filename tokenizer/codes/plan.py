@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from vqgen.artifact import read_json, write_json
 from vqgen.config import values_of
 from vqgen.devices import precision_of
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
 from vqgen.options import at_least
 from vqgen.output_folder import remove
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images

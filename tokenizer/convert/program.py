@@ -11,9 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from vqgen.artifact import DESCRIPTION, atomic_path, read_json, read_tensors, write_json, write_tensors
+from vqgen.artifact import read_tensors, write_tensors
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
+from vqgen.files import DESCRIPTION, atomic_path, read_json, write_json
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.options import TokenizerConfig
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqgen.artifact import atomic_path
 from vqgen.errors import UserError
+from vqgen.files import atomic_path
 
 from .fsdp import full_tensors, load_module, load_optimizer
 

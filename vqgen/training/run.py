@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from vqgen.artifact import read_json, write_json, write_text
 from vqgen.devices import describe, keep_memory, precision_of, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json, write_text
 from vqgen.output_folder import FINISHED, check_folder, take_folder
 from vqgen.progress import progress
 from vqgen.seeding import step_seed

@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from vqgen.artifact import read_json, write_json
 from vqgen.errors import UserError
+from vqgen.files import read_json, write_json
 
 MACHINE = "machine.json"
 
