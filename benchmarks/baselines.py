@@ -1,4 +1,4 @@
-"""The README's table of baselines: every preset that two cores can train, measured, each figure with its receipt.
+"""The baselines in docs/benchmarks.md: every preset that two cores can train, each metric with its receipt.
 
     python benchmarks/baselines.py run cifar10/fsq fashion-mnist/demo --data DATA --vgg16 VGG16 --output baselines
     python benchmarks/baselines.py table
@@ -129,7 +129,7 @@ def line(folder: Path) -> str:
         return "" if value is None else shape.format(value).replace("%", " %")
 
     cells = [
-        f"[`{folder.name}`](benchmarks/results/receipts/{folder.parent.name}/{folder.name})",
+        f"[`{folder.name}`](../benchmarks/results/receipts/{folder.parent.name}/{folder.name})",
         show("reconstruction", "psnr", "{:.2f}"),
         show("reconstruction", "ssim", "{:.3f}"),
         show("reconstruction", "lpips", "{:.3f}"),
