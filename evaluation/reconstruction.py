@@ -1,12 +1,10 @@
 """Reconstructions against their originals, in one pass over a data set."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 
 from vqgen.artifact import fingerprint
 from vqgen.devices import find_device, precision_of, processes
@@ -16,7 +14,6 @@ from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
-from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import ReconstructionMetrics
 from vqgen.tokenizer.model import Tokenizer
@@ -85,23 +82,18 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measured:
     if network and count < 2:
         raise UsageError(f"--extractor: a distance needs at least 2 images, found {count}; use none")
     precision = precision_of(config.precision, device)
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    fidelity, pixels = ReconstructionMetrics(tokenizer, perceptual, device), PixelHash()
+    metrics, pixels = ReconstructionMetrics(tokenizer, perceptual, device, precision), PixelHash()
     sides = [Collected(network, device) for _ in range(2)] if network else []
     mine = fixed_subset(count, len(dataset))[state.process_index :: state.num_processes]
     dataset.broken.report = warn
     with progress(count, "reconstructing", "img", state.is_main_process) as bar, torch.inference_mode():
         for batch in ordered_batches(dataset, mine, config.batch_size, images):
-            given = batch.images.to(device)
-            with nullcontext() if kind is None else torch.autocast(device.type, kind):
-                codes = tokenizer.encode(given)
-                results = to_uint8(tokenizer.decode(codes))
-            fidelity.add(given, results, codes)
+            results, _ = metrics.reconstruct(batch.images)
             pixels.add(batch.images, batch.labels)
-            for side, shown in zip(sides, (given, results)):
+            for side, shown in zip(sides, (batch.images.to(device), results)):
                 side.add(batch.indices, shown)
-            bar.update(len(given) * state.num_processes)
-    found: dict[str, Any] = fidelity.figures(Accelerator() if state.num_processes > 1 else None)
+            bar.update(len(results) * state.num_processes)
+    found: dict[str, Any] = metrics.compute()
     if network:
         real, ours = (statistics(side.joined()["features"]) for side in sides)
         found["r" + network.name] = frechet(ours, real)

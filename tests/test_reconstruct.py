@@ -1,4 +1,4 @@
-"""Reconstructions: the figures, the picture of a validation, and vqgen-reconstruct."""
+"""Reconstructions: their metrics, the picture of a validation, and vqgen-reconstruct."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.io import decode_image, read_image, write_png
 
 from vqgen.seeding import fixed_subset
-from vqgen.tokenizer import reconstruct as compare
+from vqgen.tokenizer import comparison
 from vqgen.tokenizer.data import dataset as image_module
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
@@ -27,8 +27,8 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import ModelConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import QuantizerConfig
-from vqgen.tokenizer.reconstruct import main
-from vqgen.tokenizer.reconstruct_inputs import ReconstructConfig, find_images, grouped, read_images
+from vqgen.tokenizer.reconstruct import ReconstructConfig, main
+from vqgen.tokenizer.reconstruct_inputs import batches_of_one_size, find_images, read_images
 from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
@@ -46,7 +46,7 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +61,27 @@ def measured():
     return tokenizer, data, config, originals, codes, results
 
 
-def figures(measured, batch_size: int, perceptual=None) -> Reconstructions:
+def validate(measured, batch_size: int, perceptual=None) -> Reconstructions:
     tokenizer, data, config, *_ = measured
     return reconstruct(tokenizer, data, 20, batch_size, config, perceptual, Accelerator(cpu=True))
 
 
 def by_hand(codes: list[int], size: int) -> dict[str, float]:
-    """Figures of the codes, counted one by one."""
+    """Metrics of the codes, counted one by one."""
     shares = [n / len(codes) for n in Counter(codes).values()]
     entropy = -sum(share * math.log(share) for share in shares)
     return {"codes_used": len(shares), "usage": len(shares) / size, "perplexity": math.exp(entropy)}
 
 
-def test_figures_are_those_of_torchmetrics(measured):
+def test_metrics_are_those_of_torchmetrics(measured):
     _, _, _, originals, codes, results = measured
-    found = figures(measured, 8)
+    found = validate(measured, 8)
     one, two = results.float(), originals.float()
     each = peak_signal_noise_ratio(one, two, data_range=255.0, reduction="none", dim=(1, 2, 3))
     torch.testing.assert_close(psnr(results, originals), each)
     error = ((to_float(results) - to_float(originals)) ** 2).mean().item()
     structure = structural_similarity_index_measure(one / 255, two / 255, data_range=1.0)
-    assert found.figures == pytest.approx(
+    assert found.metrics == pytest.approx(
         {
             "psnr": each.mean().item(),
             "psnr_of_mse": peak_signal_noise_ratio(one, two, data_range=255.0).item(),
@@ -91,17 +91,17 @@ def test_figures_are_those_of_torchmetrics(measured):
         },
         rel=1e-4,
     )
-    assert found.figures["psnr"] - found.figures["psnr_of_mse"] > 1e-3, "the two kinds of mean would not be told apart"
+    assert found.metrics["psnr"] - found.metrics["psnr_of_mse"] > 1e-3, "the two kinds of mean would not be told apart"
     assert torch.equal(found.originals, originals) and torch.equal(found.images, results)
 
 
-def test_figures_do_not_depend_on_the_batch_size(measured):
-    whole = figures(measured, 20).figures
+def test_metrics_do_not_depend_on_the_batch_size(measured):
+    whole = validate(measured, 20).metrics
     for batch_size in (1, 7):
-        assert figures(measured, batch_size).figures == pytest.approx(whole, rel=1e-4, abs=1e-5)
+        assert validate(measured, batch_size).metrics == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
-def test_figures_are_those_of_float32_whatever_autocast_says(measured):
+def test_metrics_are_those_of_float32_whatever_autocast_says(measured):
     """SSIM's variances drown in 16 bits: even equal images would get less than 1."""
     _, _, _, originals, _, results = measured
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,26 +126,26 @@ def test_ssim_takes_the_smallest_size_that_is_allowed():
 
 def test_a_plain_grey_explains_nothing():
     """`mse_over_variance` is 1 for the best single shade, and 4 for its mirror image."""
-    fidelity = ReconstructionMetrics(make(), None, torch.device("cpu"))
+    metrics = ReconstructionMetrics(make(), None, torch.device("cpu"))
     originals = torch.cat([torch.full((1, 1, 24, 16), shade, dtype=torch.uint8) for shade in (0, 254)])
     codes = torch.zeros(2, 12, 8, dtype=torch.long)
-    each = fidelity.add(originals, torch.full_like(originals, 127), codes)
-    assert fidelity.figures()["mse_over_variance"] == pytest.approx(1, rel=1e-4)
+    each = metrics.add(originals, torch.full_like(originals, 127), codes)
+    assert metrics.compute()["mse_over_variance"] == pytest.approx(1, rel=1e-4)
     assert each.keys() == {"psnr", "ssim"} and each["psnr"].shape == (2,)
     mirrored = ReconstructionMetrics(make(), None, torch.device("cpu"))
     mirrored.add(originals, originals.flip(0), codes)
-    assert mirrored.figures()["mse_over_variance"] == pytest.approx(4, rel=1e-4)
+    assert mirrored.compute()["mse_over_variance"] == pytest.approx(4, rel=1e-4)
 
 
 def test_images_of_any_size_weigh_the_same():
-    fidelity = ReconstructionMetrics(make(), None, torch.device("cpu"))
+    metrics = ReconstructionMetrics(make(), None, torch.device("cpu"))
     pairs = [
         (pixels(1, 1, 8, 8), pixels(1, 1, 8, 8, seed=1) // 8),
         (pixels(1, 1, 64, 32), pixels(1, 1, 64, 32, seed=2)),
     ]
     for original, result in pairs:
-        fidelity.add(original, result, torch.zeros(1, 2, 2, dtype=torch.long))
-    found = fidelity.figures()
+        metrics.add(original, result, torch.zeros(1, 2, 2, dtype=torch.long))
+    found = metrics.compute()
     errors = [((to_float(a) - to_float(b)) ** 2).mean().item() for a, b in pairs]
     assert found["psnr"] == pytest.approx(sum(10 * math.log10(4 / error) for error in errors) / 2, rel=1e-5)
     assert found["psnr_of_mse"] == pytest.approx(10 * math.log10(4 / (sum(errors) / 2)), rel=1e-5)
@@ -154,16 +154,16 @@ def test_images_of_any_size_weigh_the_same():
 def test_each_depth_has_its_own_histogram():
     """Two depths with four codes each, together eight: half of each codebook and not all of one."""
     tokenizer = make(quantizer=QuantizerConfig(quantizer="residual", codebook_size=8, code_dim=4, depth=2))
-    fidelity = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
+    metrics = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
     codes = torch.stack([torch.arange(24) % 4, 4 + torch.arange(24) % 4], dim=1).view(1, 4, 6, 2)
-    fidelity.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
-    found = fidelity.figures()
+    metrics.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
+    found = metrics.compute()
     assert (found["codes_used"], found["usage"]) == (4, 0.5) and found["perplexity"] == pytest.approx(4)
-    # Depths that are used unevenly: the mean of their figures.
+    # Depths that are used unevenly: the mean of their metrics.
     codes[..., 1] = 7
-    fidelity = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
-    fidelity.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
-    found = fidelity.figures()
+    metrics = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
+    metrics.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)
+    found = metrics.compute()
     assert (found["codes_used"], found["usage"]) == (2.5, 2.5 / 8) and found["perplexity"] == pytest.approx(2.5)
 
 
@@ -177,8 +177,8 @@ class Distance(nn.Module):
 def test_lpips_is_measured_on_eight_bit_images(measured):
     _, _, _, originals, _, results = measured
     expected = (to_float(results) - to_float(originals)).abs().mean().item()
-    assert figures(measured, 6, Distance()).figures["lpips"] == pytest.approx(expected, rel=1e-5)
-    assert "lpips" not in figures(measured, 6).figures
+    assert validate(measured, 6, Distance()).metrics["lpips"] == pytest.approx(expected, rel=1e-5)
+    assert "lpips" not in validate(measured, 6).metrics
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
@@ -195,7 +195,7 @@ def test_comparison_shows_each_image_above_its_reconstruction(measured, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.png"]
 
 
-def test_broken_images_are_left_out_of_the_figures(measured, monkeypatch):
+def test_broken_images_are_left_out_of_the_validate(measured, monkeypatch):
     tokenizer, data, config, originals, _, results = measured
     given = image_module.ordered_batches
 
@@ -204,7 +204,7 @@ def test_broken_images_are_left_out_of_the_figures(measured, monkeypatch):
 
     monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", without_the_first)
     found = reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
-    assert found.figures["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)
+    assert found.metrics["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)
 
 
 # ---- vqgen-reconstruct ----
@@ -226,8 +226,8 @@ def colour(tmp_path_factory) -> Path:
     return folder
 
 
-def told(folder: Path) -> dict:
-    return json.loads((folder / "figures.json").read_text())
+def content(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def names(folder: Path) -> set[str]:
@@ -240,14 +240,14 @@ def save(path: Path, image: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def test_pictures_and_figures_are_those_of_the_tokenizer(tmp_path, cli, grey):
+def test_pictures_and_metrics_are_those_of_the_tokenizer(tmp_path, cli, grey):
     images = [save(tmp_path / "in" / f"{i}.png", pixels(1, 24, 16, seed=i)) for i in range(3)]
     images.append(save(tmp_path / "in" / "3.png", pixels(1, 40, 64, seed=3)))
     out = tmp_path / "out"
     result = cli(main, tmp_path / "in", "--tokenizer", grey, "--output", out, "--precision", "fp32")
     assert (result.code, result.err) == (0, "")
-    assert names(out) == {*(f"0000{i}-{i}.png" for i in range(4)), "grid.png", "figures.json"}
-    tokenizer, found = Tokenizer.load(grey), told(out)
+    assert names(out) == {*(f"0000{i}-{i}.png" for i in range(4)), "grid.png", "metrics.json"}
+    tokenizer, found = Tokenizer.load(grey), content(out)
     again = [tokenizer.reconstruct(image[None])[0] for image in images]
     for i, (image, back) in enumerate(zip(images, again)):
         picture = read_image(str(out / f"0000{i}-{i}.png"))[:1]
@@ -265,16 +265,15 @@ def test_pictures_and_figures_are_those_of_the_tokenizer(tmp_path, cli, grey):
     error = sum(mse(back[None], image[None]).item() for image, back in zip(images, again)) / 4
     codes = [code for image in images for code in tokenizer.encode(image[None]).flatten().tolist()]
     expected = {"psnr": sum(each) / 4, "psnr_of_mse": 10 * math.log10(4 / error), **by_hand(codes, 32)}
-    assert {name: found["figures"][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert {name: found["metrics"][name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert (found["images"], found["cropped"], found["shrunk"], found["resized"], found["skipped"]) == (4, 0, 0, 0, [])
     assert found["tokenizer_fingerprint"] == tokenizer.fingerprint and found["other_size"] == 1
-    *lines, total, notes, look = result.out.splitlines()
-    assert len(lines) == 4 and lines[3] == f"{tmp_path / 'in' / '3.png'}: 40x64 pixels, " + (
-        f"{each[3]:.2f} dB, SSIM {found['pictures'][3]['ssim']:.3f}"
-    )
-    assert total.startswith(f"4 images: {sum(each) / 4:.2f} dB, SSIM ") and "of 32 codes in use" in total
-    assert f"{10 * math.log10(4 / error):.2f} dB of the mean square error" in total and "LPIPS" not in total
-    assert notes == "1 of another size than the 24x16 of training (--resize)" and look == f"look at {out / 'grid.png'}"
+    *lines, total, notes, last = result.out.splitlines()
+    assert len(lines) == 4 and lines[3].startswith(f"{tmp_path / 'in' / '3.png'}: 40x64 pixels, ")
+    assert f"PSNR {each[3]:.4g} dB, SSIM {found['pictures'][3]['ssim']:.4g}" in lines[3]
+    assert total.startswith(f"4 images: PSNR {sum(each) / 4:.4g} dB") and "codebook of 32" in total
+    assert f"{10 * math.log10(4 / error):.4g} dB" in total and "LPIPS" not in total
+    assert notes.startswith("1 of another size than the 24x16") and last.endswith(str(out / "grid.png"))
 
 
 def test_files_folders_and_other_sources_on_one_line(tmp_path, cli, grey):
@@ -288,7 +287,7 @@ def test_files_folders_and_other_sources_on_one_line(tmp_path, cli, grey):
     words = [tmp_path / "one, two.png", "--tokenizer", grey, folder, "--n", 7, "--output", out, parquet]
     result = cli(main, *words)
     assert (result.code, result.err) == (0, "")
-    found = told(out)
+    found = content(out)
     expected = [tmp_path / "one, two.png", *(folder / name for name in ("class/x.png", "clear.png", "palette.gif"))]
     expected = [*map(str, expected), *(f"{parquet} row {row}" for row in range(3))]
     assert [entry["image"] for entry in found["pictures"]] == expected
@@ -306,14 +305,14 @@ def test_a_held_out_split_of_its_own_is_taken(tmp_path, cli, grey):
     for split, expected in (("auto", "val"), ("heldout", "val"), ("train", "train")):
         out = tmp_path / split
         assert cli(main, tmp_path / "in", "--tokenizer", grey, "--output", out, "--split", split).code == 0
-        assert {Path(entry["image"]).parents[1].name for entry in told(out)["pictures"]} == {expected}
+        assert {Path(entry["image"]).parents[1].name for entry in content(out)["pictures"]} == {expected}
     # Without one: all of them, or those that a training holds out.
     assert cli(main, tmp_path / "in" / "val", "--tokenizer", grey, "--output", tmp_path / "all").code == 0
-    assert told(tmp_path / "all")["images"] == 3
+    assert content(tmp_path / "all")["images"] == 3
     words = [tmp_path / "in" / "val", "--tokenizer", grey, "--split", "heldout", "--holdout", 0.4]
     assert cli(main, *words, "--output", tmp_path / "some").code == 0
     held = open_images(str(tmp_path / "in" / "val"), "heldout", ImageConfig(holdout=0.4))
-    assert [e["image"] for e in told(tmp_path / "some")["pictures"]] == [held.source.item_name(0)]
+    assert [e["image"] for e in content(tmp_path / "some")["pictures"]] == [held.source.item_name(0)]
 
 
 def test_images_keep_their_size_but_for_the_edges(tmp_path, cli, grey):
@@ -323,7 +322,7 @@ def test_images_keep_their_size_but_for_the_edges(tmp_path, cli, grey):
     assert "24x32 of 27x33 pixels" in result.out and "1 cropped at the edges" in result.out
     picture = read_image(str(out / "00000-a.png"))[:1]
     assert picture.shape == (1, 24, 68) and torch.equal(picture[..., :32], image[:, 1:25, :32])
-    assert told(out)["pictures"][0]["original_size"] == [27, 33] and told(out)["cropped"] == 1
+    assert content(out)["pictures"][0]["original_size"] == [27, 33] and content(out)["cropped"] == 1
 
 
 def test_large_images_are_shrunk_with_their_aspect(tmp_path, cli, grey):
@@ -331,12 +330,12 @@ def test_large_images_are_shrunk_with_their_aspect(tmp_path, cli, grey):
     for largest, size in ((100, [44, 100]), (0, [88, 200]), (200, [88, 200])):
         out = tmp_path / str(largest)
         result = cli(main, tmp_path / "a.png", "--tokenizer", grey, "--output", out, "--largest", largest)
-        assert told(out)["pictures"][0]["size"] == size
-        assert (f"1 shrunk to --largest {largest}" in result.out) == (largest == 100) == bool(told(out)["shrunk"])
+        assert content(out)["pictures"][0]["size"] == size
+        assert (f"1 shrunk to --largest {largest}" in result.out) == (largest == 100) == bool(content(out)["shrunk"])
         assert (read_image(str(out / "00000-a.png"))[0, :, : size[1]] == 77).all(), "no black edge"
 
 
-def test_resized_images_give_the_figures_of_the_run(tmp_path, cli, grey):
+def test_resized_images_give_the_metrics_of_the_run(tmp_path, cli, grey):
     """What a validation measures: the same images, prepared alike."""
     out = tmp_path / "out"
     words = ["demo", "--tokenizer", grey, "--resize", "--precision", "fp32", "--batch-size", 70]
@@ -345,8 +344,8 @@ def test_resized_images_give_the_figures_of_the_run(tmp_path, cli, grey):
     config = ImageConfig(size=[24, 16], channels=1)
     data = open_images("demo", "heldout", config)
     validation = reconstruct(Tokenizer.load(grey), data, 1000, 25, config, None, Accelerator(cpu=True))
-    assert told(out)["figures"] == pytest.approx(validation.figures, rel=1e-5)
-    assert len(told(out)["pictures"]) == 32 and len(result.out.splitlines()) == 3, "too many to be told one by one"
+    assert content(out)["metrics"] == pytest.approx(validation.metrics, rel=1e-5)
+    assert len(content(out)["pictures"]) == 32 and len(result.out.splitlines()) == 3, "too many to be told one by one"
 
 
 def test_what_cannot_be_shown_is_named_and_the_rest_goes_on(tmp_path, cli, colour):
@@ -356,12 +355,12 @@ def test_what_cannot_be_shown_is_named_and_the_rest_goes_on(tmp_path, cli, colou
     (tmp_path / "in" / "d.png").write_bytes(b"")
     out = tmp_path / "out"
     result = cli(main, tmp_path / "in", "--tokenizer", colour, "--output", out)
-    assert result.code == 0 and names(out) == {"00001-b.png", "grid.png", "figures.json"}
+    assert result.code == 0 and names(out) == {"00001-b.png", "grid.png", "metrics.json"}
     assert [line.split(" (")[0] for line in result.err.splitlines()] == [
         f"skipped: {tmp_path / 'in' / name}.png" for name in "acd"
     ]
     assert "too small: 7x300 pixels, at least 8 a side" in result.err and "3 skipped" in result.out
-    assert len(told(out)["skipped"]) == 3 and told(out)["images"] == 1
+    assert len(content(out)["skipped"]) == 3 and content(out)["images"] == 1
 
 
 def refused(result, code: int, *parts: str) -> None:
@@ -397,7 +396,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, cli, colour):
 
 
 def test_several_processes_are_refused(tmp_path, cli, colour, monkeypatch):
-    monkeypatch.setattr(compare, "processes", lambda cpu: SimpleNamespace(num_processes=2, device="cpu"))
+    monkeypatch.setattr(comparison, "processes", lambda cpu: SimpleNamespace(num_processes=2, device="cpu"))
     refused(cli(main, "demo", "--tokenizer", colour, "--output", tmp_path / "out"), 2, "is one process, found 2")
 
 
@@ -417,20 +416,36 @@ def test_files_of_others_are_never_touched(tmp_path, cli, grey):
     # Another picture takes the place of the first; what else lies there stays.
     (out / "00001-mine.png").write_text("mine")
     assert cli(main, second, *end, "--overwrite").code == 0
-    assert names(out) == {".keep", "00000-b.png", "00001-mine.png", "figures.json", "grid.png"}
+    assert names(out) == {".keep", "00000-b.png", "00001-mine.png", "metrics.json", "grid.png"}
     # A picture in the way that no run wrote.
     (out / "00000-a.png").write_bytes(before)
     refused(cli(main, first, *end, "--overwrite"), 2, "holds 00000-a.png, which vqgen-reconstruct did not write")
-    assert told(out)["pictures"][0]["image"] == str(second)
-    (out / "figures.json").write_text('{"psnr": 30}')
-    refused(cli(main, second, *end, "--overwrite"), 1, str(out / "figures.json"), "no list of reconstructions")
+    assert content(out)["pictures"][0]["image"] == str(second)
+    (out / "metrics.json").write_text('{"psnr": 30}')
+    refused(cli(main, second, *end, "--overwrite"), 1, str(out / "metrics.json"), "no list of reconstructions")
     assert (out / "00001-mine.png").read_text() == "mine"
+
+
+def test_folders_of_version_0_1_are_known(tmp_path, cli, grey):
+    """There the list of the pictures was figures.json."""
+    save(tmp_path / "a.png", pixels(1, 24, 16))
+    out = tmp_path / "out"
+    words = [tmp_path / "a.png", "--tokenizer", grey, "--output", out]
+    for written in ("figures.json", "figures.partial.json"):
+        save(out / "00000-old.png", pixels(1, 24, 16))
+        (out / written).write_text('{"pictures": [{"file": "00000-old.png"}]}')
+        if written == "figures.json":
+            refused(cli(main, *words), 2, "holds reconstructions already", "--overwrite")
+        assert cli(main, *words, *(["--overwrite"] if written == "figures.json" else [])).code == 0
+        assert names(out) == {"00000-a.png", "grid.png", "metrics.json"}
+        for path in out.iterdir():
+            path.unlink()
 
 
 def test_an_interrupted_run_is_done_again(tmp_path, cli, grey, monkeypatch):
     write_images(tmp_path / "in", 5)
     out, written = tmp_path / "out", []
-    write = compare.write_png_atomic
+    write = comparison.write_png_atomic
 
     def fail(path, image):
         written.append(path)
@@ -438,22 +453,22 @@ def test_an_interrupted_run_is_done_again(tmp_path, cli, grey, monkeypatch):
             raise KeyboardInterrupt
         write(path, image)
 
-    monkeypatch.setattr(compare, "write_png_atomic", fail)
+    monkeypatch.setattr(comparison, "write_png_atomic", fail)
     words = [tmp_path / "in", "--tokenizer", grey, "--output", out]
     assert cli(main, *words).code == 130
-    assert "figures.partial.json" in names(out) and "figures.json" not in names(out) and len(names(out)) == 3
+    assert "metrics.partial.json" in names(out) and "metrics.json" not in names(out) and len(names(out)) == 3
     (out / ".00003-x.png.77.part").touch()
-    monkeypatch.setattr(compare, "write_png_atomic", write)
+    monkeypatch.setattr(comparison, "write_png_atomic", write)
     # Also where it now has fewer pictures than before.
     assert cli(main, *words, "--pictures", 1).code == 0
-    assert len(names(out)) == 3 and names(out) > {"figures.json", "grid.png"} and told(out)["images"] == 5
+    assert len(names(out)) == 3 and names(out) > {"metrics.json", "grid.png"} and content(out)["images"] == 5
 
 
-def test_figures_alone(tmp_path, cli, grey):
+def test_metrics_alone(tmp_path, cli, grey):
     out = tmp_path / "out"
     result = cli(main, "demo", "--n", 20, "--tokenizer", grey, "--pictures", 0, "--output", out)
-    assert names(out) == {"figures.json"} and told(out)["images"] == 20 and told(out)["pictures"] == []
-    assert result.out.splitlines()[-1] == f"look at {out / 'figures.json'}"
+    assert names(out) == {"metrics.json"} and content(out)["images"] == 20 and content(out)["pictures"] == []
+    assert result.out.splitlines()[-1].endswith(str(out / "metrics.json"))
 
 
 def test_lpips_with_real_weights(tmp_path, cli, colour):
@@ -465,11 +480,11 @@ def test_lpips_with_real_weights(tmp_path, cli, colour):
     lpips = ["--perceptual-net", "alex", "--perceptual-weights", ALEX]
     result = cli(main, tmp_path / "small.png", cifar, "--n", 9, *lpips, "--tokenizer", colour, "--output", out)
     assert result.code == 0 and "alex needs at least 31 pixels a side, found 28x40" in result.err
-    found = told(out)
+    found = content(out)
     assert found["images"] == 8 and found["perceptual_net"] == "alex" and len(found["pictures"]) == 8
     each = [entry["lpips"] for entry in found["pictures"]]
-    assert found["figures"]["lpips"] == pytest.approx(sum(each) / 8, rel=1e-5) and min(each) > 0.05
-    assert f"LPIPS {sum(each) / 8:.3f}" in result.out
+    assert found["metrics"]["lpips"] == pytest.approx(sum(each) / 8, rel=1e-5) and min(each) > 0.05
+    assert f"LPIPS {sum(each) / 8:.4g}" in result.out
     # With --resize it is known before anything is read.
     grey = tmp_path / "grey"
     make().save(grey)
@@ -481,8 +496,8 @@ def test_images_stream_by(tmp_path, grey):
     """Of many images, no more lie in memory than a batch has, and the one after it."""
     write_images(tmp_path, 30)
     config = ReconstructConfig([str(tmp_path)], grey)
-    places, read = find_images(config), []
-    assert len(places) == 30
+    locations, read = find_images(config), []
+    assert len(locations) == 30
 
     class Counted:
         def __init__(self, items):
@@ -495,8 +510,8 @@ def test_images_stream_by(tmp_path, grey):
             read.append(item)
             return self.items.read(item)
 
-    places = [(Counted(items), row) for items, row in places]
-    groups = grouped(read_images(places, Tokenizer.load(grey), config, []), 8, [24, 16])
+    locations = [(Counted(items), row) for items, row in locations]
+    groups = batches_of_one_size(read_images(locations, Tokenizer.load(grey), config, []), 8, [24, 16])
     assert len(next(groups)) == 3 and len(read) == 4, "images of 28x28, two pixels for each of 24x16"
 
 
@@ -504,10 +519,10 @@ def test_neighbours_of_one_size_share_a_batch():
     shapes = [(8, 8), (8, 8), (8, 16), (8, 16), (8, 16), (8, 8), (64, 64), (8, 8)]
     pictures = [SimpleNamespace(image=torch.zeros(3, *shape)) for shape in shapes]
     for batch_size, expected in ((2, [2, 1, 1, 1, 1, 1, 1]), (4, [2, 2, 1, 1, 1, 1]), (99, [2, 3, 1, 1, 1])):
-        groups = list(grouped(iter(pictures), batch_size, [8, 8]))
+        groups = list(batches_of_one_size(iter(pictures), batch_size, [8, 8]))
         assert [len(group) for group in groups] == expected
         assert [picture for group in groups for picture in group] == pictures
-    assert list(grouped(iter([]), 4, [8, 8])) == []
+    assert list(batches_of_one_size(iter([]), 4, [8, 8])) == []
 
 
 def test_the_grid_shows_images_of_any_size(tmp_path, cli, colour):

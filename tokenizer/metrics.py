@@ -1,88 +1,163 @@
-"""Figures of reconstructions: of each image, and of a whole set as it streams by."""
+"""Metrics of reconstructions: the registry, and `ReconstructionMetrics`, which measures a set of images as it streams.
 
-from typing import cast
+A metric of single images is one entry of `RECONSTRUCTION` with a function; logs, receipts and reports follow.
+"""
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vqgen.tokenizer.data.pixels import to_float
+from vqgen.metric import Metric
+from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
 from .model import Tokenizer
 
 SMALLEST = 8
-"""Pixels a side that SSIM needs."""
+"""Smallest height and width in pixels that SSIM is defined for."""
+
+
+def mse(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean square error in [-1, 1] of each pair of uint8 images (B, C, H, W) -> (B,), float32."""
+    return ((images.float() - targets.float()) / 127.5).square().flatten(1).mean(dim=1)
+
+
+def _decibels(error: Tensor) -> Tensor:
+    """PSNR of mean square errors in [-1, 1], where the peak is 2."""
+    return 10 * torch.log10(4 / error.clamp_min(1e-11))
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, C, H, W) -> (B,), float32.
+
+    10 log10(255^2 / MSE), with the MSE over an image's pixels and channels; 116 dB for equal images.
+    """
+    return _decibels(mse(images, targets))
+
+
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
+    """SSIM (Wang et al. 2004, 11-pixel Gaussian window) of each pair of uint8 images (B, C, H, W) -> (B,), float32.
+
+    Computed on [0, 1], because the luminance term depends on where black is. Images need `SMALLEST` pixels a side.
+    """
+    # In 16 bits the variances lose their digits: even two equal images get 0.83.
+    with torch.autocast(images.device.type, enabled=False):
+        one, two = images.float() / 255, targets.float() / 255
+        value = structural_similarity_index_measure(one, two, reduction="none", data_range=1.0)
+    assert isinstance(value, Tensor)
+    return value
+
+
+_METRICS = (
+    Metric("psnr", "PSNR", "dB", "higher", psnr),
+    Metric("psnr_of_mse", "PSNR of the mean square error", "dB", "higher"),
+    Metric("mse_over_variance", "MSE over variance", "", "lower"),
+    Metric("ssim", "SSIM", "", "higher", ssim),
+    Metric("lpips", "LPIPS", "", "lower"),
+    Metric("codes_used", "Codes used"),
+    Metric("usage", "Codebook usage", "of the codes", "higher"),
+    Metric("perplexity", "Perplexity of the codes"),
+)
+RECONSTRUCTION = {metric.name: metric for metric in _METRICS}
+"""Metrics of reconstructions by name, in the order in which they are listed.
+
+An entry's function compares uint8 reconstructions and originals (B, C, H, W), any size, and returns one value an image
+(B,); the metric of a set is the mean over its images. The entries without a function:
+
+- `psnr_of_mse` (dB): 10 log10(4 / MSE), where MSE is the mean over all images in [-1, 1]. Publications state either
+  this or the mean of the images' PSNRs (`psnr`), often without saying which; this one is never the higher.
+- `mse_over_variance`: that MSE divided by the variance of all values of the originals, so that 1 is reached by the best
+  constant image (van den Oord et al.'s example code reports it).
+- `lpips`: measured where a perceptual network is given.
+- `codes_used`, `usage`, `perplexity`: see `code_metrics`.
+"""
 
 
 class ReconstructionMetrics:
-    """The figures of a set of reconstructions; only sums over it are kept.
+    """Measures the reconstructions of a set of images batch by batch; keeps sums, not images.
 
-    Of 8-bit images, every image weighing the same whatever its size:
+    The one place where reconstructions are measured: validation, vqgen-reconstruct and vqgen-eval use it. Every image
+    has the same weight whatever its size. Metrics are computed in float32 under any precision.
 
-    - `psnr` (dB): the mean of the images' own PSNRs.
-    - `psnr_of_mse` (dB): 10 log10(4 / MSE), where MSE is the mean over all images in [-1, 1]. Published figures are the
-      one or the other, often without saying which; this one is never the higher.
-    - `mse_over_variance`: that MSE by the variance of the originals' values about their single mean, so that 1 is what
-      the best plain grey would get. van den Oord et al.'s own example code reports it.
-    - `ssim`: Wang et al. 2004, 11-pixel Gaussian window, on [0, 1]. In float32 whatever autocast says: in 16 bits its
-      variances drown, and even two equal images get 0.83.
-    - `lpips`: where `perceptual` is given.
+        metrics = ReconstructionMetrics(tokenizer, perceptual, device, "bf16")
+        for batch in batches:
+            images, each = metrics.reconstruct(batch.images)
+        metrics.compute()  # {"psnr": 26.4, ...}
 
-    Of the codes, at each depth by itself and then averaged over the depths: `codes_used`, how many of the codebook
-    occur; `usage`, their share of it; `perplexity`, exp of the entropy of their histogram.
+    Args:
+        perceptual: network of LPIPS, on `device`; None leaves LPIPS out.
+        device: where the tokenizer lies.
+        precision: autocast of the tokenizer: bf16 or fp16; fp32 or Accelerate's no for none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, perceptual: PerceptualDistance | None, device: torch.device) -> None:
-        self.perceptual = perceptual
-        # A process may have no image at all, where there are few: every sum starts at 0 in all of them.
-        names = ("images", "psnr", "mse", "value", "square", "ssim", *(["lpips"] if perceptual is not None else []))
+    def __init__(
+        self, tokenizer: Tokenizer, perceptual: PerceptualDistance | None, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        self.tokenizer, self.perceptual, self.device = tokenizer, perceptual, device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.functions = {metric.name: metric.function for metric in RECONSTRUCTION.values() if metric.function}
+        # The same sums in every process, also in one that gets no image.
+        names = ["images", "mse", "value", "square", *self.functions, *(["lpips"] if perceptual is not None else [])]
         self.sums = {name: torch.zeros((), device=device) for name in names}
         self.counts = torch.zeros(tokenizer.depth, tokenizer.codebook_size, dtype=torch.long, device=device)
 
-    def add(self, originals: Tensor, results: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Take in uint8 images (B, C, H, W), their reconstructions, and the codes (B, h, w[, depth]) between them.
+    @torch.no_grad()
+    def reconstruct(self, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruct uint8 images (B, C, H, W) and add them to the set.
 
-        Returns `psnr`, `ssim` and, where it is measured, `lpips` of each image: (B,) float32.
+        Returns:
+            The reconstructions, uint8 (B, C, H, W) on `device`, and the metrics of each image as `add` returns them.
         """
-        each = {"psnr": psnr(results, originals), "ssim": ssim(results, originals)}
-        if self.perceptual is not None:
-            each["lpips"] = self.perceptual(to_float(results), to_float(originals))
-        values = to_float(originals).flatten(1)
-        further = {
-            "images": torch.ones_like(each["psnr"]),
-            "mse": mse(results, originals),
-            "value": values.mean(dim=1),
-            "square": values.square().mean(dim=1),
-        }
-        for name, figures in {**each, **further}.items():
-            self.sums[name] += figures.sum()
+        originals = originals.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            codes = self.tokenizer.encode(originals)
+            results = to_uint8(self.tokenizer.decode(codes))
+        return results, self.add(originals, results, codes)
+
+    @torch.no_grad()
+    def add(self, originals: Tensor, results: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Add uint8 images (B, C, H, W), their reconstructions and their codes (B, h, w[, depth]) to the set.
+
+        Returns the metrics of each image, (B,) float32, by name.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            each = {name: function(results, originals) for name, function in self.functions.items()}
+            if self.perceptual is not None:
+                each["lpips"] = self.perceptual(to_float(results), to_float(originals))
+            values = to_float(originals).flatten(1)
+            further = {
+                "images": values.new_ones(len(values)),
+                "mse": mse(results, originals),
+                "value": values.mean(dim=1),
+                "square": values.square().mean(dim=1),
+            }
+            for name, column in {**each, **further}.items():
+                self.sums[name] += column.sum()
         depth, size = self.counts.shape
         shifted = codes.reshape(-1, depth) + size * torch.arange(depth, device=codes.device)
         self.counts += torch.bincount(shifted.flatten(), minlength=depth * size).view(depth, size)
         return each
 
-    def figures(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """The figures of all that was added, in every process of `accelerator` where it is given."""
-        sums, counts = torch.stack(list(self.sums.values())), self.counts
-        if accelerator is not None:
-            sums, counts = (cast(Tensor, accelerator.reduce(part, "sum")) for part in (sums, counts))
+    def compute(self) -> dict[str, float]:
+        """Return the metrics of everything added by all processes, by name, in the order of `RECONSTRUCTION`."""
+        sums, counts = torch.stack(list(self.sums.values())), self.counts.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
         total, *rest = sums.tolist()
         mean = {name: value / total for name, value in zip(list(self.sums)[1:], rest)}
-        figures = {
-            "psnr": mean["psnr"],
-            "psnr_of_mse": float(_decibels(torch.tensor(mean["mse"]))),
-            "mse_over_variance": mean["mse"] / max(mean["square"] - mean["value"] ** 2, 1e-10),
-            "ssim": mean["ssim"],
-        }
-        if "lpips" in mean:
-            figures["lpips"] = mean["lpips"]
-        return figures | code_metrics(counts)
+        found = mean | code_metrics(counts)
+        found["psnr_of_mse"] = float(_decibels(torch.tensor(mean["mse"])))
+        found["mse_over_variance"] = mean["mse"] / max(mean["square"] - mean["value"] ** 2, 1e-10)
+        return {name: found[name] for name in RECONSTRUCTION if name in found}
 
 
 def code_metrics(counts: Tensor) -> dict[str, float]:
-    """Compute `codes_used`, `usage` and `perplexity` from counts of the codes, (depth, K)."""
+    """Compute the metrics of codes from how often each occurs, (depth, K); each is the mean over the depths.
+
+    `codes_used`: how many of the K codes occur; `usage`: their share; `perplexity`: exp of the entropy of the codes.
+    """
     counts = counts.cpu().double()
     share = counts / counts.sum(dim=1, keepdim=True)
     used = (counts > 0).double().sum(dim=1)
@@ -92,33 +167,3 @@ def code_metrics(counts: Tensor) -> dict[str, float]:
         "usage": float(used.mean() / counts.shape[1]),
         "perplexity": float(entropy.exp().mean()),
     }
-
-
-def mse(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean square error in [-1, 1] of each pair of uint8 images (B, C, H, W) -> (B,), float32."""
-    return ((images.float() - targets.float()) / 127.5).square().flatten(1).mean(dim=1)
-
-
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, C, H, W) -> (B,), float32.
-
-    10 log10(255^2 / MSE), the mean square over an image's pixels and channels; of equal images 116 dB.
-    """
-    return _decibels(mse(images, targets))
-
-
-def _decibels(error: Tensor) -> Tensor:
-    """PSNR of mean square errors in [-1, 1], where the peak is 2."""
-    return 10 * torch.log10(4 / error.clamp_min(1e-11))
-
-
-def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """SSIM of each pair of uint8 images (B, C, H, W) of at least 8 pixels a side -> (B,), float32.
-
-    Its luminance term is a ratio of means, so black must be 0: over [-1, 1] it would be another figure.
-    """
-    with torch.autocast(images.device.type, enabled=False):
-        one, two = images.float() / 255, targets.float() / 255
-        value = structural_similarity_index_measure(one, two, reduction="none", data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value

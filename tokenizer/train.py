@@ -238,7 +238,7 @@ class TokenizerTrainer:
             )
         if self.run.main:
             write_comparison(self.run.folder / "images" / f"step-{step:08d}.png", result)
-        return result.figures
+        return result.metrics
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         positions = self.tokenizer.grid[0] * self.tokenizer.grid[1]

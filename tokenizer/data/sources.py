@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "test"]
 T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"

@@ -1,0 +1,213 @@
+"""The work of vqgen-reconstruct: reconstruct images, write pictures and metrics into the output folder."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqgen import __version__
+from vqgen.devices import find_device, precision_of, processes
+from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
+from vqgen.output_folder import remove
+from vqgen.progress import progress
+from vqgen.tokenizer.data.pixels import centre, fit
+from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
+
+from .metrics import RECONSTRUCTION, ReconstructionMetrics
+from .model import Tokenizer
+from .reconstruct import ReconstructConfig
+from .reconstruct_inputs import InputImage, batches_of_one_size, find_images, read_images
+from .reconstruction import SHOWN, Reconstructions, write_comparison, write_png_atomic
+
+METRICS, PARTIAL, GRID = "metrics.json", "metrics.partial.json", "grid.png"
+# Lists of pictures in folders that version 0.1 wrote.
+_LISTS_0_1 = ("figures.partial.json", "figures.json")
+# Longest side of an image in the grid, in pixels.
+CELL = 256
+# Up to this many images have a line of their own in the summary.
+LISTED = 16
+# Temporary files of `atomic_path` that a killed process left.
+_TEMPORARY = re.compile(r"\.(\d{5,}-.*\.png|grid\.png|(figures|metrics)(\.partial)?\.json)\..*part")
+
+
+def file_name(index: int, name: str) -> str:
+    """Return the file name of the picture of image `index`, which was read from `name`."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60]
+    return f"{index:05d}-{stem}.png"
+
+
+def written_files(output: Path) -> list[Path]:
+    """List the files in `output` that earlier runs wrote, those that list the others last. Raises `UserError`."""
+    lists = [path for name in (PARTIAL, METRICS, *_LISTS_0_1) if (path := output / name).is_file()]
+    names = {GRID} if lists else set()
+    for path in lists:
+        listed = read_json(path).get("pictures")
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise UserError(f"{path} is no list of reconstructions; remove it or choose another --output")
+        names |= {Path(str(entry.get("file"))).name for entry in listed}
+    temporary = [path for path in output.glob(".*") if _TEMPORARY.fullmatch(path.name)]
+    return [path for name in sorted(names) if (path := output / name).is_file()] + temporary + lists
+
+
+def check_output(output: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raise `UsageError` where pictures called `names` cannot be written to `output`.
+
+    A new or empty folder and that of an interrupted run are accepted, and with `overwrite` that of a finished run.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output: {output} is a file; name a folder")
+    present = {path.name for path in output.glob("[!.]*")}
+    if present & {METRICS, "figures.json"} and not overwrite:
+        raise UsageError(
+            f"--output: {output} holds reconstructions already; --overwrite replaces them, or choose another folder"
+        )
+    foreign = present - {path.name for path in written_files(output)}
+    if overwrite:
+        foreign &= {*names, GRID}
+    if foreign:
+        raise UsageError(
+            f"--output: {output} holds {min(foreign)}, which vqgen-reconstruct did not write; choose another folder"
+        )
+
+
+def side_by_side(original: Tensor, result: Tensor, amplify: float) -> Tensor:
+    """Join uint8 images (C, H, W) into a row: original, reconstruction and, unless `amplify` is 0, the difference."""
+    parts = [original, result]
+    if amplify:
+        parts.append(((original.float() - result.float()).abs() * amplify).clamp(max=255).to(torch.uint8))
+    bar = original.new_full((*original.shape[:2], 4), 255)
+    return torch.cat([tensor for part in parts for tensor in (bar, part)][1:], dim=2)
+
+
+def grid_cells(images: Sequence[Tensor]) -> Tensor:
+    """Center uint8 images (C, h, w) of any size on white cells of one size -> (n, C, H, W).
+
+    Larger images are shrunk to `CELL` pixels; smaller ones are enlarged by an integer factor where others are larger.
+    """
+    small = []
+    for image in images:
+        scale = min(1.0, CELL / max(image.shape[-2:]))
+        small.append(fit(image, [max(1, round(side * scale)) for side in image.shape[-2:]], "crop"))
+    height, width = (max(image.shape[axis] for image in small) for axis in (1, 2))
+    cells = torch.full((len(small), len(small[0]), height, width), 255, dtype=torch.uint8)
+    for cell, image in zip(cells, small):
+        factor = min(height // image.shape[1], width // image.shape[2])
+        image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        centre(cell, image.shape[-2:]).copy_(image)
+    return cells
+
+
+def reconstruct_batches(
+    batches: Iterable[list[InputImage]], metrics: ReconstructionMetrics
+) -> Iterator[tuple[InputImage, Tensor, dict[str, float]]]:
+    """Yield each image with its reconstruction, uint8 (C, H, W) on the CPU, and its metrics by name."""
+    for batch in batches:
+        originals = torch.stack([item.image for item in batch])
+        try:
+            results, each = metrics.reconstruct(originals)
+        except torch.OutOfMemoryError as error:
+            size = "x".join(map(str, originals.shape[2:]))
+            text = f"{len(batch)} images of {size} do not fit into the memory of {metrics.device}"
+            raise UserError(f"--batch-size: {text}; use fewer, or --largest") from error
+        rows = torch.stack(list(each.values()), dim=1).tolist()
+        yield from zip(batch, results.cpu(), (dict(zip(each, row)) for row in rows))
+
+
+def compare(config: ReconstructConfig) -> dict[str, Any]:
+    """Reconstruct the images and write all files; returns the content of metrics.json. Raises `UserError`."""
+    find_device(config.device)  # raises where CUDA is asked for and missing
+    state = processes(cpu=config.device == "cpu")
+    if state.num_processes > 1:
+        raise UsageError(f"vqgen-reconstruct is one process, found {state.num_processes}; start it without a launcher")
+    device = torch.device(state.device or "cpu")
+    precision = precision_of(config.precision, device).replace("no", "fp32")
+    if config.perceptual_weights:
+        check_weights(config.perceptual_net, config.perceptual_weights)
+    tokenizer = Tokenizer.load(config.tokenizer, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = tokenizer.config.image_size
+    if config.resize and config.perceptual_weights:
+        check_size(config.perceptual_net, *size)
+    locations, output = find_images(config), config.output
+    names = [file_name(index, items.name(row)) for index, (items, row) in enumerate(locations[: config.pictures])]
+    check_output(output, names, config.overwrite)
+    perceptual = None
+    if config.perceptual_weights:
+        perceptual = PerceptualDistance(config.perceptual_net, config.perceptual_weights).to(device)
+
+    metrics, skipped = ReconstructionMetrics(tokenizer, perceptual, device, precision), list[str]()
+    images = read_images(locations, tokenizer, config, skipped)
+    batches = batches_of_one_size(images, config.batch_size, size)
+    first = next(batches, None)
+    if first is None:
+        raise UserError(f"--data: none of {len(locations)} images can be reconstructed; the first is {skipped[0]}")
+    remove(written_files(output))
+    write_json(output / PARTIAL, {"pictures": [{"file": name} for name in names]})
+    counts, entries, shown = Counter[str](), list[dict[str, Any]](), list[tuple[Tensor, Tensor]]()
+    with progress(len(locations), "reconstructing", "img", True) as bar:
+        for item, result, values in reconstruct_batches(chain([first], batches), metrics):
+            bar.update(item.index + 1 - bar.n)
+            counts.update(["images", item.change])
+            counts["other_size"] += list(item.image.shape[1:]) != size
+            if item.index >= config.pictures:
+                continue
+            name = file_name(item.index, item.name)
+            write_png_atomic(output / name, side_by_side(item.image, result, config.amplify))
+            sizes = {"size": list(item.image.shape[1:]), "original_size": item.original_size}
+            entries.append({"file": name, "image": item.name, **sizes, **values})
+            if len(shown) < SHOWN:
+                shown.append((item.image, result))
+
+    found = {
+        "version": __version__,
+        "tokenizer": str(config.tokenizer),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data": config.data,
+        "split": config.split,
+        **{name: counts[name] for name in ("images", "resized", "shrunk", "cropped", "other_size")},
+        "training_size": size,
+        "skipped": skipped,
+        "codebook_size": tokenizer.codebook_size,
+        "metrics": metrics.compute(),
+        "perceptual_net": config.perceptual_net if perceptual is not None else None,
+        "precision": precision,
+        "device": device.type,
+        "pictures": entries,
+    }
+    if shown:
+        originals, results = (grid_cells(images) for images in zip(*shown))
+        write_comparison(output / GRID, Reconstructions(found["metrics"], originals, results))
+    write_json(output / METRICS, found)
+    remove([output / PARTIAL])
+    return found
+
+
+def _in_words(values: dict[str, float]) -> str:
+    """Metrics by name as text, with the titles and units of the registry."""
+    known = [(RECONSTRUCTION[name], value) for name, value in values.items() if name in RECONSTRUCTION]
+    return ", ".join(f"{metric.title} {value:.4g} {metric.unit}".rstrip() for metric, value in known)
+
+
+def summary(found: dict[str, Any], config: ReconstructConfig) -> Iterator[str]:
+    """Yield what was measured as lines to print: images where they are few, all of them, and what was changed."""
+    for entry in found["pictures"] if found["images"] <= LISTED else []:
+        now, before = ("x".join(map(str, entry[key])) for key in ("size", "original_size"))
+        yield f"{entry['image']}: {now}{f' of {before}' if now != before else ''} pixels, {_in_words(entry)}"
+    images = found["images"]
+    yield f"{images} image{'s' * (images > 1)}: {_in_words(found['metrics'])} (codebook of {found['codebook_size']})"
+    changes = {
+        "cropped": "cropped at the edges to multiples of the tokenizer's downsampling factor",
+        "shrunk": f"shrunk to --largest {config.largest} pixels",
+        "resized": "resized as in training",
+        "other_size": f"of another size than the {'x'.join(map(str, found['training_size']))} of training (--resize)",
+    }
+    notes = [f"{found[name]} {text}" for name, text in changes.items() if found[name]]
+    notes += [f"{len(found['skipped'])} skipped"] if found["skipped"] else []
+    if notes:
+        yield "; ".join(notes)
+    yield f"written to {config.output / (GRID if found['pictures'] else METRICS)}"
