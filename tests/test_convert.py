@@ -123,9 +123,7 @@ def test_taming_checkpoint(tmp_path, cli, zipped):
     params = {**known.arguments, "lossconfig": {"target": "x.Loss"}}
     (tmp_path / "model.yaml").write_text(yaml.dump({"model": {"target": "x.VQModel", "params": params}}))
     out = tmp_path / "out"
-    done = cli(
-        main, "--input", tmp_path / "last.ckpt", "--taming-config", tmp_path / "model.yaml", "--output", out, "--debug"
-    )
+    done = cli(main, "--input", tmp_path / "last.ckpt", "--taming-config", tmp_path / "model.yaml", "--output", out)
     assert done.code == 0, done.err
     assert done.out.splitlines()[0] == "left out 2 tensors that only training needs: loss."
     assert "from taming to vqgen" in done.out

@@ -1,199 +1,51 @@
 """Configuration: documented dataclasses <-> YAML files <-> command line options.
 
-A program's configuration is a dataclass whose fields are options or sections (dataclasses again). In YAML the
-sections nest, keys in snake_case; on the command line every option goes by its own name in kebab-case
-(`training.batch_size` is `--batch-size`), which is why a name occurs once in a program. A field `class_` is the
-option `--class` and the key `class`. A list with `metadata={"positional": "FILES"}` takes the words that belong to no
-option as well. Values of the command line win over `--config FILE` wherever either stands.
-`values.py` checks the types.
+In YAML the sections nest, with keys in snake_case; on the command line every option goes by its own name in kebab-case
+(`training.batch_size` is `--batch-size`), so that a name occurs once in a program. A list with
+`metadata={"positional": "FILES"}` also takes the words that belong to no option. Options given on the command line win
+over `--config FILE` wherever either stands. `options.py` has the declarations, `config_layers.py` reads the sources.
 """
 
 import dataclasses
-import difflib
-import functools
-import importlib.resources
 import os
-import re
+import select
 import sys
-import textwrap
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from . import __version__
+from .config_layers import merged, read_arguments, read_file, was_removed
 from .errors import UsageError, UserError
 from .files import write_text
-from .option_types import YamlDumper, YamlLoader, checked, from_words, kinds, type_name
+from .option_types import YamlDumper
+from .options import choice_of, key_of, options
 
 C = TypeVar("C")
+_HELP = {"--help", "-h", "--help-all"}
 
 
-@dataclass(frozen=True)
-class Option:
-    """One leaf of a configuration: where it stands and what it takes."""
+def build(config: type[C], values: Mapping[str, Any]) -> C:
+    """The dataclass from option name -> value; options of kinds that are not selected are ignored.
 
-    path: tuple[str, ...]
-    type: Any
-    default: Any
-    help: str
-    positional: str = ""
-    """What the words of the command line that belong to no option are called, where they are this one's."""
-
-    @property
-    def name(self) -> str:
-        return self.path[-1]
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
-def _key(field: dataclasses.Field) -> str:
-    return field.name.removesuffix("_")
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-@functools.cache
-def _texts(config: type) -> dict[str, str]:
-    """Field -> the docstring below it, read from the source of the class and its bases."""
-    from docstring_parser import parse_from_object
-
-    bases = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
-    found = [param for base in bases for param in parse_from_object(base).params]
-    return {param.arg_name: " ".join((param.description or "").split()) for param in found}
-
-
-def options(config: type, path: tuple[str, ...] = (), defaults: Any = dataclasses.MISSING) -> Iterator[Option]:
-    """Every option of a configuration dataclass, in order, sections flattened.
-
-    `defaults` is an instance whose values stand in for the class's own, as a section's default factory gives one.
+    Sections are built inside out and check themselves. Raises `UsageError`.
     """
-    hints, texts = typing.get_type_hints(config), _texts(config)
-    for field in dataclasses.fields(config):
-        default = _default(field) if defaults is dataclasses.MISSING else getattr(defaults, field.name)
-        here = (*path, _key(field))
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from options(typing.cast(type, hints[field.name]), here, default)
-        else:
-            positional = field.metadata.get("positional", "")
-            yield Option(here, hints[field.name], default, texts.get(field.name, ""), positional)
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    """The known name, in whatever section, whose last part is most like that of `name`."""
-    leaves = {path.rpartition(".")[2]: path for path in known}
-    close = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
-    return f"; did you mean {leaves[close[0]]}?" if close else ""
-
-
-def find_preset(name: str) -> tuple[str, str]:
-    """The name and text of a configuration file: a path, or a preset of `configs/` by name."""
-    folder = importlib.resources.files("vqgen.configs")
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
-            return str(path), path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UsageError(f"--config: {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--config: {path} cannot be read ({error})") from error
-    preset = folder / f"{name}.yaml"
-    if preset.is_file():
-        return f"{name}.yaml", preset.read_text(encoding="utf-8")
-    known = sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
-    raise UsageError(f"--config: no file and no preset {name!r}; presets: {', '.join(known)}")
-
-
-def _read_file(config: type, name: str) -> dict[str, Any]:
-    """Option name -> value from a YAML file or preset."""
-    file, text = find_preset(name)
-    try:
-        tree = yaml.load(text, YamlLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    known = {option.path: option for option in options(config)}
-    sections = {path[:n] for path in known for n in range(1, len(path))}
-    values: dict[str, Any] = {}
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        if path in sections or not path:
-            if node is None:
-                return
-            if not isinstance(node, dict):
-                raise UsageError(f"{file}: {'.'.join(path) or 'the file'} is a {type(node).__name__}, expected keys")
-            for key, value in node.items():
-                walk(value, (*path, str(key)))
-        elif path in known:
-            option = known[path]
-            values[option.name] = checked(option.type, node, f"{file}: {'.'.join(path)}")
-        else:
-            names = [".".join(p) for p in [*known, *sections]]
-            raise UsageError(f"{file}: unknown key {'.'.join(path)}{_suggest('.'.join(path), names)}")
-
-    walk(tree or {}, ())
-    return values
-
-
-def _read_arguments(config: type, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Option name -> value from the command line, and every `--config` in order."""
-    known = {option.flag: option for option in options(config)}
-    values: dict[str, Any] = {}
-    files: list[str] = []
-    bare: list[str] = []
-    takes_bare = next((option for option in known.values() if option.positional), None)
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        flag, has_value, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        negated = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else None
-        if not word.startswith("--"):
-            if takes_bare is None or word.startswith("-"):
-                raise UsageError(f"unexpected argument {word!r}: options begin with --")
-            bare.append(word)  # as it is: a comma in it is no list
-            continue
-        if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
-            raise UsageError(f"unknown option {flag}{_suggest(flag, [*known, '--config'])}")
-        option = known.get(flag) or known.get(negated or "")
-        if option and option.type is bool:
-            # A switch: `--flip`, `--no-flip`, `--flip=false`.
-            chosen = checked(bool, value if has_value else True, flag)
-            values[option.name] = chosen != (negated is not None)
-            continue
-        words = [value] if has_value else []
-        many = bool(option) and any(typing.get_origin(kind) is list for kind in kinds(option.type))
-        while not has_value and rest and not re.match(r"--[a-zA-Z]", rest[0]) and (many or not words):
-            words.append(rest.pop(0))
-        if not words:
-            raise UsageError(f"{flag} needs a value")
-        if option is None:
-            files.append(words[0])
-        else:
-            values[option.name] = checked(option.type, from_words(option.type, words), flag)
-    if takes_bare and bare:
-        if takes_bare.name in values:
-            raise UsageError(f"{takes_bare.flag}: given twice, also as {bare[0]!r}; name all of them in one place")
-        values[takes_bare.name] = checked(takes_bare.type, bare, takes_bare.positional)
-    return values, files
-
-
-def build(config: type[C], values: dict[str, Any]) -> C:
-    """The dataclass from option name -> value; sections are built inside out and check themselves."""
-    known = {option.path: option for option in options(config)}
+    known = {option.path: option for option in options(config, values)}
 
     def make(cls: type, path: tuple[str, ...]) -> Any:
         hints = typing.get_type_hints(cls)
         given = {}
         for field in dataclasses.fields(cls):
-            here = (*path, _key(field))
+            here, choice = (*path, key_of(field)), choice_of(field)
+            if choice:
+                selector = known[(*here, choice.selector)]
+                given[field.name] = make(choice.kinds[values.get(selector.name, selector.default)], here)
+                continue
             if dataclasses.is_dataclass(hints[field.name]):
                 given[field.name] = make(typing.cast(type, hints[field.name]), here)
                 continue
@@ -208,17 +60,18 @@ def build(config: type[C], values: dict[str, Any]) -> C:
 
 def parse(config: type[C], arguments: Sequence[str]) -> C:
     """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`."""
-    given, files = _read_arguments(config, arguments)
-    values: dict[str, Any] = {}
-    for file in files:
-        values |= _read_file(config, file)
-    return build(config, values | given)
+    given, files = read_arguments(config, arguments)
+    return build(config, merged(config, [*(read_file(config, file) for file in files), given]))
 
 
 def as_dict(config: Any) -> Any:
-    """A configuration as plain values that YAML and JSON can hold."""
+    """A configuration as plain values that YAML and JSON can hold; a choice is a mapping with the selector first."""
     if dataclasses.is_dataclass(config):
-        return {_key(field): as_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        found = {}
+        for field in dataclasses.fields(config):
+            value, choice = getattr(config, field.name), choice_of(field)
+            found[key_of(field)] = {choice.selector: value.kind, **as_dict(value)} if choice else as_dict(value)
+        return found
     if isinstance(config, dict):
         return {key: as_dict(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -227,19 +80,34 @@ def as_dict(config: Any) -> Any:
 
 
 def from_dict(config: type[C], tree: Any, where: str) -> C:
-    """The dataclass from nested plain values, e.g. an architecture in `vqgen.json`; errors name `where`, the file."""
+    """The dataclass from nested plain values, e.g. an architecture in `vqgen.json`; errors name `where`, the file.
+
+    Options of kinds that are not selected are ignored: version 0.1 wrote those of every kind.
+    """
     other = "it was written by another version of vqgen"
     if not isinstance(tree, dict):
         raise UserError(f"{where}: found {tree!r} where the keys of {config.__name__} belong; {other}")
     hints = typing.get_type_hints(config)
-    names = {_key(field): field.name for field in dataclasses.fields(typing.cast(Any, config))}
-    given = {}
+    fields = {key_of(field): field for field in dataclasses.fields(typing.cast(Any, config))}
+    given: dict[str, Any] = {}
     for key, value in tree.items():
-        if key not in names:
+        if key not in fields:
+            if was_removed(key, value, where):
+                continue
             raise UserError(f"{where}: unknown key {key}; {other}")
-        hint = hints[names[key]]
-        given[names[key]] = (
-            from_dict(typing.cast(type, hint), value, where) if dataclasses.is_dataclass(hint) else value
+        name, choice = fields[key].name, choice_of(fields[key])
+        section: Any = hints[name]
+        if choice:
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: found {value!r} where the keys of {key} belong; {other}")
+            kind = value.get(choice.selector, choice.default)
+            if kind not in choice.kinds:
+                raise UserError(f"{where}: unknown {choice.selector} {kind}; {other}")
+            section = choice.kinds[kind]
+            own, every = _keys([section]), _keys(choice.kinds.values())
+            value = {k: v for k, v in value.items() if k in own or k not in {choice.selector, *every}}
+        given[name] = (
+            from_dict(typing.cast(type, section), value, where) if dataclasses.is_dataclass(section) else value
         )
     try:
         return config(**given)
@@ -247,17 +115,24 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
         raise UserError(f"{where}: {error}; {other}") from error
 
 
+def _keys(classes: Iterable[type]) -> set[str]:
+    return {key_of(field) for config in classes for field in dataclasses.fields(config)}
+
+
 def values_of(config: Any) -> dict[str, Any]:
-    """Option name -> plain value, sections flattened."""
+    """Option name -> plain value, sections flattened; of a choice the selector and the options of its kind."""
     flat: dict[str, Any] = {}
-    for key, value in as_dict(config).items():
-        flat.update(values_of(getattr(config, key)) if isinstance(value, dict) else {key: value})
+    for field in dataclasses.fields(config):
+        value, choice = getattr(config, field.name), choice_of(field)
+        if choice:
+            flat[choice.selector] = value.kind
+        flat |= values_of(value) if dataclasses.is_dataclass(value) else {key_of(field): as_dict(value)}
     return flat
 
 
 def read_saved(path: Path, config: type) -> dict[str, Any]:
-    """Option name -> plain value from a saved `config.yaml`."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in _read_file(config, str(path)).items()}
+    """Option name -> plain value from a saved `config.yaml`. Raises `UserError`."""
+    return {name: as_dict(value) for name, value in merged(config, [read_file(config, str(path))]).items()}
 
 
 def save(config: Any, path: Path, heading: str = "") -> None:
@@ -265,68 +140,55 @@ def save(config: Any, path: Path, heading: str = "") -> None:
     write_text(path, heading + yaml.dump(as_dict(config), Dumper=YamlDumper, sort_keys=False))
 
 
-def help_text(program: str, description: str, config: type) -> str:
-    """The text of `--help`: one entry an option, grouped by section, with type and default."""
-    bare = "".join(f"{option.positional} ... " for option in options(config) if option.positional)
-    usage = f"usage: {program} {bare}[--config FILE] [--option VALUE ...]"
-    lines = [usage, "", *textwrap.wrap(description, 100)]
-    section: tuple[str, ...] | None = None
-    for option in options(config):
-        if option.path[:-1] != section:
-            section = option.path[:-1]
-            lines += ["", f"{'.'.join(section) or 'options'}:"]
-        kind = "" if option.type is bool else f" {type_name(option.type)}"
-        if option.default is dataclasses.MISSING:
-            shown = "needed"
-        elif isinstance(option.default, bool):
-            shown = f"default on; --no-{option.flag[2:]}" if option.default else "default off"
-        else:
-            shown = "default none" if option.default is None else f"default {option.default}"
-        lines.append(f"  {option.flag}{kind}  ({shown})")
-        lines += textwrap.wrap(option.help, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    lines += ["", "anywhere:", "  --config FILE or preset name; the later of several wins, options over all"]
-    lines += ["  --debug  show the traceback of an error", "  --version", "  --help"]
-    return "\n".join(lines)
-
-
 def command(program: str, config: type[C], run: Callable[[C], None], arguments: Sequence[str] | None = None) -> int:
-    """Run a program: parse, run, and turn errors into one line and an exit code.
+    """Run a program: parse the command line, run, and turn errors into an exit code.
 
-    Returns 0; 2 for a wrong option or key; 130 when interrupted; 1 for any other error. `--debug` shows tracebacks.
+    Returns 0; 2 for a wrong option or key, 1 for any other `UserError`, each with one line; 130 when interrupted. Any
+    other exception is a defect of vqgen: its traceback is printed and 1 returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if "--help" in words or "-h" in words:
-        try:
-            print(help_text(program, (run.__doc__ or "").split("\n\n")[0], config), flush=True)
-        except BrokenPipeError:  # `--help | head`; what is left unsaid must not fail at exit either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    if "--version" in words:
-        print(f"vqgen {__version__}")
-        return 0
+    finished = "--version" in words or bool(_HELP & set(words))
     try:
-        run(parse(config, words))
+        if "--version" in words:
+            print(f"vqgen {__version__}")
+        elif _HELP & set(words):
+            from .help import help_text
+
+            description = (run.__doc__ or "").split("\n\n")[0]
+            print(help_text(program, description, config, everything="--help-all" in words))
+        else:
+            run(parse(config, words))
+        finished = True
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    except UserError as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        text = " ".join(str(error).split())
-        if isinstance(error, UserError):
-            print(f"{program}: {text}", file=sys.stderr)
-            return error.exit_code
-        print(f"{program}: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail as well
+            return 0 if finished else 1
+        traceback.print_exc()
+        print(f"{program}: this is a defect of vqgen; please report it with the lines above", file=sys.stderr)
         return 1
 
 
+def _stdout_has_no_reader() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
+    with suppress(OSError, AttributeError):  # no descriptor, or a system without poll
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
+
+
 def commands(
-    program: str, known: dict[str, tuple[type, Callable[[Any], None]]], arguments: Sequence[str] | None = None
+    program: str, known: Mapping[str, tuple[type, Callable[[Any], None]]], arguments: Sequence[str] | None = None
 ) -> int:
-    """A program of several commands, the first word of its line: name -> configuration and what runs it."""
+    """Run a program of several commands, the first word of its line: name -> configuration and function to run."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in known:
         config, run = known[words[0]]
@@ -336,7 +198,7 @@ def commands(
         return 0
     lines = [f"usage: {program} COMMAND [--option VALUE ...]; {program} COMMAND --help lists its options", ""]
     lines += [f"  {name:<16} {(run.__doc__ or '').splitlines()[0]}" for name, (_, run) in known.items()]
-    if "--help" in words or "-h" in words:
+    if _HELP & set(words):
         print("\n".join(lines), flush=True)
         return 0
     found = f"unknown command {words[0]!r}" if words else "no command"

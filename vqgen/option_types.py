@@ -3,12 +3,11 @@
 YAML 1.1 reads `no` as false, `1:30` as 90 and `1e-4` as text. Here the option's type decides what a word means.
 """
 
-import functools
+import operator
 import re
 import types
 import typing
-from contextlib import redirect_stderr, suppress
-from io import StringIO
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,52 +99,59 @@ def _from_word(word: str) -> Any:
     return word  # no YAML: stays text, for the type check to name
 
 
-def _whole(value: Any) -> Any:
-    """1e5, which people write for a number of steps, as an int; 1.5 is no count and stays."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return int(value)
-    if isinstance(value, (str, float)):
-        with suppress(ValueError):
-            return int(float(value)) if float(value).is_integer() else value
-    return value
+def _as_int(value: Any) -> int:
+    """1e5, as people write a number of steps, is an int; 1.5 is none. Raises `ValueError` or `TypeError`."""
+    with suppress(ValueError, TypeError):
+        return int(value) if isinstance(value, str) else operator.index(value)
+    number = float(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
-@functools.cache
-def _parser(hint: Any):
-    """A jsonargparse parser that checks values of one type; kept, because building one costs milliseconds."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
-    parser.add_argument("--value", type=hint)
-    return parser
+def _converted(hint: Any, value: Any) -> Any:
+    """`value` as `hint`. Raises `ValueError`, `TypeError` or `OverflowError` where it is of another type."""
+    members = kinds(hint)
+    if len(members) > 1:
+        exact = next((kind for kind in members if type(value) is kind), None)
+        if exact:
+            return value
+        for kind in members:
+            with suppress(ValueError, TypeError, OverflowError):
+                return _converted(kind, value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            value = [value]  # a list of one, as people write it in YAML
+        if isinstance(value, (list, tuple)):
+            return [_converted(item, str(each) if item is str and type(each) is int else each) for each in value]
+    elif typing.get_origin(hint) is typing.Literal:
+        for allowed in typing.get_args(hint):
+            if not isinstance(value, bool) and str(value) == str(allowed):
+                return allowed
+    elif hint is bool:
+        if isinstance(value, bool) or str(value).lower() in _SWITCH:
+            return _SWITCH[str(value).lower()]
+    elif hint is Path:
+        if value and isinstance(value, (str, Path)):
+            return Path(value)
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+    elif hint in (int, float):
+        number = _from_word(value) if isinstance(value, str) else value
+        if not isinstance(number, bool):
+            return _as_int(number) if hint is int else float(number)
+    raise ValueError
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint`, or a `UsageError` that says where it stands, what it is and what belongs there."""
-    members = kinds(hint)
-    found = value if isinstance(value, str) and value.strip() else repr(value)
-    if bool in members and isinstance(value, str):
-        value = _SWITCH.get(value.lower(), value)
-    kind = next((item for item in members if typing.get_origin(item) is list), None)
-    if kind is not None and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        value = [value]  # a list of one, as people write it in YAML
-    if kind == list[str] and isinstance(value, list):
-        value = [str(item) if type(item) is int else item for item in value]
-    if int in members and float not in members:
-        value = _whole(value)
-    elif list[int] in members and isinstance(value, list):
-        value = [_whole(item) for item in value]
-    # jsonargparse would take None for any type, True for a literal 1, and the text "null" for None.
-    if value is None or isinstance(value, bool):
-        if type(value) in members:
-            return value
-    elif isinstance(value, str) and set(members) <= {str, type(None)}:
-        return value
-    elif isinstance(value, str) and set(members) <= {Path, type(None)}:
-        if value:
-            return Path(value)
-    else:
-        with suppress(Exception), redirect_stderr(StringIO()):
-            return _parser(hint).parse_object({"value": value})["value"]
-    raise UsageError(f"{where}: found {found}, expected {type_name(hint)}")
+    try:
+        return _converted(hint, value)
+    except (ValueError, TypeError, OverflowError):
+        found = value if isinstance(value, str) and value.strip() else repr(value)
+        raise UsageError(f"{where}: found {found}, expected {type_name(hint)}") from None

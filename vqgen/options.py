@@ -1,10 +1,20 @@
-"""Options of a program as documented dataclasses: ranges of numbers, and sections that depend on a choice."""
+"""Options of a program as documented dataclasses: ranges of numbers, choices between kinds, and the list of all.
 
+A configuration is a dataclass whose fields are options, sections (dataclasses again) or choices (sections whose
+dataclass depends on an option of their own). A field `class_` is the option `--class` and the key `class`. The
+docstring below a field is its help text.
+"""
+
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from .errors import UsageError
 
@@ -39,12 +49,17 @@ NotNegative = Annotated[float, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Fraction = Annotated[float, Range(least=0, below=1)]
-"""A share that may be 0 but not the whole, e.g. a dropout or a decay."""
+"""A share that may be 0 but not 1, e.g. a dropout or a decay."""
 
 
-def option_name(field: str) -> str:
-    """Name of a field on the command line: `class_` -> `--class`, `batch_size` -> `--batch-size`."""
-    return "--" + field.removesuffix("_").replace("_", "-")
+def key_of(field: dataclasses.Field) -> str:
+    """Name of a field in YAML and JSON."""
+    return field.name.removesuffix("_")
+
+
+def option_name(name: str) -> str:
+    """Name of a field or key on the command line: `class_` -> `--class`, `batch_size` -> `--batch-size`."""
+    return "--" + name.removesuffix("_").replace("_", "-")
 
 
 def ranges_of(hint: Any) -> list[Range]:
@@ -57,7 +72,7 @@ class Options:
     """Base of every dataclass of options: values outside of their declared ranges raise `UsageError`."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self), include_extras=True)
+        hints = _hints(type(self))
         for field in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, (list, tuple)) else [value]
@@ -66,6 +81,12 @@ class Options:
                     # Other types are for the type check, which has a message of its own.
                     if isinstance(number, (int, float)) and not bounds.contains(number):
                         raise UsageError(f"{option_name(field.name)}: found {number}, expected {bounds}")
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    """Field -> type, with its `Annotated`."""
+    return typing.get_type_hints(config, include_extras=True)
 
 
 @dataclass(frozen=True)
@@ -84,10 +105,127 @@ def choice(selector: str, kinds: Mapping[str, type], default: str) -> Any:
 
     With `quantizer: QuantizerConfig = choice("quantizer", QUANTIZERS, default="vq")` the option `--quantizer fsq`, or
     `quantizer: {quantizer: fsq, levels: [8, 5]}` in YAML, makes the section an instance of `QUANTIZERS["fsq"]`.
+    Several kinds may have an option of the same name; it keeps its value where the kind changes.
     """
     return dataclasses.field(
         default_factory=lambda: kinds[default](), metadata={"choice": Choice(selector, kinds, default)}
     )
+
+
+def choice_of(field: dataclasses.Field) -> Choice | None:
+    """The `Choice` that a field was declared as."""
+    return field.metadata.get("choice")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a program: its place in the configuration and what it accepts."""
+
+    owner: type
+    """The dataclass that declares it, as the field `field`."""
+    field: str
+    path: tuple[str, ...]
+    type: Any
+    default: Any
+    """`dataclasses.MISSING` where a value must be given."""
+    ranges: tuple[Range, ...] = ()
+    positional: str = ""
+    """What help calls the words of the command line that belong to no option, where they are this option's."""
+    choice: Choice | None = None
+    """The choice that it belongs to."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of the choice that have it; all of them for the selector."""
+    available: bool = True
+    """Whether the selected kind has it."""
+
+    @property
+    def name(self) -> str:
+        return self.path[-1]
+
+    @property
+    def flag(self) -> str:
+        return option_name(self.name)
+
+    @property
+    def selects(self) -> bool:
+        """Whether this option is the selector of its choice."""
+        return self.choice is not None and self.name == self.choice.selector
+
+    @property
+    def help(self) -> str:
+        """The docstring below the field."""
+        return field_docs(self.owner).get(self.field, "")
+
+
+@functools.cache
+def field_docs(config: type) -> dict[str, str]:
+    """Field -> the docstring below it, read from the source of the class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, below in itertools.pairwise(typing.cast(ast.ClassDef, parsed).body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                text = below.value if isinstance(below, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found[field.target.id] = " ".join(text.value.split())
+    return found
+
+
+def options(config: type, selected: Mapping[str, Any] | None = None) -> Iterator[Option]:
+    """List every option of a configuration, in order, sections flattened.
+
+    Args:
+        selected: selector -> kind, for choices that are not at their default. Options of the other kinds are listed
+            too, as not available; an option of several kinds is listed once, as the selected kind declares it.
+    """
+    return _options(config, (), dataclasses.MISSING, selected or {})
+
+
+def _options(config: type, path: tuple[str, ...], defaults: Any, selected: Mapping[str, Any]) -> Iterator[Option]:
+    """Options of a section; `defaults` is an instance whose values replace the defaults of the class."""
+    hints, plain = _hints(config), typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if defaults is not dataclasses.MISSING:
+            default = getattr(defaults, field.name)
+        here, hint = (*path, key_of(field)), plain[field.name]
+        declared = choice_of(field)
+        if declared:
+            yield from _choice_options(config, field, declared, here, default, selected)
+        elif dataclasses.is_dataclass(hint):
+            yield from _options(typing.cast(type, hint), here, default, selected)
+        else:
+            ranges = tuple(ranges_of(hints[field.name]))
+            yield Option(config, field.name, here, hint, default, ranges, field.metadata.get("positional", ""))
+
+
+def _choice_options(
+    config: type,
+    field: dataclasses.Field,
+    declared: Choice,
+    path: tuple[str, ...],
+    default: Any,
+    selected: Mapping[str, Any],
+) -> Iterator[Option]:
+    """The selector of a choice, then the options of the selected kind, then those that only other kinds have."""
+    every = tuple(declared.kinds)
+    hint = Literal[every]  # type: ignore[valid-type]
+    here = (*path, declared.selector)
+    yield Option(config, field.name, here, hint, default.kind, choice=declared, kinds=every)
+    kind = selected.get(declared.selector, default.kind)
+    kind = kind if kind in declared.kinds else default.kind  # the type check names a kind that does not exist
+    found: dict[tuple[str, ...], Option] = {}
+    having: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted(every, key=lambda name: name != kind):
+        defaults = default if name == default.kind else dataclasses.MISSING
+        for option in _options(declared.kinds[name], path, defaults, selected):
+            found.setdefault(option.path, option)
+            having.setdefault(option.path, []).append(name)
+    for where, option in found.items():
+        kinds = tuple(name for name in every if name in having[where])
+        yield dataclasses.replace(option, choice=declared, kinds=kinds, available=kind in kinds)
 
 
 def at_least(config: Any, **lowest: float) -> None:
@@ -95,4 +233,4 @@ def at_least(config: Any, **lowest: float) -> None:
     for name, least in lowest.items():
         found = getattr(config, name)
         if found is not None and not found >= least:
-            raise UsageError(f"--{name.replace('_', '-')}: found {found}, expected at least {least}")
+            raise UsageError(f"{option_name(name)}: found {found}, expected at least {least}")

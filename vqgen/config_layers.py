@@ -1,0 +1,186 @@
+"""The options that configuration files and the command line give, and how several sources are merged."""
+
+import difflib
+import importlib.resources
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UsageError, UserError
+from .option_types import YamlLoader, checked, from_words, kinds
+from .options import Choice, Option, option_name, options
+
+# First line of the config.yaml of a run.
+MARK = "# Written by vqgen: the resolved configuration of the run in this folder.\n"
+# Options of version 0.1 that are gone -> the values under which its files are still read; None = any.
+REMOVED: dict[str, tuple[Any, ...] | None] = {
+    "channels_last": (True, False),  # changes the speed alone
+    "gan_start_at": ("step", "share"),
+    "gan_plateau": None,  # used with `gan_start_at: plateau` alone, as is the next
+    "gan_plateau_steps": None,
+    "keep_share": (None,),
+}
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """The known name, in whatever section, whose last part is most like that of `name`."""
+    if name.rpartition(".")[2].removeprefix("--").replace("-", "_") in REMOVED:
+        return ": it was removed after version 0.1"
+    leaves = {path.rpartition(".")[2]: path for path in known}
+    close = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    return f"; did you mean {leaves[close[0]]}?" if close else ""
+
+
+def find_preset(name: str) -> tuple[str, str]:
+    """The name and text of a configuration file: a path, or a preset of `configs/` by name."""
+    folder = importlib.resources.files("vqgen.configs")
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError(f"--config: {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--config: {path} cannot be read ({error})") from error
+    preset = folder / f"{name}.yaml"
+    if preset.is_file():
+        return f"{name}.yaml", preset.read_text(encoding="utf-8")
+    known = sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    raise UsageError(f"--config: no file and no preset {name!r}; presets: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The options that one file or the command line gives: name -> (value, what errors call it), types unchecked."""
+
+    values: dict[str, tuple[Any, str]]
+    written_by_us: bool = False
+    """Version 0.1 wrote the options of every kind of a choice: those of kinds not selected are ignored."""
+
+
+class _Words(list[str]):
+    """The words of the command line that follow an option."""
+
+
+def read_file(config: type, name: str) -> Layer:
+    """Options of a YAML file or preset."""
+    file, text = find_preset(name)
+    try:
+        tree = yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    known = {option.path: option for option in options(config)}
+    sections = {path[:n] for path in known for n in range(1, len(path))}
+    layer = Layer({}, text.startswith(MARK))
+
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        if path in sections or not path:
+            if node is None:
+                return
+            if not isinstance(node, dict):
+                raise UsageError(f"{file}: {'.'.join(path) or 'the file'} is a {type(node).__name__}, expected keys")
+            for key, value in node.items():
+                walk(value, (*path, str(key)))
+        elif path in known:
+            layer.values[known[path].name] = (node, f"{file}: {'.'.join(path)}")
+        elif not (layer.written_by_us and was_removed(path[-1], node, file)):
+            names = [".".join(p) for p in [*known, *sections]]
+            raise UsageError(f"{file}: unknown key {'.'.join(path)}{_suggest('.'.join(path), names)}")
+
+    walk(tree or {}, ())
+    return layer
+
+
+def was_removed(name: str, value: Any, file: str) -> bool:
+    """Whether `name` is an option of version 0.1 that is gone. Raises `UserError` where it had a value that matters."""
+    if name not in REMOVED:
+        return False
+    allowed = REMOVED[name]
+    if allowed is not None and value not in allowed:
+        raise UserError(f"{file}: {name} {value} was removed after version 0.1; use version 0.1, or start anew")
+    return True
+
+
+def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[str]]:
+    """Options of the command line, and every `--config` in order."""
+    known = {option.flag: option for option in options(config)}
+    layer = Layer({})
+    files: list[str] = []
+    bare: list[str] = []
+    takes_bare = next((option for option in known.values() if option.positional), None)
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        flag, has_value, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        negated = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else None
+        if not word.startswith("--"):
+            if takes_bare is None or word.startswith("-"):
+                raise UsageError(f"unexpected argument {word!r}: options begin with --")
+            bare.append(word)  # as it is: a comma in it is no list
+            continue
+        if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
+            raise UsageError(f"unknown option {flag}{_suggest(flag, [*known, '--config'])}")
+        option = known.get(flag) or known.get(negated or "")
+        if option and option.type is bool:
+            # A switch: `--flip`, `--no-flip`, `--flip=false`.
+            chosen = checked(bool, value if has_value else True, flag)
+            layer.values[option.name] = (chosen != (negated is not None), flag)
+            continue
+        words = _Words([value] if has_value else [])
+        many = bool(option) and any(typing.get_origin(kind) is list for kind in kinds(option.type))
+        while not has_value and rest and not re.match(r"--[a-zA-Z]", rest[0]) and (many or not words):
+            words.append(rest.pop(0))
+        if not words:
+            raise UsageError(f"{flag} needs a value")
+        if option is None:
+            files.append(words[0])
+        else:
+            layer.values[option.name] = (words, flag)
+    if takes_bare and bare:
+        if takes_bare.name in layer.values:
+            raise UsageError(f"{takes_bare.flag}: given twice, also as {bare[0]!r}; name all of them in one place")
+        layer.values[takes_bare.name] = (bare, takes_bare.positional)
+    return layer, files
+
+
+def _typed(option: Option, value: Any, where: str) -> Any:
+    """A value of a layer as its option's type. Raises `UsageError`."""
+    return checked(option.type, from_words(option.type, value) if isinstance(value, _Words) else value, where)
+
+
+def merged(config: type, layers: Sequence[Layer]) -> dict[str, Any]:
+    """Option name -> value; the later of several layers wins.
+
+    An option of a kind that is not selected in the end is dropped where it fitted the kind selected up to its layer:
+    a later one changed the kind. Else it raises `UsageError`.
+    """
+    selected: dict[str, Any] = {}
+    known: list[dict[str, Option]] = []
+    for layer in layers:
+        for option in options(config):
+            if option.selects and option.name in layer.values:
+                selected[option.name] = _typed(option, *layer.values[option.name])
+        known.append({option.name: option for option in options(config, selected)})
+    values: dict[str, Any] = {}
+    for layer, then in zip(layers, known):
+        for name, (value, where) in layer.values.items():
+            option = known[-1][name]
+            if option.available:
+                values[name] = _typed(option, value, where)
+            elif then[name].available:
+                _typed(then[name], value, where)
+            elif not layer.written_by_us:
+                raise UsageError(_not_available(option, where, selected))
+    return values
+
+
+def _not_available(option: Option, where: str, selected: Mapping[str, Any]) -> str:
+    choice = typing.cast(Choice, option.choice)
+    flag, found = option_name(choice.selector), selected.get(choice.selector, choice.default)
+    return f"{where}: only {flag} {' and '.join(option.kinds)} has this option, found {flag} {found}; leave it out"
