@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vqgen.devices import find_device, matrix_rate, precision_of
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
@@ -67,12 +68,13 @@ def main() -> None:
     device = find_device(arguments.device)
     precision = precision_of(arguments.precision, device).replace("no", "fp32")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    vocabulary = Vocabulary(arguments.codebook_size, 1, tuple(arguments.grid), classes=10)
+    vocabulary = Vocabulary(arguments.codebook_size, 1, tuple(arguments.grid))
+    conditioning = Conditioning(vocabulary, [Classes(10)])
     shape = PriorConfig(arguments.backbone, arguments.dim, arguments.layers, arguments.heads)
     torch.manual_seed(0)
 
     def model_with(attention: str) -> torch.nn.Module:
-        config = backbone_config(shape, vocabulary)
+        config = backbone_config(shape, conditioning)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -91,14 +93,14 @@ def main() -> None:
     embedded = theirs.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
 
     for batch in arguments.batch_sizes:
-        prompt = vocabulary.class_id(torch.arange(batch) % vocabulary.classes)[:, None]
+        prompt = conditioning.prefixes(conditioning.conditions(), range(batch))
         uniforms = image_uniforms(0, range(batch), length)
         rows = CPU_ROWS if device.type == "cpu" and precision == "fp32" else 1
 
         def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows) -> torch.Tensor:
             return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows).tokens
 
-        null = torch.full_like(prompt, vocabulary.null)
+        null = torch.full_like(prompt, conditioning.null)
 
         def guided(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows, null=null):
             settings = SamplingSettings(guidance_scale=3.0)
@@ -112,7 +114,7 @@ def main() -> None:
                 top_k=0,
                 max_new_tokens=length,
                 min_new_tokens=length,
-                pad_token_id=vocabulary.null,
+                pad_token_id=conditioning.null,
             )
 
         works = {"vqgen": vqgen, "guided": guided, "transformers": transformers}

@@ -20,7 +20,8 @@ from turns import Step, compare
 
 from vqgen.config import parse
 from vqgen.devices import keep_memory, precision_of
-from vqgen.prior.dataset import Sequences, vocabulary_of
+from vqgen.prior.conditioning import Conditioning
+from vqgen.prior.dataset import Sequences
 from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining, build
 from vqgen.tokenizer.codes.format import CodeFiles
@@ -57,11 +58,11 @@ class Loop:
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.config = settings(options, scratch)
         codes = CodeFiles(options.codes, "train")
-        vocabulary = vocabulary_of(codes)
-        sequences = Sequences(codes, vocabulary)
+        self.conditioning = Conditioning.for_files(codes)
+        sequences = Sequences(codes, self.conditioning)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data = torch.cat(list(sequences.ordered(range(min(len(sequences), 20000)), 1000)))
-        self.model: nn.Module = Prior(self.config.model, vocabulary, (3, 32, 32), codes.class_names, "").to(self.device)
+        self.model: nn.Module = Prior(self.config.model, self.conditioning, (3, 32, 32), "").to(self.device)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -76,8 +77,8 @@ class Loop:
         rows = torch.randint(len(self.data), (self.config.run.batch_size,))
         batch = self.data[rows].to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            logits = self.model(batch[:, :-1])
-            self.loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            logits = self.conditioning.of_codes(self.model(batch[:, :-1]))
+            self.loss = F.cross_entropy(logits.flatten(0, 1), self.conditioning.split(batch)[1].flatten())
         self.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps of each, in turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    vocabulary = vocabulary_of(CodeFiles(options.codes, "train"))
+    vocabulary = Conditioning.for_files(CodeFiles(options.codes, "train")).vocabulary
     print(f"{options.backbone}, {options.dim} wide, {options.layers} layers, {vocabulary.length} codes, "
           f"batch {options.batch_size}, dropout {options.dropout}, {options.threads} threads")  # fmt: skip
     found = compare([partial(Loop, options), partial(ours, options)], options.steps, options.threads)

@@ -8,7 +8,8 @@ import torch
 
 from vqgen.devices import processes
 from vqgen.options import at_least
-from vqgen.prior.dataset import Sequences, vocabulary_of
+from vqgen.prior.conditioning import Conditioning
+from vqgen.prior.dataset import Sequences
 from vqgen.prior.measure import LikelihoodConfig, measure
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
@@ -58,8 +59,9 @@ def measure_prediction(config: PredictionConfig) -> Measured:
     )
     codes, seen = CodeFiles(config.codes, config.split), PixelHash()
     chosen = fixed_subset(found["images"], len(codes))
-    for tokens in Sequences(codes, vocabulary_of(codes)).ordered(chosen, 1000):
-        seen.add(tokens[:, 1:], tokens[:, 0])
+    conditioning = Conditioning.for_files(codes)
+    for sequences in Sequences(codes, conditioning).ordered(chosen, 1000):
+        seen.add(conditioning.split(sequences)[1], conditioning.part(sequences, "class")[:, 0])
     state = processes()
     return Measured(
         {

@@ -230,7 +230,7 @@ def measure_samples(config: SamplesConfig) -> Measured:
     if config.model is not None:
         generator = Generator.load(config.model, device, config.precision)
         generator.check(config.sampling)
-        about, names = generator.tokenizer.config, generator.prior.class_names
+        about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or 10_000
     else:
         assert config.samples is not None

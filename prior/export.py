@@ -57,12 +57,12 @@ An autoregressive model of the codes of an image tokenizer, exported by vqgen {v
 | backbone | {backbone}, {parameters:.1f} M parameters, {dtype} |
 | images | {image} |
 | codes | {grid}, of a codebook of {codebook_size} |
-| sequence | condition, then {length} codes in raster order{depth} |
+| sequence | prefix of {prefix} tokens ({parts}), then {length} codes in {order} order{depth} |
 | prior | sha256 {prior} |
 | tokenizer | sha256 {tokenizer} |
 
 Token ids: {ids}.
-To draw, start from one id, the condition, and take exactly {length} tokens, at each only ids that are codes{ranges}.
+To draw, start from a prefix and take exactly {length} tokens, at each only ids that are codes{ranges}.
 {guidance}
 
 ```python
@@ -72,13 +72,13 @@ from vqgen import Tokenizer
 
 prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
 tokenizer = Tokenizer.load("FOLDER/tokenizer")
-condition = torch.full((4, 1), {example})
+prefix = torch.tensor([{example}] * 4)
 def legal(row, ids):  # the ids that may come next
-    first = (len(ids) - 1) % {each} * {codebook_size}
+    first = (len(ids) - {prefix}) % {each} * {codebook_size}
     return list(range(first, first + {codebook_size}))
 
-tokens = prior.generate(condition, do_sample=True, top_k=0, prefix_allowed_tokens_fn=legal)
-codes = tokens[:, 1:].reshape(4, {shape}){unshift}
+tokens = prior.generate(prefix, do_sample=True, top_k=0, prefix_allowed_tokens_fn=legal)
+codes = tokens[:, {prefix}:]{reorder}.reshape(4, {shape}){unshift}
 images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
 ```
 """
@@ -86,13 +86,10 @@ images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
 
 def card(prior: Prior, dtype: str) -> str:
     """The text of README.md."""
-    vocabulary, names = prior.vocabulary, prior.class_names
-    codes, depth = vocabulary.codebook_size * vocabulary.depth, vocabulary.depth
-    ids = f"0 to {codes - 1} are codes"
-    if vocabulary.classes:
-        listed = ", ".join(f"{codes + i} {name}" for i, name in enumerate(names or []))
-        ids += f", {codes} to {vocabulary.null - 1} classes ({listed})" if listed else ""
-    ids += f", {vocabulary.null} no class"
+    vocabulary, conditioning, depth = prior.vocabulary, prior.conditioning, prior.vocabulary.depth
+    positions = vocabulary.to_grid(torch.arange(vocabulary.length)[None]).flatten().tolist()
+    example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
+    absent = conditioning.without(torch.tensor([example]))[0].tolist()
     channels, height, width = prior.image_shape
     return CARD.format(
         version=__version__,
@@ -106,16 +103,21 @@ def card(prior: Prior, dtype: str) -> str:
         depth=", the codes of a position one after another" if depth > 1 else "",
         prior=prior.fingerprint,
         tokenizer=prior.tokenizer_fingerprint,
-        ids=ids,
+        prefix=conditioning.length,
+        parts=", ".join(f"{part.name}: {part.length}" for part in conditioning.parts),
+        order=vocabulary.order,
+        ids=", ".join([f"0 to {vocabulary.size - 1} are codes", *(p.legend() for p in reversed(conditioning.parts))]),
         ranges=f": of depth j those from j * {vocabulary.codebook_size}" if depth > 1 else "",
         guidance=(
-            f"Classifier-free guidance: the same sequence after id {vocabulary.null} gives logits without the class."
-            if vocabulary.classes and prior.label_dropout
-            else "It was trained without dropping the class, so there is no guidance."
-            if vocabulary.classes
+            f"Classifier-free guidance: the prefix {absent} in place of, for example, {example} gives logits without "
+            "the condition."
+            if absent != example
+            else "It was trained without dropping its conditions, so there is no guidance."
+            if any(part.informative for part in conditioning.parts)
             else "It knows no classes."
         ),
-        example=codes if vocabulary.classes else vocabulary.null,
+        example=example,
+        reorder=f"[:, {positions}]" if vocabulary.order != "raster" else "",
         each=depth,
         shape=", ".join(map(str, [*vocabulary.grid, *([depth] if depth > 1 else [])])),
         unshift=f" % {vocabulary.codebook_size}" if depth > 1 else "",
@@ -150,7 +152,7 @@ def export(config: ExportConfig) -> None:
     prior.fingerprint = fingerprint(prior.backbone.state_dict())
     settings = prior.backbone.config.to_diff_dict()
     settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
-    generation = {"bos_token_id": prior.vocabulary.null, "do_sample": True, "top_k": 0}
+    generation = {"bos_token_id": prior.conditioning.null, "do_sample": True, "top_k": 0}
     exact = {"max_new_tokens": prior.vocabulary.length, "min_new_tokens": prior.vocabulary.length}
     with atomic_path(config.output) as folder:
         folder.mkdir(parents=True)

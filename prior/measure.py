@@ -86,17 +86,15 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
             f"{config.codes} holds codes of the tokenizer {codes.tokenizer_fingerprint[:12]}, but the prior in "
             f"{config.model} was trained on those of {prior.tokenizer_fingerprint[:12]}; give its codes"
         )
-    classes, known = prior.vocabulary.classes, prior.class_names or []
-    if classes and (codes.class_names or []) != known and not config.unconditional:
+    conditioning, known = prior.conditioning, prior.conditioning.classes.names or []
+    if conditioning.classes.count and (codes.class_names or []) != known and not config.unconditional:
         theirs = ", ".join(codes.class_names or []) or "none"
         raise UserError(
             f"{config.codes} has the classes {theirs}, the prior has {', '.join(known)}; give codes of its classes, "
             "or --unconditional"
         )
-    if config.unconditional and classes and not prior.label_dropout:
-        raise UsageError(
-            "--unconditional: the prior was trained with --label-dropout 0 and never saw an image without its class"
-        )
+    if config.unconditional and conditioning.classes.informative:
+        conditioning.check_absence("--unconditional:")
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
     if config.n > len(codes):
@@ -109,29 +107,27 @@ def measure(config: LikelihoodConfig) -> dict[str, Any]:
     prior = prior.to(device)
     count = config.n or len(codes)
     mine = fixed_subset(count, len(codes))[accelerator.process_index :: accelerator.num_processes]
-    sequences = Sequences(codes, prior.vocabulary)
+    sequences = Sequences(codes, conditioning)
 
     def batches():
         with progress(count, "measuring", "img", accelerator.is_main_process) as bar:
             for tokens in sequences.ordered(mine, config.batch_size):
-                if config.unconditional:
-                    tokens[:, 0] = prior.vocabulary.null
-                yield tokens
+                yield conditioning.without(tokens) if config.unconditional else tokens
                 bar.update(len(tokens) * accelerator.num_processes)
 
     sums, counts = tabulate(prior, batches(), accelerator)
     length = prior.vocabulary.length
     by_position = sums.sum(0) / counts.sum()
     mean = rated(by_position.mean().item(), prior)
-    rows, columns, depth = *prior.vocabulary.grid, prior.vocabulary.depth
-    grid = by_position.view(rows, columns, depth).permute(2, 0, 1).squeeze(0)
+    grid = prior.vocabulary.to_grid(by_position[None])[0]
+    grid = grid.permute(2, 0, 1) if grid.ndim == 3 else grid
     by_class = {
-        known[label] if label < classes else "no class": {
-            "images": int(counts[label]),
-            **_figures(rated((sums[label].sum() / counts[label] / length).item(), prior)),
+        name: {
+            "images": int(counts[group]),
+            **_figures(rated((sums[group].sum() / counts[group] / length).item(), prior)),
         }
-        for label in range(classes + 1)
-        if counts[label]
+        for group, name in enumerate(conditioning.group_names)
+        if counts[group]
     }
     accelerator.wait_for_everyone()
     return {

@@ -1,11 +1,6 @@
-"""The prior: a vocabulary of codes, classes and one null token, and a transformers causal LM over it.
-
-A sequence is `[condition][codes in raster order, depth innermost]`. The condition is a class id, or the null id, which
-stands for "unconditional" and is the start token where there are no classes.
-"""
+"""The prior: a transformers causal LM over sequences of a prefix (see `conditioning.py`) and codes."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +23,20 @@ from vqgen.errors import UserError
 from vqgen.files import read_json, write_text
 from vqgen.tokenizer.model import Tokenizer
 
+from .conditioning import Conditioning
 from .options import PriorConfig
 from .vocabulary import Vocabulary
 
 
-def backbone_config(config: PriorConfig, vocabulary: Vocabulary) -> LlamaConfig | Qwen3Config | GPT2Config:
-    """The transformers configuration of a prior of this size over this vocabulary."""
-    positions = vocabulary.length + 1  # the condition and every code
+def backbone_config(config: PriorConfig, conditioning: Conditioning) -> LlamaConfig | Qwen3Config | GPT2Config:
+    """The transformers configuration of a prior of this size."""
+    positions = conditioning.length + conditioning.vocabulary.length
     share = 4 if config.backbone == "gpt2" else 8 / 3
     hidden = config.hidden_dim or -(-int(config.dim * share) // 64) * 64
     # There is no end token: every sequence has the same length.
     common: dict[str, Any] = {
-        "vocab_size": vocabulary.size,
-        "bos_token_id": vocabulary.null,
+        "vocab_size": conditioning.size,
+        "bos_token_id": conditioning.null,
         "eos_token_id": None,
         "pad_token_id": None,
         "tie_word_embeddings": False,
@@ -100,18 +96,14 @@ def _compare(path: Path, own: PreTrainedConfig) -> None:
             raise UserError(f"{path} has {key} {stated.get(key)!r}, vqgen.json needs {value!r}; restore the file")
 
 
-def _check_description(about: Mapping[str, Any]) -> None:
+def _check_description(about: dict[str, Any]) -> None:
     """Raise a `ValueError` for values in `vqgen.json` that would be taken for others, or fail much later."""
-    names, grid, shape = about["class_names"], about["grid"], about["image_shape"]
-    numbers = [about["codebook_size"], about["depth"], about["classes"], *grid, *shape]
+    grid, shape = about["grid"], about["image_shape"]
+    numbers = [about["codebook_size"], about["depth"], *grid, *shape]
     if not all(type(number) is int for number in numbers) or (len(grid), len(shape)) != (2, 3):
-        raise ValueError("codebook_size, depth, grid, classes and image_shape have to be whole numbers")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("class_names have to be a list of names")
-    if names and len(names) != about["classes"]:
-        raise ValueError(f"{len(names)} class_names for {about['classes']} classes")
-    if not isinstance(about["tokenizer_fingerprint"], str) or not isinstance(about["label_dropout"], (int, float)):
-        raise ValueError("tokenizer_fingerprint has to be text, and label_dropout a number")
+        raise ValueError("codebook_size, depth, grid and image_shape have to be whole numbers")
+    if not isinstance(about["tokenizer_fingerprint"], str):
+        raise ValueError("tokenizer_fingerprint has to be text")
 
 
 class Prior(nn.Module):
@@ -119,32 +111,27 @@ class Prior(nn.Module):
 
     Args:
         image_shape: channels, height and width of the images behind the codes (for bits per dimension).
-        class_names: one a class, or None where the model is unconditional.
         tokenizer_fingerprint: of the tokenizer that made the codes.
-        label_dropout: share of the training sequences without their class; at 0 guidance has nothing to go by.
     """
 
     def __init__(
         self,
         config: PriorConfig,
-        vocabulary: Vocabulary,
+        conditioning: Conditioning,
         image_shape: tuple[int, int, int],
-        class_names: list[str] | None,
         tokenizer_fingerprint: str,
-        label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.config, self.vocabulary, self.image_shape = config, vocabulary, image_shape
-        self.class_names, self.tokenizer_fingerprint = class_names, tokenizer_fingerprint
-        self.label_dropout = label_dropout
+        self.config, self.conditioning, self.vocabulary = config, conditioning, conditioning.vocabulary
+        self.image_shape, self.tokenizer_fingerprint = image_shape, tokenizer_fingerprint
         self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(
-            backbone_config(config, vocabulary), attn_implementation="sdpa", dtype=torch.float32
+            backbone_config(config, conditioning), attn_implementation="sdpa", dtype=torch.float32
         )
         _add_dropout(self.backbone, config.dropout)
         self.fingerprint: str | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids int64 (B, T) -> logits (B, T, vocabulary.size); position t sees tokens 0..t."""
+        """Token ids int64 (B, T) -> logits (B, T, conditioning.size); position t sees tokens 0..t."""
         return self.backbone(input_ids=tokens, use_cache=False).logits
 
     def checkpoint_gradients(self) -> None:
@@ -157,7 +144,9 @@ class Prior(nn.Module):
         matrix, and the products of attention with all positions."""
         looked_up = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in looked_up)
-        return 2 * weights + 4 * self.config.layers * self.config.dim * self.vocabulary.length
+        return 2 * weights + 4 * self.config.layers * self.config.dim * (
+            self.conditioning.length + self.vocabulary.length - 1
+        )
 
     def load_tokenizer(self, folder: Path) -> Tokenizer:
         """The tokenizer in `folder`. Raises `UserError` where it is not the one whose codes this prior learned."""
@@ -180,16 +169,16 @@ class Prior(nn.Module):
         settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
         settings["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        # Priors in raster order keep the description of version 0.1.
+        options = {name: value for name, value in vars(self.config).items() if (name, value) != ("order", "raster")}
         description = {
-            "prior": vars(self.config),
+            "prior": options,
             "codebook_size": self.vocabulary.codebook_size,
             "depth": self.vocabulary.depth,
             "grid": list(self.vocabulary.grid),
-            "classes": self.vocabulary.classes,
-            "class_names": self.class_names,
             "image_shape": list(self.image_shape),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            "label_dropout": self.label_dropout,
+            **self.conditioning.describe(),
         }
         self.fingerprint = save_artifact(folder, "prior", description, self.backbone.state_dict())
         return self.fingerprint
@@ -202,15 +191,10 @@ class Prior(nn.Module):
         about = artifact.description
         try:
             _check_description(about)
-            vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), about["classes"])
-            prior = cls(
-                from_dict(PriorConfig, about["prior"], str(folder / "vqgen.json")),
-                vocabulary,
-                tuple(about["image_shape"]),
-                about["class_names"],
-                about["tokenizer_fingerprint"],
-                about["label_dropout"],
-            )
+            config = from_dict(PriorConfig, about["prior"], str(folder / "vqgen.json"))
+            vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), config.order)
+            conditioning = Conditioning.from_description(vocabulary, about)
+            prior = cls(config, conditioning, tuple(about["image_shape"]), about["tokenizer_fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
             path = folder / "vqgen.json"
             raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error

@@ -6,6 +6,8 @@ from typing import Literal
 from vqgen.errors import UsageError
 from vqgen.options import at_least
 
+from .orders import ORDERS
+
 
 @dataclass
 class PriorConfig:
@@ -23,6 +25,8 @@ class PriorConfig:
     """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2, rounded up to 64."""
     dropout: float = 0.1
     """Dropout of embeddings, attention output and feed-forward output."""
+    order: str = "raster"
+    """Order in which the codes of an image are predicted, by its name in prior/orders.py."""
 
     def __post_init__(self) -> None:
         at_least(self, dim=1, layers=1, heads=1, hidden_dim=1)
@@ -32,6 +36,8 @@ class PriorConfig:
             raise UsageError(f"--heads: --dim / --heads is {self.dim // self.heads}, rotary positions need it even")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout: found {self.dropout}, expected 0 <= dropout < 1")
+        if self.order not in ORDERS:
+            raise UsageError(f"--order: found {self.order}, expected one of {', '.join(ORDERS)}")
 
 
 @dataclass

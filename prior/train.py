@@ -27,10 +27,11 @@ from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.options import OptimizerConfig, RunConfig
 from vqgen.training.run import Run
 
-from .dataset import Sequences, vocabulary_of
+from .conditioning import Conditioning
+from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
-from .objective import corrupted, objective, without_labels
+from .objective import corrupted, objective
 from .options import ObjectiveConfig, PriorConfig
 from .preview import preview_codes
 
@@ -69,15 +70,14 @@ class PriorTrainer:
     def __init__(self, run: Run, config: PriorTraining, train: CodeFiles, heldout: CodeFiles) -> None:
         self.run, self.config = run, config
         self.tokenizer_folder = config.codes / "tokenizer"
-        self.vocabulary = vocabulary_of(train)
-        self.train_codes = Sequences(train, self.vocabulary)
-        self.heldout_codes = Sequences(heldout, self.vocabulary)
+        self.conditioning = Conditioning.for_files(train, config.objective, config.model.order)
+        self.vocabulary = self.conditioning.vocabulary
+        self.train_codes = Sequences(train, self.conditioning)
+        self.heldout_codes = Sequences(heldout, self.conditioning)
         self.tokenizer = Tokenizer.load(self.tokenizer_folder, run.device)
         torch.manual_seed(config.run.seed)
         image_shape = (train.channels, *train.image_size)
-        names, mark = train.class_names, train.tokenizer_fingerprint
-        dropout = config.objective.label_dropout
-        prior = Prior(config.model, self.vocabulary, image_shape, names, mark, dropout).to(run.device)
+        prior = Prior(config.model, self.conditioning, image_shape, train.tokenizer_fingerprint).to(run.device)
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
@@ -107,14 +107,15 @@ class PriorTrainer:
     def step(self, step: int) -> dict[str, Tensor]:
         tokens = next(self.batches).to(self.run.device, non_blocking=True)
         settings = self.config.objective
-        tokens = without_labels(tokens, settings.label_dropout, self.vocabulary)
-        fed = corrupted(tokens[:, :-1], settings.token_corruption, self.vocabulary)
+        tokens = self.conditioning.dropped(tokens)
+        inputs = corrupted(tokens[:, :-1], settings.token_corruption, self.conditioning)
+        targets = self.conditioning.split(tokens)[1]
         count = self.config.run.accumulate
         logged: dict[str, Tensor] = {}
-        for index, (part, targets) in enumerate(zip(fed.chunk(count), tokens[:, 1:].chunk(count), strict=True)):
+        for index, (part, wanted) in enumerate(zip(inputs.chunk(count), targets.chunk(count), strict=True)):
             with self.run.part(self.model, index):
                 self.last_tokens = part
-                terms, loss = objective(self.model(part), targets, settings)
+                terms, loss = objective(self.conditioning.of_codes(self.model(part)), wanted, settings)
                 self.run.backward(terms, loss)
             for name, term in terms.items():
                 logged[name] = logged.get(name, 0) + term.detach() / count
@@ -152,7 +153,8 @@ class PriorTrainer:
         with self.run.accelerator.autocast(), torch.no_grad():
             codes = preview_codes(prior, self.config.preview_images, self.config.run.seed)
             images = to_uint8(self.tokenizer.decode(codes).float())
-        columns = self.vocabulary.classes if 2 <= self.vocabulary.classes <= 20 else 8
+        cycle = self.conditioning.cycle(self.conditioning.conditions())
+        columns = cycle if 2 <= cycle <= 20 else 8
         grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
         if self.run.main:
             write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)

@@ -1,4 +1,4 @@
-"""Token ids of codes, classes and the null token."""
+"""Token ids of codes, and the order in which the codes of an image stand in a sequence."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,22 @@ from torch import Tensor
 
 from vqgen.errors import UserError
 
+from .orders import ORDERS
+
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids: `depth` ranges of `codebook_size` codes, then one id a class, then the null id."""
+    """Ids of codes: `depth` ranges of `codebook_size` ids each. The ids of the conditioning follow them."""
 
     codebook_size: int
     depth: int
     grid: tuple[int, int]
-    classes: int
+    order: str = "raster"
+    """Name in `ORDERS`."""
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise UserError(f"order: found {self.order!r}, expected one of {', '.join(ORDERS)}")
 
     @property
     def length(self) -> int:
@@ -23,34 +30,41 @@ class Vocabulary:
         return self.grid[0] * self.grid[1] * self.depth
 
     @property
-    def null(self) -> int:
-        """The id that is both "unconditional" and the start of an unconditional sequence."""
-        return self.codebook_size * self.depth + self.classes
-
-    @property
     def size(self) -> int:
-        """Number of ids, the null id included."""
-        return self.null + 1
-
-    def class_id(self, labels: Tensor) -> Tensor:
-        """Labels (B,) -> token ids (B,); -1 (no label) becomes the null id."""
-        return torch.where(labels < 0, self.null, labels + self.codebook_size * self.depth)
+        """Number of ids of codes; the first id of the conditioning."""
+        return self.codebook_size * self.depth
 
     def allowed(self, position: int) -> tuple[int, int]:
-        """First and one-past-last id that may stand at code position `position` (0 is the first code)."""
+        """First and one-past-last id of the codes at code position `position` (0 is the first code of a sequence)."""
         start = position % self.depth * self.codebook_size
         return start, start + self.codebook_size
 
-    def to_tokens(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, h, w) or (B, h, w, depth) -> tokens (B, length), raster order, depth innermost."""
+    def to_sequence(self, values: Tensor) -> Tensor:
+        """Values on the grid (B, h, w[, depth]) -> (B, length), in drawing order, depth innermost."""
         shape = (*self.grid, self.depth) if self.depth > 1 else self.grid
-        if codes.shape[1:] != torch.Size(shape):
-            raise UserError(f"codes have shape {tuple(codes.shape[1:])}, this prior was made for {tuple(shape)}")
-        ranges = torch.arange(self.depth, device=codes.device) * self.codebook_size
-        return (codes.reshape(len(codes), self.length // self.depth, self.depth) + ranges).flatten(1)
+        if values.shape[1:] != torch.Size(shape):
+            raise UserError(f"codes have shape {tuple(values.shape[1:])}, this prior was made for {tuple(shape)}")
+        values = values.reshape(len(values), self.length // self.depth, self.depth)
+        if self.order != "raster":
+            values = values[:, torch.tensor(ORDERS[self.order](*self.grid), device=values.device)]
+        return values.flatten(1)
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        """The inverse of `to_sequence`."""
+        values = values.reshape(len(values), self.length // self.depth, self.depth)
+        if self.order != "raster":
+            values = values[:, torch.tensor(ORDERS[self.order](*self.grid), device=values.device).argsort()]
+        values = values.reshape(len(values), *self.grid, self.depth)
+        return values if self.depth > 1 else values.squeeze(-1)
+
+    def to_tokens(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, h, w[, depth]) -> token ids (B, length)."""
+        return self.to_sequence(codes) + self._first_ids(codes.device)
 
     def to_codes(self, tokens: Tensor) -> Tensor:
         """The inverse of `to_tokens`."""
-        ranges = torch.arange(self.depth, device=tokens.device) * self.codebook_size
-        codes = tokens.reshape(len(tokens), *self.grid, self.depth) - ranges
-        return codes if self.depth > 1 else codes.squeeze(-1)
+        return self.to_grid(tokens - self._first_ids(tokens.device))
+
+    def _first_ids(self, device: torch.device) -> Tensor:
+        """First id of the range of each code position: (length,)."""
+        return torch.arange(self.length, device=device) % self.depth * self.codebook_size

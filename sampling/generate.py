@@ -1,4 +1,4 @@
-"""Cached decoding on token ids alone: a causal LM, plain numbers, no images.
+"""Cached decoding on token ids alone: a causal LM and tensors of ids, no images.
 
 `generate` is the entry point. It calls `prefill` (the prompt, in one pass) and `decode_n` (the loop over `decode_one`)
 on a `CachedTransformer`, which holds the model's static key-value cache. Nothing in the loop waits for the device.
@@ -17,12 +17,15 @@ from .cached_transformer import CachedTransformer
 from .logits import choose, guide
 from .settings import SamplingSettings
 
+Allowed = Sequence[tuple[int, int]]
+"""For each code position of an image the range of ids that may stand there: first, one past the last."""
+
 
 def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
-    """The random numbers of images: float64 (len(indices), length) in [0, 1).
+    """Random numbers of images: float64 (len(indices), length) in [0, 1).
 
     Row i is a pure function of (seed, indices[i]): each pair keys a counter-based generator of its own (Philox,
-    Salmon et al. 2011), so neither the batch nor the process nor anything drawn before matters. Both lie in 0..2^64-1.
+    Salmon et al. 2011), so it depends on no batch, no process and no earlier draw. Both lie in 0..2^64-1.
     """
     rows = [np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(length) for index in indices]
     if not rows:
@@ -31,17 +34,17 @@ def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
 
 
 def prefill(decoder: CachedTransformer, prompt: Tensor, allowed: tuple[int, int]) -> Tensor:
-    """Start a batch with its prompts (rows, P); return the logits of the ids that may come first, (rows, K)."""
+    """Start a batch with its prompts (rows, P); return the logits of the ids allowed next, (rows, K)."""
     decoder.start(len(prompt))
     return decoder.feed(prompt, allowed)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens int64 (B, n), and what they cost the model itself.
+    """Code tokens int64 (B, length) of images, known ones included, and the NLL of those that were drawn.
 
-    `nats` float64 (B,) is -log p of the tokens given all before them and the condition: at temperature 1, without
-    guidance or filters, among the ids that may stand there.
+    `nats` float64 (B,) is the NLL given the prefix and all earlier tokens: at temperature 1, without guidance or
+    filters, among the allowed ids.
     """
 
     tokens: Tensor
@@ -54,13 +57,13 @@ def decode_one(
     """Draw one token an image.
 
     Args:
-        logits: of the ids from `start` on that may stand here, (B, K), or where there is a `scale` (2B, K): B rows
-            with the condition, then the same without it.
+        logits: of the allowed ids, which begin at `start`: (B, K), or with a `scale` (2B, K): B rows with the
+            condition, then the same without it.
         uniforms: (B,).
         scale: of the guidance; None = none.
 
     Returns:
-        Token ids (B,), and -log p of each, float32 (B,).
+        Token ids (B,), and the NLL of each, float32 (B,).
     """
     conditional, wanted = logits, logits
     if scale is not None:
@@ -74,32 +77,38 @@ def decode_one(
 def decode_n(
     decoder: CachedTransformer,
     logits: Tensor,
-    allowed: Sequence[tuple[int, int]],
+    allowed: Allowed,
     uniforms: Tensor,
     settings: SamplingSettings,
     guided: bool = False,
-    before: int = 0,
+    known: Tensor | None = None,
+    first: int = 0,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Drawn:
-    """Draw len(allowed) tokens an image, feeding each back.
+    """Draw the tokens of code positions `first` to len(allowed) - 1, feeding each back.
 
     Args:
         logits: what `prefill` returned.
-        before: codes of the image that were given, for the guidance's schedule.
+        uniforms: (B, len(allowed)).
+        known: see `generate`; before `first` every token is known.
     """
-    drawn: list[Tensor] = []
+    drawn = [] if known is None else list(known[:, :first].unbind(1))
     total = torch.zeros(len(uniforms), dtype=torch.float64, device=logits.device)
-    for position, legal in enumerate(allowed):
-        if position:
+    for position in range(first, len(allowed)):
+        start, end = allowed[position]
+        if position > first:
             tokens = drawn[-1].repeat(2) if guided else drawn[-1]
-            logits = decoder.feed(tokens[:, None], legal)
-        scale = settings.guidance_at(before + position, before + len(allowed)) if guided else None
-        tokens, nats = decode_one(logits, legal[0], uniforms[:, position], settings, scale)
+            logits = decoder.feed(tokens[:, None], (start, end))
+        scale = settings.guidance_at(position, len(allowed)) if guided else None
+        tokens, nats = decode_one(logits, start, uniforms[:, position], settings, scale)
+        if known is not None:
+            given = known[:, position]
+            tokens, nats = torch.where(given < 0, tokens, given), torch.where(given < 0, nats, 0)
         total += nats
         drawn.append(tokens)
         if on_token is not None:
             on_token(tokens)
-    if not total.isfinite().all():  # asked once, after the loop: asking waits for the device
+    if not total.isfinite().all():  # once, after the loop: reading a value waits for the device
         raise UserError("the model's logits are not finite; its weights are damaged, or try --precision fp32")
     return Drawn(torch.stack(drawn, 1), total)
 
@@ -107,28 +116,33 @@ def decode_n(
 @torch.inference_mode()
 def generate(
     decoder: CachedTransformer,
-    prompt: Tensor,
-    allowed: Sequence[tuple[int, int]],
+    prefix: Tensor,
+    allowed: Allowed,
     uniforms: Tensor,
     settings: SamplingSettings,
     unconditional: Tensor | None = None,
+    known: Tensor | None = None,
+    leading: int = 0,
     rows: int = 1,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Drawn:
-    """Continue prompts by len(allowed) tokens.
+    """Draw the code tokens of images.
 
     Args:
         decoder: with a cache of at least P + len(allowed) - 1 positions (the last token is never fed).
-        prompt: token ids (B, P), the condition and any codes that are given.
-        allowed: for each token to draw the range of ids that may stand there: first, one past the last.
+        prefix: token ids (B, P), see `prior/conditioning.py`.
+        allowed: one range for each code position.
         uniforms: (B, len(allowed)) in [0, 1), see `image_uniforms`.
-        unconditional: (B, P) the prompt without its condition; used, at twice the rows, where `settings` are guided.
-        rows: pad the batch to a multiple of this many. Matrix products may round otherwise for another number of
-            rows; on shapes where they do, padding keeps an image independent of its batch.
-        on_token: called with each column of tokens (B,) as it is drawn, on the device.
+        unconditional: (B, P) the prefix without its conditions; used, at twice the rows, where `settings` are guided.
+        known: (B, len(allowed)) code tokens that are given, -1 where one is to be drawn.
+        leading: this many first codes are known in every image and go into the model in one pass with the prefix.
+            Counted over all images of a series, so that an image is computed alike in every batch.
+        rows: pad the batch to a multiple of this many. Matrix products may round differently for another number of
+            rows; padding to numbers that agree keeps an image independent of its batch.
+        on_token: called with the tokens (B,) of each position from `leading` on, on the device.
 
     Returns:
-        Tokens (B, len(allowed)) and their nats, on the model's device.
+        Tokens (B, len(allowed)) and the NLL of those drawn, on the model's device.
 
     Raises:
         UserError: the logits are not finite.
@@ -136,20 +150,22 @@ def generate(
     """
     if decoder.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs decoding; call eval() first")
-    count, device = len(prompt), decoder.model.device
-    if not count or not allowed:
-        nothing = torch.empty(count, len(allowed), dtype=torch.long, device=device)
-        return Drawn(nothing, torch.zeros(count, dtype=torch.float64, device=device))
+    count, device = len(prefix), decoder.model.device
+    if not count or leading == len(allowed):
+        tokens = torch.empty(count, len(allowed), dtype=torch.long) if known is None else known
+        return Drawn(tokens.to(device), torch.zeros(count, dtype=torch.float64, device=device))
     fill = torch.arange(-(-count // rows) * rows).clamp(max=count - 1)  # padding repeats the last row
 
     def padded(values: Tensor) -> Tensor:
         return values.cpu()[fill].to(device)
 
-    inputs, guided = padded(prompt), False
+    given = None if known is None else padded(known)
+    prompts = [padded(prefix)]
     if unconditional is not None and settings.guided:
-        inputs, guided = torch.cat([inputs, padded(unconditional)]), True
+        prompts.append(padded(unconditional))
+    if given is not None:
+        prompts = [torch.cat([prompt, given[:, :leading]], 1) for prompt in prompts]
     report = None if on_token is None else lambda tokens: on_token(tokens[:count])
-    logits = prefill(decoder, inputs, allowed[0])
-    before = prompt.shape[1] - 1
-    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, guided, before, report)
+    logits = prefill(decoder, torch.cat(prompts), allowed[leading])
+    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, len(prompts) > 1, given, leading, report)
     return Drawn(drawn.tokens[:count], drawn.nats[:count])

@@ -16,7 +16,7 @@ from vqgen.files import read_json, write_json
 from vqgen.output_folder import remove
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
-Layout = Literal["flat", "labels", "folders"]
+Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
 # What a killed process leaves of a file it was writing; see `atomic_path`.
 PART = re.compile(r"\.(\d{5,}(-.*)?\.png|grid\.png|samples(\.partial)?\.json)\..*part")
 # These may differ between a run and the one that goes on with it.

@@ -1,7 +1,8 @@
-"""More images drawn than are kept: which are candidates for which place, and which stay.
+"""Oversampling: draw more candidates than images, keep the most likely.
 
-The images of one class (and one given beginning) come in groups of `GROUP`. A group is drawn with as many more as
-`oversample` says, and its places go to the likeliest. So an image still depends on its seed, index and settings alone.
+The images of one condition (and one row of known codes) come in groups of `GROUP`. `oversample` times as many
+candidates are drawn for a group, and its images are the most likely of them. So an image still depends on its seed,
+index and settings alone.
 """
 
 import math
@@ -17,55 +18,55 @@ EXTRA = 2**63
 
 @dataclass(frozen=True)
 class Group:
-    """The places of one group and its candidates, both as indices of images; candidates[:GROUP] are the places."""
+    """Images of one group and its candidates, both as indices; candidates[:GROUP] are the images themselves."""
 
-    places: list[int]
+    images: list[int]
     candidates: list[int]
 
 
 def group_of(index: int, cycle: int, oversample: float) -> Group:
-    """The group of image `index` where classes (and given images) come round every `cycle` images."""
+    """The group of image `index` where conditions (and known codes) repeat after `cycle` images."""
     kind, number = index % cycle, index // cycle // GROUP
-    places = [(number * GROUP + member) * cycle + kind for member in range(GROUP)]
+    images = [(number * GROUP + member) * cycle + kind for member in range(GROUP)]
     more = math.ceil(GROUP * (oversample - 1))
-    first = EXTRA - EXTRA % cycle + kind  # of the same class as the places, going round
+    first = EXTRA - EXTRA % cycle + kind  # the same condition as the images of the group
     extra = [first + (number * more + member) * cycle for member in range(more)]
-    return Group(places, places + extra)
+    return Group(images, images + extra)
 
 
-def likeliest(nats: Tensor) -> Tensor:
-    """The `GROUP` candidates of the fewest nats, in the order they have: nats (candidates,) -> indices (GROUP,)."""
+def most_likely(nats: Tensor) -> Tensor:
+    """The `GROUP` candidates of the lowest NLL, in ascending order: nats (candidates,) -> indices (GROUP,)."""
     return nats.argsort(stable=True)[:GROUP].sort().values
 
 
 def batches(indices: Sequence[int], cycle: int, oversample: float, batch_size: int) -> list[list[int]]:
-    """Images to draw together: `batch_size` neighbours, or where there are candidates whole groups of about as many."""
+    """Split images into batches of `batch_size`; with oversampling into whole groups of about as many candidates."""
     if oversample == 1:
         return [list(indices[first : first + batch_size]) for first in range(0, len(indices), batch_size)]
     groups: dict[int, list[int]] = {}
     for index in indices:
-        groups.setdefault(group_of(index, cycle, oversample).places[0], []).append(index)
-    together = max(1, batch_size // len(group_of(0, cycle, oversample).candidates))
-    each = list(groups.values())
-    parts = [each[first : first + together] for first in range(0, len(each), together)]
+        groups.setdefault(group_of(index, cycle, oversample).images[0], []).append(index)
+    per_batch = max(1, batch_size // len(group_of(0, cycle, oversample).candidates))
+    members = list(groups.values())
+    parts = [members[first : first + per_batch] for first in range(0, len(members), per_batch)]
     return [[index for group in part for index in group] for part in parts]
 
 
-def selected(indices: Sequence[int], cycle: int, oversample: float) -> tuple[list[int], list[Group]]:
-    """All candidates of the groups that `indices` belong to, and the groups, in that order; without oversampling the
-    images themselves, and no groups."""
+def with_candidates(indices: Sequence[int], cycle: int, oversample: float) -> tuple[list[int], list[Group]]:
+    """All candidates of the groups of `indices`, and those groups in that order; without oversampling the images
+    themselves and no groups."""
     if oversample == 1:
         return list(indices), []
-    groups = {group.places[0]: group for group in (group_of(index, cycle, oversample) for index in indices)}
+    groups = {group.images[0]: group for group in (group_of(index, cycle, oversample) for index in indices)}
     return [candidate for group in groups.values() for candidate in group.candidates], list(groups.values())
 
 
-def places(nats: Tensor, groups: Sequence[Group]) -> dict[int, int]:
-    """For every place of the groups the row that stays there, of the candidates' nats (all candidates,)."""
+def selected_rows(nats: Tensor, groups: Sequence[Group]) -> dict[int, int]:
+    """Image -> row of the candidate selected for it, from the NLL of all candidates of the groups, in order."""
     found: dict[int, int] = {}
     first = 0
     for group in groups:
-        rows = first + likeliest(nats[first : first + len(group.candidates)])
-        found |= dict(zip(group.places, rows.tolist(), strict=True))
+        rows = first + most_likely(nats[first : first + len(group.candidates)])
+        found |= dict(zip(group.images, rows.tolist(), strict=True))
         first += len(group.candidates)
     return found

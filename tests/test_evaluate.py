@@ -28,6 +28,7 @@ from vqgen.evaluation import distances
 from vqgen.evaluation.distances import density_coverage, figures, frechet, kernel_distance, precision_recall, statistics
 from vqgen.evaluation.extractors import Inception, PixelHash, Vgg16, extract, extractor_for
 from vqgen.evaluation.receipt import flat
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
@@ -270,8 +271,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = ModelConfig(width=8, multipliers=[1, 1], patch=4, blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, shape, QuantizerConfig(codebook_size=16, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
-    vocabulary = Vocabulary(16, 1, tokenizer.grid, 2)
-    prior = Prior(PriorConfig(dim=32, layers=1, heads=2), vocabulary, (3, 16, 16), ["dark", "light"], mark)
+    conditioning = Conditioning(Vocabulary(16, 1, tokenizer.grid), [Classes(2, ["dark", "light"])])
+    prior = Prior(PriorConfig(dim=32, layers=1, heads=2), conditioning, (3, 16, 16), mark)
     prior.save(folder, folder / "made-of")
     return folder
 

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
@@ -17,23 +18,28 @@ from vqgen.sampling.settings import SamplingSettings
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
 
 
-def model_of(vocabulary: Vocabulary, backbone="llama", dim=32, heads=2, hidden=None, sharp=1.0) -> PreTrainedModel:
+def layout(codebook_size: int, depth: int, grid: tuple[int, int], classes: int) -> Conditioning:
+    return Conditioning(Vocabulary(codebook_size, depth, grid), [Classes(classes)])
+
+
+def model_of(conditioning: Conditioning, backbone="llama", dim=32, heads=2, hidden=None, sharp=1.0) -> PreTrainedModel:
     """A random causal LM; `sharp` multiplies its logits."""
     torch.manual_seed(0)
     shape = PriorConfig(backbone=backbone, dim=dim, layers=2, heads=heads, hidden_dim=hidden)
-    config = backbone_config(shape, vocabulary)
+    config = backbone_config(shape, conditioning)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(sharp)
     return model
 
 
-def allowed_of(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+def allowed_of(conditioning: Conditioning) -> list[tuple[int, int]]:
+    vocabulary = conditioning.vocabulary
     return [vocabulary.allowed(position) for position in range(vocabulary.length)]
 
 
-def conditions(vocabulary: Vocabulary, count: int) -> torch.Tensor:
-    return vocabulary.class_id(torch.arange(count) % max(vocabulary.classes, 1))[:, None]
+def conditions(conditioning: Conditioning, count: int) -> torch.Tensor:
+    return conditioning.prefixes(conditioning.conditions(), range(count))
 
 
 class Recorder(CachedTransformer):
@@ -52,15 +58,15 @@ class Recorder(CachedTransformer):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_cached_decoding_equals_the_full_forward(backbone, rows, depth):
-    vocabulary = Vocabulary(codebook_size=20, depth=depth, grid=(3, 4), classes=3)
-    model = model_of(vocabulary, backbone, sharp=20)
-    decoder, prompt = Recorder(model, vocabulary.length), conditions(vocabulary, rows)
-    uniforms = image_uniforms(0, range(rows), vocabulary.length)
+    spec = layout(codebook_size=20, depth=depth, grid=(3, 4), classes=3)
+    model = model_of(spec, backbone, sharp=20)
+    decoder, prompt = Recorder(model, spec.vocabulary.length), conditions(spec, rows)
+    uniforms = image_uniforms(0, range(rows), spec.vocabulary.length)
     greedy = SamplingSettings(temperature=0)
-    tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, greedy).tokens
+    tokens = generate(decoder, prompt, allowed_of(spec), uniforms, greedy).tokens
     with torch.inference_mode():
         full = model(input_ids=torch.cat([prompt, tokens], 1), use_cache=False).logits[:, :-1]
-    for position, (start, end) in enumerate(allowed_of(vocabulary)):
+    for position, (start, end) in enumerate(allowed_of(spec)):
         torch.testing.assert_close(decoder.given[position], full[:, position, start:end], rtol=1e-4, atol=1e-4)
         assert torch.equal(tokens[:, position], full[:, position, start:end].argmax(-1) + start)
     assert tokens.unique().numel() > 4  # a constant would prove little
@@ -68,64 +74,88 @@ def test_cached_decoding_equals_the_full_forward(backbone, rows, depth):
 
 @backbones
 def test_future_tokens_change_no_earlier_logit(backbone):
-    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=0)
-    decoder = Recorder(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
-    first, second = torch.randint(20, (2, 1, vocabulary.length), generator=torch.Generator().manual_seed(0))
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=0)
+    decoder = Recorder(model_of(spec, backbone, sharp=20), spec.vocabulary.length)
+    first, second = torch.randint(20, (2, 1, spec.vocabulary.length), generator=torch.Generator().manual_seed(0))
     second[:, :6] = first[:, :6]
-    given = []
+    seen = []
     with torch.inference_mode():
         for tokens in (first, second):
             decoder.start(1)
-            for position in range(vocabulary.length):
+            for position in range(spec.vocabulary.length):
                 decoder.feed(tokens[:, position, None])
-            given.append(torch.cat(decoder.given))
-    assert torch.equal(given[0][:6], given[1][:6])
-    assert not torch.isclose(given[0][6:], given[1][6:]).all(-1).any()
+            seen.append(torch.cat(decoder.given))
+    assert torch.equal(seen[0][:6], seen[1][:6])
+    assert not torch.isclose(seen[0][6:], seen[1][6:]).all(-1).any()
 
 
 @backbones
-def test_a_longer_prompt_goes_in_at_once(backbone):
-    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = CachedTransformer(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
-    uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
-    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings()).tokens
-    prompt = torch.cat([conditions(vocabulary, 3), whole[:, :5]], 1)
-    rest = generate(decoder, prompt, legal[5:], uniforms[:, 5:], SamplingSettings()).tokens
-    assert torch.equal(rest, whole[:, 5:])
-    # Guidance that grows goes on as strong as it would have been.
+def test_known_codes_go_in_at_once(backbone):
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = CachedTransformer(model_of(spec, backbone, sharp=20), spec.vocabulary.length)
+    uniforms, legal, prefix = image_uniforms(0, range(3), 12), allowed_of(spec), conditions(spec, 3)
+    # Guidance that grows is as strong as it would have been.
     growing = SamplingSettings(guidance_scale=6.0, guidance_schedule="linear")
-    condition = prompt[:, :1]
-    null = torch.full_like(condition, vocabulary.null)
-    whole = generate(decoder, condition, legal, uniforms, growing, null).tokens
-    prompts = [torch.cat([first, whole[:, :5]], 1) for first in (condition, null)]
-    rest = generate(decoder, prompts[0], legal[5:], uniforms[:, 5:], growing, prompts[1]).tokens
-    assert torch.equal(rest, whole[:, 5:])
+    for settings in (SamplingSettings(), growing):
+        full = generate(decoder, prefix, legal, uniforms, settings, spec.without(prefix))
+        known = torch.where(torch.arange(12) < 5, full.tokens, -1)
+        seen: list[torch.Tensor] = []
+        rest = generate(
+            decoder, prefix, legal, uniforms, settings, spec.without(prefix), known, leading=5, on_token=seen.append
+        )
+        assert torch.equal(rest.tokens, full.tokens) and len(seen) == 7
+        assert (rest.nats < full.nats).all(), "known codes cost nothing"
+
+
+@backbones
+def test_known_codes_later_in_the_sequence_are_forced(backbone):
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = CachedTransformer(model_of(spec, backbone, sharp=20), spec.vocabulary.length)
+    uniforms, legal, prefix = image_uniforms(0, range(3), 12), allowed_of(spec), conditions(spec, 3)
+    full = generate(decoder, prefix, legal, uniforms, SamplingSettings())
+    known = torch.full((3, 12), -1)
+    known[:, 4] = (full.tokens[:, 4] + 7) % 20
+    known[0, 9] = full.tokens[0, 9]
+    found = generate(decoder, prefix, legal, uniforms, SamplingSettings(), known=known)
+    assert torch.equal(found.tokens[:, :4], full.tokens[:, :4])
+    assert torch.equal(torch.where(known < 0, -1, found.tokens), known)
+    assert not torch.equal(found.tokens[:, 5:], full.tokens[:, 5:]), "what follows depends on what was forced"
+    # The NLL is that of the drawn codes alone, given all codes before them.
+    with torch.no_grad():
+        logits = decoder.model(input_ids=torch.cat([prefix, found.tokens[:, :-1]], 1)).logits[..., :20]
+    nats = -logits.log_softmax(-1).gather(2, found.tokens[..., None])[..., 0].masked_fill(known >= 0, 0)
+    torch.testing.assert_close(found.nats, nats.double().sum(1), rtol=1e-4, atol=1e-4)
+    # With everything known nothing is computed.
+    assert torch.equal(
+        generate(decoder, prefix, legal, uniforms, SamplingSettings(), known=full.tokens, leading=12).tokens,
+        full.tokens,
+    )
 
 
 @backbones
 def test_a_prompt_may_come_in_pieces(backbone):
     """A piece sees what came before it, and of itself what is not ahead."""
-    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = CachedTransformer(model_of(vocabulary, backbone, sharp=20), vocabulary.length)
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = CachedTransformer(model_of(spec, backbone, sharp=20), spec.vocabulary.length)
     tokens = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0))
-    given = []
+    seen = []
     with torch.inference_mode():
         for pieces in ([12], [5, 7], [1, 1, 4, 6], [1] * 12):
             decoder.start(3)
-            given.append([decoder.feed(piece) for piece in tokens.split(pieces, 1)][-1])
-    for other in given[1:]:
-        torch.testing.assert_close(other, given[0], rtol=1e-4, atol=1e-4)
+            seen.append([decoder.feed(piece) for piece in tokens.split(pieces, 1)][-1])
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], rtol=1e-4, atol=1e-4)
 
 
 @backbones
 def test_joined_projections_are_the_models_own(backbone):
     """Nothing is held twice, and the model is the one it was."""
-    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    model, tokens = model_of(vocabulary, backbone), torch.arange(8)[None]
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    model, tokens = model_of(spec, backbone), torch.arange(8)[None]
     with torch.inference_mode():
         before = model(input_ids=tokens, use_cache=False).logits
         names = {name: value.clone() for name, value in model.state_dict().items()}
-        decoder = CachedTransformer(model, vocabulary.length)
+        decoder = CachedTransformer(model, spec.vocabulary.length)
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
         assert all(torch.equal(value, names[name]) for name, value in model.state_dict().items())
     held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -177,17 +207,17 @@ def test_other_models_are_refused():
 
 
 def test_the_cache_is_exact_and_used_again():
-    vocabulary = Vocabulary(codebook_size=20, depth=1, grid=(3, 4), classes=3)
-    decoder = CachedTransformer(model_of(vocabulary, sharp=20), vocabulary.length)
-    legal, settings = allowed_of(vocabulary), SamplingSettings()
+    spec = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3)
+    decoder = CachedTransformer(model_of(spec, sharp=20), spec.vocabulary.length)
+    legal, settings = allowed_of(spec), SamplingSettings()
 
     def drawn(seed, count=4):
-        uniforms = image_uniforms(seed, range(count), vocabulary.length)
-        return generate(decoder, conditions(vocabulary, count), legal, uniforms, settings).tokens
+        uniforms = image_uniforms(seed, range(count), spec.vocabulary.length)
+        return generate(decoder, conditions(spec, count), legal, uniforms, settings).tokens
 
     first = drawn(0)
     places = [cache.data_ptr() for cache in decoder._cache]
-    assert len(places) == 2 and decoder._cache[0].shape[2] == vocabulary.length
+    assert len(places) == 2 and decoder._cache[0].shape[2] == spec.vocabulary.length
     second = drawn(1)
     assert [cache.data_ptr() for cache in decoder._cache] == places
     assert not torch.equal(first, second)
@@ -200,15 +230,15 @@ def test_the_cache_is_exact_and_used_again():
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_logits_do_not_depend_on_the_batch(scale):
     """Bit for bit, not only in the tokens: a last bit would turn a token once in many thousand images."""
-    vocabulary = Vocabulary(codebook_size=64, depth=1, grid=(1, 3), classes=3)
+    spec = layout(codebook_size=64, depth=1, grid=(1, 3), classes=3)
     # 17 rows of a feed-forward width of 688 do not fill the last vector of the activation, 16 and 32 rows do.
-    decoder = Recorder(model_of(vocabulary, dim=256, heads=4, hidden=688, sharp=5), vocabulary.length)
-    prompt, null = conditions(vocabulary, 64), torch.full((64, 1), vocabulary.null)
-    uniforms = image_uniforms(3, range(64), vocabulary.length)
+    decoder = Recorder(model_of(spec, dim=256, heads=4, hidden=688, sharp=5), spec.vocabulary.length)
+    prompt, null = conditions(spec, 64), torch.full((64, 1), spec.null)
+    uniforms = image_uniforms(3, range(64), spec.vocabulary.length)
     settings = SamplingSettings(guidance_scale=scale)
 
     def drawn(part):
-        legal = allowed_of(vocabulary)
+        legal = allowed_of(spec)
         tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, null[part], rows=CPU_ROWS).tokens
         return tokens, torch.stack(decoder.given, 1)[: len(tokens)]
 
@@ -220,14 +250,14 @@ def test_logits_do_not_depend_on_the_batch(scale):
 
 
 def test_bfloat16_does_not_depend_on_the_batch():
-    vocabulary = Vocabulary(codebook_size=64, depth=1, grid=(1, 3), classes=3)
+    spec = layout(codebook_size=64, depth=1, grid=(1, 3), classes=3)
     # Sums over 1024 are ordered by the number of rows, unless something is done about it.
-    model = model_of(vocabulary, dim=384, heads=6, hidden=1024, sharp=5).to(torch.bfloat16)
-    decoder = Recorder(model, vocabulary.length)
-    prompt, uniforms = conditions(vocabulary, 64), image_uniforms(3, range(64), vocabulary.length)
+    model = model_of(spec, dim=384, heads=6, hidden=1024, sharp=5).to(torch.bfloat16)
+    decoder = Recorder(model, spec.vocabulary.length)
+    prompt, uniforms = conditions(spec, 64), image_uniforms(3, range(64), spec.vocabulary.length)
 
     def drawn(part):
-        tokens = generate(decoder, prompt[part], allowed_of(vocabulary), uniforms[part], SamplingSettings()).tokens
+        tokens = generate(decoder, prompt[part], allowed_of(spec), uniforms[part], SamplingSettings()).tokens
         return tokens, torch.stack(decoder.given, 1)
 
     tokens, logits = drawn(slice(64))
@@ -294,12 +324,12 @@ def filtered(logits: np.ndarray, unconditional: np.ndarray, settings: SamplingSe
 )
 def test_samples_follow_the_distribution(settings):
     """Pairs of codes against the products of the model's own conditional probabilities."""
-    vocabulary, count = Vocabulary(codebook_size=5, depth=1, grid=(1, 2), classes=2), 5_000
-    model = model_of(vocabulary, dim=16, sharp=40)
-    prompt = vocabulary.class_id(torch.ones(count, dtype=torch.long))[:, None]
-    null = torch.full_like(prompt, vocabulary.null)
+    spec, count = layout(codebook_size=5, depth=1, grid=(1, 2), classes=2), 5_000
+    model = model_of(spec, dim=16, sharp=40)
+    prompt = spec.prefixes({"class": [1]}, range(count))
+    null = torch.full_like(prompt, spec.null)
     uniforms = image_uniforms(1, range(count), 2)
-    drawn = generate(CachedTransformer(model, 2), prompt, allowed_of(vocabulary), uniforms, settings, null)
+    drawn = generate(CachedTransformer(model, 2), prompt, allowed_of(spec), uniforms, settings, null)
     tokens = drawn.tokens
     with torch.no_grad():  # whatever the settings, the nats are those of the model itself
         own = model(input_ids=torch.cat([prompt, tokens[:, :1]], 1)).logits[..., :5].log_softmax(-1)
@@ -312,8 +342,8 @@ def test_samples_follow_the_distribution(settings):
 
     condition = int(prompt[0])
     begin, end = (settings.guidance_at(position, 2) for position in range(2))
-    first = filtered(logits(condition), logits(vocabulary.null), settings, begin)
-    second = [filtered(logits(condition, a), logits(vocabulary.null, a), settings, end) for a in range(5)]
+    first = filtered(logits(condition), logits(spec.null), settings, begin)
+    second = [filtered(logits(condition, a), logits(spec.null, a), settings, end) for a in range(5)]
     expected = count * (first[:, None] * np.stack(second)).reshape(-1)
     assert counted[expected == 0].sum() == 0
     frequent = expected > 5
@@ -323,31 +353,31 @@ def test_samples_follow_the_distribution(settings):
 
 
 def test_only_legal_codes_are_drawn():
-    vocabulary = Vocabulary(codebook_size=4, depth=3, grid=(2, 2), classes=2)
-    model = model_of(vocabulary)
+    spec = layout(codebook_size=4, depth=3, grid=(2, 2), classes=2)
+    model = model_of(spec)
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every id, classes and null too, is as likely as any other
-    uniforms = image_uniforms(0, range(200), vocabulary.length)
+    uniforms = image_uniforms(0, range(200), spec.vocabulary.length)
     tokens = generate(
-        CachedTransformer(model, vocabulary.length),
-        conditions(vocabulary, 200),
-        allowed_of(vocabulary),
+        CachedTransformer(model, spec.vocabulary.length),
+        conditions(spec, 200),
+        allowed_of(spec),
         uniforms,
         SamplingSettings(),
     ).tokens
-    for position, (start, end) in enumerate(allowed_of(vocabulary)):
+    for position, (start, end) in enumerate(allowed_of(spec)):
         assert tokens[:, position].unique().tolist() == list(range(start, end))
 
 
 def test_guidance_doubles_the_rows_only_where_it_does_something():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = Recorder(model_of(vocabulary, sharp=20), vocabulary.length)
-    prompt, null = conditions(vocabulary, 3), torch.full((3, 1), vocabulary.null)
-    uniforms = image_uniforms(0, range(3), vocabulary.length)
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = Recorder(model_of(spec, sharp=20), spec.vocabulary.length)
+    prompt, null = conditions(spec, 3), torch.full((3, 1), spec.null)
+    uniforms = image_uniforms(0, range(3), spec.vocabulary.length)
 
     def drawn(scale, unconditional):
         settings = SamplingSettings(guidance_scale=scale)
-        tokens = generate(decoder, prompt, allowed_of(vocabulary), uniforms, settings, unconditional).tokens
+        tokens = generate(decoder, prompt, allowed_of(spec), uniforms, settings, unconditional).tokens
         return tokens, len(decoder.given[0])
 
     plain, rows = drawn(1.0, null)
@@ -355,62 +385,62 @@ def test_guidance_doubles_the_rows_only_where_it_does_something():
     assert drawn(5.0, None)[1] == 3
     guided, rows = drawn(5.0, null)
     assert rows == 6 and not torch.equal(guided, plain)
-    without = generate(decoder, null, allowed_of(vocabulary), uniforms, SamplingSettings()).tokens
+    without = generate(decoder, null, allowed_of(spec), uniforms, SamplingSettings()).tokens
     assert torch.equal(drawn(0.0, null)[0], without)
 
 
 def test_every_token_is_shown_as_it_is_drawn():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder, seen = CachedTransformer(model_of(vocabulary), vocabulary.length), []
-    uniforms = image_uniforms(0, range(3), vocabulary.length)
-    legal, prompt = allowed_of(vocabulary), conditions(vocabulary, 3)
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder, seen = CachedTransformer(model_of(spec), spec.vocabulary.length), []
+    uniforms = image_uniforms(0, range(3), spec.vocabulary.length)
+    legal, prompt = allowed_of(spec), conditions(spec, 3)
     drawn = generate(decoder, prompt, legal, uniforms, SamplingSettings(), rows=CPU_ROWS, on_token=seen.append)
     assert torch.equal(torch.stack(seen, 1), drawn.tokens)
 
 
 def test_steps_compose_to_the_whole():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = CachedTransformer(model_of(vocabulary, sharp=20), vocabulary.length)
-    uniforms, legal = image_uniforms(0, range(3), vocabulary.length), allowed_of(vocabulary)
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = CachedTransformer(model_of(spec, sharp=20), spec.vocabulary.length)
+    uniforms, legal = image_uniforms(0, range(3), spec.vocabulary.length), allowed_of(spec)
     with torch.inference_mode():
-        logits = prefill(decoder, conditions(vocabulary, 3), legal[0])
+        logits = prefill(decoder, conditions(spec, 3), legal[0])
         drawn = decode_n(decoder, logits, legal, uniforms, SamplingSettings())
-    whole = generate(decoder, conditions(vocabulary, 3), legal, uniforms, SamplingSettings())
+    whole = generate(decoder, conditions(spec, 3), legal, uniforms, SamplingSettings())
     assert torch.equal(drawn.tokens, whole.tokens) and torch.equal(drawn.nats, whole.nats)
 
 
 def test_logits_that_are_not_finite_are_an_error():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    model = model_of(vocabulary)
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    model = model_of(spec)
     with torch.no_grad():
         model.lm_head.weight[3, 0] = torch.nan
-    uniforms = image_uniforms(0, range(2), vocabulary.length)
+    uniforms = image_uniforms(0, range(2), spec.vocabulary.length)
     with pytest.raises(UserError, match="not finite"):
         generate(
             CachedTransformer(model, 4),
-            conditions(vocabulary, 2),
-            allowed_of(vocabulary),
+            conditions(spec, 2),
+            allowed_of(spec),
             uniforms,
             SamplingSettings(temperature=0),
         )
 
 
 def test_a_model_in_training_mode_is_refused():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = CachedTransformer(model_of(vocabulary).train(), vocabulary.length)
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = CachedTransformer(model_of(spec).train(), spec.vocabulary.length)
     with pytest.raises(ValueError, match="training mode"):
         generate(
             decoder,
-            conditions(vocabulary, 2),
-            allowed_of(vocabulary),
+            conditions(spec, 2),
+            allowed_of(spec),
             image_uniforms(0, range(2), 4),
             SamplingSettings(),
         )
 
 
 def test_nothing_to_draw_is_nothing():
-    vocabulary = Vocabulary(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = CachedTransformer(model_of(vocabulary), vocabulary.length)
-    none = conditions(vocabulary, 0)
-    drawn = generate(decoder, none, allowed_of(vocabulary), image_uniforms(0, [], 4), SamplingSettings())
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    decoder = CachedTransformer(model_of(spec), spec.vocabulary.length)
+    none = conditions(spec, 0)
+    drawn = generate(decoder, none, allowed_of(spec), image_uniforms(0, [], 4), SamplingSettings())
     assert drawn.tokens.shape == (0, 4) and drawn.nats.shape == (0,)

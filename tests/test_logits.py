@@ -187,7 +187,7 @@ def test_settings_out_of_range_are_named(name, value):
 
 @pytest.mark.parametrize("value", [[0.5, 0.5], [0.5], [0.0, 1.1], [-0.1, 1.0], 0.3])
 def test_an_interval_is_two_shares(value):
-    with pytest.raises(UsageError, match=r"--guidance-interval: found .* expected two shares"):
+    with pytest.raises(UsageError, match=r"--guidance-interval: found"):
         SamplingSettings(guidance_interval=value, guidance_schedule="interval", guidance_scale=2.0)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import vqgen.prior.export as exporting
 import vqgen.prior.measure as measuring
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
@@ -35,8 +36,8 @@ def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     kind = {"quantizer": "residual", "depth": depth} if depth > 1 else {}
     tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, model, QuantizerConfig(codebook_size=SIZE, code_dim=4, **kind)))
     mark = tokenizer.save(folder / "made-of")
-    vocabulary = Vocabulary(SIZE, depth, (2, 3), len(names or []))
-    prior = Prior(PriorConfig(backbone, dim=16, layers=2, heads=2), vocabulary, (3, 4, 6), names, mark)
+    conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Classes(len(names or []), names)])
+    prior = Prior(PriorConfig(backbone, dim=16, layers=2, heads=2), conditioning, (3, 4, 6), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)
     prior.save(folder, folder / "made-of")
@@ -79,7 +80,7 @@ def test_figures_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
     vocabulary = prior.vocabulary
     codes = torch.as_tensor(files.gather(range(9), [0] * 9)).long()  # type: ignore[arg-type]
     given = torch.full((9,), -1) if unconditional else torch.from_numpy(labels)
-    tokens = torch.cat([vocabulary.class_id(given)[:, None], vocabulary.to_tokens(codes)], 1)
+    tokens = torch.cat([prior.conditioning.classes.of_labels(given)[:, None], vocabulary.to_tokens(codes)], 1)
     each = torch.tensor([naive(prior, row) for row in tokens.tolist()])
     mean = each.mean().item()
     assert found["nats_per_token"] == pytest.approx(mean, rel=1e-5)
@@ -158,10 +159,11 @@ def test_transformers_draws_what_we_draw_from_an_exported_folder(cli, tmp_path, 
     generator = Generator.load(model, "cpu", "fp32")
     vocabulary = generator.prior.vocabulary
     greedy = generator.draw(range(3), settings=SamplingSettings(temperature=0))
-    condition = vocabulary.class_id(torch.arange(3))[:, None]
-    illegal = [[i] for i in range(SIZE * depth, vocabulary.size)]
+    conditioning = generator.conditioning
+    condition = conditioning.prefixes(conditioning.conditions(), range(3))
+    illegal = [[i] for i in range(SIZE * depth, conditioning.size)]
     if depth == 1:  # generate knows no ranges of positions
-        tokens = theirs.generate(condition, do_sample=False, bad_words_ids=illegal, pad_token_id=vocabulary.null)
+        tokens = theirs.generate(condition, do_sample=False, bad_words_ids=illegal, pad_token_id=conditioning.null)
         assert tokens.shape == (3, 1 + vocabulary.length)
         assert torch.equal(vocabulary.to_codes(tokens[:, 1:]), greedy.codes)
     sequences = torch.cat([condition, vocabulary.to_tokens(greedy.codes)], 1)

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_prior import make, tokens_for
+from test_prior import conditioning_of, make, tokens_for
 
 from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
-from vqgen.prior.objective import corrupted, objective, without_labels
+from vqgen.prior.objective import corrupted, objective
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.vocabulary import Vocabulary
 
 
 def given(seed=0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,30 +51,32 @@ def test_z_loss_pulls_the_normaliser_to_one():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_corruption_replaces_codes_by_codes_of_their_depth(depth):
-    vocabulary = Vocabulary(50, depth, (8, 8), 4)
+    conditioning = conditioning_of(50, depth, (8, 8), 4, ["a", "b", "c", "d"])
+    vocabulary = conditioning.vocabulary
     codes = torch.randint(50, (64, 8, 8, depth) if depth > 1 else (64, 8, 8))
-    tokens = torch.cat([vocabulary.class_id(torch.arange(64) % 4)[:, None], vocabulary.to_tokens(codes)], 1)
+    tokens = torch.cat([conditioning.prefixes(conditioning.conditions(), range(64)), vocabulary.to_tokens(codes)], 1)
     torch.manual_seed(0)
-    found = corrupted(tokens, 0.3, vocabulary)
+    found = corrupted(tokens, 0.3, conditioning)
     assert torch.equal(found[:, 0], tokens[:, 0])
     for position in range(vocabulary.length):
         start, end = vocabulary.allowed(position)
         assert ((found[:, 1 + position] >= start) & (found[:, 1 + position] < end)).all()
     # One in 50 is replaced by itself.
     assert (found != tokens).float().mean() == pytest.approx(0.3 * 0.98, abs=0.03)
-    assert corrupted(tokens, 0.0, vocabulary) is tokens
-    assert not (corrupted(tokens, 1.0, vocabulary)[:, 1:] == tokens[:, 1:]).float().mean() > 0.05
+    assert corrupted(tokens, 0.0, conditioning) is tokens
+    assert not (corrupted(tokens, 1.0, conditioning)[:, 1:] == tokens[:, 1:]).float().mean() > 0.05
 
 
 def test_labels_are_dropped_at_their_share_and_the_given_stay():
-    vocabulary = Vocabulary(8, 1, (2, 3), 3)
+    conditioning = conditioning_of(8, 1, (2, 3), 3)
+    conditioning.classes.dropout = 0.2
     tokens = torch.full((10_000, 7), 1)
     tokens[:, 0] = 9
     torch.manual_seed(0)
-    found = without_labels(tokens, 0.2, vocabulary)
+    found = conditioning.dropped(tokens)
     assert (tokens[:, 0] == 9).all() and torch.equal(found[:, 1:], tokens[:, 1:])
-    assert set(found[:, 0].tolist()) == {9, vocabulary.null}
-    assert (found[:, 0] == vocabulary.null).float().mean() == pytest.approx(0.2, abs=0.02)
+    assert set(found[:, 0].tolist()) == {9, conditioning.null}
+    assert (found[:, 0] == conditioning.null).float().mean() == pytest.approx(0.2, abs=0.02)
 
 
 OUTSIDE = [(name, value) for name in ("token_corruption", "label_smoothing") for value in (-0.1, 1.5, math.nan)]

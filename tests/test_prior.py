@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.dataset import Sequences, vocabulary_of
+from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.dataset import Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
@@ -45,11 +46,15 @@ backbones = pytest.mark.parametrize("backbone", BACKBONES)
 NAMES = ["shirt", "shoe", "bag"]
 
 
+def conditioning_of(codebook_size, depth, grid, classes, names=None) -> Conditioning:
+    """Class-conditional sequences, or unconditional ones without classes."""
+    return Conditioning(Vocabulary(codebook_size, depth, grid), [Classes(classes, names or NAMES[:classes] or None)])
+
+
 def make(backbone="llama", depth=1, classes=3, codebook_size=8, dropout=0.1, seed=0, mark="f" * 64) -> Prior:
     torch.manual_seed(seed)
     config = PriorConfig(backbone=backbone, dim=16, layers=2, heads=2, dropout=dropout)
-    vocabulary = Vocabulary(codebook_size, depth, (2, 3), classes)
-    return Prior(config, vocabulary, (3, 4, 6), NAMES[:classes] or None, mark)
+    return Prior(config, conditioning_of(codebook_size, depth, (2, 3), classes), (3, 4, 6), mark)
 
 
 def tokens_for(prior: Prior, batch=4, seed=0) -> torch.Tensor:
@@ -58,9 +63,9 @@ def tokens_for(prior: Prior, batch=4, seed=0) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     shape = (batch, *code_shape(vocabulary.grid, vocabulary.depth))
     codes = torch.randint(vocabulary.codebook_size, shape, generator=random)
-    labels = torch.randint(-1, max(vocabulary.classes, 1), (batch,), generator=random)
-    labels = labels if vocabulary.classes else torch.full_like(labels, -1)
-    return torch.cat([vocabulary.class_id(labels)[:, None], vocabulary.to_tokens(codes)], dim=1)
+    classes = prior.conditioning.classes
+    labels = torch.randint(-1, max(classes.count, 1), (batch,), generator=random)
+    return torch.cat([classes.of_labels(labels)[:, None], vocabulary.to_tokens(codes)], dim=1)
 
 
 # ---- vocabulary ----
@@ -71,11 +76,10 @@ def tokens_for(prior: Prior, batch=4, seed=0) -> torch.Tensor:
     size=st.integers(2, 70_000),
     depth=st.sampled_from([1, 3]),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    classes=st.integers(0, 12),
     batch=st.integers(0, 3),
 )
-def test_tokens_and_codes_are_inverse(seed, size, depth, grid, classes, batch):
-    vocabulary = Vocabulary(size, depth, grid, classes)
+def test_tokens_and_codes_are_inverse(seed, size, depth, grid, batch):
+    vocabulary = Vocabulary(size, depth, grid)
     codes = torch.randint(size, (batch, *code_shape(grid, depth)), generator=torch.Generator().manual_seed(seed))
     tokens = vocabulary.to_tokens(codes)
     assert tokens.shape == (batch, vocabulary.length) and tokens.dtype == torch.int64
@@ -86,9 +90,9 @@ def test_tokens_and_codes_are_inverse(seed, size, depth, grid, classes, batch):
 
 
 def test_order_of_tokens_by_hand():
-    flat = Vocabulary(10, 1, (2, 2), 3)
+    flat = Vocabulary(10, 1, (2, 2))
     assert flat.to_tokens(torch.tensor([[[1, 2], [3, 4]]])).tolist() == [[1, 2, 3, 4]]
-    deep = Vocabulary(10, 3, (1, 2), 3)
+    deep = Vocabulary(10, 3, (1, 2))
     codes = torch.tensor([[[[1, 2, 3], [4, 5, 6]]]])
     assert deep.to_tokens(codes).tolist() == [[1, 12, 23, 4, 15, 26]]
     assert [deep.allowed(position) for position in range(4)] == [(0, 10), (10, 20), (20, 30), (0, 10)]
@@ -96,19 +100,21 @@ def test_order_of_tokens_by_hand():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_ids_are_codes_then_classes_then_null(depth):
-    vocabulary = Vocabulary(10, depth, (2, 3), 4)
-    assert (vocabulary.length, vocabulary.size, vocabulary.null) == (6 * depth, 10 * depth + 5, 10 * depth + 4)
+    found = conditioning_of(10, depth, (2, 3), 4, ["a", "b", "c", "d"])
+    vocabulary = found.vocabulary
+    assert (vocabulary.length, found.size, found.null) == (6 * depth, 10 * depth + 5, 10 * depth + 4)
     codes = {i for position in range(vocabulary.length) for i in range(*vocabulary.allowed(position))}
-    ids = vocabulary.class_id(torch.tensor([-1, 0, 1, 2, 3])).tolist()
-    assert ids == [vocabulary.null, *range(10 * depth, 10 * depth + 4)]
-    assert sorted([*codes, *ids]) == list(range(vocabulary.size)), "every id has one meaning, none is unused"
-    assert Vocabulary(10, depth, (2, 3), 0).null == 10 * depth
+    ids = found.classes.of_labels(torch.tensor([-1, 0, 1, 2, 3])).tolist()
+    assert ids == [found.null, *range(10 * depth, 10 * depth + 4)]
+    assert found.prefixes({"class": [-1, 0, 1, 2, 3]}, range(7)).flatten().tolist() == [*ids, *ids[:2]]
+    assert sorted([*codes, *ids]) == list(range(found.size)), "every id has one meaning, none is unused"
+    assert conditioning_of(10, depth, (2, 3), 0).null == 10 * depth
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 2), (1, 2, 3, 2), (1, 6)])
 def test_codes_of_another_shape_are_refused(shape):
     with pytest.raises(UserError, match=r"this prior was made for \(2, 3\)"):
-        Vocabulary(10, 1, (2, 3), 0).to_tokens(torch.zeros(shape, dtype=torch.long))
+        Vocabulary(10, 1, (2, 3)).to_tokens(torch.zeros(shape, dtype=torch.long))
 
 
 # ---- backbones ----
@@ -119,8 +125,8 @@ def test_codes_of_another_shape_are_refused(shape):
 def test_logits(backbone, depth):
     prior = make(backbone, depth).eval()
     tokens = tokens_for(prior)
-    assert prior(tokens[:, :-1]).shape == (4, prior.vocabulary.length, prior.vocabulary.size)
-    assert prior(tokens[:, :1]).shape == (4, 1, prior.vocabulary.size)
+    assert prior(tokens[:, :-1]).shape == (4, prior.vocabulary.length, prior.conditioning.size)
+    assert prior(tokens[:, :1]).shape == (4, 1, prior.conditioning.size)
     # A sequence's logits depend on no other sequence.
     torch.testing.assert_close(prior(tokens[1:2]), prior(tokens)[1:2], atol=1e-5, rtol=1e-4)
 
@@ -131,7 +137,7 @@ def test_future_tokens_change_no_earlier_logits(backbone):
     tokens = tokens_for(prior, batch=1)
     before = prior(tokens)
     for position in range(tokens.shape[1]):
-        for other in range(prior.vocabulary.size):
+        for other in range(prior.conditioning.size):
             changed = tokens.clone()
             changed[0, position] = other
             if torch.equal(changed, tokens):
@@ -148,9 +154,8 @@ def test_future_tokens_change_no_earlier_logits(backbone):
 @backbones
 def test_the_condition_and_the_order_of_codes_matter(backbone):
     prior = make(backbone).eval()
-    vocabulary = prior.vocabulary
     tokens = tokens_for(prior, batch=1).expand(4, -1).clone()
-    tokens[:, 0] = vocabulary.class_id(torch.tensor([-1, 0, 1, 2]))
+    tokens[:, 0] = prior.conditioning.classes.of_labels(torch.tensor([-1, 0, 1, 2]))
     last = prior(tokens)[:, -1]
     assert all(not torch.allclose(last[i], last[j]) for i in range(4) for j in range(i))
     tokens = tokens[:1].clone()
@@ -234,7 +239,7 @@ def test_impossible_options_are_named(options, named):
 @pytest.mark.parametrize(("backbone", "hidden"), [("llama", 128), ("qwen3", 128), ("gpt2", 192)])
 def test_feed_forward_width(backbone, hidden):
     def width(config: PriorConfig) -> int:
-        model = Prior(config, Vocabulary(8, 1, (2, 3), 0), (3, 4, 6), None, "f").backbone
+        model = Prior(config, conditioning_of(8, 1, (2, 3), 0), (3, 4, 6), "f").backbone
         return (
             model.transformer.h[0].mlp.c_fc.nf if backbone == "gpt2" else model.model.layers[0].mlp.up_proj.out_features
         )
@@ -265,7 +270,8 @@ def test_folder_round_trip(tmp_path, tokenizer, backbone):
     loaded = Prior.load(tmp_path / "run")
     assert saved == loaded.fingerprint == prior.fingerprint and not loaded.training
     assert (loaded.vocabulary, loaded.config) == (prior.vocabulary, prior.config)
-    assert (loaded.class_names, loaded.image_shape, loaded.tokenizer_fingerprint) == (NAMES, (3, 4, 6), mark)
+    assert loaded.conditioning.describe() == {"classes": 3, "class_names": NAMES, "label_dropout": 0.1}
+    assert (loaded.image_shape, loaded.tokenizer_fingerprint) == ((3, 4, 6), mark)
     tokens = tokens_for(prior)
     expected = prior(tokens)
     assert torch.equal(loaded(tokens), expected)
@@ -274,7 +280,7 @@ def test_folder_round_trip(tmp_path, tokenizer, backbone):
         tmp_path / "run", local_files_only=True, attn_implementation="sdpa", dtype=torch.float32
     )
     assert torch.equal(plain(input_ids=tokens).logits, expected)
-    assert plain.config.eos_token_id is None and plain.config.bos_token_id == prior.vocabulary.null
+    assert plain.config.eos_token_id is None and plain.config.bos_token_id == prior.conditioning.null
     # The tokenizer inside is whole and the one it was trained for.
     assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == mark
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -288,7 +294,7 @@ def test_unconditional_and_deep_priors_are_restored(tmp_path, tokenizer):
     prior = make(depth=3, classes=0, mark=mark).eval()
     prior.save(tmp_path, folder)
     loaded = Prior.load(tmp_path)
-    assert loaded.vocabulary == prior.vocabulary and loaded.class_names is None
+    assert loaded.vocabulary == prior.vocabulary and loaded.conditioning.classes.names is None
     assert torch.equal(loaded(tokens_for(prior)), prior(tokens_for(prior)))
 
 
@@ -419,15 +425,15 @@ def write_codes(folder: Path, counts=(5, 4), views=1, depth=1, labels=None, name
 
 def sequences(folder: Path) -> Sequences:
     files = CodeFiles(folder, "train")
-    return Sequences(files, vocabulary_of(files))
+    return Sequences(files, Conditioning.for_files(files))
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_rows_are_condition_and_codes(tmp_path, depth):
     codes = write_codes(tmp_path, depth=depth, views=2)
     found = sequences(tmp_path)
-    vocabulary = found.vocabulary
-    assert vocabulary == Vocabulary(300, depth, (2, 3), 3) and len(found) == 9
+    vocabulary = found.conditioning.vocabulary
+    assert vocabulary == Vocabulary(300, depth, (2, 3)) and len(found) == 9
     rows = found.rows(np.array([7, 0, 4]), np.array([1, 0, 1]))
     assert rows.shape == (3, 1 + vocabulary.length) and rows.dtype == torch.int64
     assert rows[:, 0].tolist() == [300 * depth + label for label in (1, 0, 1)]
@@ -438,7 +444,7 @@ def test_unlabelled_images_get_the_null_id(tmp_path):
     labels = np.array([0, -1, 2, -1, 1, 0, 1, 2, -1])
     write_codes(tmp_path, labels=labels)
     found = sequences(tmp_path)
-    null = found.vocabulary.null
+    null = found.conditioning.null
     rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64))
     assert rows[:, 0].tolist() == [null if label < 0 else 300 + label for label in labels]
 
@@ -447,7 +453,7 @@ def test_unlabelled_images_get_the_null_id(tmp_path):
 def test_without_class_names_every_condition_is_null(tmp_path, labels):
     write_codes(tmp_path, labels=labels, names=None)
     found = sequences(tmp_path)
-    assert found.vocabulary.classes == 0 and found.vocabulary.null == 300
+    assert found.conditioning.classes.count == 0 and found.conditioning.null == 300
     rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64))
     assert rows[:, 0].tolist() == [300] * 9
 
@@ -457,7 +463,7 @@ def test_ordered_batches_are_plain_views_in_order(tmp_path):
     found = sequences(tmp_path)
     batches = list(found.ordered(range(1, 9, 2), 3))
     assert [len(batch) for batch in batches] == [3, 1]
-    rows = found.vocabulary.to_codes(torch.cat(batches)[:, 1:])
+    rows = found.conditioning.vocabulary.to_codes(torch.cat(batches)[:, 1:])
     assert np.array_equal(rows.numpy(), codes[1:9:2, 0])
 
 
@@ -494,7 +500,9 @@ def test_every_epoch_shows_every_image_once_and_in_time_every_view(tmp_path):
     batches = take(found.training(3, 0, 0, 0, 1), 300)
     drawn = []
     for row in torch.cat(batches):
-        image, view = place[found.vocabulary.to_codes(row[None, 1:])[0].numpy().astype(codes.dtype).tobytes()]
+        image, view = place[
+            found.conditioning.vocabulary.to_codes(row[None, 1:])[0].numpy().astype(codes.dtype).tobytes()
+        ]
         assert row[0] == 300 + image % 3, "the condition is the class of this very image"
         drawn.append((image, view))
     for epoch in range(0, 900, 9):
@@ -591,7 +599,7 @@ def test_preview_draws_from_the_prior_as_it_is():
     prior = make(classes=0, codebook_size=64).eval()
     with torch.no_grad():
         prior.backbone.lm_head.weight *= 5  # uneven, so that another temperature shows
-        expected = prior(torch.tensor([[prior.vocabulary.null]]))[0, -1, :64].softmax(dim=0)
+        expected = prior(torch.tensor([[prior.conditioning.null]]))[0, -1, :64].softmax(dim=0)
     found = preview_codes(prior, 4000, seed=0)[:, 0, 0]
     shares = torch.bincount(found, minlength=64) / 4000
     assert (shares - expected).abs().sum() / 2 < 0.08
@@ -603,5 +611,5 @@ def test_presets_have_the_sizes_they_name(preset, millions):
     """With LlamaGen's codebook of 16,384 and its 1,000 classes; base and large are as large as LlamaGen-B and -L."""
     config = parse(PriorTraining, ["--config", f"prior-{preset}", "--codes", "nowhere"]).model
     with torch.device("meta"):
-        prior = Prior(config, Vocabulary(16384, 1, (16, 16), 1000), (3, 256, 256), None, "")
+        prior = Prior(config, Conditioning(Vocabulary(16384, 1, (16, 16)), [Classes(1000)]), (3, 256, 256), "")
     assert round(sum(p.numel() for p in prior.parameters()) / 1e6) == pytest.approx(millions, rel=0.01)

@@ -19,10 +19,12 @@ from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import SHIPPED, Generator, find_model
+from vqgen.sampling.known import Known
 from vqgen.sampling.output import Names
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.pixels import to_uint8
@@ -45,8 +47,8 @@ def make_model(folder: Path, classes=3, channels=3, seed=0, label_dropout=0.1) -
     )
     mark = tokenizer.save(folder / "made-of")
     config = PriorConfig(dim=32, layers=2, heads=2)
-    vocabulary, names = Vocabulary(16, 1, (2, 3), classes), NAMES[:classes] or None
-    prior = Prior(config, vocabulary, (channels, 4, 6), names, mark, label_dropout)
+    part = Classes(classes, NAMES[:classes] or None, label_dropout)
+    prior = Prior(config, Conditioning(Vocabulary(16, 1, (2, 3)), [part]), (channels, 4, 6), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)  # so that classes differ
     prior.save(folder, folder / "made-of")
@@ -98,9 +100,9 @@ def test_an_image_depends_on_seed_and_index_alone(model, precision):
 
 def test_images_of_one_class_differ_and_so_do_the_classes(model):
     generator = Generator.load(model, "cpu", "fp32")
-    shoes = generator.draw(range(30), [1] * 30)
+    shoes = generator.draw(range(30), {"class": [1] * 30})
     assert len({codes.numpy().tobytes() for codes in shoes.codes}) == 30
-    bags = generator.draw(range(30), [2] * 30)
+    bags = generator.draw(range(30), {"class": [2] * 30})
     assert not torch.equal(shoes.codes, bags.codes)
 
 
@@ -146,9 +148,9 @@ def test_another_tokenizer_is_refused_and_both_are_named(tmp_path):
 def test_labels_are_checked(model):
     generator = Generator.load(model, "cpu")
     with pytest.raises(UsageError, match="--class: found 3, but the model has 3 classes"):
-        generator.draw([0], [3])
-    with pytest.raises(ValueError, match="no classes"):
-        generator.draw([0], [])
+        generator.draw([0], {"class": [3]})
+    with pytest.raises(ValueError, match="no values for the condition class"):
+        generator.draw([0], {"class": []})
     assert generator.draw([]).images.shape == (0, 3, 4, 6)
 
 
@@ -209,7 +211,7 @@ def test_files_and_what_samples_json_says(sample, model, tmp_path):
     assert said["images"][4] == {"file": "00004.png", "label": 1, "class": "shoe"}
     # samples.json is enough to draw the images again.
     settings, labels = SamplingSettings(**said["settings"]), [image["label"] for image in said["images"]]
-    again = Generator.load(model, "auto", said["precision"]).draw(range(7), labels, settings, said["seed"])
+    again = Generator.load(model, "auto", said["precision"]).draw(range(7), {"class": labels}, settings, said["seed"])
     for image, entry in zip(again.images, said["images"]):
         assert torch.equal(decode_image(str(folder / entry["file"])), image)
 
@@ -257,16 +259,14 @@ def test_an_unconditional_model(cli, unconditional, tmp_path):
     assert decode_image(str(tmp_path / "samples" / "00000.png")).shape == (1, 4, 6)
 
 
-def test_names_come_before_indices(model):
-    prior = Prior.load(model)
-    prior.class_names = ["2", "0", "1"]
-    assert program.find_classes(["2", "1"], prior) == [0, 2]
-    assert program.find_classes(None, prior) == [0, 1, 2]
-    prior.class_names = ["cats, dogs", "#1", "[a"]
-    assert program.find_classes(["cats, dogs", "#1", "[a"], prior) == [0, 1, 2]
-    assert program.find_classes(["[a,1"], prior) == [2, 1]
+def test_names_come_before_indices():
+    assert Classes(3, ["2", "0", "1"]).parse(["2", "1"]) == [0, 2]
+    assert Classes(3, ["2", "0", "1"]).parse(None) == [0, 1, 2]
+    classes = Classes(3, ["cats, dogs", "#1", "[a"])
+    assert classes.parse(["cats, dogs", "#1", "[a"]) == [0, 1, 2]
+    assert classes.parse(["[a,1"]) == [2, 1]
     with pytest.raises(UsageError, match="no class 'dogs'"):
-        program.find_classes(["0,dogs"], prior)
+        classes.parse(["0,dogs"])
 
 
 @pytest.mark.parametrize(
@@ -468,8 +468,8 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
     assert sample("--n", 9, "--output", tmp_path / "flat").code == 0
     for image, name in zip(said["images"], sorted(images(tmp_path / "flat"))):
         assert (folder / image["file"]).read_bytes() == (tmp_path / "flat" / name).read_bytes()
-    assert sample("--n", 2, "--layout", "labels", "--overwrite").code == 0
-    assert {p.name for p in folder.glob("*.png")} == {"00000-shirt.png", "00001-shoe.png", "grid.png"}
+    assert sample("--n", 2, "--overwrite").code == 0
+    assert {p.name for p in folder.glob("*.png")} == {"00000.png", "00001.png", "grid.png"}
     assert not list((folder / "images").rglob("*.png"))
 
 
@@ -478,10 +478,8 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
     [
         (["--n", "4", "--num-per-class", "2"], "--num-per-class: --n is given too"),
         (["--keep-rows", "1"], "--keep-rows: needs --init-image"),
-        (["--keep-rows", "1", "--keep-share", "0.5"], "needs --init-image"),
         (["--init-image", "IMAGE", "--keep-rows", "2"], "--keep-rows: found 2, but an image has 2 rows"),
-        (["--init-image", "IMAGE", "--keep-share", "1"], "--keep-share: found 1.0"),
-        (["--init-image", "IMAGE", "--keep-share", "0.01"], "--keep-share: 0.01 of 6 codes is 0"),
+        (["--init-image", "IMAGE", "--keep-rows", "0"], "--keep-rows: found 0"),
         (["--init-image", "IMAGE", "--layout", "folders"], "--layout: folders needs classes"),
         (["--init-image", "IMAGE", "--num-per-class", "2"], "--num-per-class: these images have no classes"),
         (["--class", "bag", "2", "--num-per-class", "2"], "--num-per-class: --class names a class twice"),
@@ -500,7 +498,7 @@ def test_what_does_not_go_together(sample, tmp_path, words, part):
     assert not (tmp_path / "samples").exists()
 
 
-@pytest.mark.parametrize(("words", "kept"), [(["--keep-rows", 1], 3), (["--keep-share", 0.3], 2), ([], 3)])
+@pytest.mark.parametrize(("words", "kept"), [(["--keep-rows", 1], 3), ([], 3)])
 def test_completions_keep_what_they_were_given(sample, model, tmp_path, words, kept):
     (tmp_path / "given").mkdir()
     given = torch.randint(256, (64, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -513,10 +511,11 @@ def test_completions_keep_what_they_were_given(sample, model, tmp_path, words, k
     assert sample(*words).code == 0
     said, generator = about(tmp_path / "samples"), Generator.load(model, "cpu", "fp32")
     assert said["kept_codes"] == kept and {image["label"] for image in said["images"]} == {-1}
-    beginnings = generator.prior.vocabulary.to_tokens(generator.encode(given))[:, :kept]
-    drawn = generator.draw(range(6), [-1], seed=2, kept=beginnings)
+    codes = generator.encode(given)
+    known = Known(codes, (torch.arange(2) < 1)[:, None].expand(2, 2, 3), generator.vocabulary)
+    drawn = generator.draw(range(6), {"class": [-1]}, seed=2, known=known)
     for index in range(6):
-        assert torch.equal(drawn.codes[index].flatten()[:kept], beginnings[index % 2])
+        assert torch.equal(drawn.codes[index, :1], codes[index % 2, :1])
         written = decode_image(str(tmp_path / "samples" / f"{index:05d}.png"))
         assert torch.equal(written, drawn.images[index])
     assert len({codes.numpy().tobytes() for codes in drawn.codes}) > 2
@@ -541,9 +540,8 @@ def test_the_likeliest_candidates_stay(model):
         part = generator.draw(indices, settings=settings, seed=1, batch_size=batch_size)
         assert torch.equal(part.codes, best.codes[list(indices)])
         assert torch.equal(part.nats, best.nats[list(indices)])
-    sequences = torch.cat(
-        [generator.prior.vocabulary.class_id(best.labels)[:, None], generator.prior.vocabulary.to_tokens(best.codes)], 1
-    )
+    prefixes = generator.conditioning.prefixes({"class": best.labels.tolist()}, range(96))
+    sequences = torch.cat([prefixes, generator.vocabulary.to_tokens(best.codes)], 1)
     # The prior's own likelihood counts ids that may not stand there too; here they hold next to nothing less.
     assert (generator.nats(sequences) >= best.nats - 1e-4).all()
 
@@ -562,7 +560,7 @@ def test_a_series_of_completions_is_not_one_of_plain_images(sample, tmp_path):
     result = sample("--n", 4, "--class", "bag")
     assert result.code == 2 and "the samples of another run (kept codes 3, now None)" in result.err
     result = sample("--n", 2, "--init-image", tmp_path / "given.png", "--guidance-scale", 2, "--overwrite")
-    assert result.code == 2 and "no class to be guided to" in result.err
+    assert result.code == 2 and "--guidance-scale" in result.err and "--class" in result.err
 
 
 def test_an_overwriting_that_was_cut_off_adopts_no_old_image(sample, tmp_path, monkeypatch):
@@ -593,7 +591,7 @@ def test_names_of_classes_become_paths_that_differ():
 
 def test_numbers_are_indices_and_words_names_first(model):
     generator = Generator.load(model, "cpu", "fp32")
-    generator.prior.class_names = ["0", "10", "2"]
+    generator.conditioning.classes.names = ["0", "10", "2"]
     assert generator.sample(3, classes=[2, 0]).labels.tolist() == [2, 0, 2]
     assert generator.sample(2, classes="10").labels.tolist() == [1, 1]
     assert generator.sample(2, classes=torch.tensor([1, 2])).labels.tolist() == [1, 2]
@@ -617,7 +615,9 @@ def test_the_generator_as_people_call_it(model):
     generator = Generator.load(model, "cpu", "fp32")
     drawn = generator.sample(4, temperature=0.9, classes="shoe", seed=3)
     assert drawn.images.dtype == torch.uint8 and drawn.labels.tolist() == [1] * 4
-    assert torch.equal(drawn.images, generator.draw(range(4), [1], SamplingSettings(temperature=0.9), seed=3).images)
+    assert torch.equal(
+        drawn.images, generator.draw(range(4), {"class": [1]}, SamplingSettings(temperature=0.9), seed=3).images
+    )
     assert generator.sample(3, classes=["bag", 0]).labels.tolist() == [2, 0, 2]
     with pytest.raises(UsageError, match="no class 'zebra'"):
         generator.sample(1, classes="zebra")
@@ -649,8 +649,8 @@ def test_the_generator_as_people_call_it(model):
 def test_likelihood_of_images_is_that_of_a_full_softmax(model):
     generator = Generator.load(model, "cpu", "fp32")
     images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
-    vocabulary, tokens = generator.prior.vocabulary, generator.encode(images).flatten(1)
-    for classes, label in ((None, vocabulary.null), ("bag", 18), ([0, 1, 2, 0, 1], None)):
+    tokens = generator.encode(images).flatten(1)
+    for classes, label in ((None, generator.conditioning.null), ("bag", 18), ([0, 1, 2, 0, 1], None)):
         found = generator.log_likelihood(images, classes)
         for i in range(5):
             total, sequence = 0.0, [16 + [0, 1, 2, 0, 1][i] if label is None else label]

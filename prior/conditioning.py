@@ -1,0 +1,343 @@
+"""What a sequence is conditioned on: the tokens in front of the codes, called the prefix.
+
+A prefix has parts of fixed length in the order of `PARTS`, the class last: `[class or null][codes]`. A prior may
+lack any part but the class. Token ids are assigned from the last part to the first, so that those of the class
+follow the codes whatever else there is. Another kind of conditioning is a subclass of `Part`, listed in `PARTS`.
+"""
+
+import difflib
+import math
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError
+from vqgen.tokenizer.codes.format import CodeFiles
+
+from .options import ObjectiveConfig
+from .vocabulary import Vocabulary
+
+ABSENT = -1
+"""The value that leaves a part out, as -1 is the label of an image without a class."""
+Conditions = Mapping[str, Sequence[Any]]
+"""Name of a part -> the values that the images of a series have in turn: image i has value i % len."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images of code files, from which a part takes its ids in training."""
+
+    files: CodeFiles
+    indices: np.ndarray
+    codes: Tensor
+    """int64 (B, h, w[, depth])."""
+
+
+class Part(ABC):
+    """One kind of conditioning: a fixed number of tokens, with token ids of its own."""
+
+    name: ClassVar[str]
+    """Key in conditions."""
+    length: int = 1
+    """Tokens in the prefix."""
+    ids: int
+    """Number of own ids; the last one says that the part is absent."""
+    first: int
+    """The first own id; set by `Conditioning`."""
+    dropout: float = 0.0
+    """Share of the training sequences without this part; at 0 there is no guidance on it."""
+    dropout_option: str = ""
+    """The option that sets it."""
+
+    @classmethod
+    @abstractmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Part | None":
+        """The part of a prior trained on code files; None where it has none."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "Part | None":
+        """The inverse of `describe`. Raises `KeyError`, `TypeError` or `ValueError` for a damaged description."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The keys of this part in `vqgen.json`."""
+
+    @abstractmethod
+    def of_rows(self, rows: Rows) -> Tensor:
+        """Token ids of images in training, (B, length)."""
+
+    @abstractmethod
+    def of_value(self, value: Any) -> list[int]:
+        """Token ids of one value other than `ABSENT`. Raises `UsageError` for one that the prior does not know."""
+
+    @abstractmethod
+    def parse(self, given: Any) -> list[Any]:
+        """Values from what was given on the command line or in Python. Raises `UsageError`."""
+
+    def legend(self) -> str:
+        """The meaning of the ids, for the model card."""
+        return f"{self.first} to {self.first + self.ids - 1} {self.name}"
+
+    @property
+    def informative(self) -> bool:
+        """Whether the part ever says anything; the class part of an unconditional prior does not."""
+        return self.ids > 1
+
+    @property
+    def absent(self) -> list[int]:
+        """Token ids of the part where it is left out."""
+        return [self.first + self.ids - 1] * self.length
+
+    def default(self) -> list[Any]:
+        """Values of a series that asks for nothing."""
+        return [ABSENT]
+
+    def of_values(self, values: Sequence[Any]) -> Tensor:
+        """Token ids (B, length) of values."""
+        found = [self.absent if isinstance(v, int) and v == ABSENT else self.of_value(v) for v in values]
+        return torch.tensor(found, dtype=torch.long).reshape(len(found), self.length)
+
+    def dropped(self, ids: Tensor) -> Tensor:
+        """Token ids (B, length), absent in a random share `dropout` of the rows."""
+        chosen = torch.rand(len(ids), device=ids.device) < self.dropout
+        return torch.where(chosen[:, None], torch.tensor(self.absent, device=ids.device), ids)
+
+
+class Classes(Part):
+    """The class of an image: one id a class, then the null id, the start token of an unconditional prior."""
+
+    name = "class"
+    dropout_option = "--label-dropout"
+
+    def __init__(self, count: int, names: list[str] | None = None, dropout: float = 0.1) -> None:
+        self.count, self.names, self.dropout, self.ids = count, names, dropout, count + 1
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Classes":
+        return cls(len(files.class_names or []), files.class_names, options.label_dropout)
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "Classes":
+        count, names, dropout = about["classes"], about["class_names"], about["label_dropout"]
+        if type(count) is not int or not isinstance(dropout, (int, float)):
+            raise ValueError("classes has to be a whole number, and label_dropout a number")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names have to be a list of names")
+        if names and len(names) != count:
+            raise ValueError(f"{len(names)} class_names for {count} classes")
+        return cls(count, names, dropout)
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": self.count, "class_names": self.names, "label_dropout": self.dropout}
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        return self.of_labels(torch.from_numpy(rows.files.labels[rows.indices]))[:, None]
+
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """Labels (B,), -1 for none -> token ids (B,); null for all where the prior is unconditional."""
+        null = self.absent[0]
+        return torch.where(labels < 0, null, labels + self.first) if self.count else torch.full_like(labels, null)
+
+    def of_value(self, value: Any) -> list[int]:
+        if not 0 <= value < self.count:
+            raise UsageError(f"--class: found {value}, but the model has {self.count} classes")
+        return [self.first + value]
+
+    def default(self) -> list[int]:
+        """Every class in turn."""
+        return list(range(self.count)) or [ABSENT]
+
+    def parse(self, given: Any) -> list[int]:
+        """Labels of classes by name or index: numbers are indices, words names first; None = every class in turn."""
+        if given is None:
+            return self.default()
+        single = isinstance(given, str) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
+        found: list[int] = []
+        for each in [given] if single else given:
+            found += self._find(each) if isinstance(each, str) else [operator.index(each)]
+        if not found:
+            raise UsageError("--class: found no class; name at least one")
+        return found
+
+    def _find(self, word: str) -> list[int]:
+        """Labels of a name, an index, or several of them with commas between."""
+        if not self.count:
+            raise UsageError(f"--class: found {word}, but the model is unconditional; leave --class out")
+        names = self.names or []
+        folded = [name.casefold() for name in names]
+        if word in names:
+            return [names.index(word)]
+        if folded.count(word.casefold()) == 1:
+            return [folded.index(word.casefold())]
+        if re.fullmatch(r"-?\d+", word):
+            if not 0 <= int(word) < self.count:
+                raise UsageError(f"--class: found {word}, expected an index from 0 to {self.count - 1} or a name")
+            return [int(word)]
+        if "," in word.strip(","):
+            return [label for each in word.split(",") for label in self._find(each.strip())]
+        close = difflib.get_close_matches(word.casefold(), folded, n=1)
+        hint = f"give an index from 0 to {self.count - 1}"
+        if close:
+            hint = f"did you mean {names[folded.index(close[0])]!r}?"
+        elif names and self.count <= 20:
+            hint += f" (the classes are {', '.join(names)})"
+        raise UsageError(f"--class: the model knows no class {word!r}; {hint}")
+
+    def name_of(self, label: int) -> str:
+        """Name of a class, or its index where classes have no names."""
+        return self.names[label] if self.names else str(label)
+
+    def legend(self) -> str:
+        null = self.absent[0]
+        listed = ", ".join(f"{self.first + label} {name}" for label, name in enumerate(self.names or []))
+        classes = f"{self.first} to {null - 1} classes{f' ({listed})' if listed else ''}, " if self.count else ""
+        return f"{classes}{null} no class"
+
+
+PARTS: list[type[Part]] = [Classes]
+"""Every kind of conditioning, in the order of the sequence; the class is the last."""
+
+
+class Conditioning:
+    """The parts of a prior's prefix over its vocabulary of codes: lengths, token ids and requests."""
+
+    def __init__(self, vocabulary: Vocabulary, parts: Sequence[Part]) -> None:
+        self.vocabulary, self.parts = vocabulary, list(parts)
+        self.length = sum(part.length for part in parts)
+        """Tokens in the prefix."""
+        self.size = vocabulary.size
+        """Number of all token ids, those of the codes included."""
+        for part in reversed(self.parts):
+            part.first = self.size
+            self.size += part.ids
+
+    @classmethod
+    def for_files(
+        cls, files: CodeFiles, options: ObjectiveConfig | None = None, order: str = "raster"
+    ) -> "Conditioning":
+        """The conditioning of a prior trained on code files."""
+        vocabulary = Vocabulary(files.codebook_size, files.depth, files.grid, order)
+        found = [kind.for_files(files, options or ObjectiveConfig()) for kind in PARTS]
+        return cls(vocabulary, [part for part in found if part is not None])
+
+    @classmethod
+    def from_description(cls, vocabulary: Vocabulary, about: Mapping[str, Any]) -> "Conditioning":
+        """The inverse of `describe`."""
+        found = [kind.from_description(about) for kind in PARTS]
+        return cls(vocabulary, [part for part in found if part is not None])
+
+    def describe(self) -> dict[str, Any]:
+        """The keys of the conditioning in `vqgen.json`."""
+        return {key: value for part in self.parts for key, value in part.describe().items()}
+
+    @property
+    def classes(self) -> Classes:
+        """The class part, which every prior has."""
+        return next(part for part in self.parts if isinstance(part, Classes))
+
+    @property
+    def null(self) -> int:
+        """The id of no class, which is also the start and padding token of the backbone."""
+        return self.classes.absent[0]
+
+    # Sequences (B, length + codes) = prefix, then code tokens.
+
+    def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefixes (B, length) and code tokens (B, T - length) of sequences (B, T)."""
+        return sequences[:, : self.length], sequences[:, self.length :]
+
+    def of_codes(self, logits: Tensor) -> Tensor:
+        """Logits (B, T, V) after each token of sequences less their last code -> those that predict codes."""
+        return logits[:, self.length - 1 :]
+
+    def part(self, sequences: Tensor, name: str) -> Tensor:
+        """Token ids (B, length of the part) of one part."""
+        before = 0
+        for part in self.parts:
+            if part.name == name:
+                return sequences[:, before : before + part.length]
+            before += part.length
+        raise KeyError(name)
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        """Prefixes (B, length) of images in training."""
+        return torch.cat([part.of_rows(rows) for part in self.parts], 1)
+
+    def dropped(self, sequences: Tensor) -> Tensor:
+        """Sequences in which each part is absent in a random share of the rows, its `dropout`."""
+        prefix, codes = self.split(sequences)
+        ids = prefix.split([part.length for part in self.parts], 1)
+        return torch.cat([*(part.dropped(own) for part, own in zip(self.parts, ids, strict=True)), codes], 1)
+
+    def without(self, sequences: Tensor) -> Tensor:
+        """Sequences with every part absent that has been dropped in training: guidance compares with these."""
+        prefix, codes = self.split(sequences)
+        ids = list(prefix.split([part.length for part in self.parts], 1))
+        for number, part in enumerate(self.parts):
+            if part.dropout or not part.informative:
+                ids[number] = torch.tensor(part.absent, device=codes.device).expand_as(ids[number])
+        return torch.cat([*ids, codes], 1)
+
+    # Requests: which condition each image of a series has.
+
+    def conditions(self, given: Conditions | None = None) -> dict[str, list[Any]]:
+        """The values of every part, defaults where none are given. Raises `UsageError` for unknown ones."""
+        given = given or {}
+        for name in given:
+            if name not in [part.name for part in self.parts]:
+                raise UsageError(f"--{name}: the model has no such condition; leave it out")
+            if not len(given[name]):
+                raise ValueError(f"no values for the condition {name}; give at least one, or leave it out for all")
+        found = {part.name: list(given.get(part.name, part.default())) for part in self.parts}
+        for part in self.parts:
+            part.of_values(found[part.name])  # raises for values that the model does not know
+        return found
+
+    @staticmethod
+    def cycle(conditions: Conditions) -> int:
+        """Number of images after which the conditions of a series repeat."""
+        return math.lcm(*(len(values) for values in conditions.values()))
+
+    def prefixes(self, conditions: Conditions, indices: Sequence[int]) -> Tensor:
+        """Prefixes (B, length) of images of a series; `conditions` has every part."""
+        each = ((part, conditions[part.name]) for part in self.parts)
+        return torch.cat([part.of_values([values[i % len(values)] for i in indices]) for part, values in each], 1)
+
+    def check_absence(self, option: str, conditions: Conditions | None = None) -> None:
+        """Raise `UsageError` where leaving the conditions out changes nothing or was not learned.
+
+        Args:
+            option: begins the message.
+            conditions: of the series that is drawn.
+        """
+        informative = [part for part in self.parts if part.informative]
+        if not informative:
+            raise UsageError(f"{option} the model is unconditional; leave it at its default")
+        if conditions and all(conditions[p.name] == [ABSENT] * len(conditions[p.name]) for p in informative):
+            options = ", ".join(f"--{part.name}" for part in informative)
+            raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
+        if not any(part.dropout for part in informative):
+            part = informative[-1]
+            raise UsageError(
+                f"{option} the prior was trained with {part.dropout_option} 0 and never saw an image without its "
+                f"{part.name}; leave it at its default"
+            )
+
+    # Groups of images whose likelihood is reported separately: the classes, then those without one.
+
+    @property
+    def group_names(self) -> list[str]:
+        """Names of the groups; the last one is of images without a class."""
+        return [*(self.classes.name_of(label) for label in range(self.classes.count)), "no class"]
+
+    def groups(self, sequences: Tensor) -> Tensor:
+        """Group (B,) of each sequence, as an index into `group_names`."""
+        return self.part(sequences, "class")[:, 0] - self.classes.first
