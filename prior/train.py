@@ -86,7 +86,7 @@ class PriorTrainer:
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
-        optimizer, self.schedule = optimizer_for(prior, config.optimizer, config.run.steps)
+        optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
         if config.run.compile:
             prior.compile()
         units(run.accelerator, [type(prior.backbone).__name__, *(prior.backbone._no_split_modules or [])])

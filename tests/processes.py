@@ -212,6 +212,42 @@ def in_step(step: int, number: int) -> Callable[[], None]:
     return partial(_in_step, step, number)
 
 
+def _in_update(at: int, act: Callable[[], None]) -> None:
+    from vqgen.training.run import Run
+
+    os.setpgrp()
+    update = Run.update
+
+    def late(self: Run, *args: Any) -> Any:
+        if self.done + 1 == at:
+            act()
+        return update(self, *args)
+
+    Run.update = late  # type: ignore[method-assign]
+
+
+def _signal_group() -> None:
+    # From outside the group: workers obey their parent.
+    code = f"import os, signal; os.killpg({os.getpgrp()}, signal.SIGTERM)"
+    subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
+    time.sleep(1)  # for torch to see which workers have died
+
+
+def signal_group(step: int) -> Callable[[], None]:
+    """SIGTERM to the process and its workers in the middle of this step: backward is done, the update is not."""
+    return partial(_in_update, step, _signal_group)
+
+
+def _fail() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise RuntimeError("a fault in the middle of a step")
+
+
+def fail_after_signal(step: int) -> Callable[[], None]:
+    """SIGTERM to the process and then an error in the middle of this step."""
+    return partial(_in_update, step, _fail)
+
+
 def _in_checkpoint(step: int) -> None:
     import torch
 

@@ -27,7 +27,8 @@ from vqgen.tokenizer.losses.adversarial import (
 from vqgen.tokenizer.losses.options import GanConfig
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
-from vqgen.training.checkpoint import NonFinite, load_checkpoint, save_checkpoint
+from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
+from vqgen.training.finite import NonFinite
 from vqgen.training.health import pinned_discriminator
 from vqgen.training.options import OptimizerConfig, RunConfig
 from vqgen.training.run import Run

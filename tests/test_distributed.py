@@ -80,15 +80,15 @@ def test_two_processes_train_the_tokenizer_that_one_does(single: Path, double: P
 
 
 def test_two_processes_resume(tmp_path: Path, double: Path) -> None:
-    """Stopped by a signal that one of them alone received, they save at the same step and end as if undisturbed."""
+    """One of them alone receives a signal: they stop together where the run next logs, and resume exactly."""
     folder = tmp_path / "run"
     words = [*STAGE_ONE, "--output", folder]
-    stopped = run_two(TOKENIZER, *words, hooks=[None, in_step(4, signal.SIGTERM)])
+    stopped = run_two(TOKENIZER, *words, "--log-every", 3, hooks=[None, in_step(2, signal.SIGTERM)])
     assert [ended.code for ended in stopped] == [143, 143], stopped
-    assert steps(folder) == [3, 4]
+    assert steps(folder) == [3]
     main_alone_speaks(run_two(TOKENIZER, *words))
     assert weights(folder) == weights(double)
-    assert rows(folder) == rows(double)
+    assert rows(folder)[1:] == [row for row in rows(double) if row["step"] > 3]
 
 
 def test_two_processes_refuse_a_batch_that_does_not_divide(tmp_path: Path) -> None:

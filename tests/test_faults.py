@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from processes import PRIOR, TOKENIZER, Ended, rows, run, steps, weights
+from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, weights
 from safetensors.torch import load_file
 
 from vqgen.errors import UserError
@@ -69,6 +71,40 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert not (folder / "model.safetensors").exists()
     run(TOKENIZER, *words, "--checkpoint-every", 9, "--overwrite").refused(1, "no checkpoint was saved")
     assert steps(folder) == []
+
+
+def deferred() -> None:
+    """As on an accelerator: the device is read where the run logs, validates or saves."""
+    from vqgen.training.finite import FiniteCheck
+
+    init = FiniteCheck.__init__
+
+    def start(self: FiniteCheck, *args: Any) -> None:
+        init(self, *args)
+        self.immediate = False
+
+    FiniteCheck.__init__ = start  # type: ignore[method-assign]
+
+
+def deferred_and_stopped() -> None:
+    deferred()
+    in_step(4, signal.SIGTERM)()
+
+
+def test_a_loss_that_is_found_not_finite_later(tmp_path: Path) -> None:
+    """The first step is named, and neither the checkpoint that was due nor that of a signal is saved."""
+    words = [*TINY, "--lr", "1e19", "--lr-warmup", 0, "--grad-clip", 0, "--log-every", 6, "--validate-every", 6]
+    for hook, last in ((deferred, 6), (deferred_and_stopped, 4)):
+        folder = tmp_path / str(last)
+        ended = run(TOKENIZER, *words, "--checkpoint-every", 6, "--output", folder, hook=hook)
+        ended.refused(1, "not finite: ", "at step 2;", "it began in", "no checkpoint was saved")
+        assert [(row["step"], row["health"]) for row in rows(folder)] == [(last, "not finite")]
+        assert steps(folder) == []
+
+
+def test_checks_that_wait_change_nothing(tmp_path: Path, whole: Path) -> None:
+    run(TOKENIZER, *TINY, "--keep-checkpoints", 9, "--output", tmp_path / "run", hook=deferred).ok()
+    assert weights(tmp_path / "run") == weights(whole) and rows(tmp_path / "run") == rows(whole)
 
 
 def test_a_disk_that_is_full(small: Path, whole: Path) -> None:
@@ -162,7 +198,7 @@ def test_a_checkpoint_file_that_is_not_what_it_should_be(tmp_path: Path, name: s
 def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
     path = save_checkpoint(tmp_path, 3, {"net": net}, {}, {}, keep=2)
-    with pytest.raises(UserError, match=r"net\.safetensors is damaged or of another run"):
+    with pytest.raises(UserError, match=r"net\.safetensors"):
         load_checkpoint(path, {"net": other}, {})
 
 

@@ -1,12 +1,17 @@
 """Muon beside `torch.optim.Muon`, which parameters it takes, and that its state survives a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import ModelConfig
 from vqgen.tokenizer.options import TokenizerConfig
@@ -14,6 +19,7 @@ from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
 from vqgen.training.optimizer import Muon, optimizer_for, orthogonalised
 from vqgen.training.options import OptimizerConfig
+from vqgen.training.schedule import Plan
 
 SETTINGS = OptimizerConfig(optimizer="muon", lr=1e-2, weight_decay=0.1, lr_warmup=0, lr_schedule="constant_with_warmup")
 
@@ -49,7 +55,7 @@ def test_singular_values_come_near_one(monkeypatch: pytest.MonkeyPatch, shape: t
 def test_matrices_move_as_torchs_muon_and_the_rest_as_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqgen.training.optimizer.precision_of", lambda *_: "bf16")  # as torch's, whatever the hardware
     ours, theirs = net(), net()
-    optimizer, _ = optimizer_for(ours, SETTINGS, 100)
+    optimizer, _ = optimizer_for(ours, SETTINGS, Plan(100))
     matrices = [p for p in theirs.parameters() if p.ndim == 2]
     rest = [p for p in theirs.parameters() if p.ndim == 1]
     muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -79,7 +85,7 @@ def test_a_convolution_moves_as_its_matrix(layout: torch.memory_format) -> None:
 
 
 def taken(model: nn.Module) -> set[str]:
-    optimizer, _ = optimizer_for(model, SETTINGS, 10)
+    optimizer, _ = optimizer_for(model, SETTINGS, Plan(10))
     held = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
@@ -106,15 +112,60 @@ def test_of_a_tokenizer_it_takes_neither_codebook_nor_pixels() -> None:
     assert len(names) > 10
 
 
+SMALL = ModelConfig(width=32, multipliers=[1, 1], blocks=1, latent_dim=32, groups=4)
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{
+        name: lambda options=options: Tokenizer(TokenizerConfig([16, 16], 3, SMALL, QuantizerConfig(**options)))
+        for name, options in {
+            "vq": {},
+            "vq-gradient": {"codebook": "gradient", "code_dim": 32},
+            "residual": {"quantizer": "residual", "depth": 2},
+            "residual-gradient": {"quantizer": "residual", "depth": 2, "codebook": "gradient", "code_dim": 32},
+            "product-gradient": {"quantizer": "product", "depth": 2, "codebook": "gradient", "code_dim": 32},
+            "simvq": {"quantizer": "simvq", "code_dim": 32},
+            "gumbel": {"quantizer": "gumbel", "codebook_size": 64, "code_dim": 32},
+            "fsq": {"quantizer": "fsq"},
+            "lfq": {"quantizer": "lfq", "codebook_size": 64},
+        }.items()
+    },
+    **{
+        name: lambda name=name: Prior(
+            PriorConfig(backbone=name, dim=64, layers=1, heads=2),
+            Vocabulary(64, 1, (2, 2), 3),
+            (3, 8, 8),
+            None,
+            "0" * 64,
+        )
+        for name in ("llama", "qwen3", "gpt2")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_groups_are_those_of_version_0_1(name: str, kind: Any) -> None:
+    """Checkpoints hold the optimizer's state by index: it went by names of parameters then."""
+    model, groups = MODELS[name](), dict[tuple[float, bool], list[str]]()
+    looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for parameter, p in model.named_parameters():
+        matrix = p.ndim >= 2 and "codebook" not in parameter
+        wide = matrix and min(p.flatten(1).shape) >= 32 and id(p) not in looked_up and "lm_head" not in parameter
+        groups.setdefault((0.1 if matrix else 0.0, wide and kind == "muon"), []).append(parameter)
+    names = {id(p): parameter for parameter, p in model.named_parameters()}
+    optimizer, _ = optimizer_for(model, OptimizerConfig(optimizer=kind, weight_decay=0.1), Plan(10))
+    found = [((g["weight_decay"], g["muon"]), [names[id(p)] for p in g["params"]]) for g in optimizer.param_groups]
+    assert found == list(groups.items())
+
+
 def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
     straight = net()
-    optimizer, schedule = optimizer_for(straight, SETTINGS, 10)
+    optimizer, schedule = optimizer_for(straight, SETTINGS, Plan(10))
     walk(straight, [optimizer], 3)
     states = {"optimizer": optimizer, "schedule": schedule}
     path = save_checkpoint(tmp_path, 3, {"net": straight}, states, {}, keep=1)
     walk(straight, [optimizer], 3, seed=7)
     resumed = net(seed=5)
-    optimizer, schedule = optimizer_for(resumed, SETTINGS, 10)
+    optimizer, schedule = optimizer_for(resumed, SETTINGS, Plan(10))
     load_checkpoint(path, {"net": resumed}, {"optimizer": optimizer, "schedule": schedule})
     walk(resumed, [optimizer], 3, seed=7)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
@@ -130,7 +181,7 @@ def test_it_learns_what_adamw_learns_slowly() -> None:
         inputs, target = torch.randn(512, 64) * torch.logspace(0, -3, 64) @ turned, torch.randn(64, 64) / 8
         model = nn.Linear(64, 64, bias=False)
         settings = OptimizerConfig(optimizer=kind, lr=0.02, weight_decay=0.0, lr_warmup=0)
-        optimizer, schedule = optimizer_for(model, settings, 200)
+        optimizer, schedule = optimizer_for(model, settings, Plan(200))
         for _ in range(200):
             model.zero_grad()
             (model(inputs) - inputs @ target.T).square().mean().backward()
@@ -144,10 +195,10 @@ def test_it_learns_what_adamw_learns_slowly() -> None:
 def test_a_loaded_state_lies_beside_the_parameters() -> None:
     """Also the step counts of AdamW's part: on a GPU its fused update takes them from nowhere else."""
     model = net()
-    optimizer, _ = optimizer_for(model, SETTINGS, 10)
+    optimizer, _ = optimizer_for(model, SETTINGS, Plan(10))
     walk(model, [optimizer], 1)
     other = net().to("meta")
-    resumed, _ = optimizer_for(other, SETTINGS, 10)
+    resumed, _ = optimizer_for(other, SETTINGS, Plan(10))
     resumed.load_state_dict(optimizer.state_dict())
     tensors = [value for state in resumed.state.values() for value in state.values() if torch.is_tensor(value)]
     assert len(tensors) == 3 + 3 * 3 and {value.device.type for value in tensors} == {"meta"}

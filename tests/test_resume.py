@@ -1,6 +1,7 @@
 """A run that was stopped, however, ends as if it had not been: real processes, killed and signalled."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,10 +13,12 @@ from processes import (
     TOKENIZE,
     TOKENIZER,
     at_row,
+    fail_after_signal,
     in_checkpoint,
     in_step,
     rows,
     run,
+    signal_group,
     start,
     start_module,
     steps,
@@ -186,6 +189,57 @@ def test_an_interrupt_from_the_keyboard_saves_with_workers_too(tmp_path: Path, o
         assert ended.code == 128 + signal.SIGINT and "saved" in ended.last, ended.err
     run(TOKENIZER, *words).ok()
     same(folder, one)
+
+
+def test_a_signal_to_the_group_in_the_middle_of_a_step(tmp_path: Path, one: Path) -> None:
+    """The workers outlive it, the step is completed and saved, and the workers end with the run."""
+    words = [*STAGE_ONE, "--workers", 1, "--cache-mb", 0, "--output", tmp_path / "run"]
+    started = start(TOKENIZER, *words, hook=signal_group(6))
+    ended = started.wait()
+    assert ended.code == 128 + signal.SIGTERM and steps(tmp_path / "run")[-1] == 6, ended.err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.process.pid, 0)
+    run(TOKENIZER, *words).ok()
+    same(tmp_path / "run", one)
+
+
+def test_a_step_that_fails_is_never_saved(tmp_path: Path, one: Path) -> None:
+    """Not even where a signal came before."""
+    words = [*STAGE_ONE, "--output", tmp_path / "run"]
+    ended = run(TOKENIZER, *words, hook=fail_after_signal(6))
+    assert ended.code not in (0, 128 + signal.SIGTERM) and "a fault in the middle" in ended.err
+    assert steps(tmp_path / "run") == [4]
+    run(TOKENIZER, *words).ok()
+    same(tmp_path / "run", one)
+
+
+def test_a_run_that_is_lengthened(tmp_path: Path, one: Path) -> None:
+    """The learning rate goes on without a jump, killed or not, and also from a checkpoint of version 0.1."""
+    whole, killed, old = (tmp_path / name for name in ("whole", "killed", "old"))
+    for folder in (whole, killed, old):
+        shutil.copytree(one, folder)
+    words = [*STAGE_ONE, "--steps", 24, "--keep-checkpoints", 9, "--output"]
+    said = run(TOKENIZER, *words, whole).ok().err
+    assert "--steps" in said and "12 steps" in said and "24" in said
+    rates = {row["step"]: row["train/lr"] for row in rows(whole) if "train/lr" in row}
+    assert list(rates) == list(range(1, 25)) and rates[12] == rates[24] == 0
+    assert max(abs(rates[s + 1] - rates[s]) for s in range(1, 24)) <= 3e-3 / 3 * 1.0001
+    assert max(rates[s] for s in range(13, 25)) > 3e-4, "the new steps learn"
+    # The discriminator's rate is the same share of its peak.
+    states = torch.load(whole / "checkpoints/step-00000016/optimizers.pt", weights_only=True)
+    assert states["discriminator"]["param_groups"][0]["lr"] / 1e-4 == pytest.approx(rates[15] / 3e-3)
+
+    for row in (14, 18):
+        assert run(TOKENIZER, *words, killed, hook=at_row(row)).code == -signal.SIGKILL
+    assert "planned" not in run(TOKENIZER, *words, killed).ok().err
+    same(killed, whole)
+
+    state = old / "checkpoints/step-00000012/state.json"
+    content = json.loads(state.read_text())
+    del content["extra"]["plan"]
+    state.write_text(json.dumps(content))
+    assert "--steps" in run(TOKENIZER, *words, old).ok().err
+    assert weights(old) == weights(whole)
 
 
 # Killed within a window of the plateau's; it begins at step 6.

@@ -92,7 +92,7 @@ class TokenizerTrainer:
         if config.loss.perceptual_weights:
             net = PerceptualDistance(config.loss.perceptual_net, config.loss.perceptual_weights)
             self.perceptual = net.to(run.device, memory_format=layout)  # type: ignore[call-overload]
-        optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, config.run.steps)
+        optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, run.plan)
         if config.run.compile:
             if config.gan.gan_weight and config.gan.gan_adaptive:
                 # The adaptive ratio walks the graph twice more; compiled code may else give its buffers away before.
@@ -177,7 +177,7 @@ class TokenizerTrainer:
 
     def step(self, step: int) -> dict[str, Tensor]:
         parts = self._tensors(next(self.batches))
-        self.tokenizer.quantizer.progress = step / self.config.run.steps
+        self.tokenizer.quantizer.progress = self.run.plan.progress(step)
         logged: dict[str, Tensor] = {}
         fakes: list[Tensor] = []
         for index, images in enumerate(parts):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -9,21 +10,26 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+# Signals to a whole process group that the training process answers by saving: its workers must outlive them.
+# Without `sigwaitinfo` (macOS) a worker cannot tell its parent's SIGTERM, so it keeps obeying every one.
+_HELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
+
 
 class Loader:
-    """Worker processes that outlive one reading: a DataLoader whose plan is exchanged."""
+    """Worker processes that persist over several passes: a DataLoader whose batches of keys can be replaced."""
 
     def __init__(self, dataset: Dataset[Any], workers: int):
         self.plan: Iterator[list[Any]] = iter(())
         self.loader = DataLoader(
             dataset,
             batch_sampler=self,  # pyright: ignore[reportArgumentType]
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=4,
             persistent_workers=True,
             multiprocessing_context="spawn",
-            # Its own, so that starting workers draws nothing from the training's random numbers.
+            worker_init_fn=_obey_parent_alone,
+            # Its own generator: starting workers draws no number from the training's.
             generator=torch.Generator(),
         )
 
@@ -31,22 +37,34 @@ class Loader:
         return self.plan
 
     def batches(self, plan: Iterator[list[Any]]) -> Iterator[Any]:
+        """Load the batches of keys in `plan`, in order."""
         self.plan = plan
-        # A terminal interrupts the whole group: the run saves first, so its workers must outlive the signal.
-        resource_tracker.ensure_running()  # which unblocks it when it starts
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        resource_tracker.ensure_running()  # its start would unblock the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # workers inherit the mask
         try:
             return iter(self.loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
+def _obey_parent_alone(_worker: int) -> None:
+    """Wait for SIGTERM in a thread of a worker and exit where the parent sent it; any other is ignored."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)  # as torch's own handler; another code would be an error in the parent
+
+    if signal.SIGTERM in _HELD:
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def worker_count(asked: int) -> int:
-    """Worker processes of this process: -1 shares the cores among the processes of the machine, one each kept free."""
+    """Number of worker processes: `asked`, or for -1 one a core, less one for each process on this machine."""
     if asked >= 0:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -158,7 +158,7 @@ class Adversary:
         self.discriminator = discriminator
         settings = OptimizerConfig(**{**vars(optimizer), "optimizer": "adamw", "lr": config.gan_lr})
         # The schedule is only asked for its factors: the rate depends on the step alone, whenever training began.
-        own, schedule = optimizer_for(discriminator, settings, run.settings.steps)
+        own, schedule = optimizer_for(discriminator, settings, run.plan)
         self.factor: Callable[[int], float] = schedule.lr_lambdas[0]
         self.model, self.optimizer = run.accelerator.prepare(discriminator, own)
         self.modules: dict[str, nn.Module] = {"discriminator": discriminator}

@@ -154,6 +154,10 @@ class Codebook(nn.Module):
             self.register_buffer("weights", torch.ones(len(codes)))
         self.register_buffer("idle", torch.zeros(len(codes), dtype=torch.long))
 
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are codes."""
+        return [self.codes] if isinstance(self.codes, nn.Parameter) else []
+
     @property
     def training_state(self) -> set[str]:
         """Names of the tensors that only learning needs."""

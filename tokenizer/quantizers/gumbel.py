@@ -38,6 +38,10 @@ class GumbelQuantizer(Quantizer):
         nn.init.zeros_(cast(Tensor, self.project_in.bias))
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows are codes."""
+        return [self.codebook]
+
     @property
     def temperature(self) -> float:
         """tau at the present share of the run."""

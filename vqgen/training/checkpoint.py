@@ -1,8 +1,8 @@
-"""Resume checkpoints: everything a training run must know to go on as if it had never stopped.
+"""Checkpoints for an exact resume.
 
-`checkpoints/step-00000500/` holds one safetensors file a module, `optimizers.pt` (optimizers and schedules, read with
-`weights_only=True`) and `state.json`. Random numbers and the place in the data need no file: both are functions of
-(seed, step, process), see `step_seed`.
+`checkpoints/step-00000500/` holds one safetensors file per module, `optimizers.pt` (optimizers and schedules, read with
+`weights_only=True`) and `state.json`. Random numbers and the position in the data are functions of (seed, step,
+process), see `step_seed`, and are not saved.
 """
 
 import json
@@ -22,18 +22,9 @@ from vqgen.files import atomic_path
 
 from .fsdp import full_tensors, load_module, load_optimizer
 
-# What the readers of JSON, safetensors and torch's archives raise on a file that is cut off or not theirs.
+# Raised by the readers of JSON, safetensors and torch archives on truncated or foreign files.
 _DAMAGED = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError)
 _DAMAGED += (LookupError, TypeError, ValueError)
-
-
-def non_finite(modules: Mapping[str, nn.Module]) -> str | None:
-    """The first tensor of any module that holds NaN or infinity, by name; None where all are finite."""
-    for name, module in modules.items():
-        for key, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and not full_tensors(torch.isfinite(tensor).all()):
-                return f"{name}.{key}"
-    return None
 
 
 def save_checkpoint(
@@ -48,9 +39,9 @@ def save_checkpoint(
     """Write `folder/step-N` atomically, then remove all but the newest `keep`.
 
     Args:
-        write: whether this process writes; the others only bring their shares of sharded weights.
         optimizers: anything with `state_dict` and `load_state_dict`: optimizers, schedules, the gradient scaler.
-        extra: JSON-able values, e.g. the best held-out loss.
+        extra: JSON-serialisable values, e.g. the best held-out loss.
+        write: whether this process writes; the others only contribute their shards.
     """
     path = folder / f"step-{step:08d}"
     weights = {name: full_tensors(module.state_dict()) for name, module in modules.items()}
@@ -71,7 +62,7 @@ def save_checkpoint(
 
 
 def _save(states: dict[str, Any], path: Path) -> None:
-    """`torch.save`, but with the system's own error: torch hides a full disk behind a position in its archive."""
+    """Call `torch.save`; raise the system's `OSError` of a full disk instead of torch's error about its archive."""
     with open(path, "wb") as file:
         try:
             torch.save(states, file)
@@ -80,12 +71,15 @@ def _save(states: dict[str, Any], path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Restore everything in place and return `state.json`; a file that misses or does not fit is a `UserError`."""
+    """Restore modules and optimizers in place; returns `step` and `extra`.
+
+    Raises `UserError` naming the file that is missing, damaged or of another model.
+    """
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -100,17 +94,6 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Ma
     except _DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise UserError(
-            f"{file} is damaged or of another run ({reason}); remove {path} to resume from an older checkpoint"
+            f"{file} is damaged or from another run ({reason}); remove {path} to resume from an older checkpoint"
         ) from error
     return state
-
-
-class NonFinite(Exception):
-    """A loss or a gradient became NaN or infinite; the message names which."""
-
-
-def finite_or_raise(terms: Mapping[str, torch.Tensor]) -> None:
-    """Raise `NonFinite` naming the scalars that are NaN or infinite; one wait for the device, not one a term."""
-    finite = torch.stack([torch.isfinite(value.detach().float()) for value in terms.values()]).tolist()
-    if not all(finite):
-        raise NonFinite(", ".join(name for name, good in zip(terms, finite) if not good))

@@ -1,7 +1,7 @@
-"""FSDP: weights, gradients and optimizer state shared out over the processes, as Accelerate's configuration asks.
+"""FSDP: weights, gradients and optimizer state sharded over the processes, as configured in Accelerate.
 
-Checkpoints and model folders hold whole tensors, so that a run may go on with another number of processes, sharded or
-not.
+Checkpoints and model folders hold full tensors, so that a run can be resumed with another number of processes, sharded
+or not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +21,8 @@ Tree = TypeVar("Tree")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether models are shared out over the processes."""
-    # Not `distributed_type`: Accelerate forgets it as soon as an optimizer is prepared.
+    """Whether models are sharded over the processes."""
+    # Not `distributed_type`: Accelerate resets it when an optimizer is prepared.
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
@@ -31,74 +31,74 @@ def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
 
 
 def configure_fsdp(accelerator: Accelerator) -> None:
-    """Complete Accelerate's FSDP settings where it was started with them. Raises `UsageError` for version 1."""
+    """Complete Accelerate's FSDP settings, if there are any. Raises `UsageError` for FSDP version 1."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     state = accelerator.state
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate shards on GPUs and the like; torch does on CPUs, too.
+        # Accelerate enables FSDP on accelerators only; torch supports CPUs.
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if not is_sharded(accelerator):
-        return  # one process, which holds everything
+        return  # one process
     plugin = _plugin(accelerator)
     if plugin.fsdp_version != 2:
         raise UsageError(f"accelerate: found fsdp_version {plugin.fsdp_version}; configure FSDP with fsdp_version: 2")
-    plugin.cpu_ram_efficient_loading = False  # every process makes the first weights itself, from the seed
+    plugin.cpu_ram_efficient_loading = False  # every process initialises the weights from the seed
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    # Gradients are summed in float32, as without sharding.
+    # Gradients are reduced in float32, as without sharding.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32)
 
 
 def units(accelerator: Accelerator, names: Sequence[str]) -> None:
-    """Weights are gathered a module of these class names at a time, unless the configuration names others."""
+    """Set the class names of the modules that FSDP shards one by one, unless Accelerate's configuration names some."""
     if is_sharded(accelerator) and not _plugin(accelerator).transformer_cls_names_to_wrap:
         _plugin(accelerator).transformer_cls_names_to_wrap = list(names)
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> None:
-    """Share out a module that is not trained, as `Accelerator.prepare` does those that are."""
+    """Shard a module that has no optimizer; `Accelerator.prepare` does it for those that have one."""
     if is_sharded(accelerator):
         fsdp2_prepare_model(accelerator, module)
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of weights that a forward pass without a backward pass gathered: they would not see later updates."""
+    """Free the weights gathered by a forward pass without a backward pass, which would miss later updates."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def full_tensors(tree: Tree) -> Tree:
-    """The same with whole tensors for shares of them. All processes must call it alike."""
+    """Replace every sharded tensor of a tree by the full one. A collective: all processes must call it."""
     return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, tree)
 
 
-def own_shares(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """This process's shares, to be changed in place; of tensors that are not sharded, themselves."""
+def local_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's shards, which can be changed in place; a tensor that is not sharded is returned itself."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def shared_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as this process's share, where `like` is one of that shape; else as it is."""
+def sharded_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shard a full tensor as `like` is sharded; return it unchanged where `like` is not or has another shape."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """`load_state_dict` of whole tensors."""
+    """Load full tensors into a module, sharded or not."""
     own = module.state_dict()
-    module.load_state_dict({k: shared_out(v, own[k]) if k in own else v for k, v in tensors.items()})
+    module.load_state_dict({k: sharded_like(v, own[k]) if k in own else v for k, v in tensors.items()})
 
 
 def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors, for an optimizer or anything else with a state."""
+    """Load full tensors into an optimizer, sharded or not, or into anything else with a state."""
     groups = getattr(optimizer, "param_groups", None)
     if groups is not None and "state" in saved:
         parameters = [p for group in groups for p in group["params"]]
-        shares = {
-            index: {name: shared_out(v, parameters[index]) if torch.is_tensor(v) else v for name, v in state.items()}
+        shards = {
+            index: {name: sharded_like(v, parameters[index]) if torch.is_tensor(v) else v for name, v in state.items()}
             for index, state in saved["state"].items()
         }
-        saved = {**saved, "state": shares}
+        saved = {**saved, "state": shards}
     optimizer.load_state_dict(saved)

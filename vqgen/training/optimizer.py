@@ -1,4 +1,4 @@
-"""AdamW and Muon, their learning-rate schedule, and the averaged weights that are validated and saved."""
+"""AdamW, Muon and the averaged weights that are validated and saved."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -7,23 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import get_scheduler
 
 from vqgen.devices import precision_of
 
-from .fsdp import own_shares
+from .fsdp import local_shards
 from .options import OptimizerConfig
+from .schedule import Plan
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration: the steepest at 0 whose singular values stay near 1 (Jordan et al. 2024)."""
+"""Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
 LEAST_SIDE = 32
-"""Narrower matrices, such as those that make pixels, have too few directions to gain from Muon."""
+"""Matrices with a smaller side, such as the last convolution, are left to AdamW: they gain nothing from Muon."""
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """(N, r, c) -> about U V^T of each one's singular value decomposition: its singular values lie between 0.7 and 1.2
-    after these five iterations, which is what Muon needs. In bfloat16 where the hardware computes in it."""
+    """Approximate U V^T of the singular value decomposition of each matrix (N, r, c), by five Newton-Schulz iterations.
+
+    Singular values of the result lie between 0.7 and 1.2. Computed in bfloat16 where the hardware supports it.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if precision_of("auto", matrices.device) == "bf16" else matrices.float()
     wide = x.shape[1] <= x.shape[2]
@@ -36,18 +39,18 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the groups with `muon`, AdamW for the others: one optimizer, one state.
+    """Muon (Jordan et al. 2024) for parameter groups with `muon` set, AdamW for the others.
 
-    Nesterov's momentum of each matrix is orthogonalised and scaled by 0.2 sqrt(max(rows, columns)), so that an update
-    is as large as AdamW's and `lr` and decoupled `weight_decay` carry over (Liu et al. 2025, eq. 4). A convolution
-    counts as the matrix (out, in * height * width). `torch.optim.Muon` is the same, for matrices alone.
-    Its rounding depends on the hardware: the processes of a run must be on machines of one kind, and so must those
-    before and after a resume that is to be exact.
+    The Nesterov momentum of each matrix is orthogonalised and scaled by 0.2 sqrt(max(rows, columns)), so that the
+    update has the size of AdamW's and `lr` and decoupled `weight_decay` need no change (Liu et al. 2025, eq. 4). A
+    convolution is treated as the matrix (out, in * height * width). `torch.optim.Muon` is the same for matrices only.
+    Rounding depends on the hardware: all processes of a run, and a resume that is to be exact, need machines of one
+    kind.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
         settings = {"lr": lr, "betas": betas, "momentum": 0.95, "eps": 1e-8, "weight_decay": 0.0}
-        # `fused` also has torch put the step counts beside the parameters when a state is loaded.
+        # With `fused` torch moves the step counts to the device of the parameters when a state is loaded.
         super().__init__(groups, settings | {"fused": True})
 
     @torch.no_grad()
@@ -70,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
             matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # type: ignore[union-attr]
             updates[matrix.shape].append((p, matrix))  # type: ignore[index]
-        for shape, same in updates.items():  # matrices of one shape go together
+        for shape, same in updates.items():  # matrices of one shape in one batch
             size = 0.2 * max(shape) ** 0.5
             for (p, _), update in zip(same, orthogonalised(torch.stack([m for _, m in same])), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -97,18 +100,24 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def optimizer_for(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimizer, with decay on matrices and convolutions alone, and its schedule over `steps`.
+def optimizer_for(model: nn.Module, config: OptimizerConfig, plan: Plan) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer of `model` and its schedule over the steps of `plan`.
 
-    Muon gets neither codebooks nor embeddings nor a head tied to one or named `lm_head`: their rows are looked up or
-    chosen one by one, so that no direction is shared between them.
+    Matrices and convolutions have weight decay, codebooks, biases and norms have none. Muon updates neither codebooks
+    nor embeddings nor output heads: their rows are used one by one and share no directions. A module names its
+    codebooks by `codebook_parameters()`, a transformers model its head by `get_output_embeddings()`.
     """
-    rows = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    codebooks, heads = set[int](), set[int]()
+    for module in model.modules():
+        codebooks |= {id(p) for p in getattr(module, "codebook_parameters", list)()}
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        for part in (module if isinstance(module, nn.Embedding) else None, head):
+            heads |= {id(p) for p in part.parameters()} if part is not None else set()
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
-            matrix = p.ndim >= 2 and "codebook" not in name
-            wide = matrix and min(p.flatten(1).shape) >= LEAST_SIDE and id(p) not in rows and "lm_head" not in name
+            matrix = p.ndim >= 2 and id(p) not in codebooks
+            wide = matrix and min(p.flatten(1).shape) >= LEAST_SIDE and id(p) not in heads
             groups[config.weight_decay if matrix else 0.0, wide and config.optimizer == "muon"].append(p)
     parameters = [{"params": ps, "weight_decay": decay, "muon": muon} for (decay, muon), ps in groups.items()]
     betas = (config.beta1, config.beta2)
@@ -116,18 +125,17 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, steps: int) -> tupl
         optimizer: torch.optim.Optimizer = Muon(parameters, config.lr, betas)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, fused=True)
-    warmup = min(config.lr_warmup, steps)
-    return optimizer, get_scheduler(config.lr_schedule, optimizer, warmup, steps)
+    return optimizer, LambdaLR(optimizer, lambda step: plan.learning_rate(config, step))
 
 
 def averaged(model: nn.Module) -> AveragedModel:
-    """A copy of `model` that follows it as an exponential average, buffers included."""
+    """A copy of `model` for an exponential moving average of its weights and buffers."""
     average = AveragedModel(model, use_buffers=True)
     return average.requires_grad_(False).eval()
 
 
 def update_average(average: AveragedModel, model: nn.Module, decay: float, step: int) -> None:
-    """One update after step `step`; the decay rises with the steps, or the start would weigh for too long."""
+    """Update the average after step `step` (0 is the first); the decay rises from 0.1 to `decay` over early steps."""
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average.multi_avg_fn = lambda averages, values, count: update(own_shares(averages), own_shares(values), count)
+    average.multi_avg_fn = lambda averages, values, count: update(local_shards(averages), local_shards(values), count)
     average.update_parameters(model)

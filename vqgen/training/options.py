@@ -3,68 +3,57 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqgen.errors import UsageError
-from vqgen.options import at_least
+from vqgen.options import Count, CountOrZero, Fraction, NotNegative, Options
 
 
 @dataclass
-class RunConfig:
-    """How long, how exact, how often."""
+class RunConfig(Options):
+    """Length, precision, logging and checkpoints of a run."""
 
-    steps: int = 10_000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Examples a step, over all processes and accumulated parts together."""
-    accumulate: int = 1
-    """Parts into which a process splits its share of a step, to save memory; a codebook learns after each part."""
+    steps: Count = 10_000
+    """Optimizer steps; a run resumed with another number moves to the new learning-rate schedule without a jump."""
+    batch_size: Count = 64
+    """Examples per step, over all processes and accumulation parts."""
+    accumulate: Count = 1
+    """Parts into which each process splits its share of a step, to save memory; a codebook learns after each part."""
     seed: int = 0
     """Seed of weights, data order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; auto takes bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    """Autocast precision; auto is bf16 where the hardware supports it, else fp16 on CUDA, else fp32."""
     compile: bool = False
     """Compile the model with torch.compile (needs a C++ compiler)."""
-    log_every: int = 20
-    """Steps between rows of training figures in metrics.jsonl."""
-    validate_every: int = 500
+    log_every: Count = 20
+    """Steps between rows of training metrics in metrics.jsonl; losses are checked to be finite as often."""
+    validate_every: Count = 500
     """Steps between validations on held-out data."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk."""
+    keep_checkpoints: Count = 2
+    """Number of newest checkpoints that are kept."""
     log_with: list[str] = field(default_factory=list)
-    """Further trackers beside metrics.jsonl: tensorboard, wandb."""
-
-    def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, accumulate=1, log_every=1, validate_every=1, checkpoint_every=1)
-        at_least(self, keep_checkpoints=1)
+    """Trackers beside metrics.jsonl: tensorboard, wandb."""
 
 
 @dataclass
-class OptimizerConfig:
-    """The optimizer, its schedule and the averaging of weights."""
+class OptimizerConfig(Options):
+    """Optimizer, learning-rate schedule and weight averaging."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Muon moves matrices and convolutions along orthogonalised momentum, at the same --lr, and leaves the rest to
-    AdamW; fewer steps to the same loss, each a little longer."""
-    lr: float = 3e-4
+    """muon updates matrices and convolutions with orthogonalised momentum, at the same --lr, and the rest with AdamW;
+    fewer steps to the same loss, each slightly slower."""
+    lr: NotNegative = 3e-4
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    lr_warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
+    """Shape of the learning rate after the warm-up."""
+    lr_warmup: CountOrZero = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: NotNegative = 0.01
     """Weight decay of matrices and convolutions; biases, norms and codebooks have none."""
-    beta1: float = 0.9
-    """AdamW's decay of the gradient's mean; Muon's momentum is 0.95."""
-    beta2: float = 0.95
-    """AdamW's decay of the gradient's square."""
-    grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 = no clipping."""
-    ema_decay: float = 0.999
-    """Decay of the averaged weights that are validated and saved; it rises to this over the first steps."""
-
-    def __post_init__(self) -> None:
-        at_least(self, lr=0, weight_decay=0, grad_clip=0, lr_warmup=0)
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected 0 <= value < 1")
+    beta1: Fraction = 0.9
+    """AdamW's decay of the mean gradient; Muon's momentum is 0.95."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: NotNegative = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    ema_decay: Fraction = 0.999
+    """Decay of the averaged weights that are validated and saved; it rises to this value over the first steps."""
