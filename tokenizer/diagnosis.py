@@ -1,4 +1,4 @@
-"""What may be wrong with a tokenizer run: which rules of health apply to it, and which remedies it has left."""
+"""Health rules that apply to a tokenizer run, and the remedies that are not in use yet."""
 
 from vqgen.tokenizer.losses.adversarial import blind_loss
 from vqgen.tokenizer.losses.options import GanConfig
@@ -15,17 +15,17 @@ from vqgen.training.health import (
 
 
 def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, training: int, heldout: int) -> list[Finding]:
-    """The findings of a run by the rows it has logged.
+    """Findings from the rows that a run has logged.
 
     Args:
-        training: positions of all training images together, each one code or, at each depth, one.
-        heldout: positions of the images that a validation measures.
+        training: grid positions of all training images.
+        heldout: grid positions of the images of a validation.
     """
-    # Fixed codes are there whether the data fill them or not.
+    # Codes that are not learned need no data.
     too_large = codebook_too_large(quantizer.codes, training) if quantizer.quantizer not in ("fsq", "lfq") else None
     found = [too_large, learning_rate_too_high(rows), adversary_dominates(rows)]
     found.append(pinned_discriminator(rows, gan.gan_loss, blind_loss(gan.gan_loss)))
-    if not too_large and not found[1]:  # of which it is a consequence, with another remedy
+    if not too_large and not found[1]:  # these cause a collapse and have another remedy
         settled = 2 * quantizer.revive_after if quantizer.quantizer in LEARNED else 0
         reachable = min(quantizer.codes, heldout)
         found.append(codebook_collapse(rows, reachable, collapse_remedy(quantizer), settled))
@@ -33,7 +33,7 @@ def diagnose(rows: list[Row], quantizer: QuantizerConfig, gan: GanConfig, traini
 
 
 def collapse_remedy(config: QuantizerConfig) -> str:
-    """What helps against a collapse and is not done yet."""
+    """Options against a codebook collapse that are not set yet."""
     less = "smaller --levels" if config.quantizer == "fsq" else "a smaller --codebook-size"
     if config.quantizer == "gumbel":
         return f"raise --entropy-weight (it is {config.entropy_weight:g}) or --gumbel-kl-weight, or use {less}"

@@ -1,1 +1,1 @@
-"""What both training programs share: the run, its loop, checkpoints, optimizers and logs."""
+"""Shared by both training programs: run, training loop, checkpoints, optimizers and logs."""

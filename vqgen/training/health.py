@@ -1,6 +1,6 @@
-"""The rules by which a run names what is wrong with itself and how to mend it.
+"""Rules that detect failing runs and name a remedy.
 
-Each rule reads rows of `metrics.jsonl` (oldest first) and returns a `Finding` or nothing; a healthy run says nothing.
+Each rule reads rows of `metrics.jsonl` (oldest first) and returns a `Finding`, or None for a healthy run.
 """
 
 import math
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: a short name, what was measured, and what to change."""
+    """One problem: a short name, the measured values, and what to change."""
 
     name: str
     measured: str
@@ -27,12 +27,12 @@ class Finding:
 
 
 def _last(rows: Sequence[Row], key: str, count: int) -> list[float]:
-    """The newest `count` numbers under `key`; fewer where there are not so many."""
+    """The newest `count` numbers under `key`, or as many as there are."""
     return [row[key] for row in rows if isinstance(row.get(key), (int, float))][-count:]
 
 
 def _risen(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
-    """The lowest mean of five numbers in a row under `key` and, 2.5 times as high or higher, the median of the last."""
+    """Lowest mean of five consecutive numbers under `key` and median of the last five, if that is 2.5 times higher."""
     values = _last(rows, key, len(rows))
     means = [sum(values[i : i + 5]) / 5 for i in range(len(values) - 9)]
     now = sorted(values[-5:])[2] if means else 0.0
@@ -40,29 +40,29 @@ def _risen(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
 
 
 def codebook_too_large(codes: int, vectors: int) -> Finding | None:
-    """Fewer than 8 vectors a code in the whole training set: most codes can never be learned, whatever the steps.
+    """Fewer than 8 vectors per code in the whole training set: most codes cannot be learned in any number of steps.
 
     Args:
         codes: size of a codebook.
-        vectors: positions of all training images together.
+        vectors: grid positions of all training images.
     """
     if vectors >= 8 * codes:
         return None
     fitting = 2 ** max(1, int(math.log2(max(vectors, 1) / 32)))
     return Finding(
         "codebook too large",
-        f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} a code",
+        f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} per code",
         f"use --codebook-size {fitting}, or more images",
     )
 
 
 def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled: int = 0) -> Finding | None:
-    """Two validations in a row with under a quarter of the codes in use, or a perplexity under 5 % of them.
+    """Two consecutive validations with under 25 % of the codes in use, or a perplexity under 5 % of them.
 
     Args:
-        reachable: the codebook size, or the number of held-out positions where that is smaller.
-        remedy: what to change; it depends on the quantizer.
-        settled: steps before which a validation says nothing, because unused codes have not been revived yet.
+        reachable: the codebook size, or the number of held-out grid positions if smaller.
+        remedy: depends on the quantizer.
+        settled: validations before this step are ignored, as unused codes have not been revived yet.
     """
     late = [row for row in rows if row.get("step", 0) >= settled]
     used, perplexity = _last(late, "heldout/codes_used", 2), _last(late, "heldout/perplexity", 2)
@@ -78,12 +78,11 @@ def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled:
 
 
 def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
-    """Weights that grow by leaps, or a reconstruction loss that explodes or rises.
+    """Fast growth of the weights, or a reconstruction loss that is very high or rises.
 
-    - The square of the weights' norm grows by over 3 % a step between two rows. A step that is small against the
-      weights turns them, one that is not lengthens them; in healthy runs it was 0.1 % and less.
-    - The reconstruction loss is over 1.5 in a row. Images lie in [-1, 1]: plain grey has at most 1.
-    - It has risen to 2.5 times its lowest, and no adversarial loss explains that.
+    - The squared norm of the weights grows by over 3 % per step between two rows; healthy runs had at most 0.1 %.
+    - The reconstruction loss exceeds 1.5 in a row. Images lie in [-1, 1], so a constant 0 has at most 1.
+    - It has risen to 2.5 times its lowest value without an adversarial loss.
     """
     name, rates = "learning rate too high", _last(rows, "train/lr", len(rows))
     highest = f" (it has been {max(rates):.2g})" if rates else ""
@@ -98,7 +97,9 @@ def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
             step, norm = row["step"], after
     worst = max(_last(rows, "train/reconstruction", len(rows)), default=0.0)
     if worst > 1.5:
-        return Finding(name, f"the reconstruction loss was {worst:.3g}, where plain grey has at most 1", remedy)
+        return Finding(
+            name, f"the reconstruction loss was {worst:.3g}, where a constant grey image has at most 1", remedy
+        )
     risen = _risen(rows, "train/reconstruction")
     if risen and not _last(rows, "train/adversarial", 1):
         return Finding(name, f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}", remedy)
@@ -106,22 +107,21 @@ def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
 
 
 def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
-    """The decoder serves the discriminator and not the images.
+    """The adversarial loss outweighs the reconstruction loss.
 
-    - In five rows in a row the discriminator takes reconstructions for more real than the originals: the decoder has
-      found what it likes, which a discriminator that keeps up does not allow.
-    - The reconstruction loss has risen to 2.5 times its lowest.
-    - Two validations in a row have a PSNR over 1.5 dB below the best, and an LPIPS, where it is measured, no better.
+    - In five consecutive rows the discriminator rates reconstructions as more real than originals.
+    - The reconstruction loss has risen to 2.5 times its lowest value.
+    - Two consecutive validations have a PSNR over 1.5 dB below the best and, where measured, an LPIPS no better.
     """
-    felt = [row for row in rows if _last([row], "train/adversarial", 1)]
-    if not felt:
+    adversarial = [row for row in rows if _last([row], "train/adversarial", 1)]
+    if not adversarial:
         return None
-    real, fake = (_last(felt, f"train/discriminator_{name}", 5) for name in ("real", "fake"))
+    real, fake = (_last(adversarial, f"train/discriminator_{name}", 5) for name in ("real", "fake"))
     validations = [row for row in rows if _last([row], "heldout/psnr", 1)]
     best: Row = max(validations[:-2], key=lambda row: row["heldout/psnr"], default={})
     risen = _risen(rows, "train/reconstruction")
     if len(real) == len(fake) == 5 and all(f - r > 0.02 for r, f in zip(real, fake)):
-        text = f"the discriminator takes reconstructions ({fake[-1]:.2f}) for more real than originals ({real[-1]:.2f})"
+        text = f"the discriminator rates reconstructions ({fake[-1]:.2f}) as more real than originals ({real[-1]:.2f})"
     elif risen:
         text = f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}"
     elif best and all(
@@ -135,15 +135,15 @@ def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
     return Finding(
         "adversarial loss dominates",
         text,
-        "raise --gan-start, so that reconstructions improve first, lower --gan-weight, and leave --gan-adaptive on",
+        "raise --gan-start so that reconstructions improve first, lower --gan-weight, and keep --gan-adaptive on",
     )
 
 
 def pinned_discriminator(rows: Sequence[Row], loss: str = "hinge", blind: float = 1.0) -> Finding | None:
-    """Five logged means in a row at a bound of its loss: near 0 (it always wins) or near `blind` (it says nothing).
+    """Five consecutive rows with a discriminator loss near 0 (it always wins) or near `blind` (it learns nothing).
 
     Args:
-        loss: the name of the loss, for the message.
+        loss: name of the loss, for the message.
         blind: its value where every logit is 0.
     """
     losses = _last(rows, "train/discriminator", 5)
@@ -152,22 +152,22 @@ def pinned_discriminator(rows: Sequence[Row], loss: str = "hinge", blind: float 
     if max(losses) < 0.02 * blind:
         return Finding(
             "discriminator pinned",
-            f"its {loss} loss is {losses[-1]:.3f}: it tells every reconstruction from its original",
+            f"its {loss} loss is {losses[-1]:.3f}: it separates all reconstructions from originals",
             "use --gan-augment color translation or --gan-lecam 0.01, lower --gan-lr, or raise --gan-start",
         )
     if all(abs(value - blind) < 0.002 * blind for value in losses):
         return Finding(
             "discriminator pinned",
-            f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it has not learned to tell anything",
+            f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it separates nothing",
             "raise --gan-lr or --gan-width, or lower --gan-lecam",
         )
     return None
 
 
 def overfitting(rows: Sequence[Row]) -> Finding | None:
-    """The held-out loss rose at three validations in a row, to 1 % over its best, while the training loss fell.
+    """The held-out loss rose at three consecutive validations, to 1 % above its best, while the training loss fell.
 
-    The training loss is the mean since the validation before: single rows of it are noise.
+    The training loss is the mean since the previous validation, as single rows are noisy.
     """
     heldout, train, since = [], [], []
     for row in rows:
@@ -189,12 +189,13 @@ def overfitting(rows: Sequence[Row]) -> Finding | None:
 
 
 def non_finite_origin(model: nn.Module, replay: Callable[[], Any]) -> str:
-    """Where NaN or infinity begins: the first module, in order of execution, whose output is not finite.
+    """Find the first module, in order of execution, whose output holds NaN or infinity.
+
+    Non-finite weights are reported before outputs. Where the forward pass is finite, the first parameter in the order
+    of backpropagation with a non-finite gradient is reported.
 
     Args:
-        replay: runs the failing forward pass of `model` again.
-
-    Falls back to the first parameter with such a gradient, where the forward pass is finite.
+        replay: repeats the failing forward pass of `model`.
     """
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -209,7 +210,7 @@ def non_finite_origin(model: nn.Module, replay: Callable[[], Any]) -> str:
 
         return hook
 
-    # A module's own hook comes after those of its parts: what it adds to their outputs is told apart from them.
+    # A module's hook runs after those of its children, so the innermost module is found.
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The sessions of a run: what machine it trained on, with which versions, and for how long."""
+"""Sessions of a run: the machine, the library versions and the duration of each start or resume."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ MACHINE = "machine.json"
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """The sessions that a run folder tells of, oldest first; none where it has no `machine.json` or a damaged one."""
+    """Sessions of a run folder, oldest first; none where `machine.json` is missing or damaged."""
     with suppress(UserError):
         sessions = read_json(folder / MACHINE).get("sessions")
         if isinstance(sessions, list):
@@ -23,27 +23,27 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
 
 
 class Session:
-    """One entry of `machine.json`, of the time from a start or a resumption of a run until it ends.
+    """One entry of `machine.json`: from a start or resume of a run until it ends.
+
+    `seconds` is the wall time up to the last checkpoint and `last_step` the steps done by then; the next session
+    repeats the steps that a killed one did afterwards.
 
     Args:
         folder: the run folder; its earlier sessions stay in the list.
-        first_step: steps that were done before.
-        about: what it runs on, see `hardware.describe`.
-
-    `seconds` is the wall time up to the last checkpoint, `last_step` the steps done by then: what a killed session did
-    afterwards, the next one does again.
+        first_step: steps done before.
+        about: machine and versions, see `devices.describe`.
     """
 
     def __init__(self, folder: Path, first_step: int, about: Mapping[str, Any]) -> None:
-        self.path, self.former, self.start = folder / MACHINE, read_sessions(folder), time.monotonic()
+        self.path, self.earlier, self.start = folder / MACHINE, read_sessions(folder), time.monotonic()
         began = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.entry = {"began": began, "first_step": first_step, "last_step": first_step, "seconds": 0.0, **about}
         self._write()
 
     def saved(self, step: int) -> None:
-        """Note that a checkpoint after `step` steps is on disk."""
+        """Record that a checkpoint after `step` steps is on disk."""
         self.entry.update(last_step=step, seconds=round(time.monotonic() - self.start, 1))
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"sessions": [*self.former, self.entry]})
+        write_json(self.path, {"sessions": [*self.earlier, self.entry]})

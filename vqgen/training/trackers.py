@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: always `metrics.jsonl`, and further trackers by name."""
+"""Trackers of a run's metrics: always `metrics.jsonl`, and others by name."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from vqgen.errors import UsageError, UserError
 
 
 class JsonlTracker(GeneralTracker):
-    """One JSON object a line in `metrics.jsonl`, flushed as it is written."""
+    """Appends one JSON object per line to `metrics.jsonl`, flushed at once."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -29,7 +29,7 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """The configuration is in config.yaml already."""
+        """Do nothing: the configuration is in config.yaml."""
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def further_trackers(names: Sequence[str]) -> list[str]:
-    """`names` as given, each checked to be known and installed: Accelerate drops a missing one without a word."""
+    """Check that every tracker is known and installed, as Accelerate ignores a missing one; returns `names`."""
     known: dict[str, Callable[[], bool | None]] = {
         "tensorboard": is_tensorboard_available,
         "wandb": is_wandb_available,
@@ -56,7 +56,7 @@ def further_trackers(names: Sequence[str]) -> list[str]:
 
 
 def read_history(path: Path, last: int) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` up to step `last`; later ones, and half a line of a killed run, are left out."""
+    """Rows of `metrics.jsonl` up to step `last`; an incomplete line of a killed run is skipped."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""What a stage brings to the loop of a training run."""
+"""Interface between a stage (tokenizer or prior) and the training loop."""
 
 from typing import Any, Protocol
 
@@ -8,43 +8,46 @@ from .health import Finding, Row
 
 
 class Trainer(Protocol):
-    """What a stage brings to the loop."""
+    """A stage as the training loop sees it."""
 
     modules: dict[str, nn.Module]
-    """Everything with weights or buffers that a checkpoint must hold, unwrapped."""
+    """Unwrapped modules whose weights and buffers a checkpoint holds, by file name."""
     optimizers: dict[str, Any]
-    """Optimizers and schedules."""
+    """Optimizers and schedules; at least one `LambdaLR` made by `optimizer_for`."""
     extra: dict[str, Any]
-    """Small JSON-able state, e.g. the best held-out loss."""
+    """Small JSON-serialisable state of checkpoints, e.g. the best held-out loss."""
 
     def begin(self, first_step: int) -> None:
-        """Called once, after a restore: open the data at this step."""
+        """Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored."""
         ...
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """One optimizer step; scalars to log. Raises `NonFinite` before the weights are touched."""
+        """Take one optimizer step; returns scalars to log.
+
+        May raise `NonFinite`, on one CPU process before the weights are updated.
+        """
         ...
 
     def rates(self, per_second: float) -> dict[str, float]:
-        """What so many examples a second are in the stage's own terms, to log."""
+        """Throughput metrics to log, from the examples per second."""
         ...
 
     def validate(self, step: int) -> dict[str, float]:
-        """Figures on held-out data, to log."""
+        """Metrics on held-out data, to log."""
         ...
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
-        """What is wrong, by the rows logged so far."""
+        """Problems found in the rows logged so far."""
         ...
 
     def origin(self) -> str:
-        """Where a non-finite number of the last step began."""
+        """Where a non-finite number of the last step began, for the error message."""
         ...
 
     def finished(self) -> str | None:
-        """Why to stop before the last step (early stopping), or None."""
+        """The reason for early stopping, or None."""
         ...
 
     def save(self) -> None:
-        """Write the model folder at the root of the run."""
+        """Write the model folder into the run folder."""
         ...
