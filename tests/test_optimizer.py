@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
@@ -131,9 +132,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{
         name: lambda name=name: Prior(
             PriorConfig(backbone=name, dim=64, layers=1, heads=2),
-            Vocabulary(64, 1, (2, 2), 3),
+            Conditioning(Vocabulary(64, 1, (2, 2)), [Classes(3)]),
             (3, 8, 8),
-            None,
             "0" * 64,
         )
         for name in ("llama", "qwen3", "gpt2")
