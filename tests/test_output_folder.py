@@ -1,4 +1,4 @@
-"""What a run may take over and remove: its own files and nothing else."""
+"""What a program may take over and remove in an output folder: its own files and nothing else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from vqgen.config import parse
-from vqgen.errors import UserError
-from vqgen.output_folder import check_folder, take_folder
+from vqgen.errors import UsageError, UserError
+from vqgen.output_folder import OutputFolder
 from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.training.folder import check_folder, prepare_folder
 from vqgen.training.sessions import MACHINE, Session, read_sessions
 
 
@@ -20,13 +21,13 @@ class Options:
     """Learning rate."""
 
 
-def begun(folder: Path) -> None:
-    take_folder(folder, Options(), overwrite=False)
-    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
-    (folder / "images").mkdir()
-    (folder / "images" / "step-00000004.png").write_bytes(b"a picture")
-    (folder / "vqgen.json").write_text("{}")
-    Session(folder, 0, {"device": "cpu"})
+def begun(path: Path) -> None:
+    prepare_folder(path, Options(), overwrite=False)
+    (path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (path / "images").mkdir()
+    (path / "images" / "step-00000004.png").write_bytes(b"a picture")
+    (path / "vqgen.json").write_text("{}")
+    Session(path, 0, {"device": "cpu"})
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -57,7 +58,7 @@ def test_overwriting_removes_what_a_run_wrote_alone(tmp_path: Path) -> None:
         path.write_text("mine")
     half = tmp_path / "checkpoints" / ".step-00000008.123.part"
     half.mkdir()
-    take_folder(tmp_path, Options(lr=2.0), overwrite=True)
+    prepare_folder(tmp_path, Options(lr=2.0), overwrite=True)
     assert all(path.read_text() == "mine" for path in mine)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {path.relative_to(tmp_path).as_posix() for path in mine} | {"config.yaml"}
@@ -66,7 +67,7 @@ def test_overwriting_removes_what_a_run_wrote_alone(tmp_path: Path) -> None:
 
 def test_a_run_from_before_an_option_goes_on_with_its_default(tmp_path):
     config = parse(TokenizerTraining, ["--data", "demo", "--output", str(tmp_path)])
-    take_folder(tmp_path, config, False)
+    prepare_folder(tmp_path, config, False)
     (tmp_path / "vqgen.json").touch()
     saved = tmp_path / "config.yaml"
     saved.write_text("".join(line for line in saved.open() if "optimizer: adamw" not in line))
@@ -86,3 +87,116 @@ def test_every_session_is_listed_with_what_it_saved(tmp_path: Path) -> None:
     (tmp_path / MACHINE).write_text("half a")
     Session(tmp_path, 9, {"device": "cpu"})
     assert [entry["first_step"] for entry in read_sessions(tmp_path)] == [9]
+
+
+# ---- any program's folder ----
+
+
+def folder(path: Path) -> OutputFolder:
+    return OutputFolder(path, ("plan.json",), ("grid.png", "images/cat/0.png"), ("codes-[0-9]*.bin", "parts/*"))
+
+
+def fill(path: Path) -> list[Path]:
+    """Files of `folder`, its leftovers, and foreign ones, which are returned."""
+    own = ("plan.json", "grid.png", "images/cat/0.png", "codes-00.bin", "codes-01.bin", "parts/a/x", "parts/b")
+    left = (
+        ".grid.png.12.part",
+        "images/cat/.0.png.7.part",
+        ".codes-02.bin.3.part",
+        ".codes-00.bin.old.abc",
+    )
+    foreign = ("notes.txt", "images/cat/1.png", "codes-x.bin", ".hidden", ".notes.txt.5.part", "other/codes-00.bin")
+    for name in (*own, *left, *foreign):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(name)
+    return [path / name for name in foreign]
+
+
+def files_in(path: Path) -> set[Path]:
+    return {found for found in path.rglob("*") if found.is_file()}
+
+
+def test_own_files_and_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    foreign = fill(tmp_path)
+    output = folder(tmp_path)
+    assert output.own_files()[-1] == tmp_path / "plan.json"
+    output.clear()
+    assert files_in(tmp_path) == set(foreign)
+    assert not (tmp_path / "parts").exists() and (tmp_path / "images" / "cat").is_dir()
+    output.clear()  # nothing of ours is left
+
+
+def test_what_is_kept_stays(tmp_path: Path) -> None:
+    foreign = fill(tmp_path)
+    folder(tmp_path).clear(keep=["plan.json", "codes-00.bin"])
+    assert files_in(tmp_path) == {*foreign, tmp_path / "plan.json", tmp_path / "codes-00.bin"}
+
+
+def test_a_removal_that_is_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it stops, the folder is still recognised as long as any own file is left."""
+    for stop in range(20):
+        path = tmp_path / str(stop)
+        foreign, unlink, left = fill(path), Path.unlink, stop
+
+        def dying(self: Path, missing_ok: bool = False, unlink=unlink) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            unlink(self, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", dying)
+            try:
+                folder(path).clear()
+            except KeyboardInterrupt:
+                assert folder(path).recognised
+            else:
+                assert stop > 5
+        folder(path).clear()
+        assert files_in(path) == set(foreign)
+
+
+def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    fill(outside)
+    inside.mkdir()
+    (inside / "plan.json").write_text("{}")
+    (inside / "grid.png").symlink_to(outside / "grid.png")
+    (inside / "codes-00.bin").symlink_to(outside)
+    before = files_in(outside)
+    folder(inside).clear()
+    assert files_in(outside) == before and not any(inside.iterdir())
+    (inside / "parts").symlink_to(outside)
+    (inside / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="parts"):
+        folder(inside).clear()
+    assert files_in(outside) == before and (inside / "plan.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", "..", "a\\..\\x"])
+def test_a_name_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    (tmp_path / "x").write_text("mine")
+    for call in (OutputFolder(output, names=[name]).own_files, OutputFolder(output, names=[name]).clear):
+        with pytest.raises(UserError):
+            call()
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_folder_with_foreign_files_is_refused_unless_it_is_recognised(tmp_path: Path) -> None:
+    output = folder(tmp_path / "new")
+    output.refuse_foreign()
+    output.path.mkdir()
+    (output.path / ".hidden").write_text("x")
+    output.refuse_foreign()
+    (output.path / "codes-00.bin").write_text("x")  # a name that fits makes no folder ours
+    with pytest.raises(UsageError, match=r"codes-00\.bin"):
+        output.refuse_foreign()
+    (output.path / "plan.json").write_text("{}")
+    output.refuse_foreign()
+    with pytest.raises(UsageError, match="is a file"):
+        folder(output.path / "plan.json")
+    with pytest.raises(UsageError):
+        OutputFolder(output.path).refuse_foreign()  # without marks: new or empty

@@ -316,10 +316,10 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, one: Path, co
     (foreign / "model.safetensors").write_bytes(b"a model")
     before = tree(foreign)
     for words in ([], ["--overwrite"]):
-        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(1, "--output", str(foreign), "choose another")
+        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(2, "--output", str(foreign), "choose another")
     (foreign / "config.yaml").write_text("model: resnet\n")
     for words in ([], ["--overwrite"]):
-        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(1, "--output", str(foreign), "choose another")
+        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(2, "--output", str(foreign), "choose another")
     del before
     assert sorted(tree(foreign)) == ["config.yaml", "images/holiday.png", "model.safetensors"]
 
@@ -327,7 +327,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, one: Path, co
     for words in ([], ["--overwrite"]):
         for folder in (one, codes):
             before = tree(folder)
-            run(PRIOR, "--codes", codes, *STAGE_TWO, "--output", folder, *words).refused(1, "--output", str(folder))
+            run(PRIOR, "--codes", codes, *STAGE_TWO, "--output", folder, *words).refused(2, "--output", str(folder))
             assert tree(folder) == before
 
 

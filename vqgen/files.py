@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -75,6 +76,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def temporary_of(path: Path) -> Path | None:
+    """The file or folder that `path` was the temporary of while `atomic_path` wrote it; None where it was none."""
+    found = re.fullmatch(r"\.(.+)\.(\d+\.part|old\.[^.]+)", path.name)
+    return path.with_name(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,82 +1,113 @@
-"""A run folder: whose it is, what of it may be resumed, and what --overwrite removes."""
+"""Output folders: which files in them are a program's own, and how only those are removed."""
 
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from vqgen.training.checkpoint import checkpoints
-from vqgen.training.sessions import MACHINE
-
-from . import config as configuration
 from .errors import UsageError, UserError
-
-# Options that do not change what a run computes, so that they may differ when it resumes.
-_OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
-_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
-FINISHED = "finished.json"
-# What a run writes, and all that --overwrite removes; config.yaml comes last, by it the folder is known as a run's.
-_OWN = ("checkpoints/step-*", "images/step-*.png", "logs/vqgen", "tokenizer/vqgen.json", "tokenizer/model.safetensors")
-_OWN += (FINISHED, MACHINE, "metrics.jsonl", "config.json", "vqgen.json", "model.safetensors", "config.yaml")
-_FOLDERS = ("checkpoints", "images", "logs", "tokenizer")
-# A config.yaml of somebody's own may lie beside images of somebody's own: only this line makes a folder a run's.
-_MARK = "# Written by vqgen: the resolved configuration of the run in this folder.\n"
+from .files import temporary_of
 
 
-def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """See that `folder` is new, or that what it holds is the run of `config` or may be overwritten.
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a program writes into, with the declaration of what is the program's own.
 
-    Raises `UserError` where it is another program's or was begun with options that compute something else.
+    Paths are relative, with "/". Whatever is neither named nor matched is foreign and never replaced or removed. Raises
+    `UsageError` where `path` is a file.
     """
-    saved = folder / "config.yaml"
-    if not _marked(saved):
-        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"--output: {folder} holds files of something else; choose another folder")
-        return
-    try:
-        before = configuration.read_saved(saved, type(config))
-    except UsageError as error:
-        raise UserError(f"--output: {saved} is of another program ({error}); choose another folder") from error
-    begun = checkpoints(folder / "checkpoints") or (folder / "vqgen.json").exists()
-    if not begun or overwrite:
-        return
-    # An option that came with a later version did then what its default does now.
-    defaults = {option.name: option.default for option in configuration.options(type(config))}
-    for name, value in configuration.values_of(config).items():
-        was = before.get(name, defaults.get(name))
-        if name not in _OPERATIONAL and was != value:
-            raise UserError(
-                f"{folder} was started with --{name.replace('_', '-')} {was}, now {value}: "
-                "give the same options to resume, --overwrite to start anew, or another --output"
+
+    path: Path
+    marks: tuple[str, ...] = ()
+    """Files by which the folder is recognised; removed last, so that a removal that was killed can be repeated."""
+    names: Collection[str] = ()
+    """Files by exact name, in order of removal, e.g. as listed in a record of an earlier run."""
+    globs: tuple[str, ...] = ()
+    """Files, and folders that are removed with all they hold, by pattern."""
+    is_mark: Callable[[Path], bool] = Path.is_file
+
+    def __post_init__(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--output: {self.path} is a file; name a folder")
+
+    @property
+    def present(self) -> list[str]:
+        """Names of what the folder holds, except hidden files; empty where it does not exist."""
+        return sorted(path.name for path in self.path.glob("[!.]*"))
+
+    @property
+    def recognised(self) -> bool:
+        """Whether the folder has a mark."""
+        return any(self.is_mark(self.path / mark) for mark in self.marks)
+
+    def refuse_foreign(self) -> None:
+        """Raise `UsageError` where the folder is not empty and has no mark."""
+        if self.present and not self.recognised:
+            raise UsageError(
+                f"--output: {self.path} holds files of something else ({self.present[0]}); choose another folder"
             )
 
+    def own_files(self) -> list[Path]:
+        """Files and folders of the program that exist, in order of removal."""
+        matched = sorted(path for pattern in self.globs for path in self.path.glob(pattern))
+        found = dict.fromkeys([*map(self._inside, self.names), *matched])
+        marks = [self.path / mark for mark in self.marks]
+        return [path for path in (*(path for path in found if path not in marks), *marks) if os.path.lexists(path)]
 
-def take_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """Clear `folder` of what is not to be resumed, and write the configuration."""
-    if overwrite:
-        remove(path for pattern in _OWN for path in folder.glob(pattern))
-        for name in _FOLDERS:
-            with suppress(OSError):  # not there, or not empty: then something else is in it
-                (folder / name).rmdir()
-    # A kill while a file was being written leaves its temporary.
-    patterns = (f"{where}.*.{kind}" for where in ("", "checkpoints/", "images/") for kind in ("part", "old.*"))
-    remove(path for pattern in patterns for path in folder.glob(pattern))
-    configuration.save(config, folder / "config.yaml", _MARK)
+    def leftovers(self) -> list[Path]:
+        """Temporary files that a killed writer of an own file left."""
+        own = {self._inside(name) for name in (*self.names, *self.marks)}
+        own |= {parent for path in own for parent in path.parents if self.path in parent.parents}
+        hidden = {path for folder in {path.parent for path in own} for path in folder.glob(".*")}
+        hidden.update(path for glob in self.globs for path in self.path.glob(str(PurePosixPath(glob).with_name(".*"))))
+        found = []
+        for path in hidden:
+            target = temporary_of(path)
+            if target and (target in own or any(_matches(target.relative_to(self.path), glob) for glob in self.globs)):
+                found.append(path)
+        return sorted(found)
 
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove the program's files and leftovers except `keep`, then those of their folders that are empty.
 
-def _marked(saved: Path) -> bool:
-    """Whether a config.yaml is one that a run wrote."""
-    try:
-        return saved.read_text(encoding="utf-8").startswith(_MARK)
-    except (OSError, UnicodeDecodeError):
-        return False
+        Links are removed, not followed. Raises `UserError` where a file cannot be removed or a link leads outside.
+        """
+        files = [*self.leftovers(), *(path for path in self.own_files() if path not in {self.path / k for k in keep})]
+        self.remove(files)
+        folders = {parent for path in files for parent in path.parents if self.path in parent.parents}
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):  # not empty, or gone
+                folder.rmdir()
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files and folders of this folder, in order. Raises `UserError`."""
+        top = self.path.resolve()
+        for path in paths:
+            if not path.parent.resolve().is_relative_to(top):
+                raise UserError(f"cannot remove {path}: a link leads out of {self.path}; remove it yourself")
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot remove {path}: {error.strerror}") from error
+
+    def _inside(self, name: str) -> Path:
+        """The path of a file of this folder. Raises `UserError` where a name, e.g. of a record, points elsewhere."""
+        parts = PurePosixPath(name).parts
+        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+            raise UserError(f"{self.path}: {name!r} is no name of a file in this folder; choose another folder")
+        return self.path / name
 
 
 def remove(paths: Iterable[Path]) -> None:
     """Remove files and folders that may be there. Raises `UserError` naming the first that cannot be removed."""
     for path in paths:
-        try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot remove {path}: {error.strerror}") from error
+        OutputFolder(path.parent).remove([path])
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)

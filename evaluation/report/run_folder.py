@@ -14,11 +14,11 @@ import yaml
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.option_types import YamlLoader
-from vqgen.output_folder import FINISHED
 from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID
 from vqgen.tokenizer.codes.format import MANIFEST
 from vqgen.tokenizer.data.pixels import PNG
+from vqgen.training.folder import FINISHED
 from vqgen.training.sessions import read_sessions
 
 Kind = Literal["tokenizer", "prior", "samples"]

@@ -26,12 +26,12 @@ from tqdm import tqdm
 from vqgen.devices import describe, keep_memory, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json, write_text
-from vqgen.output_folder import FINISHED, check_folder, take_folder
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
 
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
+from .folder import FINISHED, check_folder, prepare_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
@@ -202,7 +202,7 @@ class Run:
         """
         keep_memory(self.device)
         if self.main:
-            take_folder(self.folder, self.config, self.overwrite)
+            prepare_folder(self.folder, self.config, self.overwrite)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("vqgen", config={})
         self.done = first = self._restore(trainer)

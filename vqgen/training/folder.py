@@ -1,0 +1,72 @@
+"""The folder of a training run: what of it may be resumed, and what --overwrite removes."""
+
+from pathlib import Path
+from typing import Any
+
+from vqgen import config as configuration
+from vqgen.config_layers import MARK
+from vqgen.errors import UsageError, UserError
+from vqgen.options import option_name
+from vqgen.output_folder import OutputFolder
+
+from .sessions import MACHINE
+
+# Options that do not change what a run computes, so that they may differ when it resumes.
+_OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
+_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
+FINISHED = "finished.json"
+_CONFIG = "config.yaml"
+_OWN = ("tokenizer/vqgen.json", "tokenizer/model.safetensors", FINISHED, MACHINE, "metrics.jsonl", "config.json")
+_OWN += ("vqgen.json", "model.safetensors")
+
+
+def run_folder(folder: Path) -> OutputFolder:
+    """The output folder of a run. Only the first line of config.yaml marks it: users have such files of their own."""
+    return OutputFolder(folder, (_CONFIG,), _OWN, ("checkpoints/step-*", "images/step-*.png", "logs/vqgen"), _is_marked)
+
+
+def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
+    """Check that `folder` is new, holds a run with the options of `config`, or holds a run that may be overwritten.
+
+    Raises `UserError` where it is another program's, or its run was started with options that compute something else.
+    """
+    output = run_folder(folder)
+    output.refuse_foreign()
+    if not output.recognised:
+        return
+    saved = folder / _CONFIG
+    try:
+        before = configuration.read_saved(saved, type(config))
+    except UsageError as error:
+        raise UsageError(f"--output: {saved} is of another program ({error}); choose another folder") from error
+    started = any(folder.glob("checkpoints/step-*")) or (folder / "vqgen.json").exists()
+    if not started or overwrite:
+        return
+    now = configuration.values_of(config)
+    # An option that a later version added did before what its default does now.
+    defaults = {option.name: option.default for option in configuration.options(type(config), now)}
+    for name, value in now.items():
+        was = before.get(name, defaults[name])
+        if name not in _OPERATIONAL and was != value:
+            raise UserError(
+                f"{folder} was started with {option_name(name)} {was}, now {value}: "
+                "give the same options to resume, --overwrite to start anew, or another --output"
+            )
+
+
+def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
+    """Remove what is not to be resumed, and write the configuration."""
+    output = run_folder(folder)
+    if overwrite:
+        output.clear()
+    else:
+        output.remove(output.leftovers())
+    configuration.save(config, folder / _CONFIG, MARK)
+
+
+def _is_marked(saved: Path) -> bool:
+    """Whether a config.yaml is one that a run wrote."""
+    try:
+        return saved.read_text(encoding="utf-8").startswith(MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
