@@ -12,7 +12,8 @@ from vqgen.files import read_json
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.train import train as train_prior
 from vqgen.sampling.sample import SampleConfig, sample
-from vqgen.tokenizer.encode import TokenizeConfig, tokenize
+from vqgen.tokenizer.codes.writer import tokenize
+from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.tokenizer.train import train as train_tokenizer
 

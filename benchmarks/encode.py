@@ -1,11 +1,11 @@
-"""vqgen-tokenize against the bare encoder: how much of its rate is left once images are decoded and codes written.
+"""The rate of vqgen-tokenize as a share of the encoder's own rate.
 
     python benchmarks/encode.py              # demo images, an untrained tokenizer of the demo's size
     python benchmarks/encode.py --tokenizer runs/tokenizer --data photos --batch-size 32 --workers -1
 
-Both encode the same number of images at the same batch size and precision, in turns, so that whatever else the
-machine does falls on both. The bare encoder gets one batch that lies in the device's memory again and again;
-vqgen-tokenize starts from the encoded files (the first decoding counts) and ends with the manifest on disk.
+Both encode the same number of images at the same batch size and precision, alternating, so that other load on the
+machine affects both. The encoder alone gets the same batch in device memory repeatedly; vqgen-tokenize starts from
+image files (decoding included) and ends with the manifest on disk.
 """
 
 import argparse
@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 
-from vqgen.tokenizer.codes.plan import TokenizeConfig, build_job
+from vqgen.tokenizer.codes.plan import build_job
+from vqgen.tokenizer.codes.writer import encode_batch, tokenize
 from vqgen.tokenizer.data.options import ImageConfig
-from vqgen.tokenizer.encode import encode_batch, tokenize
+from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import ModelConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
-def bare(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:
-    """Images a second of `tokenizer.encode` on a batch (B, C, H, W) that lies in memory, `count` images in all."""
+def encoder_alone(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:
+    """Images per second of `tokenizer.encode` on a batch (B, C, H, W) in memory, `count` images in all."""
     start = time.perf_counter()
     batches = -(-count // len(images))
     codes = [encode_batch(tokenizer, images, images.device, precision) for _ in range(batches)]
@@ -37,7 +38,7 @@ def bare(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str)
 
 
 def end_to_end(config: TokenizeConfig, count: int) -> float:
-    """Images a second from encoded files to the manifest, the loading of the tokenizer included."""
+    """Images per second from image files to the manifest, loading the tokenizer included."""
     start = time.perf_counter()
     with redirect_stdout(StringIO()):
         tokenize(config)
@@ -45,7 +46,7 @@ def end_to_end(config: TokenizeConfig, count: int) -> float:
 
 
 def untrained(folder: Path) -> Path:
-    """A tokenizer of the demo's size; a code costs the same whether it means something or not."""
+    """Save an untrained tokenizer of the demo's size: the rate does not depend on the weights."""
     model = ModelConfig(width=32, multipliers=[1, 2, 4], blocks=1, groups=8)
     tokenizer = Tokenizer(TokenizerConfig([32, 32], 1, model, QuantizerConfig()))
     tokenizer.save(folder)
@@ -77,13 +78,13 @@ def main() -> None:
         count = sum(len(dataset) for dataset in job.datasets.values())
         batch = job.datasets["train"].__getitems__(range(min(options.batch_size, len(job.datasets["train"]))))
         images = batch.images.to(job.device)
-        bare(job.tokenizer, images, 2 * len(images), job.precision)  # warms up kernels and threads
+        encoder_alone(job.tokenizer, images, 2 * len(images), job.precision)  # warms up kernels and threads
         ratios = []
         print(f"{count} images, batch {options.batch_size}, {job.precision} on {job.device}")
         for turn in range(options.rounds):
-            alone, whole = bare(job.tokenizer, images, count, job.precision), end_to_end(config, count)
-            ratios.append(whole / alone)
-            print(f"round {turn + 1}: encoder alone {alone:.0f} images/s, vqgen-tokenize {whole:.0f}, {ratios[-1]:.1%}")
+            alone, total = encoder_alone(job.tokenizer, images, count, job.precision), end_to_end(config, count)
+            ratios.append(total / alone)
+            print(f"round {turn + 1}: encoder alone {alone:.0f} images/s, vqgen-tokenize {total:.0f}, {ratios[-1]:.1%}")
         print(f"median: vqgen-tokenize reaches {statistics.median(ratios):.1%} of the encoder alone")
 
 

@@ -16,7 +16,7 @@ from vqgen.files import DESCRIPTION
 from vqgen.prior.conditioning import ABSENT, Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
-from vqgen.tokenizer.data.pixels import centre, fit, to_uint8
+from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 
 from .cached_transformer import CachedTransformer
@@ -219,7 +219,7 @@ class Generator:
         codes = []
         for part in images.split(max(1, ENCODE_PIXELS // (size[0] * size[1]))):
             if images.shape[-2:] != torch.Size(size):
-                part = torch.stack([centre(fit(image, size, config.fit), size) for image in part])
+                part = torch.stack([center_crop(fit(image, size, config.fit), size) for image in part])
             codes.append(self.tokenizer.encode(part.to(self.device)).cpu())
         return torch.cat(codes)
 

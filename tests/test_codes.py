@@ -29,6 +29,7 @@ from vqgen import artifact
 from vqgen.config import values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import encode
+from vqgen.tokenizer.codes import writer
 from vqgen.tokenizer.codes.format import (
     MANIFEST,
     CodeFiles,
@@ -43,12 +44,12 @@ from vqgen.tokenizer.codes.format import (
     used_codes,
     write_shard,
 )
-from vqgen.tokenizer.codes.plan import TokenizeConfig
-from vqgen.tokenizer.data.dataset import mirrored, open_images
+from vqgen.tokenizer.codes.writer import tokenize, view_seed
+from vqgen.tokenizer.data.dataset import flips, open_images
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.data.sources import DEMO
-from vqgen.tokenizer.encode import tokenize, view_seed
+from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import ModelConfig
 from vqgen.tokenizer.options import TokenizerConfig
@@ -404,6 +405,43 @@ def test_further_views_are_augmented_by_seed_image_and_view_alone(make, referenc
     assert (seed.gather(range(70), [1] * 70) == views[1]).flatten(1).all(1).float().mean() < 0.5
 
 
+def test_a_test_split_is_written_after_the_others(make, images, tmp_path):
+    """Also where version 0.1 had finished or begun the folder, which wrote no test split."""
+    source, folder = tmp_path / "images", tmp_path / "codes"
+    for number, path in enumerate(sorted(images.glob("*/*.png"))[:45]):
+        place = source / ("train", "val", "test")[number % 3] / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    shutil.move(source / "test", tmp_path / "test")
+    tokenize(make(folder, data=str(source), shard_size=10))
+    before = content(folder)
+    shutil.move(tmp_path / "test", source / "test")
+    tokenize(make(folder, data=str(source), shard_size=10))
+    assert content(folder) == before, "finished, and left alone"
+    (folder / MANIFEST).unlink()
+    manifest = tokenize(make(folder, data=str(source), shard_size=10))
+    assert {name: (split.count, split.views) for name, split in manifest.splits.items()} == {
+        "train": (15, 3),
+        "heldout": (15, 1),
+        "test": (15, 1),
+    }
+    after = content(folder)
+    assert (
+        all(after[name] == data for name, data in before.items() if name != MANIFEST) and len(after) == len(before) + 2
+    )
+    files = CodeFiles(folder, "test")
+    expected = open_images(str(source), "test", ImageConfig(size=[SIZE, SIZE], channels=1))
+    assert files.labels.tolist() == expected.labels.tolist() and files.data_fingerprint == manifest.data_fingerprint
+    codes = Tokenizer.load(folder / "tokenizer").encode(expected.__getitems__(range(15)).images)
+    assert (files.gather(range(15), [0] * 15) == codes).float().mean() > 0.999
+    # Begun with this test split, the folder takes no other.
+    tokenize(make(tmp_path / "new", data=str(source), shard_size=10))
+    next((source / "test").glob("*/*.png")).unlink()
+    with pytest.raises(UserError) as error:
+        tokenize(make(tmp_path / "new", data=str(source), shard_size=10))
+    one_line(error, "--data")
+
+
 # A process that dies by a signal of its own just before it gives a file its final name.
 DIE = """
 import os, signal, sys
@@ -414,7 +452,7 @@ def dying(source, target):
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     replace(source, target)
 os.replace = dying
-from vqgen.tokenizer.encode import view_seed, main
+from vqgen.tokenizer.encode import main
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -464,7 +502,7 @@ def test_each_process_takes_its_own_shards(make, reference, tmp_path, monkeypatc
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
     written = []
-    monkeypatch.setattr(encode, "write_shard", lambda path, *rest: written.append(path.name))
+    monkeypatch.setattr(writer, "write_shard", lambda path, *rest: written.append(path.name))
     with pytest.raises(UserError, match="does not exist"):  # nobody writes the even ones here
         tokenize(make(tmp_path / "codes"))
     assert written == [shard_name(number) for number in (1, 3, 5)]
@@ -533,7 +571,7 @@ def test_a_damaged_shard_is_found_and_made_again(make, reference, tmp_path, caps
     folder = tmp_path / "codes"
     shutil.copytree(reference, folder)
     command = ["--verify", "--output", str(folder)]
-    assert encode.main(command) == 0 and "train is whole, 70 images" in capsys.readouterr().out
+    assert encode.main(command) == 0 and "train is complete, 70 images" in capsys.readouterr().out
     first, second = folder / shard_name(0), folder / shard_name(4)
     for path in (first, second):
         data = bytearray(path.read_bytes())
@@ -558,7 +596,7 @@ def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_pat
         (folder / name).write_bytes((reference / name).read_bytes())
     with (folder / shard_name(2)).open("r+b") as file:
         file.truncate(400)
-    monkeypatch.setattr(encode, "encode_batch", lambda *_: pytest.fail("encoded before looking"))
+    monkeypatch.setattr(writer, "encode_batch", lambda *_: pytest.fail("encoded before looking"))
     with pytest.raises(UserError) as error:
         tokenize(make(folder))
     one_line(error, str(folder / shard_name(2)), "delete it")
@@ -617,11 +655,11 @@ def test_broken_images_are_named_counted_and_left_out(make, images, tmp_path, ca
     one_line(error, "--max-broken 0.1", "23 of 70 train images")
 
 
-def test_with_flips_every_other_view_is_mirrored(make, tmp_path):
+def test_with_flips_every_other_view_is_flips(make, tmp_path):
     config = make(tmp_path / "codes", flip=True)
     for index in range(20):
         seeds = [view_seed(config, index, view) for view in (1, 2, 3)]
-        assert [mirrored(seed) for seed in seeds] == [True, False, True] and len(set(seeds)) == 3
+        assert [flips(seed) for seed in seeds] == [True, False, True] and len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.data import sources
+from vqgen.tokenizer.data import sources, tables
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit, to_float, to_uint8
@@ -255,7 +255,7 @@ def test_every_kind_of_source_gives_the_same_images(rows, tmp_path):
 
     names = ["bag", "coat", "hat"]
     labels = [i % 3 for i in range(30)]
-    halves = {"train": slice(0, 20), "test": slice(20, 30)}
+    halves = {"train": slice(0, 20), "val": slice(20, 30)}
     for split, part in halves.items():
         inside = [f"{split}/{names[k]}/{i:03}.png" for i, k in enumerate(labels)]
         write_files(inside[part], rows[0][part], tmp_path / "folder")
@@ -273,7 +273,7 @@ def test_every_kind_of_source_gives_the_same_images(rows, tmp_path):
     )
     saved.save_to_disk(str(tmp_path / "disk"))
     saved["train"].to_parquet(str(tmp_path / "hf" / "train.parquet"))
-    saved["test"].to_parquet(str(tmp_path / "hf" / "validation.parquet"))
+    saved["val"].to_parquet(str(tmp_path / "hf" / "validation.parquet"))
     kinds = ["folder", "parquet", "nested", "disk", "hf"]
     marks = set()
     for split, part in halves.items():
@@ -295,7 +295,7 @@ def test_large_parquet_is_mapped_and_gives_the_same(rows, tmp_path, monkeypatch)
 
     path = write_table(tmp_path / "all.parquet", rows)
     expected = everything(open_images(str(path), "train", SMALL), SMALL)
-    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     found = everything(open_images(str(path), "train", SMALL), SMALL)
     assert (tmp_path / "cache").is_dir()
@@ -344,6 +344,49 @@ def test_split_is_fixed_and_disjoint(rows, tmp_path):
     assert len(names(folder, "heldout") - held) <= 1  # the others stay where they were
     # Fixed for ever: a change of the hash would move images from one split to the other.
     assert order.hash64("split", "000.png") == 0x4C848E724FA39966
+
+
+def names_of(source) -> list[str]:
+    return [Path(source.item_name(i)).name for i in range(len(source))]
+
+
+def test_a_test_split_is_never_validated_on(rows, tmp_path):
+    """Where a source has only train and test, heldout is divided off train, by the rule for sources without splits."""
+    for part, images in (("train", range(40)), ("test", range(40, 60))):
+        names = [f"{part}/{'ab'[i % 2]}/{i:03}.png" for i in images]
+        write_files(names, [rows[0][i] for i in images], tmp_path / "folder")
+        write_table(tmp_path / "tables" / f"{part}.parquet", ([rows[0][i] for i in images], [i % 2 for i in images]))
+    for source in ("folder", "tables"):
+        data = str(tmp_path / source)
+        train, held, test = (sources.open_source(data, split, 0.25) for split in ("train", "heldout", "test"))
+        assert (len(train), len(held), len(test)) == (30, 10, 20) and train.test_images == held.test_images == 20
+        assert len({train.fingerprint, held.fingerprint, test.fingerprint}) == 3
+        alone = str(tmp_path / source / ("train" if source == "folder" else "train.parquet"))
+        for split, found in (("train", train), ("heldout", held)):
+            expected = sources.open_source(alone, split, 0.25)
+            assert (found.rows == expected.rows).all() and (found.labels == expected.labels).all()
+        # All of the test split in order, whatever the share: what version 0.1 called heldout.
+        assert (test.rows == range(20)).all() and test.fingerprint == sources.open_source(data, "test", 0.5).fingerprint
+    folder = str(tmp_path / "folder")
+    assert names_of(sources.open_source(folder, "test", 0.25)) == [
+        f"{i:03}.png" for i in [*range(40, 60, 2), *range(41, 60, 2)]
+    ]
+
+
+def test_three_splits_are_kept_and_a_missing_one_is_an_error(rows, tmp_path):
+    parts = {"train": 6, "val": 4, "test": 5}
+    for number, (part, count) in enumerate(parts.items()):
+        write_files([f"{part}/{number}{i}.png" for i in range(count)], rows[0][10 * number :], tmp_path)
+    for split, part in (("train", "train"), ("heldout", "val"), ("test", "test")):
+        found = sources.open_source(str(tmp_path), split, 0.5)
+        assert len(found) == parts[part] and found.test_images == 5
+        assert all(f"{part}/" in found.item_name(i) for i in range(len(found)))
+    before = sources.open_source(str(tmp_path), "train", 0.5).fingerprint
+    shutil.rmtree(tmp_path / "test")
+    assert sources.open_source(str(tmp_path), "train", 0.1).fingerprint == before, "the splits it had are the same"
+    for data in (str(tmp_path), str(tmp_path / "val"), "demo"):
+        with pytest.raises(UserError, match="--split: found test"):
+            sources.open_source(data, "test", 0.5)
 
 
 def test_folder_layouts(rows, tmp_path):
@@ -516,7 +559,7 @@ def test_cache_spares_the_second_reading(rows, tmp_path, monkeypatch):
 def damaged(rows, tmp_path):
     """20 training images of which two are broken: one empty, one cut."""
     write_files([f"train/{i:03}.png" for i in range(20)], rows[0], tmp_path)
-    write_files([f"test/{i:03}.png" for i in range(4)], rows[0][20:], tmp_path)
+    write_files([f"val/{i:03}.png" for i in range(4)], rows[0][20:], tmp_path)
     (tmp_path / "train/004.png").write_bytes(b"")
     (tmp_path / "train/009.png").write_bytes(rows[0][9][:100])
     return str(tmp_path)
@@ -552,7 +595,7 @@ def test_labels_of_one_split_survive_another_without_any(tmp_path, rows):
     images = [{"bytes": data, "path": None} for data in rows[0][:6]]
     table = {"image": images[:4], "label": [1, 0, 1, 1]}
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
-    pq.write_table(pa.table({"image": images[4:]}), tmp_path / "test.parquet")
+    pq.write_table(pa.table({"image": images[4:]}), tmp_path / "valid.parquet")
     assert open_images(str(tmp_path), "train", SMALL).labels.tolist() == [1, 0, 1, 1]
     assert open_images(str(tmp_path), "heldout", SMALL).labels.tolist() == [-1, -1]
     pq.write_table(pa.table({"image": images[4:], "label": ["a", "b"]}), tmp_path / "test.parquet")
@@ -576,7 +619,7 @@ def test_nothing_but_broken_images(tmp_path):
     write_files([f"{i}.png" for i in range(4)], [b"x"] * 4, tmp_path)
     config = replace(SMALL, max_broken=1.0)
     dataset = open_images(str(tmp_path), "train", config, replace_broken=True)
-    with pytest.raises(UserError, match="too few whole images"):
+    with pytest.raises(UserError, match="too few intact images"):
         next(training_batches(dataset, 2, 0, 0, 0, 1, config))
 
 

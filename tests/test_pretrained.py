@@ -69,7 +69,7 @@ def test_its_likelihood_is_what_the_card_says():
     from vqgen.tokenizer.data.options import ImageConfig
 
     generator = vqgen.Generator.load(SHIPPED, "cpu", "fp32")
-    images = open_images(str(REAL / "cifar10"), "heldout", ImageConfig([32, 32]))
+    images = open_images(str(REAL / "cifar10"), "test", ImageConfig([32, 32]))
     given = [images[index] for index in range(1000)]
     labels = [sample.label for sample in given]
     nats = -generator.log_likelihood(torch.stack([sample.image for sample in given]), labels).mean() / 64

@@ -306,7 +306,13 @@ def test_a_held_out_split_of_its_own_is_taken(tmp_path, cli, grey):
         out = tmp_path / split
         assert cli(main, tmp_path / "in", "--tokenizer", grey, "--output", out, "--split", split).code == 0
         assert {Path(entry["image"]).parents[1].name for entry in content(out)["pictures"]} == {expected}
-    # Without one: all of them, or those that a training holds out.
+    # Without one: its test split, else all of them, or those that a training holds out.
+    (tmp_path / "in" / "val").rename(tmp_path / "in" / "test")
+    for split in ("auto", "test"):
+        out = tmp_path / f"{split} of two"
+        assert cli(main, tmp_path / "in", "--tokenizer", grey, "--output", out, "--split", split).code == 0
+        assert {Path(entry["image"]).parents[1].name for entry in content(out)["pictures"]} == {"test"}
+    (tmp_path / "in" / "test").rename(tmp_path / "in" / "val")
     assert cli(main, tmp_path / "in" / "val", "--tokenizer", grey, "--output", tmp_path / "all").code == 0
     assert content(tmp_path / "all")["images"] == 3
     words = [tmp_path / "in" / "val", "--tokenizer", grey, "--split", "heldout", "--holdout", 0.4]

@@ -16,7 +16,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.output_folder import remove
 from vqgen.progress import progress
-from vqgen.tokenizer.data.pixels import centre, fit
+from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
 
 from .metrics import RECONSTRUCTION, ReconstructionMetrics
@@ -99,7 +99,7 @@ def grid_cells(images: Sequence[Tensor]) -> Tensor:
     for cell, image in zip(cells, small):
         factor = min(height // image.shape[1], width // image.shape[2])
         image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        centre(cell, image.shape[-2:]).copy_(image)
+        center_crop(cell, image.shape[-2:]).copy_(image)
     return cells
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.errors import UsageError, UserError
-from vqgen.tokenizer.data.pixels import BrokenImage, centre, decode, fit
-from vqgen.tokenizer.data.sources import SUFFIXES, Files, Rows, find_parts, open_source
+from vqgen.tokenizer.data.items import Files, Rows
+from vqgen.tokenizer.data.options import SUFFIXES
+from vqgen.tokenizer.data.pixels import BrokenImage, center_crop, decode, fit
+from vqgen.tokenizer.data.sources import find_splits, open_source
 from vqgen.tokenizer.losses.lpips import check_size
 
 from .metrics import SMALLEST
@@ -48,8 +50,8 @@ def find_images(config: ReconstructConfig) -> list[Location]:
         elif path.suffix.lower() in SUFFIXES and not path.exists():  # a file name, not that of a dataset
             raise UserError(f"--data: {word} does not exist; give image files, folders or other sources")
         elif config.split == "auto":
-            parts = find_parts(word)
-            items = next(parts[split] for split in ("heldout", "test", "all") if split in parts).items
+            splits = find_splits(word)
+            items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
             found += [(items, row) for row in range(len(items))]
         else:
             source = open_source(word, config.split, config.holdout)
@@ -66,7 +68,7 @@ def prepare(image: Tensor, tokenizer: Tokenizer, config: ReconstructConfig) -> t
     """
     if config.resize:
         size = tokenizer.config.image_size
-        return centre(fit(image, size, tokenizer.config.fit), size), "resized"
+        return center_crop(fit(image, size, tokenizer.config.fit), size), "resized"
     factor, before = tokenizer.factor, image.shape[-2:]
     scale = min(1.0, config.largest / max(before)) if config.largest else 1.0
     if scale < 1:
@@ -81,7 +83,7 @@ def prepare(image: Tensor, tokenizer: Tokenizer, config: ReconstructConfig) -> t
         except UsageError as error:
             raise BrokenImage(str(error)) from error
     change = "shrunk" if scale < 1 else "" if size == list(before) else "cropped"
-    return centre(image, size), change
+    return center_crop(image, size), change
 
 
 def read_images(

@@ -121,6 +121,8 @@ class TokenizerTrainer:
             dataset.broken.report = self.run.say
         if self.perceptual is None:
             self.run.say("LPIPS is not measured: name its backbone with --perceptual-weights")
+        if count := self.train_images.source.test_images:
+            self.run.say(f"{self.config.data} has a test split of {count} images; it is left for evaluation")
         if self.adversary:
             self.adversary.begin()
 

@@ -2,7 +2,7 @@
 
 A folder holds `manifest.json` and `codes-00000.safetensors` ... A shard holds `codes` (n, views, h, w[, depth]) in the
 smallest of uint8, uint16 and int32 that fits the codebook, and `labels` (n,) int32, -1 where an image has none. The
-manifest is written last, so a folder that has one is whole. Shards of both splits are numbered consecutively.
+manifest is written last, so a folder that has one is complete. Shards are numbered consecutively over the splits.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 from vqgen.artifact import write_tensors
 from vqgen.errors import UserError
 from vqgen.files import read_json, write_json
+from vqgen.tokenizer.data.options import Split
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-Split = Literal["train", "heldout"]
 
-# Codes and file bytes looked at in one piece when a whole folder is read, whatever the size of its shards.
+# Codes or bytes processed at once when a whole folder is read; bounds memory for shards of any size.
 _CHUNK = 2**22
 
 
@@ -50,7 +50,7 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a folder of code files; sizes in pixels or codes, [height, width]."""
+    """Content of `manifest.json`; `grid` in codes and `image_size` in pixels, [height, width]."""
 
     codebook_size: int
     grid: list[int]
@@ -65,26 +65,26 @@ class Manifest:
     splits: dict[str, SplitEntry]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`; from here on the folder counts as whole."""
+        """Write `manifest.json`, which makes the folder complete."""
         write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read and check `manifest.json`. Raises `UserError` where it is missing, foreign or malformed."""
+        """Read and check `manifest.json`. Raises `UserError` where it is missing, malformed or of another format."""
         path = folder / MANIFEST
         if not path.is_file():
             state = f"holds no {MANIFEST}" if folder.is_dir() else "does not exist"
-            raise UserError(f"{folder} is no folder of code files: it {state}; run vqgen-tokenize (again) to the end")
+            raise UserError(f"{folder} is no folder of code files: it {state}; run vqgen-tokenize to the end")
         tree = read_json(path)
-        form = tree.pop("format", None)
-        if form != FORMAT:
-            raise UserError(f"{path}: found format {form!r}, this version of vqgen reads {FORMAT}; tokenize again")
+        found = tree.pop("format", None)
+        if found != FORMAT:
+            raise UserError(f"{path}: found format {found!r}, this version of vqgen reads {FORMAT}; tokenize again")
         try:
             splits = {
                 name: SplitEntry(
                     _count(entry["views"], least=1),
                     _count(entry["count"]),
-                    [ShardEntry(_plain(s["file"]), _count(s["count"]), str(s["sha256"])) for s in entry["shards"]],
+                    [ShardEntry(_file_name(s["file"]), _count(s["count"]), str(s["sha256"])) for s in entry["shards"]],
                 )
                 for name, entry in tree.pop("splits").items()
             }
@@ -107,7 +107,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as mapped: codes (n, views, h, w[, depth]) and labels (n,); nothing is read until it is touched."""
+    """A memory-mapped shard: codes (n, views, h, w[, depth]) and labels (n,), read when they are accessed."""
 
     path: Path
     codes: NDArray[Any]
@@ -116,24 +116,24 @@ class Shard:
 
 def _count(value: Any, least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"found {value!r}, expected an integer of at least {least}")
     return value
 
 
-def _plain(name: Any) -> str:
-    """A file name of this folder: a manifest from elsewhere must not point outside it."""
+def _file_name(name: Any) -> str:
+    """Check that a name has no folder part, so that a manifest cannot point outside its folder."""
     if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"{name!r} is no file name")
+        raise ValueError(f"found {name!r}, expected a file name")
     return name
 
 
 def code_dtype(codebook_size: int) -> type[np.integer[Any]]:
-    """The smallest type on disk that holds the codes 0 .. codebook_size - 1."""
+    """Return the smallest type on disk that holds the codes 0 .. codebook_size - 1."""
     return np.uint8 if codebook_size <= 2**8 else np.uint16 if codebook_size <= 2**16 else np.int32
 
 
 def code_shape(grid: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Shape of the codes of one image: (h, w), or (h, w, depth) where a position has several codes."""
+    """Return the shape of the codes of one image: (h, w), or (h, w, depth) where a position has several codes."""
     height, width = grid
     return (height, width, depth) if depth > 1 else (height, width)
 
@@ -154,23 +154,23 @@ def write_shard(path: Path, codes: NDArray[Any], labels: NDArray[Any], codebook_
 
 
 def open_shard(path: Path, codebook_size: int, row: tuple[int, ...], count: int | None = None) -> Shard:
-    """Map a shard: its header and size are checked, its data is not read.
+    """Memory-map a shard: its header and size are checked, its data is not read.
 
     Args:
         row: shape of one image's codes, (views, h, w[, depth]).
-        count: images it must hold; None takes any number.
+        count: images it must hold; None accepts any number.
 
     Raises `UserError` naming the file where it is missing, truncated or of another shape or type.
     """
     try:
-        # torch maps the file and closes it again: thousands of shards cost no file descriptors.
+        # torch closes the file after mapping it: thousands of shards need no file descriptors.
         with safe_open(path, framework="pt") as file:
             codes, labels = (file.get_tensor(name).numpy() for name in ("codes", "labels"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; restore it, or run vqgen-tokenize again to redo it") from None
+        raise UserError(f"{path} does not exist; restore it, or run vqgen-tokenize again to rewrite it") from None
     except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{path} is no whole shard of codes ({error}); restore it, or delete it and run vqgen-tokenize again"
+            f"{path} is no complete shard of codes ({error}); restore it, or delete it and run vqgen-tokenize again"
         ) from error
     expected = (*(codes.shape[:1] if count is None else (count,)), *row)
     for name, array, shape, dtype in (
@@ -186,7 +186,7 @@ def open_shard(path: Path, codebook_size: int, row: tuple[int, ...], count: int 
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
+    """Return the sha256 of a file, 64 hex digits."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -198,7 +198,7 @@ def checksum(path: Path) -> str:
 
 
 def verify_checksum(folder: Path, entry: ShardEntry) -> None:
-    """Hold a shard's file against its sha256 in the manifest. Raises `UserError` where they differ."""
+    """Compare a shard's file with its sha256 in the manifest. Raises `UserError` where they differ."""
     path = folder / entry.file
     found = checksum(path)
     if found != entry.sha256:
@@ -209,7 +209,7 @@ def verify_checksum(folder: Path, entry: ShardEntry) -> None:
 
 
 def used_codes(shard: Shard, codebook_size: int, depth: int) -> NDArray[np.bool_]:
-    """Which codes occur in a shard: (depth, codebook_size). Raises `UserError` for a code outside the codebook."""
+    """Return which codes occur in a shard, (depth, codebook_size). Raises `UserError` for codes outside of it."""
     used = np.zeros((depth, codebook_size), dtype=bool)
     flat = shard.codes.reshape(-1, depth)
     for start in range(0, len(flat), _CHUNK):
@@ -227,19 +227,19 @@ class CodeFiles:
     """The codes of one split of a folder, memory-mapped: opening reads headers only, whatever the size.
 
     Args:
-        folder: what vqgen-tokenize wrote.
-        split: "train" or "heldout".
+        folder: written by vqgen-tokenize.
+        split: "train", "heldout" or, where the data has one, "test".
 
-    Raises `UserError` naming the file where the folder is unfinished or foreign, a shard is missing or truncated, or
-    its header does not fit the manifest. Checksums are for `verify`.
+    Raises `UserError` naming the file where the folder is unfinished, a shard is missing or truncated, or its header
+    differs from the manifest. Checksums are checked by `verify` only.
     """
 
     def __init__(self, folder: str | Path, split: Split) -> None:
         self.folder, self.split = Path(folder), split
         self.manifest = Manifest.read(self.folder)
         if split not in self.manifest.splits:
-            known = ", ".join(self.manifest.splits)
-            raise UserError(f"{self.folder / MANIFEST} holds no split {split}; it holds {known}")
+            found = ", ".join(self.manifest.splits)
+            raise UserError(f"{self.folder / MANIFEST} has no split {split}, it has {found}; tokenize data that has it")
         self._entry = self.manifest.splits[split]
         self._shards = [
             open_shard(self.folder / shard.file, self.codebook_size, self._row, shard.count)
@@ -248,16 +248,16 @@ class CodeFiles:
         self._starts = np.cumsum([0, *(shard.count for shard in self._entry.shards)])
 
     def __reduce__(self):
-        # Another process maps the files anew instead of receiving copies of them.
+        # Another process maps the files itself instead of receiving copies.
         return CodeFiles, (self.folder, self.split)
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return self._entry.count
 
     @property
     def views(self) -> int:
-        """Grids of codes each image has: view 0 of the image as it is, further ones of augmented copies."""
+        """Grids of codes of each image: view 0 of the image as it is, further ones of augmented copies."""
         return self._entry.views
 
     @property
@@ -268,7 +268,7 @@ class CodeFiles:
 
     @property
     def depth(self) -> int:
-        """Codes a position."""
+        """Codes per position."""
         return self.manifest.depth
 
     @property
@@ -289,12 +289,12 @@ class CodeFiles:
 
     @property
     def channels(self) -> int:
-        """Channels of the images the codes stand for."""
+        """Channels of the encoded images."""
         return self.manifest.channels
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images the codes stand for, in pixels."""
+        """Height and width of the encoded images, in pixels."""
         height, width = self.manifest.image_size
         return height, width
 
@@ -309,28 +309,30 @@ class CodeFiles:
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def gather(self, indices: ArrayLike, views: ArrayLike) -> Tensor:
-        """Codes of `views[i]` of image `indices[i]`: (m,), (m,) -> int64 (m, h, w[, depth]).
+        """Read the codes of view `views[i]` of image `indices[i]`: (m,), (m,) -> int64 (m, h, w[, depth]).
 
         Raises `IndexError` for an image or view that does not exist.
         """
         image, view = np.broadcast_arrays(np.asarray(indices, np.int64), np.asarray(views, np.int64))
         for values, limit, what in ((image, len(self), "image"), (view, self.views, "view")):
             if values.size and not 0 <= values.min() <= values.max() < limit:
-                raise IndexError(f"{what} {values.min()} to {values.max()} asked of {self.folder}, it has {limit}")
+                raise IndexError(
+                    f"{self.folder}: found {what} {values.min()} to {values.max()}, expected below {limit}"
+                )
         out = np.empty((len(image), *self._row[1:]), dtype=np.int64)
-        owner = np.searchsorted(self._starts, image, side="right") - 1
-        order = np.argsort(owner, kind="stable")
-        # Positions in `order` where another shard begins: each shard is indexed once.
-        for part in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        shard_of = np.searchsorted(self._starts, image, side="right") - 1
+        order = np.argsort(shard_of, kind="stable")
+        # Split where another shard begins, so that each shard is indexed once.
+        for part in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
             if len(part):
-                number = owner[part[0]]
+                number = shard_of[part[0]]
                 out[part] = self._shards[number].codes[image[part] - self._starts[number], view[part]]
         return torch.from_numpy(out)
 
     def verify(self) -> None:
-        """Read everything: the sha256 of every shard, that every code is in the codebook, every label a class.
+        """Read all files and check every sha256, every code and every label.
 
-        Raises `UserError` naming the first shard that does not hold.
+        Raises `UserError` naming the first bad shard.
         """
         classes = len(self.class_names) if self.class_names else None
         for entry, shard in zip(self._entry.shards, self._shards):

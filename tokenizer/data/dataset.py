@@ -1,7 +1,7 @@
-"""Images as the models see them: one split of a source at the configured size, augmented and in batches.
+"""Datasets and batches of images: one split of a source at the configured size, augmented.
 
-What a batch holds is a pure function of the source, the configuration and the keys asked for, whatever the number of
-worker processes.
+The content of a batch is a pure function of the source, the configuration and the keys, whatever the number of worker
+processes.
 """
 
 import shutil
@@ -20,14 +20,14 @@ from vqgen.errors import UserError
 from vqgen.seeding import epoch_slice, hash64
 
 from .loader import Loader, worker_count
-from .options import ImageConfig
-from .pixels import BrokenImage, centre, decode, fit
-from .sources import Source, Split, open_source
+from .options import ImageConfig, Split
+from .pixels import BrokenImage, center_crop, decode, fit
+from .sources import Source, open_source
 
 Key = int | tuple[int, int]
 REPLACEMENTS = 64
-# What the cache knows of an image; 0 is nothing.
-KEPT, BROKEN = 1, 2
+# States of an image in the cache; 0 is unknown.
+CACHED, BROKEN = 1, 2
 
 
 @dataclass(frozen=True)
@@ -41,51 +41,60 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` uint8 (B, C, H, W); `labels` int64 (B,), -1 where the source has none; `indices` int64 (B,) of the
-    images really shown; `broken` names, with the reason, the images that could not be."""
+    """Some images of a split."""
 
     images: Tensor
+    """uint8 (B, C, H, W)."""
     labels: Tensor
+    """int64 (B,), -1 for none."""
     indices: Tensor
+    """int64 (B,): the images in the batch, replacements of broken ones included."""
     broken: list[str]
+    """Names of broken images, each with the reason."""
 
 
-def mirrored(seed: int) -> bool:
-    """Whether an augmentation seed flips, where flips are configured."""
+def flips(seed: int) -> bool:
+    """Return whether an augmentation seed mirrors the image, where flips are configured."""
     return bool(hash64("flip", seed) & 1)
 
 
 class BrokenImages:
-    """The broken images of one split met so far, counted once each, held against what the configuration allows."""
+    """The broken images of one split found so far, and the limit that the configuration sets."""
 
     def __init__(self, source: Source, config: ImageConfig):
         self.source, self.config = source, config
         self.names: dict[str, None] = {}
         self.report: Callable[[str], None] | None = None
-        """Called with a line for each broken image as it is first met."""
+        """Called with one line for each broken image when it is first found."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "report": None}  # the reporting is the main process's
+        return {**self.__dict__, "report": None}  # a callback of the main process
 
     def add(self, names: Iterable[str]) -> None:
-        """Count the images a batch named. Raises `UserError` on any where `broken` is "error", or beyond the share."""
+        """Count the broken images of a batch. Raises `UserError` beyond `max_broken`, or on any with --broken error."""
         new = [name for name in names if name not in self.names]
         self.names.update(dict.fromkeys(new))
         if self.report:
             for name in new:
                 self.report(f"skipped, broken: {name}")
         if new and self.config.broken == "error":
-            raise UserError(f"--broken error: {new[0]}; mend or remove it")
+            raise UserError(f"--broken error: {new[0]}; replace or remove it")
         if new and len(self.names) > self.config.max_broken * len(self.source):
             share = f"{len(self.names)} of {len(self.source)} images of {self.source.name} are broken"
-            raise UserError(f"--max-broken {self.config.max_broken}: {share}, the last {new[-1]}; mend or remove them")
+            raise UserError(
+                f"--max-broken {self.config.max_broken}: {share}, the last {new[-1]}; replace or remove them"
+            )
 
 
 class ImageDataset(Dataset[Sample]):
     """The images of one split at the configured size.
 
-    A key is an index, which gives the plain view, or (index, augmentation seed), which flips and crops by that seed
-    alone where the dataset augments. Decoded images are kept in memory, shared with the workers, when all fit.
+    A key is an index (image without augmentation) or (index, augmentation seed): where the dataset augments, flip and
+    crop depend on that seed alone. Decoded images are cached in memory shared with the workers, if all of them fit.
+
+    Args:
+        augment: apply flips and random crops to keys with a seed.
+        replace_broken: use another image in place of a broken one, so that batches keep their size.
     """
 
     def __init__(self, source: Source, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
@@ -94,8 +103,8 @@ class ImageDataset(Dataset[Sample]):
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
         self.labels = torch.from_numpy(source.labels)
         self.broken = BrokenImages(source, config)
-        # Random crops are cut from an enlarged picture, which is what the cache then holds.
-        self.wide = augment and config.random_crop > 0
+        # Random crops are taken from an enlarged image, which is then what the cache holds.
+        self.enlarged = augment and config.random_crop > 0
         self._loaders: list[Loader] = []
         self._pixels, self._seen = self._make_cache()
 
@@ -106,79 +115,79 @@ class ImageDataset(Dataset[Sample]):
         return {**self.__dict__, "_loaders": []}
 
     def __getitem__(self, key: Key) -> Sample:
-        """One image. Raises `UserError` where it is broken and not to be replaced."""
+        """Return one image. Raises `UserError` where it is broken and not replaced."""
         batch = self.__getitems__([key])
         if not len(batch.indices):
-            raise UserError(f"--data: {batch.broken[0]}; mend or remove it")
+            raise UserError(f"--data: {batch.broken[0]}; replace or remove it")
         return Sample(batch.images[0], int(batch.labels[0]), int(batch.indices[0]))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """The images of `keys` in order; a broken one is left out or, with `replace_broken`, another stands in."""
+        """Return the images of `keys` in order; broken ones are left out or, with `replace_broken`, replaced."""
         images = np.empty((len(keys), self.config.channels, *self.config.size), dtype=np.uint8)
         indices: list[int] = []
         broken: dict[str, None] = {}
         for key in keys:
             index, seed = key if isinstance(key, tuple) else (key, None)
             for attempt in range(REPLACEMENTS if self.replace_broken else 1):
-                shown = hash64("replace", index, attempt) % len(self) if attempt else index
+                chosen = hash64("replace", index, attempt) % len(self) if attempt else index
                 try:
-                    images[len(indices)] = self._view(shown, seed if self.augment else None)
+                    images[len(indices)] = self._view(chosen, seed if self.augment else None)
                 except BrokenImage as error:
-                    broken[f"{self.source.item_name(shown)} ({error})"] = None
+                    broken[f"{self.source.item_name(chosen)} ({error})"] = None
                     continue
-                indices.append(shown)
+                indices.append(chosen)
                 break
         where = torch.tensor(indices, dtype=torch.int64)
         return Batch(torch.from_numpy(images[: len(indices)]), self.labels[where], where, list(broken))
 
     def cached(self, indices: Sequence[int] | None = None, augmented: bool = True) -> bool:
-        """Whether the images (all, unless named) need no decoding any more; a broken one is known as such."""
-        if self._seen is None or (self.wide and not augmented):
+        """Return whether the images (all by default) need no more decoding; known broken ones need none."""
+        if self._seen is None or (self.enlarged and not augmented):
             return False
         return bool((self._seen if indices is None else self._seen[torch.as_tensor(indices)]).ne(0).all())
 
     def _view(self, index: int, seed: int | None) -> np.ndarray:
-        """uint8 (C, H, W) of image `index`: centred, or flipped and cropped by `seed`."""
-        image = self._load(index, self.wide and seed is not None)
+        """Return uint8 (C, H, W) of image `index`: center-cropped, or flipped and cropped by `seed`."""
+        image = self._load(index, self.enlarged and seed is not None)
         if seed is None:
             return image
-        if self.wide:
+        if self.enlarged:
             height, width = self.config.size
             top = hash64("top", seed) % (image.shape[1] - height + 1)
             left = hash64("left", seed) % (image.shape[2] - width + 1)
             image = image[:, top : top + height, left : left + width]
-        return image[:, :, ::-1] if self.config.flip and mirrored(seed) else image
+        return image[:, :, ::-1] if self.config.flip and flips(seed) else image
 
-    def _load(self, index: int, wide: bool) -> np.ndarray:
-        """The fitted image before augmentation, from memory or decoded. Raises `BrokenImage`."""
-        if self._pixels is None or self._seen is None or wide != self.wide:
-            return self._decode(index, wide).numpy()
-        if self._seen[index] == KEPT:
+    def _load(self, index: int, enlarged: bool) -> np.ndarray:
+        """Return the resized image before augmentation, from the cache or decoded. Raises `BrokenImage`."""
+        if self._pixels is None or self._seen is None or enlarged != self.enlarged:
+            return self._decode(index, enlarged).numpy()
+        if self._seen[index] == CACHED:
             return self._pixels[index].numpy()
         try:
-            image = self._decode(index, wide)
+            image = self._decode(index, enlarged)
         except BrokenImage:
             self._seen[index] = BROKEN
             raise
         if image.shape == self._pixels.shape[1:]:
             self._pixels[index] = image
-            self._seen[index] = KEPT
+            self._seen[index] = CACHED
         return image.numpy()
 
-    def _decode(self, index: int, wide: bool) -> Tensor:
+    def _decode(self, index: int, enlarged: bool) -> Tensor:
         try:
             data = self.source.read(index)
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
-        enlarged = 1 + self.config.random_crop if wide else 1
-        size = [round(side * enlarged) for side in self.config.size]
+        factor = 1 + self.config.random_crop if enlarged else 1
+        size = [round(side * factor) for side in self.config.size]
         image = fit(decode(data, self.config.channels), size, self.config.fit)
-        return image if wide else centre(image, size)
+        return image if enlarged else center_crop(image, size)
 
     def _make_cache(self) -> tuple[Tensor | None, Tensor | None]:
-        """Memory for all images, and which are there; None where they do not fit or their shapes differ."""
+        """Allocate pixels (n, C, H, W) and states (n,) for all images; None where they do not fit into memory."""
         shape: tuple[int, ...] = (self.config.channels, *self.config.size)
-        if self.wide:
+        if self.enlarged:
             for index in range(min(len(self), REPLACEMENTS)):
                 try:
                     shape = tuple(self._decode(index, True).shape)
@@ -196,13 +205,13 @@ class ImageDataset(Dataset[Sample]):
     def read(
         self, plan: Callable[[int], Iterator[list[Key]]], workers: int, cached: Callable[[], bool]
     ) -> Iterator[Batch]:
-        """The batches of `plan(0)`; `plan(n)` gives the keys from batch n on.
+        """Yield the batches of `plan(0)`; `plan(n)` yields the keys from batch n on.
 
-        Workers decode until everything is `cached()`; from then on nothing is left for them to do.
+        Worker processes decode until everything is `cached()`, then this process reads from the cache.
         """
         done = 0
         if workers and not cached():
-            # Workers take seconds to start: a loader goes on to the next reading.
+            # Workers take seconds to start: the loader is kept for the next call.
             loader = self._loaders.pop() if self._loaders else Loader(self, workers)
             try:
                 for batch in loader.batches(plan(0)):
@@ -227,8 +236,8 @@ def open_images(
     """Open one split of `data`: "demo", a folder, parquet, a `save_to_disk` folder, or a dataset's name.
 
     Args:
-        augment: keys with a seed flip and crop as configured; without it every view is the plain one.
-        replace_broken: another image stands in for a broken one, so that batches keep their size.
+        augment: see `ImageDataset`.
+        replace_broken: see `ImageDataset`.
 
     Raises `UserError` where there is nothing to read.
     """
@@ -244,7 +253,7 @@ def training_batches(
     world: int,
     config: ImageConfig,
 ) -> Iterator[Batch]:
-    """Batches without end, each epoch shuffled anew without replacement.
+    """Yield batches without end; each epoch is a new shuffle without replacement.
 
     The global batch of step s, `batch_size * world` images, and its augmentation are a pure function of (seed, s); rank
     r gets its r-th slice. Raises `UserError` where too many images are broken.
@@ -259,9 +268,9 @@ def training_batches(
     for batch in dataset.read(plan, worker_count(config.workers), dataset.cached):
         dataset.broken.add(batch.broken)
         if len(batch.indices) < batch_size:
-            reason = batch.broken[0]  # nothing else makes a batch smaller
+            reason = batch.broken[0]  # the only reason for a smaller batch
             raise UserError(
-                f"--data: {dataset.name} has too few whole images ({reason}); mend or remove the broken ones"
+                f"--data: {dataset.name} has too few intact images ({reason}); replace or remove the broken ones"
             )
         yield batch
 
@@ -273,10 +282,10 @@ def ordered_batches(
     config: ImageConfig,
     view_seed: int | None = None,
 ) -> Iterator[Batch]:
-    """The images of `indices` in order, for validation and tokenizing; broken ones are left out of their batch.
+    """Yield the images of `indices` in order, e.g. for validation; broken ones are left out of their batch.
 
-    The last batch may be smaller, and a batch with nothing left in it is not given. With `view_seed` each image gets
-    its own augmented view, a function of (view_seed, index); the dataset must have been opened with `augment`.
+    The last batch may be smaller, and empty batches are left out. With `view_seed` each image is augmented as a
+    function of (view_seed, index); the dataset must have been opened with `augment`.
     Raises `UserError` where too many images are broken.
     """
     if view_seed is not None and not dataset.augment:
@@ -285,8 +294,8 @@ def ordered_batches(
 
     def plan(done: int) -> Iterator[list[Key]]:
         for start in range(done * batch_size, len(wanted), batch_size):
-            some = wanted[start : start + batch_size]
-            yield [i if view_seed is None else (i, hash64("view", view_seed, i)) for i in some]
+            chosen = wanted[start : start + batch_size]
+            yield [i if view_seed is None else (i, hash64("view", view_seed, i)) for i in chosen]
 
     def cached() -> bool:
         return dataset.cached(wanted, view_seed is not None)

@@ -1,7 +1,4 @@
-"""Pixels: the one pair of functions that knows their range, and from an encoded image to pixels of the right size.
-
-Images are float (B, C, H, W) in [-1, 1] inside, uint8 outside.
-"""
+"""Pixels: conversion between uint8 and float in [-1, 1], decoding of image files, resizing and cropping."""
 
 import re
 from collections.abc import Sequence
@@ -17,29 +14,28 @@ from torchvision.transforms.v2 import functional as transforms
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
-# An image longer than this many targets is cut to its middle before it is enlarged, which bounds memory.
-LONGEST = 8
+# Images are first cropped to this multiple of the target's aspect ratio, which bounds memory.
+MAX_ASPECT = 8
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels, any shape, to float32 in [-1, 1]."""
+    """Convert uint8 pixels of any shape to float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float pixels in [-1, 1] (values beyond are clamped) to uint8; the inverse of `to_float` on all 256 values."""
+    """Convert float pixels in [-1, 1] (others are clamped) to uint8; inverts `to_float` on all 256 values."""
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class BrokenImage(Exception):
-    """The bytes are no image that can be shown; the message says why."""
+    """Raised where bytes cannot be decoded as an image; the message is the reason."""
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """Encoded bytes to uint8 (channels, h, w): upright by EXIF, on white where transparent, 16 bits scaled to 8.
+    """Decode an image file to uint8 (channels, h, w): EXIF orientation applied, transparency on white, 16 bits to 8.
 
-    torchvision decodes JPEG and PNG; what it has no true pixels for (palettes, CMYK, other formats) Pillow does.
-    Raises `BrokenImage`.
+    torchvision decodes JPEG and PNG; Pillow decodes palettes, CMYK and other formats. Raises `BrokenImage`.
     """
     if not data:
         raise BrokenImage("empty")
@@ -51,8 +47,8 @@ def decode(data: bytes, channels: int) -> Tensor:
         raise
     except UnidentifiedImageError as error:
         raise BrokenImage("no known image format") from error
-    except Exception as error:  # decoders of damaged data raise nearly anything
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", " ".join(str(error).split()))  # without torchvision's line of C++
+    except Exception as error:  # decoders of damaged data raise errors of any type
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", " ".join(str(error).split()))  # without torchvision's C++ source line
         raise BrokenImage(reason[:150] or type(error).__name__) from error
     if image.dtype == torch.uint16:
         image = ((image.to(torch.int32) * 255 + 32767) // 65535).to(torch.uint8)
@@ -60,14 +56,14 @@ def decode(data: bytes, channels: int) -> Tensor:
         alpha = image[-1:].to(torch.int32)
         image = ((image[:-1] * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
     if image.shape[0] == 3 and channels == 1:
-        # ITU-R 601 luma in integers whose weights add up to one: a grey stored as RGB keeps its values.
+        # ITU-R 601 luma in integers with weights of sum 1: grey stored as RGB keeps its values.
         red, green, blue = image.to(torch.int32)
         image = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[None]
     return image.expand(channels, -1, -1)
 
 
 def _decode_torchvision(data: bytes) -> Tensor | None:
-    """uint8 or uint16 (1 to 4, h, w); None where torchvision would give palette indices, inks or no transparency."""
+    """Decode to uint8 or uint16 (1 to 4, h, w); None where torchvision lacks support: palettes, CMYK, tRNS chunks."""
     if data.startswith(PNG):
         # Header: bit depth, then colour type (3: palette). Transparency by key is a chunk before the pixels.
         if data[24:25] not in (b"\x08", b"\x10") or data[25:26] == b"\x03" or b"tRNS" in data[: data.find(b"IDAT")]:
@@ -79,7 +75,7 @@ def _decode_torchvision(data: bytes) -> Tensor | None:
 
 
 def _decode_pillow(data: bytes) -> Tensor:
-    """uint8 (1, 3 or 4, h, w) or uint16 (1, h, w): the first frame of whatever Pillow reads."""
+    """Decode the first frame to uint8 (1, 3 or 4, h, w) or uint16 (1, h, w)."""
     with Image.open(BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):
@@ -98,12 +94,13 @@ def _decode_pillow(data: bytes) -> Tensor:
 def fit(image: Tensor, size: Sequence[int], mode: Literal["crop", "pad"]) -> Tensor:
     """Resize uint8 (C, h, w) with antialiasing, keeping its aspect ratio.
 
-    "pad": exactly `size`, centred on black. "crop": at least `size`, one side equal to it; what is over stays.
+    "pad": to exactly `size`, centred on black. "crop": to at least `size`, one side equal; the crop itself is left to
+    `center_crop` or a random crop.
     """
     (height, width), (h, w) = size, image.shape[-2:]
     if mode == "crop":
-        h, w = min(h, LONGEST * -(-w * height // width)), min(w, LONGEST * -(-h * width // height))
-        image = centre(image, [h, w])
+        h, w = min(h, MAX_ASPECT * -(-w * height // width)), min(w, MAX_ASPECT * -(-h * width // height))
+        image = center_crop(image, [h, w])
     scale = (max if mode == "crop" else min)(height / h, width / w)
     inner = [max(round(h * scale), 1), max(round(w * scale), 1)]
     image = transforms.resize(image, inner, antialias=True) if inner != [h, w] else image
@@ -113,7 +110,8 @@ def fit(image: Tensor, size: Sequence[int], mode: Literal["crop", "pad"]) -> Ten
     return image
 
 
-def centre(image: Tensor, size: Sequence[int]) -> Tensor:
+def center_crop(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Crop (..., h, w) to `size` about its centre; a view of the same memory."""
     if list(image.shape[-2:]) == list(size):
         return image
     top, left = ((have - want) // 2 for have, want in zip(image.shape[-2:], size))

@@ -1,0 +1,273 @@
+"""The work of vqgen-tokenize: encode the images of every planned shard, and write shards and manifest.
+
+The content of a shard is a function of the plan alone: its range of images is fixed, batches do not cross shards, and
+every augmented view has its own seed. It does not matter which process writes it, when, or after how many kills.
+"""
+
+import dataclasses
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain, count, groupby
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from vqgen import __version__
+from vqgen.artifact import copy_artifact
+from vqgen.config import save
+from vqgen.devices import processes
+from vqgen.errors import UserError
+from vqgen.progress import progress
+from vqgen.seeding import hash64
+from vqgen.tokenizer.data.dataset import Batch, Key, flips
+from vqgen.tokenizer.data.loader import worker_count
+from vqgen.tokenizer.data.options import Split
+from vqgen.tokenizer.encode import TokenizeConfig
+from vqgen.tokenizer.model import Tokenizer
+
+from .format import (
+    MANIFEST,
+    CodeFiles,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    checksum,
+    code_dtype,
+    code_shape,
+    open_shard,
+    used_codes,
+    write_shard,
+)
+from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
+
+T = TypeVar("T")
+
+# Batches that are decoded in advance.
+_AHEAD = 4
+# Unfinished batches on a CUDA device: enough to keep it busy, few enough to bound pinned memory.
+_IN_FLIGHT = 4
+
+
+def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    """Encode uint8 images (B, C, H, W) -> int32 codes (B, h, w[, depth]) on `device`, without waiting for the device.
+
+    Args:
+        images: on the CPU or on `device`.
+        precision: fp32, bf16 or fp16.
+    """
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+        images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return tokenizer.encode(images).to(torch.int32)
+
+
+def view_seed(config: TokenizeConfig, index: int, view: int) -> int:
+    """Return the augmentation seed of a view, a function of (seed, image, view).
+
+    With --flip the odd views are the flipped ones, so that no view repeats another by chance.
+    """
+    seeds = (hash64("view", config.seed, index, view, attempt) for attempt in count())
+    return next(seed for seed in seeds if not config.images.flip or flips(seed) == bool(view % 2))
+
+
+def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, int, Batch]]:
+    """Yield the batches of some shards of a split as one stream, each with its shard and view."""
+    dataset, size = job.datasets[split], job.config.batch_size
+    pieces = [(s, view, at) for s in shards for view in range(s.views) for at in range(s.start, s.stop, size)]
+
+    def plan(done: int) -> Iterator[list[Key]]:
+        for shard, view, at in pieces[done:]:
+            indices = range(at, min(at + size, shard.stop))
+            yield [(i, view_seed(job.config, i, view)) if view else i for i in indices]
+
+    def cached() -> bool:
+        return dataset.cached(augmented=False)
+
+    batches = dataset.read(plan, worker_count(job.config.images.workers), cached)
+    for batch, (shard, view, _) in zip(batches, pieces):
+        dataset.broken.add(batch.broken)
+        if job.device.type == "cuda":
+            batch = dataclasses.replace(batch, images=batch.images.pin_memory())
+        yield shard, view, batch
+
+
+def _prefetch(items: Iterator[T], count: int) -> Iterator[T]:
+    """Yield the same items; up to `count` of them are computed in a background thread in advance."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, items, None) for _ in range(count))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Codes (B, h, w[, depth]) of one view of some images, still on the device."""
+
+    view: int
+    indices: Tensor
+    labels: Tensor
+    codes: Tensor
+
+
+def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
+    """Assemble and write a shard; images of which a view is missing (broken ones) are left out."""
+    size = shard.stop - shard.start
+    codes = np.zeros((size, *job.row_shape(shard)), dtype=code_dtype(job.tokenizer.codebook_size))
+    labels, views_found = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    if parts:
+        found = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device per shard
+        rows = torch.cat([part.indices for part in parts]).numpy() - shard.start
+        views = np.repeat([part.view for part in parts], [len(part.indices) for part in parts])
+        codes[rows, views] = found
+        labels[rows] = torch.cat([part.labels for part in parts]).numpy()
+        np.add.at(views_found, rows, 1)
+    complete = views_found == shard.views
+    write_shard(job.path(shard), codes[complete], labels[complete], job.tokenizer.codebook_size)
+
+
+def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
+    """Encode shards one after another; each is written in the background while the next is encoded."""
+    total = sum((shard.stop - shard.start) * shard.views for shard in shards)
+    stream = chain.from_iterable(_read(job, split, [s for s in shards if s.split == split]) for split in job.datasets)
+    main = PartialState().is_main_process
+    with ThreadPoolExecutor(1) as writer, progress(total, "tokenizing", "img", main) as bar:
+        writing: Future[None] | None = None
+        in_flight: deque[Any] = deque()
+        for shard, batches in groupby(_prefetch(stream, _AHEAD), key=lambda item: item[0]):
+            parts: list[_Encoded] = []
+            for _, view, batch in batches:
+                for text in batch.broken if view == 0 else []:
+                    bar.write(f"skipped, broken: {text}", file=sys.stderr)
+                if len(batch.indices):
+                    codes = encode_batch(job.tokenizer, batch.images, job.device, job.precision)
+                    parts.append(_Encoded(view, batch.indices, batch.labels, codes))
+                if job.device.type == "cuda":
+                    in_flight.append(torch.cuda.current_stream(job.device).record_event())
+                    if len(in_flight) > _IN_FLIGHT:
+                        in_flight.popleft().synchronize()
+                bar.update(len(batch.indices))
+            if writing:
+                writing.result()
+            writing = writer.submit(_write, job, shard, parts)
+        if writing:
+            writing.result()
+
+
+def _prepare(job: Job) -> None:
+    """Open the output folder for this plan: new, begun or finished. Raises `UserError` where it is another's."""
+    output = job.config.output
+    begin(output, job.plan(), job.config.overwrite)
+    if not (output / CONFIG).exists():
+        save(dataclasses.replace(job.config, overwrite=False), output / CONFIG)
+    present = [shard for shard in job.shards if job.path(shard).exists()]
+    for shard in present:
+        open_shard(job.path(shard), job.tokenizer.codebook_size, job.row_shape(shard))
+    # A finished folder of version 0.1 has no shards of a test split, and needs none.
+    finished = Manifest.read(output).splits if (output / MANIFEST).is_file() else {}
+    if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
+        reopen(output)
+
+
+def _finish(job: Job) -> tuple[Manifest, float]:
+    """Read every shard once, write the manifest, and return it with the share of the codebook in use."""
+    tokenizer, config = job.tokenizer, job.config
+    used = np.zeros((tokenizer.depth, tokenizer.codebook_size), dtype=bool)
+    entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
+    for planned in job.shards:
+        shard = open_shard(job.path(planned), tokenizer.codebook_size, job.row_shape(planned))
+        used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
+        entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
+    splits = {
+        split: SplitEntry(config.views if split == "train" else 1, sum(s.count for s in shards), shards)
+        for split, shards in entries.items()
+    }
+    for split, dataset in job.datasets.items():
+        total, missing = len(dataset), len(dataset) - splits[split].count
+        allowed = config.images.max_broken * total if config.images.broken == "skip" else 0
+        if missing > allowed:
+            option = "--max-broken" if config.images.broken == "skip" else "--broken"
+            limit = getattr(config.images, option[2:].replace("-", "_"))
+            raise UserError(f"{option} {limit}: {missing} of {total} {split} images are broken; replace or remove them")
+    manifest = Manifest(
+        codebook_size=tokenizer.codebook_size,
+        grid=list(tokenizer.grid),
+        depth=tokenizer.depth,
+        image_size=list(tokenizer.config.image_size),
+        channels=tokenizer.config.channels,
+        class_names=job.datasets["train"].class_names,
+        tokenizer_fingerprint=str(tokenizer.fingerprint),
+        data_fingerprint=job.data_fingerprint,
+        precision=job.precision,
+        version=__version__,
+        splits=splits,
+    )
+    copy_artifact(cast(Path, config.tokenizer), config.output / TOKENIZER)
+    manifest.write(config.output)
+    return manifest, float(used.mean())
+
+
+def tokenize(config: TokenizeConfig) -> Manifest:
+    """Turn all splits of a dataset into code files with a trained tokenizer.
+
+    Under several processes each writes its share of the shards and all return the manifest. A folder that was begun
+    with the same options is resumed; a finished one is left as it is. Raises `UserError`.
+    """
+    # A process may wait long for another one with a larger share.
+    state = processes(cpu=config.device == "cpu", timeout=timedelta(days=7))
+    main, output = state.is_main_process, config.output
+    job = build_job(config, torch.device(state.device or "cpu"))
+    if main:
+        _prepare(job)
+    state.wait_for_everyone()
+    if (output / MANIFEST).is_file():
+        if main:
+            print(f"{output} is finished; --overwrite starts anew")
+        return Manifest.read(output)
+    missing = [shard for shard in job.shards if not job.path(shard).exists()]
+    if main and len(missing) < len(job.shards):
+        print(f"resuming {output}: {len(job.shards) - len(missing)} of {len(job.shards)} shards are there")
+    state.wait_for_everyone()  # every process lists the missing shards before any of them is written
+    start = time.perf_counter()
+    try:
+        _encode(job, [shard for shard in missing if shard.number % state.num_processes == state.process_index])
+    except torch.OutOfMemoryError as error:
+        text = f"{config.batch_size} images do not fit into the memory of {job.device}; use fewer"
+        raise UserError(f"--batch-size: {text}") from error
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if main:
+        manifest, usage = _finish(job)
+        done = sum((shard.stop - shard.start) * shard.views for shard in missing)
+        _print_summary(job, manifest, usage, done / seconds)
+    state.wait_for_everyone()
+    return Manifest.read(output)
+
+
+def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> None:
+    train, counts = manifest.splits["train"], {name: split.count for name, split in manifest.splits.items()}
+    broken = sum(len(dataset) for dataset in job.datasets.values()) - sum(counts.values())
+    codes = int(np.prod(code_shape(manifest.grid, manifest.depth)))
+    test = f" and {counts['test']} test images" if "test" in counts else ""
+    print(
+        f"{job.config.output}: {train.count} training images in {train.views} view{'s' * (train.views > 1)}, "
+        f"{counts['heldout']} held-out images{test}, {codes} codes each; {rate:.0f} images/s; "
+        f"{usage:.1%} of {manifest.codebook_size} codes in use; {broken} broken images skipped"
+    )
+
+
+def verify(folder: Path) -> None:
+    """Check every checksum, code and label of a folder of code files. Raises `UserError` naming the first bad file."""
+    for split in Manifest.read(folder).splits:
+        files = CodeFiles(folder, cast(Split, split))
+        files.verify()
+        print(f"{folder}: {split} is complete, {len(files)} images")

@@ -1,0 +1,80 @@
+"""Encoded images by position: files of a folder, or rows of tables."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Files:
+    """Image files below a folder, named by their path relative to it."""
+
+    def __init__(self, root: Path, names: Sequence[str]):
+        self.root, self.names = root, list(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, item: int) -> str:
+        """Text that decides the split of an item: the relative path, so that new files do not move the others."""
+        return self.names[item]
+
+    def name(self, item: int) -> str:
+        return str(self.root / self.names[item])
+
+    def read(self, item: int) -> bytes:
+        return (self.root / self.names[item]).read_bytes()
+
+
+class Rows:
+    """Images in one column of tables, as bytes or as {bytes, path}.
+
+    Args:
+        load: returns the column; called once in each process.
+        counts: name and number of rows of each table file.
+    """
+
+    def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]]):
+        self.load, self.files = load, [name for name, _ in counts]
+        self.starts = np.cumsum([0, *(count for _, count in counts)])
+        self._column: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_column": None}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def key(self, item: int) -> str:
+        """Text that decides the split of an item: the row number."""
+        return str(item)
+
+    def name(self, item: int) -> str:
+        file = int(np.searchsorted(self.starts, item, side="right")) - 1
+        return f"{self.files[file]} row {item - int(self.starts[file])}"
+
+    def read(self, item: int) -> bytes:
+        if self._column is None:
+            self._column = self.load()
+        value: Any = self._column[item].as_py()
+        if isinstance(value, dict) and value["bytes"] is None and value.get("path"):
+            return Path(value["path"]).read_bytes()
+        return (value["bytes"] if isinstance(value, dict) else value) or b""
+
+
+@dataclass(frozen=True)
+class FoundSplit:
+    """One split as found on disk."""
+
+    items: Files | Rows
+    listing: list[str]
+    """Lines that identify the content: names, sizes, numbers of rows."""
+    raw_labels: np.ndarray | None
+    """(n,) class names ("" for none) or integers (negative for none); None where the split has no labels."""
+    class_names: list[str] | None = None
+    """Names of the integer labels, where the source declares them."""
