@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,55 @@ def test_import_vqgen_loads_nothing_else() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     names, _, count = out.rpartition(" ")
     assert names == "['vqgen']" and int(count) < 20
+
+
+HEAVY = {"torch", "torchvision", "transformers", "datasets", "accelerate", "torchmetrics", "lpips", "pandas", "scipy"}
+HEAVY |= {"pyarrow", "matplotlib"}
+# Programs that still import them before work begins.
+NOT_YET = {f"vqgen-{name}" for name in "train-tokenizer tokenize convert train-prior eval likelihood codebook".split()}
+NOT_YET |= {"vqgen-report", "vqgen-demo", "vqgen-export", "vqgen-reconstruct", "vqgen-sample"}
+START = """
+import contextlib, importlib, io, json, sys
+module, _, function = sys.argv[1].partition(":")
+main = getattr(importlib.import_module(module), function)
+ends = []
+for words in json.loads(sys.argv[2]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ends.append(main(words))
+print(json.dumps([ends, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy(
+    project: dict[str, Any], programs: dict[str, Any], tmp_path: Path
+) -> None:
+    """What takes seconds to import is imported when work begins."""
+    slow = {}
+    for name, target in project["project"]["scripts"].items():
+        lines = [["--help"], ["--help-all"], ["--version"], ["--hepl"]]
+        for command in (program.split()[1] for program in programs if program.startswith(f"{name} ")):
+            lines += [
+                [command, "--help"],
+                [command, "--help-all"],
+                [command, "--hepl"],
+                [command, "--config", "no such"],
+            ]
+        run = [sys.executable, "-c", START, target, json.dumps(lines)]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=True)
+        ends, loaded = json.loads(done.stdout)
+        assert ends == [0 if line[-1] in ("--help", "--help-all", "--version") else 2 for line in lines], name
+        if found := HEAVY & set(loaded):
+            slow[name] = sorted(found)
+    assert set(slow) <= NOT_YET, slow
+
+
+def test_common_options_exist_and_are_about_ten(programs: dict[str, Any]) -> None:
+    for program, found in programs.items():
+        names = {option.name for option in options(found.config)}
+        common = getattr(found.config, "COMMON", ())
+        assert set(common) <= names and len(set(common)) == len(common) <= 12, program
+        shown = common or len(names) <= 12 or program.split()[0] in NOT_YET
+        assert shown, f"{program} has {len(names)} options: COMMON says which --help shows"
 
 
 def test_public_names_load_on_first_use() -> None:
