@@ -1,7 +1,7 @@
-"""The folder that samples go to: names of its files, whose they are, and what of a run is there already.
+"""The output folder of samples: names of its files, and which images of a run it holds already.
 
-At the very end of a run there is samples.json; one that has not ended is marked by samples.partial.json. Either says
-which images are its own, so that a run goes on where it was cut off, and no other file is ever replaced or removed.
+A finished run has samples.json, an unfinished one samples.partial.json. Either lists the images of the run, so that it
+is continued where it was interrupted, and no other file is ever replaced or removed.
 """
 
 import re
@@ -13,13 +13,11 @@ from typing import Any, Literal
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import remove
+from vqgen.output_folder import OutputFolder
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
-# What a killed process leaves of a file it was writing; see `atomic_path`.
-PART = re.compile(r"\.(\d{5,}(-.*)?\.png|grid\.png|samples(\.partial)?\.json)\..*part")
-# These may differ between a run and the one that goes on with it.
+# Settings that may differ between a run and the one that continues it.
 FREE = ("n", "former", "version", "model", "init_images", "images", "grid")
 
 
@@ -73,7 +71,7 @@ class Names:
 
 
 def _listed(path: Path) -> list[str]:
-    """The images that a list of a run calls its own. Raises `UserError` where it is no such list."""
+    """The images that the list of a run names. Raises `UserError` where the file is no such list."""
     about = read_json(path)
     try:
         names = Names(about["layout"], about["labels"], about["class_names"])
@@ -82,17 +80,16 @@ def _listed(path: Path) -> list[str]:
         raise UserError(f"{path} is no list of samples; remove it or choose another --output") from error
 
 
-def former_run(output: Path) -> list[Path]:
-    """The files in `output` that a former run said were its own, its lists last. Raises `UserError`."""
-    lists = [output / name for name in (UNFINISHED, FINISHED) if (output / name).is_file()]
+def samples_folder(output: Path) -> OutputFolder:
+    """The output folder, with the files that the lists of earlier runs name. Raises `UserError`."""
+    lists = [path for name in (UNFINISHED, FINISHED) if (path := output / name).is_file()]
     names = dict.fromkeys(name for path in lists for name in [*_listed(path), GRID])
-    folders = {output, *((output / name).parent for name in names)}
-    leftovers = [path for folder in folders for path in folder.glob(".*") if PART.fullmatch(path.name)]
-    return [path for name in names if (path := output / name).is_file()] + leftovers + lists
+    # The finished list is removed first: it must not outlive an image.
+    return OutputFolder(output, (UNFINISHED,), (FINISHED, *names))
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first thing in which two runs differ, in words; empty where the one can go on with the other."""
+    """The first setting in which two runs differ, as text; empty where one can continue the other."""
     for key in [*wanted, *(key for key in there if key not in wanted)]:
         before, now = there.get(key), wanted.get(key)
         if key in FREE or before == now:
@@ -104,13 +101,15 @@ def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite: bool) -> Literal["new", "on", "done"]:
-    """Whether a run described by `about` starts in `output`, goes on there, or is done already. Raises `UsageError`."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output: {output} is a file; name a folder")
-    there = sorted(path.name for path in output.glob("[!.]*")) if output.is_dir() else []
+    """Return whether the run that `about` describes starts in `output`, is continued there, or is finished there.
+
+    Raises `UsageError` where the folder holds files of something else or of another run.
+    """
+    folder = samples_folder(output)
+    there = folder.present
     if not there:
         return "new"
-    own = {path.relative_to(output).as_posix() for path in former_run(output)}
+    own = {path.relative_to(output).as_posix() for path in folder.own_files()}
     written = [*map(names.file, range(about["n"])), GRID, FINISHED, UNFINISHED]
     foreign = [name for name in written if name not in own and (output / name).exists()]
     if overwrite:
@@ -124,7 +123,7 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
         raise UsageError(f"--output: {output} holds other files ({there[0]}); choose another folder or add --overwrite")
     former = read_json(lists[0])
     if former.get("former") and not _difference(former, about):
-        return "new"  # it was cut off while it removed the images of the run before
+        return "new"  # it was killed while it removed the images of an earlier run
     unfinished = lists[0].name == UNFINISHED
     differs = _difference(former, about)
     if not differs and unfinished and former["n"] > about["n"]:
@@ -133,34 +132,32 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
         what = "the samples of a run that did not end" if unfinished else "the samples of another run"
         reason = f" ({differs})" if differs else f" and {foreign[0]}, which is not of that run"
         raise UsageError(f"--output: {output} holds {what}{reason}; choose another folder or add --overwrite")
-    whole = all((output / names.file(index)).is_file() for index in range(about["n"]))
-    return "on" if unfinished or former["n"] < about["n"] or not whole else "done"
+    complete = all((output / names.file(index)).is_file() for index in range(about["n"]))
+    return "on" if unfinished or former["n"] < about["n"] or not complete else "done"
 
 
 def begin(output: Path, about: Mapping[str, Any], anew: bool) -> None:
-    """Mark `output` as that of a run that has not ended; where it begins `anew`, remove a former run's files.
+    """Write samples.partial.json; where a run starts `anew`, remove the files of an earlier one.
 
-    Whenever it is killed, what remains is still listed.
+    The partial list names what is still to be removed, so that a removal that is killed can be repeated.
     """
-    files = former_run(output) if output.is_dir() else []
-    lists = {output / FINISHED, output / UNFINISHED}
-    former = [path.relative_to(output).as_posix() for path in files if path not in lists] if anew else []
-    n = about["n"]
+    folder, lists = samples_folder(output), [output / FINISHED, output / UNFINISHED]
     if not anew:
-        n = max([n, *(read_json(path)["n"] for path in lists if path.is_file())])
-    write_json(output / UNFINISHED, {**about, "n": n, "former": former})
-    # The finished list first: it must not outlive an image.
-    remove([path for path in reversed(files) if path.name != UNFINISHED] if anew else [output / FINISHED])
-    for folder in {(output / name).parent for name in former} - {output}:
-        if folder.is_dir() and not any(folder.iterdir()):
-            remove([folder])
-    if anew and former:
-        write_json(output / UNFINISHED, {**about, "n": n})
+        n = max([about["n"], *(read_json(path)["n"] for path in lists if path.is_file())])
+        write_json(output / UNFINISHED, {**about, "n": n, "former": []})
+        folder.remove([output / FINISHED])
+        return
+    former = [path.relative_to(output).as_posix() for path in folder.own_files() if path not in lists]
+    write_json(output / UNFINISHED, {**about, "former": former})
+    folder.clear(keep=[UNFINISHED])
+    if former:
+        write_json(output / UNFINISHED, dict(about))
 
 
 def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
-    remove([path for path in former_run(output) if PART.fullmatch(path.name)])
+    folder = samples_folder(output)
+    folder.remove(folder.leftovers())
     images = [{"file": names.file(i), "label": names.label(i), "class": names.class_name(i)} for i in range(about["n"])]
     write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
-    remove([output / UNFINISHED])
+    folder.remove([output / UNFINISHED])

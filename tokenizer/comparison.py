@@ -14,7 +14,7 @@ from vqgen import __version__
 from vqgen.devices import find_device, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import remove
+from vqgen.output_folder import OutputFolder
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
@@ -32,8 +32,6 @@ _LISTS_0_1 = ("figures.partial.json", "figures.json")
 CELL = 256
 # Up to this many images have a line of their own in the summary.
 LISTED = 16
-# Temporary files of `atomic_path` that a killed process left.
-_TEMPORARY = re.compile(r"\.(\d{5,}-.*\.png|grid\.png|(figures|metrics)(\.partial)?\.json)\..*part")
 
 
 def file_name(index: int, name: str) -> str:
@@ -42,32 +40,30 @@ def file_name(index: int, name: str) -> str:
     return f"{index:05d}-{stem}.png"
 
 
-def written_files(output: Path) -> list[Path]:
-    """List the files in `output` that earlier runs wrote, those that list the others last. Raises `UserError`."""
-    lists = [path for name in (PARTIAL, METRICS, *_LISTS_0_1) if (path := output / name).is_file()]
+def reconstructions_folder(output: Path) -> OutputFolder:
+    """The output folder, with the pictures that the lists of earlier runs name. Raises `UserError`."""
+    marks = (PARTIAL, METRICS, *_LISTS_0_1)
+    lists = [path for name in marks if (path := output / name).is_file()]
     names = {GRID} if lists else set()
     for path in lists:
         listed = read_json(path).get("pictures")
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise UserError(f"{path} is no list of reconstructions; remove it or choose another --output")
         names |= {Path(str(entry.get("file"))).name for entry in listed}
-    temporary = [path for path in output.glob(".*") if _TEMPORARY.fullmatch(path.name)]
-    return [path for name in sorted(names) if (path := output / name).is_file()] + temporary + lists
+    return OutputFolder(output, marks, sorted(names))
 
 
-def check_output(output: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Raise `UsageError` where pictures called `names` cannot be written to `output`.
+def check_output(folder: OutputFolder, names: Sequence[str], overwrite: bool) -> None:
+    """Raise `UsageError` where pictures called `names` cannot be written to `folder`.
 
     A new or empty folder and that of an interrupted run are accepted, and with `overwrite` that of a finished run.
     """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output: {output} is a file; name a folder")
-    present = {path.name for path in output.glob("[!.]*")}
+    output, present = folder.path, set(folder.present)
     if present & {METRICS, "figures.json"} and not overwrite:
         raise UsageError(
             f"--output: {output} holds reconstructions already; --overwrite replaces them, or choose another folder"
         )
-    foreign = present - {path.name for path in written_files(output)}
+    foreign = present - {path.name for path in folder.own_files()}
     if overwrite:
         foreign &= {*names, GRID}
     if foreign:
@@ -135,7 +131,8 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
         check_size(config.perceptual_net, *size)
     locations, output = find_images(config), config.output
     names = [file_name(index, items.name(row)) for index, (items, row) in enumerate(locations[: config.pictures])]
-    check_output(output, names, config.overwrite)
+    folder = reconstructions_folder(output)
+    check_output(folder, names, config.overwrite)
     perceptual = None
     if config.perceptual_weights:
         perceptual = PerceptualDistance(config.perceptual_net, config.perceptual_weights).to(device)
@@ -146,7 +143,7 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
     first = next(batches, None)
     if first is None:
         raise UserError(f"--data: none of {len(locations)} images can be reconstructed; the first is {skipped[0]}")
-    remove(written_files(output))
+    folder.clear()
     write_json(output / PARTIAL, {"pictures": [{"file": name} for name in names]})
     counts, entries, shown = Counter[str](), list[dict[str, Any]](), list[tuple[Tensor, Tensor]]()
     with progress(len(locations), "reconstructing", "img", True) as bar:
@@ -183,7 +180,7 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
         originals, results = (grid_cells(images) for images in zip(*shown))
         write_comparison(output / GRID, Reconstructions(found["metrics"], originals, results))
     write_json(output / METRICS, found)
-    remove([output / PARTIAL])
+    folder.remove([output / PARTIAL])
     return found
 
 

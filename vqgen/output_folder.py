@@ -82,11 +82,12 @@ class OutputFolder:
                 folder.rmdir()
 
     def remove(self, paths: Iterable[Path]) -> None:
-        """Remove files and folders of this folder, in order. Raises `UserError`."""
-        top = self.path.resolve()
+        """Remove files and folders of this folder, in order. Raises `UserError`, before any if a link leads outside."""
+        paths, top = list(paths), self.path.resolve()
+        for parent in dict.fromkeys(path.parent for path in paths):
+            if not parent.resolve().is_relative_to(top):
+                raise UserError(f"cannot remove what is in {parent}: a link leads out of {self.path}; remove it")
         for path in paths:
-            if not path.parent.resolve().is_relative_to(top):
-                raise UserError(f"cannot remove {path}: a link leads out of {self.path}; remove it yourself")
             try:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -101,12 +102,6 @@ class OutputFolder:
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
             raise UserError(f"{self.path}: {name!r} is no name of a file in this folder; choose another folder")
         return self.path / name
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Remove files and folders that may be there. Raises `UserError` naming the first that cannot be removed."""
-    for path in paths:
-        OutputFolder(path.parent).remove([path])
 
 
 def _matches(path: Path, pattern: str) -> bool:

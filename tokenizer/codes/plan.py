@@ -16,7 +16,7 @@ from vqgen.config import values_of
 from vqgen.devices import find_device, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import remove
+from vqgen.output_folder import OutputFolder
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images
 from vqgen.tokenizer.data.options import ImageConfig, Split
 from vqgen.tokenizer.encode import TokenizeConfig
@@ -133,25 +133,14 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
     Temporary files of a killed run are removed. Raises `UserError` where the folder cannot be used.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {folder} is a file; name a folder")
-    planned = (folder / PLAN).is_file()
-    occupied = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if occupied and not planned:
-        raise UserError(f"--output: {folder} holds files of something else; choose another folder")
-    if planned and not overwrite:
+    output = OutputFolder(folder, (PLAN,), globs=(MANIFEST, "codes-[0-9]*.safetensors", TOKENIZER, CONFIG))
+    output.refuse_foreign()
+    if output.recognised and not overwrite:
         _compare(folder, plan)
-        remove(_own_files(folder, temporary=True))
+        output.remove(output.leftovers())
     else:
-        remove([*_own_files(folder, temporary=True), *_own_files(folder, temporary=False)])
+        output.clear()
         write_json(folder / PLAN, plan)
-
-
-def _own_files(folder: Path, temporary: bool) -> list[Path]:
-    """List what vqgen-tokenize writes. The plan comes last: it marks the folder as long as other files are there."""
-    names = (MANIFEST, "codes-[0-9]*.safetensors", TOKENIZER, CONFIG, PLAN)
-    patterns = [f".{name}.*.part" for name in names] if temporary else names
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def _compare(folder: Path, plan: dict[str, Any]) -> None:
@@ -180,4 +169,4 @@ def reopen(folder: Path) -> None:
     for entry in entries:
         if (folder / entry.file).exists():
             verify_checksum(folder, entry)
-    remove([folder / MANIFEST])
+    OutputFolder(folder).remove([folder / MANIFEST])
