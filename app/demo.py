@@ -1,4 +1,4 @@
-"""vqgen-demo: the whole path on the images in the package, from nothing to a grid of new ones."""
+"""vqgen-demo: the whole path on the images in the package, from training a tokenizer to a grid of new images."""
 
 import sys
 import time
@@ -7,63 +7,63 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqgen.config import command, parse
-from vqgen.evaluation.report.program import ReportConfig, check_output, write_report
 from vqgen.files import read_json
-from vqgen.prior.train import PriorTraining
-from vqgen.prior.train import train as train_prior
-from vqgen.sampling.sample import SampleConfig, sample
-from vqgen.tokenizer.codes.writer import tokenize
-from vqgen.tokenizer.encode import TokenizeConfig
-from vqgen.tokenizer.train import TokenizerTraining
-from vqgen.tokenizer.train import train as train_tokenizer
+from vqgen.options import Options
 
 
 @dataclass
-class DemoConfig:
-    """Where the demo goes, and whether it starts over."""
+class DemoConfig(Options):
+    """Options of vqgen-demo."""
 
     output: Path = Path("runs/demo")
-    """Folder for tokenizer/, codes/, prior/, samples/ and report.html. A demo that was interrupted goes on from
-    there."""
+    """Folder for tokenizer/, codes/, prior/, samples/ and report.html. An interrupted demo is continued."""
     overwrite: bool = False
     """Remove an earlier demo in --output and start anew."""
 
 
-def drawn(samples: Path, prior: Path) -> bool:
-    """Whether `samples` holds a finished run of this very prior."""
+def samples_are_drawn(samples: Path, prior: Path) -> bool:
+    """Return whether `samples` holds a finished run of vqgen-sample with the weights in `prior`."""
     path = samples / "samples.json"
     return path.is_file() and read_json(path).get("prior_fingerprint") == read_json(prior / "vqgen.json")["fingerprint"]
 
 
 def demo(config: DemoConfig) -> None:
     """Train a tokenizer and a prior on 9,000 images of clothes that come with the package, then draw new ones."""
+    from vqgen.evaluation.report.program import ReportConfig, check_output, write_report
+    from vqgen.prior.train import PriorTraining
+    from vqgen.prior.train import train as train_prior
+    from vqgen.sampling.sample import SampleConfig, sample
+    from vqgen.tokenizer.codes.writer import tokenize
+    from vqgen.tokenizer.encode import TokenizeConfig
+    from vqgen.tokenizer.train import TokenizerTraining
+    from vqgen.tokenizer.train import train as train_tokenizer
+
     start = time.perf_counter()
     tokenizer, codes, prior, samples = (config.output / n for n in ("tokenizer", "codes", "prior", "samples"))
-    anew = ["--overwrite"] if config.overwrite else []
+    overwrite = ["--overwrite"] if config.overwrite else []
     page = config.output / "report.html"
-    check_output(page)  # before minutes are spent
+    check_output(page)  # before minutes of training
 
-    def stage(number: int, text: str) -> None:
+    def announce(number: int, text: str) -> None:
         print(f"\n[{number}/4] {text}", file=sys.stderr, flush=True)
 
-    stage(1, "the tokenizer learns to turn images into 64 codes and back")
-    train_tokenizer(parse(TokenizerTraining, ["--config", "demo-tokenizer", "--output", str(tokenizer), *anew]))
-    stage(2, "every image becomes its codes")
-    tokenize(parse(TokenizeConfig, ["--data", "demo", "--tokenizer", str(tokenizer), "--output", str(codes), *anew]))
-    stage(3, "the prior learns which codes follow which")
-    train_prior(parse(PriorTraining, ["--config", "demo-prior", "--codes", str(codes), "--output", str(prior), *anew]))
-    stage(4, "new images, ten classes in columns")
-    if drawn(samples, prior):
+    announce(1, "train the tokenizer, which turns an image into 64 codes and back")
+    words = ["--config", "demo-tokenizer", "--output", str(tokenizer), *overwrite]
+    train_tokenizer(parse(TokenizerTraining, words))
+    announce(2, "encode every image")
+    words = ["--data", "demo", "--tokenizer", str(tokenizer), "--output", str(codes), *overwrite]
+    tokenize(parse(TokenizeConfig, words))
+    announce(3, "train the prior, which predicts each code from those before it")
+    words = ["--config", "demo-prior", "--codes", str(codes), "--output", str(prior), *overwrite]
+    train_prior(parse(PriorTraining, words))
+    announce(4, "draw new images of ten classes")
+    if samples_are_drawn(samples, prior):
         print(f"{samples} holds the samples of this prior already", file=sys.stderr)
     else:
-        sample(
-            parse(
-                SampleConfig,
-                ["--config", "demo-samples", "--model", str(prior), "--output", str(samples), "--overwrite"],
-            )
-        )
+        words = ["--config", "demo-samples", "--model", str(prior), "--output", str(samples), "--overwrite"]
+        sample(parse(SampleConfig, words))
     write_report(ReportConfig([config.output], page))
-    print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}, and at the whole in {page}")
+    print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}, and at all of it in {page}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

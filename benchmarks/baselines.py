@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vqgen.evaluation.measurement import metrics_of
 from vqgen.evaluation.receipt import read_receipt
 from vqgen.evaluation.report.run_folder import open_folder
 from vqgen.files import read_json, write_json
@@ -57,9 +58,9 @@ def call(module: str, *words: Any) -> None:
     subprocess.run([sys.executable, "-m", f"vqgen.{module}", *map(str, words)], check=True)
 
 
-def spent(run: Path) -> dict[str, Any]:
-    """How a finished run was trained: images or code sequences seen, and seconds; those of a run from before they were
-    noted by the rates it logged."""
+def training_cost(run: Path) -> dict[str, Any]:
+    """Steps, examples and seconds of a finished run; the seconds of a run that did not record its sessions are from the
+    rates it logged."""
     (found,) = open_folder(run).runs
     return {
         "steps": found.steps,
@@ -72,7 +73,8 @@ def spent(run: Path) -> dict[str, Any]:
 def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
     """Make one row, or what is missing of it."""
     source, here, receipts = images / data.replace("-", "_"), output / data / row, output / "receipts" / data / row
-    tokenizer, codes, prior, judge = here / "tokenizer", here / "codes", here / "prior", output / data / "classifier"
+    tokenizer, codes, prior = (here / name for name in ("tokenizer", "codes", "prior"))
+    classifier = output / data / "classifier"
 
     def receipt(program: str, *words: Any, name: str = "") -> None:
         path = receipts / f"{name or program}.json"
@@ -80,75 +82,64 @@ def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
             call("evaluation.program", program, *words, "--output", path)
 
     lpips, extractor = ["--perceptual-weights", vgg16], ["--extractor", "fd-vgg16", "--weights", vgg16]
-    if not judge.exists():
+    if not classifier.exists():
         size = ["--size", 32, "--channels", CHANNELS[data]]
-        call("evaluation.program", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", judge)
+        call("evaluation.program", "classifier", "--data", source, *size, *CLASSIFIER[data], "--output", classifier)
     if not (tokenizer / "finished.json").is_file():
         words = [str(output / data / w[5:] / "tokenizer") if w.startswith("FROM ") else w for w in ROWS[data][row]]
         needs = lpips if {"vqgan-cifar10", "cifar10-512-lpips"} & set(words) else []
         call("tokenizer.train", *words, *needs, "--data", source, "--output", tokenizer)
-    receipt("reconstruction", "--tokenizer", tokenizer, "--data", source, *lpips, *extractor)
+    receipt("reconstruction", "--tokenizer", tokenizer, "--data", source, "--split", "test", *lpips, *extractor)
     made = [tokenizer]
     if row not in TOKENIZERS_ALONE:
         made.append(prior)
         if not (prior / "finished.json").is_file():
             call("tokenizer.encode", "--tokenizer", tokenizer, "--data", source, "--output", codes)
             call("prior.train", "--config", "demo-prior", "--codes", codes, "--output", prior)
-        receipt("likelihood", "--model", prior, "--codes", codes)
-        judged = [*extractor, "--split", "heldout", "--classifier", judge, "--n", SAMPLES, "--cache", output / "cache"]
-        receipt("samples", "--model", prior, "--data", source, *judged)
-        guided = ["--extractor", "none", "--classifier", judge, "--n", SAMPLES // 2, *GUIDED]
+        receipt("likelihood", "--model", prior, "--codes", codes, "--split", "test")
+        measured = [*extractor, "--split", "test", "--classifier", classifier, "--n", SAMPLES]
+        measured += ["--cache", output / "cache"]
+        receipt("samples", "--model", prior, "--data", source, *measured)
+        guided = ["--extractor", "none", "--classifier", classifier, "--n", SAMPLES // 2, *GUIDED]
         receipt("samples", "--model", prior, *guided, name="samples-guided")
-    write_json(receipts / "training.json", {folder.name: spent(folder) for folder in made})
+    write_json(receipts / "training.json", {folder.name: training_cost(folder) for folder in made})
     for folder in made:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-TITLES = (
-    "row",
-    "PSNR",
-    "SSIM",
-    "LPIPS",
-    "rfd-vgg16",
-    "usage",
-    "perplexity",
-    "bits/dim",
-    "fd-vgg16",
-    "by class",
-    "training",
+# Receipt, command of vqgen-eval, metric, format of the table.
+COLUMNS = (
+    ("reconstruction", "reconstruction", "psnr", "{:.2f}"),
+    ("reconstruction", "reconstruction", "ssim", "{:.3f}"),
+    ("reconstruction", "reconstruction", "lpips", "{:.3f}"),
+    ("reconstruction", "reconstruction", "rfd-vgg16", "{:.1f}"),
+    ("reconstruction", "reconstruction", "usage", "{:.1%}"),
+    ("reconstruction", "reconstruction", "perplexity", "{:.0f}"),
+    ("likelihood", "likelihood", "bits_per_dimension", "{:.3f}"),
+    ("samples", "samples", "fd-vgg16", "{:.1f}"),
+    ("samples-guided", "samples", "classifier_accuracy", "{:.1%}"),
 )
 
 
 def line(folder: Path) -> str:
     """A row of the table, from the receipts in a folder."""
-    found = {path.stem: read_receipt(path)["figures"] for path in folder.glob("*.json") if path.stem != "training"}
-
-    def show(receipt: str, name: str, shape: str) -> str:
-        figures = found.get(receipt, {})
-        value = figures.get("at", {}).get(str(SAMPLES), figures).get(name)  # of as many samples as in the other rows
-        return "" if value is None else shape.format(value).replace("%", " %")
-
-    cells = [
-        f"[`{folder.name}`](../benchmarks/results/receipts/{folder.parent.name}/{folder.name})",
-        show("reconstruction", "psnr", "{:.2f}"),
-        show("reconstruction", "ssim", "{:.3f}"),
-        show("reconstruction", "lpips", "{:.3f}"),
-        show("reconstruction", "rfd-vgg16", "{:.1f}"),
-        show("reconstruction", "usage", "{:.1%}"),
-        show("reconstruction", "perplexity", "{:.0f}"),
-        show("likelihood", "bits_per_dimension", "{:.3f}"),
-        show("samples", "fd-vgg16", "{:.1f}"),
-        show("samples-guided", "classifier_accuracy", "{:.1%}"),
-        " + ".join(f"{part['seconds'] / 60:.0f}" for part in read_json(folder / "training.json").values()) + " min",
-    ]
+    found = {path.stem: read_receipt(path)["metrics"] for path in folder.glob("*.json") if path.stem != "training"}
+    cells = [f"[`{folder.name}`](../benchmarks/results/receipts/{folder.parent.name}/{folder.name})"]
+    for receipt, _, name, shape in COLUMNS:
+        metrics = found.get(receipt, {})
+        value = metrics.get("at", {}).get(str(SAMPLES), metrics).get(name)  # of as many samples as in the other rows
+        cells.append("" if value is None else shape.format(value).replace("%", " %"))
+    trained = read_json(folder / "training.json").values()
+    cells.append(" + ".join(f"{part['seconds'] / 60:.0f}" for part in trained) + " min")
     return "| " + " | ".join(cells) + " |"
 
 
 def table(data: str) -> list[str]:
     """The Markdown table of a data set, the best reconstructions first."""
     folders = [path.parent for path in (RECEIPTS / data).glob("*/training.json")]
-    order = sorted(folders, key=lambda f: -read_receipt(f / "reconstruction.json")["figures"]["psnr"])
-    return ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES), *map(line, order)]
+    order = sorted(folders, key=lambda f: -read_receipt(f / "reconstruction.json")["metrics"]["psnr"])
+    titles = ["row", *(metrics_of(program)[name].title for _, program, name, _ in COLUMNS), "training"]
+    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *map(line, order)]
 
 
 def main() -> None:

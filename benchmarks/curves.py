@@ -1,8 +1,8 @@
 """Curves of several runs in one picture, from their metrics.jsonl.
 
-    python benchmarks/curves.py --figures heldout/psnr heldout/lpips --output curves.png runs/a runs/b
+    python benchmarks/curves.py --metrics heldout/psnr heldout/lpips --output curves.png runs/a runs/b
 
-A run is a run folder or a metrics.jsonl; it is called by its name. `benchmarks/results` holds those behind the README.
+A run is a run folder or a metrics.jsonl; its name is the label. `benchmarks/results` holds those behind the README.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from vqgen.training.trackers import read_history
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--figures", nargs="+", default=["heldout/psnr"], help="one panel each")
+    parser.add_argument("--metrics", nargs="+", default=["heldout/psnr"], help="one panel each")
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
     files = [run / "metrics.jsonl" if run.is_dir() else run for run in arguments.runs]
     histories = [read_history(path, 2**62) for path in files]
     names = [run.name if run.is_dir() else run.stem for run in arguments.runs]
 
-    figure, panels = plt.subplots(1, len(arguments.figures), figsize=(4.4 * len(arguments.figures), 3.2), squeeze=False)
-    for panel, name in zip(panels[0], arguments.figures, strict=True):
+    figure, panels = plt.subplots(1, len(arguments.metrics), figsize=(4.4 * len(arguments.metrics), 3.2), squeeze=False)
+    for panel, name in zip(panels[0], arguments.metrics, strict=True):
         for called, history in zip(names, histories, strict=True):
             points = [(row["step"], row[name]) for row in history if name in row]
             if points:

@@ -1,4 +1,4 @@
-"""A small classifier of a labelled data set: whether samples are taken for the class that they were drawn as."""
+"""A small image classifier, to measure whether samples are of the class that they were drawn as."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,31 +12,38 @@ from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import check_writable
-from vqgen.options import at_least
+from vqgen.metric import Metric
 from vqgen.progress import progress
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.networks.autoencoder import ResidualBlock
 
+from .options import ClassifierTraining
+
+ACCURACY = Metric("classifier_accuracy", "Classifier accuracy", "share of the samples", "higher")
+"""Share of the samples that the classifier assigns to the class they were drawn as."""
+
 
 @dataclass
 class ClassifierConfig:
-    """A network, the images it is for, and what they can be."""
+    """Architecture and classes of a classifier, as recorded in vqgen.json."""
 
     size: list[int]
     """Height and width of an image."""
     channels: int
     """1 or 3."""
     class_names: list[str]
-    """One an output."""
+    """One per output."""
     width: int = 32
-    """Channels at the first level; the next have twice as many each."""
+    """Channels at the first level; each further level doubles them."""
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> logits (B, classes): residual blocks at a half, a quarter and an eighth of the
-    size."""
+    """Residual classifier: images (B, C, H, W) in [-1, 1] -> logits (B, classes).
+
+    One residual block at each of 1/2, 1/4 and 1/8 of the image size.
+    """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -55,18 +62,18 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def choose(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) -> their most likely classes (B,), on the CPU."""
+        """uint8 images (B, C, H, W) -> most likely classes (B,), on the CPU."""
         device = next(self.parameters()).device
         return self(to_float(images.to(device))).argmax(dim=1).cpu()
 
     def save(self, folder: Path) -> str:
-        """Write the model folder and return its fingerprint."""
+        """Write the model folder; return its fingerprint."""
         self.fingerprint = save_artifact(folder, "classifier", {"classifier": asdict(self.config)}, self.state_dict())
         return self.fingerprint
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
-        """Read a model folder. Raises `UserError` where anything does not fit."""
+        """Read a model folder. Raises `UserError` if anything does not fit."""
         artifact = load_artifact(folder, "classifier")
         described = artifact.description.get("classifier")
         classifier = cls(from_dict(ClassifierConfig, described, str(folder / "vqgen.json")))
@@ -79,41 +86,8 @@ class Classifier(nn.Module):
         return classifier.eval().to(device)
 
 
-@dataclass
-class ClassifierTraining:
-    """How a classifier is trained."""
-
-    data: str
-    """Labelled images: as for vqgen-train-tokenizer."""
-    output: Path
-    """Folder for the classifier; one that exists is refused."""
-    size: list[int]
-    """Height and width in pixels, those of the samples it is to judge; one number means a square."""
-    channels: int = 3
-    """3 for colour, 1 for grey."""
-    steps: int = 3000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Images a step."""
-    lr: float = 4e-3
-    """Peak learning rate of AdamW under a one-cycle schedule."""
-    width: int = 32
-    """Channels at the first level."""
-    holdout: float = 0.05
-    """Share of the images held out where the source has no held-out split of its own."""
-    seed: int = 0
-    """Of weights, order and flips."""
-
-    def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, width=1, seed=0)
-        if not self.lr > 0:
-            raise UsageError(f"--lr: found {self.lr}, expected more than 0")
-        if self.width % 8:
-            raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
-
-
 def train_classifier(config: ClassifierTraining) -> None:
-    """Train a classifier on the real training images alone, to judge samples by."""
+    """Train a classifier on real images. Raises `UserError`."""
     if config.output.exists():
         raise UsageError(f"--output: {config.output} exists; choose another folder")
     check_writable(config.output)
@@ -146,10 +120,10 @@ def train_classifier(config: ClassifierTraining) -> None:
             optimizer.zero_grad()
             bar.update()
     model.eval()
-    right = [
+    correct = [
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
         for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
     ]
     model.save(config.output)
-    shares = torch.cat(right).float()
-    print(f"classifier: {config.output}, right on {shares.mean():.1%} of {len(shares)} held-out images")
+    shares = torch.cat(correct).float()
+    print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")

@@ -1,56 +1,26 @@
-"""How far one set of images lies from another, by their features; most of the arithmetic is torch-fidelity's.
+"""Distances between two sets of images by their features; most of the arithmetic is torch-fidelity's.
 
 FID (Heusel et al. 2017), KID (Binkowski et al. 2018), Inception Score (Salimans et al. 2016), precision and recall
-(Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+(Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020). `DISTANCES` registers them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vqgen.seeding import fixed_subset
+from vqgen.metric import Metric
 
-NEIGHBOURS = {"precision and recall": 3, "density and coverage": 5}
-"""k of the balls around an image, as published."""
-KEPT = 10_000
-"""Images that the figures by neighbours and KID look at, from all over a larger set; the moments are of all."""
+from .features import Statistics
+from .options import Network
+
+PRECISION_RECALL_K, DENSITY_COVERAGE_K = 3, 5
+"""k of the k-nearest-neighbour balls, as published."""
 SUBSET = 1000
-"""Images of a subset that KID is the mean over."""
-CHUNK = 1000
-"""Features in float64 at once."""
+"""Images of a subset of KID."""
 SEED = 2020
-"""Of KID's subsets and the Inception Score's parts: torch-fidelity's own."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What is kept of a set of images: the moments of all features, and `KEPT` of the features themselves."""
-
-    count: int
-    mean: Tensor
-    """float64 (D,)."""
-    covariance: Tensor
-    """float64 (D, D), unbiased."""
-    features: Tensor
-    """float32 (min(count, KEPT), D)."""
-
-
-def statistics(features: Tensor) -> Statistics:
-    """Moments of features (N, D), summed in float64; of at least 2 images."""
-    count = len(features)
-    if count < 2:
-        raise ValueError(f"moments need at least 2 images, found {count}")
-    # Near the mean, so that the squares do not swallow the differences.
-    shift = features[:CHUNK].double().mean(0)
-    total, squares = torch.zeros_like(shift), torch.zeros(len(shift), len(shift), dtype=torch.float64)
-    for part in features.split(CHUNK):
-        exact = part.double() - shift
-        total += exact.sum(0)
-        squares += exact.T @ exact
-    mean = total / count
-    covariance = (squares - count * torch.outer(mean, mean)) / (count - 1)
-    return Statistics(count, mean + shift, covariance, features[fixed_subset(KEPT, count)].float())
+"""Seed of KID's subsets: torch-fidelity's."""
 
 
 def frechet(samples: Statistics, reference: Statistics) -> float:
@@ -62,64 +32,104 @@ def frechet(samples: Statistics, reference: Statistics) -> float:
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float | None]:
-    """KID: mean and standard deviation over 100 pairs of subsets of 1,000, or of as many as there are; no deviation
-    where there is but one subset on either side."""
+    """KID: mean and standard deviation over 100 pairs of subsets of 1,000 features, or of as many as both sets have.
+
+    The deviation is None if either set has only one subset of that size.
+    """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(SUBSET, len(samples), len(reference))
     found = kid_features_to_metric(samples, reference, kid_subset_size=size, rng_seed=SEED, verbose=False)
-    whole = size == len(samples) == len(reference)
-    return float(found[KEY_METRIC_KID_MEAN]), None if whole else float(found[KEY_METRIC_KID_STD])
-
-
-def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation over ten parts of the logits (N, classes)."""
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
-    found = isc_features_to_metric(logits, splits=min(10, len(logits)), rng_seed=SEED)
-    return float(found[KEY_METRIC_ISC_MEAN]), float(found[KEY_METRIC_ISC_STD])
+    single = size == len(samples) == len(reference)
+    return float(found[KEY_METRIC_KID_MEAN]), None if single else float(found[KEY_METRIC_KID_STD])
 
 
 def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     """Share of the samples within the reference's manifold, and of the reference within the samples'."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    k = min(NEIGHBOURS["precision and recall"], len(samples) - 1, len(reference) - 1)
+    k = min(PRECISION_RECALL_K, len(samples) - 1, len(reference) - 1)
     found = prc_features_to_metric(samples, reference, prc_neighborhood=k, save_cpu_ram=True, verbose=False)
     return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
 
 
 def density_coverage(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Naeem et al. 2020, eq. 5 and 6: how many of the balls around reference images, reaching to their k-th neighbour,
-    a sample lies in, by k; and the share of those balls that hold a sample."""
-    k = min(NEIGHBOURS["density and coverage"], len(reference) - 1)
-    # By products of matrices, small distances between vectors far from 0 are exact in float64 alone.
+    """Density and coverage of Naeem et al. 2020, eq. 5 and 6.
+
+    The ball of a reference image reaches to its k-th neighbour. Density is the number of balls that a sample lies in,
+    divided by k; coverage is the share of balls that contain a sample.
+    """
+    k = min(DENSITY_COVERAGE_K, len(reference) - 1)
+    # cdist uses matrix products, which lose small distances between vectors far from 0 in float32.
     samples, reference = samples.double(), reference.double()
     inside, covered = 0, 0
     for part in reference.split(2000):
-        radii = torch.cdist(part, reference).kthvalue(k + 1).values[:, None]  # each is its own nearest
+        radii = torch.cdist(part, reference).kthvalue(k + 1).values[:, None]  # the nearest is the image itself
         distances = torch.cdist(part, samples)
         inside += int((distances < radii).sum())
         covered += int((distances < radii).any(1).sum())
     return inside / (k * len(samples)), covered / len(reference)
 
 
-def figures(
-    samples: Statistics, reference: Statistics, name: str, kernel: str, logits: Tensor | None = None
-) -> dict[str, float]:
-    """Every figure by name.
+@dataclass(frozen=True)
+class Comparison:
+    """Samples and the reference they are compared with; quantities that several metrics share are computed once."""
 
-    Args:
-        name, kernel: what the Fréchet and the kernel distance are called with these features.
-        logits: (N, classes) where the features are those of the Inception network.
-    """
-    here, there = samples.features, reference.features
-    found = {name: frechet(samples, reference)}
-    found[kernel], deviation = kernel_distance(here, there)
-    if deviation is not None:
-        found[f"{kernel}_std"] = deviation
-    found["precision"], found["recall"] = precision_recall(here, there)
-    found["density"], found["coverage"] = density_coverage(here, there)
-    if logits is not None:
-        found["inception_score"], found["inception_score_std"] = inception_score(logits)
-    return found
+    samples: Statistics
+    reference: Statistics
+
+    @cached_property
+    def frechet(self) -> float:
+        return frechet(self.samples, self.reference)
+
+    @cached_property
+    def kernel(self) -> tuple[float, float | None]:
+        return kernel_distance(self.samples.features, self.reference.features)
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        return precision_recall(self.samples.features, self.reference.features)
+
+    @cached_property
+    def density_coverage(self) -> tuple[float, float]:
+        return density_coverage(self.samples.features, self.reference.features)
+
+
+_MANIFOLD = (
+    Metric("precision", "Precision", "", "higher", lambda pair: pair.precision_recall[0]),
+    Metric("recall", "Recall", "", "higher", lambda pair: pair.precision_recall[1]),
+    Metric("density", "Density", "", "higher", lambda pair: pair.density_coverage[0]),
+    Metric("coverage", "Coverage", "", "higher", lambda pair: pair.density_coverage[1]),
+)
+DISTANCES: dict[Network, tuple[Metric, ...]] = {
+    "inception": (
+        Metric("fid", "FID", "", "lower", lambda pair: pair.frechet),
+        Metric("kid", "KID", "", "lower", lambda pair: pair.kernel[0]),
+        Metric("kid_std", "KID, standard deviation", "", "", lambda pair: pair.kernel[1]),
+        *_MANIFOLD,
+        Metric("inception_score", "Inception Score", "", "higher", lambda pair: pair.samples.inception_score[0]),
+        Metric(
+            "inception_score_std",
+            "Inception Score, standard deviation",
+            function=lambda pair: pair.samples.inception_score[1],
+        ),
+    ),
+    "fd-vgg16": (
+        Metric("fd-vgg16", "Fréchet distance (VGG16)", "", "lower", lambda pair: pair.frechet),
+        Metric("kd-vgg16", "Kernel distance (VGG16)", "", "lower", lambda pair: pair.kernel[0]),
+        Metric("kd-vgg16_std", "Kernel distance (VGG16), standard deviation", function=lambda pair: pair.kernel[1]),
+        *_MANIFOLD,
+    ),
+}
+"""Metrics by extractor; their functions take a `Comparison` and return None if they are not defined for it."""
+RECONSTRUCTION_DISTANCES: dict[Network, Metric] = {
+    "inception": Metric("rfid", "rFID", "", "lower", lambda pair: pair.frechet),
+    "fd-vgg16": Metric("rfd-vgg16", "rFD (VGG16)", "", "lower", lambda pair: pair.frechet),
+}
+
+
+def compute_distances(samples: Statistics, reference: Statistics, network: Network) -> dict[str, float]:
+    """All metrics of `DISTANCES[network]` that are defined, by name."""
+    pair = Comparison(samples, reference)
+    values = {metric.name: metric.function(pair) for metric in DISTANCES[network] if metric.function}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,79 +1,132 @@
-"""How well a prior predicts code files, as a figure with a receipt; `vqgen-likelihood` gives the whole picture."""
+"""Negative log-likelihood of code files under a prior: overall, by class and by position."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import math
+from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
 
-from vqgen.devices import processes
-from vqgen.options import at_least
+from vqgen.devices import precision_of, processes
+from vqgen.errors import UserError
+from vqgen.metric import Metric
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
-from vqgen.prior.measure import LikelihoodConfig, measure
+from vqgen.prior.likelihood import rated, tabulate
+from vqgen.prior.model import Prior
+from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from .extractors import PixelHash
-from .measurement import Measured
+from .measurement import Measurement, SetHash, check_count
+from .options import LikelihoodConfig
 from .receipt import environment
 
-
-@dataclass
-class PredictionConfig:
-    """Which prior, and on which codes."""
-
-    model: Path
-    """Run or model folder of the prior."""
-    codes: Path
-    """Folder of code files, of the tokenizer that the prior was trained with."""
-    split: Literal["heldout", "train"] = "heldout"
-    """Which images of the code files."""
-    n: int = 0
-    """Images to measure, the same ones from all over the set; 0 = all."""
-    unconditional: bool = False
-    """Leave the classes out, as guidance does."""
-    output: Path = Path("receipt.json")
-    """The receipt; one that is there is replaced."""
-    batch_size: int = 64
-    """Images at once."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Autocast; auto takes 16 bits where the hardware has them."""
-
-    def __post_init__(self) -> None:
-        at_least(self, n=0, batch_size=1)
+_METRICS = (
+    Metric("nats_per_token", "Negative log-likelihood", "nats per token", "lower"),
+    Metric("perplexity", "Perplexity of the prior", "codes", "lower", math.exp),
+    Metric("bits_per_dimension", "Bits per dimension (rate of the codes)", "bits", "lower"),
+    Metric("nats_by_class", "Negative log-likelihood", "nats per token", "lower"),
+)
+METRICS = {metric.name: metric for metric in _METRICS}
+# Colour map from dark blue over red to light yellow: (position, red, green, blue).
+COLOURS = ((0.0, 10, 10, 50), (0.35, 110, 20, 110), (0.65, 225, 80, 60), (1.0, 255, 245, 190))
+CELL = 24
+"""Pixels per side of a cell of the heat map."""
 
 
-def measure_prediction(config: PredictionConfig) -> Measured:
-    """Nats a token and bits a dimension. Raises `UserError`."""
-    found = measure(
-        LikelihoodConfig(
-            config.model,
-            config.codes,
-            split=config.split,
-            n=config.n,
-            unconditional=config.unconditional,
-            batch_size=config.batch_size,
-            precision=config.precision,
+def heat_map(grid: Tensor) -> Tensor:
+    """Values (h, w) or (depth, h, w) -> uint8 image (3, H, W), one cell each, from dark (lowest) to light (highest).
+
+    Depths are side by side.
+    """
+    grid = grid[None] if grid.ndim == 2 else grid
+    low, high = grid.min(), grid.max()
+    scaled = (grid - low) / (high - low) if high > low else torch.zeros_like(grid)
+    stops = torch.tensor(COLOURS, dtype=torch.float64)
+    upper = torch.searchsorted(stops[:, 0].contiguous(), scaled.double().contiguous()).clamp(1, len(stops) - 1)
+    before, after = stops[upper - 1], stops[upper]
+    share = ((scaled - before[..., 0]) / (after[..., 0] - before[..., 0]))[..., None]
+    colours = (before[..., 1:] + share * (after[..., 1:] - before[..., 1:])).round().to(torch.uint8)
+    cells = colours.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).permute(0, 3, 1, 2)
+    bar = cells.new_full((3, cells.shape[2], CELL // 4), 255)
+    return torch.cat([part for cell in cells for part in (bar, cell)][1:], dim=2)
+
+
+def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
+    """Read the prior and the code files. Raises `UserError` if they do not belong together."""
+    prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
+    if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
+        raise UserError(
+            f"{config.codes} holds codes of the tokenizer {codes.tokenizer_fingerprint[:12]}, but the prior in "
+            f"{config.model} was trained on those of {prior.tokenizer_fingerprint[:12]}; give its codes"
         )
-    )
-    codes, seen = CodeFiles(config.codes, config.split), PixelHash()
-    chosen = fixed_subset(found["images"], len(codes))
-    conditioning = Conditioning.for_files(codes)
-    for sequences in Sequences(codes, conditioning).ordered(chosen, 1000):
-        seen.add(conditioning.split(sequences)[1], conditioning.part(sequences, "class")[:, 0])
-    state = processes()
-    return Measured(
+    classes = prior.conditioning.classes
+    names = classes.names or []
+    if classes.count and (codes.class_names or []) != names and not config.unconditional:
+        theirs = ", ".join(codes.class_names or []) or "none"
+        raise UserError(
+            f"{config.codes} has the classes {theirs}, the prior has {', '.join(names)}; give codes of its classes, "
+            "or --unconditional"
+        )
+    if config.unconditional and classes.informative:
+        prior.conditioning.check_absence("--unconditional:")
+    if not len(codes):
+        raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
+    return prior, codes
+
+
+def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
+    """Fingerprint of the codes and classes of images, of all processes together."""
+    conditioning, seen = Conditioning.for_files(codes), SetHash()
+    for tokens in Sequences(codes, conditioning).ordered(chosen, 1000):
+        seen.add_images(conditioning.split(tokens)[1], conditioning.part(tokens, "class")[:, 0])
+    return seen.over_processes().hexdigest()
+
+
+def measure_likelihood(config: LikelihoodConfig) -> Measurement:
+    """Negative log-likelihood, perplexity and rate of code files under a prior. Raises `UserError`."""
+    prior, codes = _open(config)
+    count = check_count(config.n, len(codes), "--n", f"the {config.split} split of {config.codes}")
+    device = torch.device(processes().device or "cpu")
+    precision = precision_of(config.precision, device)
+    AcceleratorState._reset_state()  # an earlier measurement in this process may have had another precision
+    accelerator = Accelerator(mixed_precision=precision)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    prior, conditioning = prior.to(device), prior.conditioning
+    chosen, sequences = fixed_subset(count, len(codes))[rank::world], Sequences(codes, conditioning)
+
+    def batches():
+        with progress(count, "measuring", "img", accelerator.is_main_process) as bar:
+            for tokens in sequences.ordered(chosen, config.batch_size):
+                yield conditioning.without(tokens) if config.unconditional else tokens
+                bar.update(len(tokens) * world)
+
+    sums, counts = tabulate(prior, batches(), accelerator)
+    by_position = sums.sum(0) / counts.sum()
+    mean = rated(by_position.mean().item(), prior)
+    grid = prior.vocabulary.to_grid(by_position[None])[0]
+    grid = grid.permute(2, 0, 1) if grid.ndim == 3 else grid
+    names = conditioning.group_names
+    shown = [group for group in range(len(names)) if counts[group]]
+    if config.map and accelerator.is_main_process:
+        write_png_atomic(config.map, heat_map(grid))
+    return Measurement(
         {
-            "prior": found["prior_fingerprint"],
-            "tokenizer": found["tokenizer_fingerprint"],
-            "data": found["data_fingerprint"],
-            "codes": seen.hexdigest(),
+            "prior": prior.fingerprint,
+            "tokenizer": prior.tokenizer_fingerprint,
+            "data": codes.manifest.data_fingerprint,
+            "codes": _fingerprint(codes, chosen),
         },
-        {"images": found["images"]},
+        {"images": count},
         {
-            **{name: found[name] for name in ("nats_per_token", "perplexity", "bits_per_dimension")},
-            "nats_by_class": {name: each["nats_per_token"] for name, each in found["by_class"].items()},
+            "nats_per_token": mean.nats_per_token,
+            "perplexity": math.exp(mean.nats_per_token),
+            "bits_per_dimension": mean.bits_per_dimension,
+            "nats_by_class": {names[k]: (sums[k].mean() / counts[k]).item() for k in shown},
         },
-        environment(torch.device(state.device or "cpu"), found["precision"], state.num_processes),
+        environment(device, precision.replace("no", "fp32"), world),
+        {"images_by_class": {names[k]: int(counts[k]) for k in shown}, "nats_by_position": grid.tolist()},
     )

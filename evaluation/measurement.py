@@ -1,52 +1,88 @@
-"""What measuring images needs whatever is measured: counts that fit, features as they come, all processes' together."""
+"""Result of a measurement, and what every measurement needs: fingerprints of images, and work shared by processes."""
 
+import hashlib
+import importlib
 import sys
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.errors import UsageError
+from vqgen.devices import find_device, processes
+from vqgen.errors import UsageError, UserError
+from vqgen.metric import Metric
 
-from .classifier import Classifier
-from .extractors import Extractor, extract
-
-UNKNOWN = torch.tensor(-1, dtype=torch.int8)
-"""Whether a classifier is right about an image that has no class."""
+T = TypeVar("T")
 
 
 @dataclass
-class Measured:
-    """What goes into a receipt; the same in all processes."""
+class Measurement:
+    """Contents of a receipt; the same in all processes."""
 
     fingerprints: dict[str, str | None]
     counts: dict[str, int]
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
+    """Name -> number, or a dictionary of the same kind."""
     environment: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+    """JSON values for people and reports, which a replay does not compare."""
 
 
-def check_weights_are_used(extractor: str, weights: str | None) -> None:
-    if extractor == "none" and weights:
-        raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+def measure(program: str, config: Any) -> Measurement:
+    """Run the measurement of a command of `MEASUREMENTS`, without printing or writing. Raises `UserError`."""
+    return getattr(_module(program), f"measure_{program}")(config)
+
+
+def metrics_of(program: str) -> Mapping[str, Metric]:
+    """Metrics that a measurement may report, by name."""
+    return _module(program).METRICS
+
+
+def _module(program: str) -> Any:
+    return importlib.import_module(f".{program}", __package__ or "vqgen.evaluation")
+
+
+def label_of(program: str, name: str) -> tuple[str, str]:
+    """Title and unit of a flattened name in a receipt, e.g. `psnr`, `nats_by_class.boot` or `at.1000.fid`."""
+    head, _, rest = name.partition(".")
+    if head == "at" and "." in rest:
+        count, _, rest = rest.partition(".")
+        title, unit = label_of(program, rest)
+        return f"{title}, first {count} samples", unit
+    metric = metrics_of(program).get(head, Metric(head, head))
+    return f"{metric.title}, {rest}" if rest else metric.title, metric.unit
 
 
 def warn(text: str) -> None:
-    """Print a line above any progress bar."""
+    """Print a line to stderr, above any progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
-def many(asked: int, there: int, option: str, what: str) -> int:
-    """How many of `there` images are measured. Raises `UsageError` where fewer are there than asked for."""
-    if asked > there:
-        raise UsageError(f"{option}: found {asked}, but {what} holds {there}; ask for fewer")
-    return asked or there
+def check_count(requested: int, available: int, option: str, source: str) -> int:
+    """Number of images to measure; 0 requests all. Raises `UsageError` if fewer are available."""
+    if requested > available:
+        raise UsageError(f"{option}: found {requested}, but {source} holds {available}; ask for fewer")
+    return requested or available
 
 
-def everywhere(value: Any) -> list[Any]:
-    """What each process has of something."""
+def start_processes(name: str) -> torch.device:
+    """Join the other processes, if a launcher started several; return the device of this one, by option --device."""
+    device = find_device(name)
+    state = processes(cpu=device.type == "cpu")
+    return torch.device(state.device or device) if state.num_processes > 1 else device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Index of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value of each process, in all processes."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -54,40 +90,45 @@ def everywhere(value: Any) -> list[Any]:
     return found
 
 
-def _in_order(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of several processes by their indices."""
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in names}
-    order = joined["index"].argsort()
-    return {name: rows[order] for name, rows in joined.items()}
+def on_main(compute: Callable[[], T]) -> T:
+    """Result of `compute`, which only the main process calls, in all processes; a `UserError` is raised in all."""
+    rank, _ = rank_and_world()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-class Collected:
-    """Features, logits and choices of images, as they come."""
+@dataclass
+class SetHash:
+    """Fingerprint of a set whatever the order of its members: the sum of their sha256 hashes."""
 
-    def __init__(self, extractor: Extractor | None, device: torch.device, classifier: Classifier | None = None) -> None:
-        self.extractor, self.device, self.classifier = extractor, device, classifier
-        self.rows: dict[str, list[Tensor]] = {"index": []}
+    total: int = 0
+    count: int = 0
 
-    def add(self, indices: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
-        """Take in uint8 (B, C, H, W)."""
-        found = {"index": indices}
-        if self.extractor is not None:
-            features, logits = extract(self.extractor, images, self.device)
-            found["features"] = features
-            if logits is not None:
-                found["logits"] = logits
-        if self.classifier is not None:
-            assert labels is not None
-            chosen = self.classifier.choose(images)
-            found["right"] = torch.where(labels < 0, UNKNOWN, (chosen == labels).to(torch.int8))
-        for name, rows in found.items():
-            self.rows.setdefault(name, []).append(rows)
+    def add_images(self, images: Tensor, labels: Tensor) -> None:
+        """Add the pixels of uint8 images (B, C, H, W), or token ids (B, N), each with its label (B,), -1 for none."""
+        head = " ".join(map(str, images.shape[1:])).encode()
+        for image, label in zip(images.cpu().contiguous().numpy(), labels.tolist(), strict=True):
+            self.add(head + b" %d\n" % label + image.tobytes())
 
-    def joined(self) -> dict[str, Tensor]:
-        """Everything, of all processes, in order."""
-        return _in_order([p for p in everywhere({k: torch.cat(v) for k, v in self.rows.items() if v}) if p])
+    def add(self, content: bytes) -> None:
+        """Add one member."""
+        digest = hashlib.sha256(content).digest()
+        self.total = (self.total + int.from_bytes(digest, "big")) % 2**256
+        self.count += 1
 
+    def over_processes(self) -> "SetHash":
+        """The fingerprint of the sets of all processes together."""
+        parts = gather_objects(self)
+        return SetHash(sum(part.total for part in parts) % 2**256, sum(part.count for part in parts))
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"%d %064x" % (self.count, self.total)).hexdigest()

@@ -1,23 +1,33 @@
-"""Receipts: a figure with all that it takes to measure it again, and what differs when that is done."""
+"""Receipts: a measurement with everything needed to repeat it, and its repetition."""
 
 import math
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vqgen.devices import describe
-from vqgen.errors import UserError
+from vqgen.config import build, options, values_of
+from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
+from vqgen.option_types import checked
+
+from .options import MEASUREMENTS, ReplayConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from .measurement import Measurement
 
 PACKAGES = ("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips")
 KIND = "vqgen receipt"
+COMPARED = ("fingerprints", "counts", "metrics")
+"""Parts that a replay compares."""
 
 
-def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """What the figures were computed on and with; `precision` is fp32, bf16 or fp16."""
+def environment(device: "torch.device", precision: str, processes: int) -> dict[str, Any]:
+    """Hardware and versions behind a measurement; `precision` is fp32, bf16 or fp16."""
+    from vqgen.devices import describe
+
     found = describe(device, precision, processes)
     for package in PACKAGES:
         try:
@@ -27,66 +37,129 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
     return found
 
 
-def write_receipt(
-    path: Path,
-    program: str,
-    options: Mapping[str, Any],
-    fingerprints: Mapping[str, str | None],
-    counts: Mapping[str, int],
-    figures: Mapping[str, Any],
-    where: Mapping[str, Any],
-) -> None:
+def write_receipt(path: Path, program: str, options: Mapping[str, Any], found: "Measurement") -> None:
     """Write a receipt.
 
     Args:
-        program: the subcommand of vqgen-eval.
+        program: command of vqgen-eval.
         options: all of its options, as plain values.
-        fingerprints: of models, weights and pixels.
-        counts: images on either side.
-        figures: names to numbers, also nested.
-        where: what `environment` gives.
+        found: the result.
     """
-    parts = {"options": options, "fingerprints": fingerprints, "counts": counts, "figures": figures}
-    write_json(path, {"kind": KIND, "program": program, **{k: dict(v) for k, v in parts.items()}, "environment": where})
+    parts = {"kind": KIND, "program": program, "options": dict(options), **vars(found)}
+    write_json(path, {name: value for name, value in parts.items() if name != "details" or value})
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """Read a receipt. Raises `UserError` where it is none."""
+    """Read a receipt, also one of version 0.1, which called the metrics "figures". Raises `UserError`."""
     found = read_json(path)
-    parts = ("options", "fingerprints", "counts", "figures", "environment")
-    whole = all(isinstance(found.get(part), dict) for part in parts) and isinstance(found.get("program"), str)
-    if found.get("kind") != KIND or not whole:
+    if "figures" in found:
+        found["metrics"] = found.pop("figures")
+    complete = all(isinstance(found.get(part), dict) for part in ("options", "environment", *COMPARED))
+    if found.get("kind") != KIND or not complete or not isinstance(found.get("program"), str):
         raise UserError(f"{path} is no receipt of vqgen-eval; name one that it wrote")
     return found
 
 
-def flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested names as one, with dots."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dictionaries, their keys joined by dots."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{before}{key}", value
+            yield f"{prefix}{key}", value
 
 
 def without_classifier(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a receipt but for what a classifier said."""
+    """A part of a receipt without what the classifier contributed."""
     kept = {k: without_classifier(v) if isinstance(v, Mapping) else v for k, v in part.items()}
     return {k: v for k, v in kept.items() if k not in ("classifier", "classifier_accuracy", "samples of a class")}
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> list[str]:
-    """What a figure's replay does not share with its receipt, in words: counts and fingerprints must be equal, figures
-    within a relative `tolerance`."""
+    """Describe what differs: counts and fingerprints must be equal, metrics within a relative `tolerance`."""
     found = []
-    for part in ("fingerprints", "counts", "figures"):
-        old, new = dict(flat(former[part])), dict(flat(now[part]))
-        for key in [*old, *(key for key in new if key not in old)]:
+    for part in COMPARED:
+        old, new = dict(flatten(former[part])), dict(flatten(now[part]))
+        for key in dict.fromkeys([*old, *new]):
             one, two = old.get(key), new.get(key)
-            numbers = part == "figures" and all(isinstance(v, (int, float)) for v in (one, two))
+            numbers = part == "metrics" and all(isinstance(v, (int, float)) for v in (one, two))
             if numbers and math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-9):  # type: ignore[arg-type]
                 continue
             if one != two:
                 shown = [str(v)[:12] if part == "fingerprints" else v for v in (one, two)]
                 found.append(f"{part}.{key} {shown[0]}, now {shown[1]}")
     return found
+
+
+def replay_receipts(config: ReplayConfig) -> None:
+    """Repeat every measurement. Raises one `UserError` that says what differs, in all receipts."""
+    from vqgen.devices import processes
+
+    different = [text for path in config.receipts if (text := _replay(path, config))]
+    processes().destroy_process_group()
+    if different:
+        raise UserError(" | ".join(different))
+
+
+def _replay(path: Path, config: ReplayConfig) -> str:
+    """Describe what differs from a receipt; if nothing does, the main process prints that."""
+    from .measurement import measure, rank_and_world
+
+    former = read_receipt(path)
+    program = former["program"]
+    if program not in MEASUREMENTS:
+        raise UserError(f"{path} is of {program!r}, which this version of vqgen does not know")
+    values = _options(path, former, config)
+    found = measure(program, build(MEASUREMENTS[program], values))
+    now: dict[str, Any] = vars(found)
+    if program == "likelihood" and values["split"] != former["options"]["split"]:
+        # The data fingerprint of code files covers all splits; that of the codes shows whether these are the same.
+        former["fingerprints"]["data"] = now["fingerprints"]["data"]
+    parts = (*COMPARED, "environment")
+    if config.without_classifier:
+        former, now = ({part: without_classifier(side[part]) for part in parts} for side in (former, now))
+    changed = [
+        f"{key} {value}, now {found.environment.get(key)}"
+        for key, value in former["environment"].items()
+        if found.environment.get(key) != value
+    ]
+    elsewhere = f" (with {'; '.join(changed)})" if changed else ""
+    differs = differences(former, now, config.tolerance)
+    if differs:
+        return f"{path} does not come out the same: {'; '.join(differs)}{elsewhere}"
+    if rank_and_world()[0] == 0:
+        count = len(dict(flatten(now["metrics"])))
+        print(f"same: {count} metrics within {config.tolerance:g} of {path}{elsewhere}", flush=True)
+    return ""
+
+
+def _options(path: Path, former: dict[str, Any], config: ReplayConfig) -> dict[str, Any]:
+    """Option name -> value of the repetition: those of the receipt, and in their place those given now."""
+    program = former["program"]
+    known = {option.name: option for option in options(MEASUREMENTS[program])}
+    own = ("receipts", "tolerance", "without_classifier")
+    given = {k: v for k, v in values_of(config).items() if v is not None and k not in own}
+    unknown = next((name for name in former["options"] if name not in known), None)
+    if unknown:
+        raise UserError(f"{path}: unknown option {unknown}; another version of vqgen wrote it")
+    foreign = next((name for name in given if name not in known), None)
+    if foreign:
+        raise UsageError(f"--{foreign.replace('_', '-')}: a receipt of {program} has no such option; leave it out")
+    left_out = {"cache", "map", *(["classifier"] if config.without_classifier else [])}
+    values = {name: value for name, value in former["options"].items() if name not in left_out} | given
+    if "split" not in given and values["split"] == "heldout" and former["environment"].get("vqgen", "") < "0.2":
+        values["split"] = _split_of_version_0_1(former, values)
+    return {name: checked(known[name].type, value, f"{path}: {name}") for name, value in values.items()}
+
+
+def _split_of_version_0_1(former: dict[str, Any], values: dict[str, Any]) -> str:
+    """The split that version 0.1 called heldout: test, if a source has train and test only."""
+    from vqgen.tokenizer.codes.format import Manifest
+    from vqgen.tokenizer.data.sources import find_splits
+
+    if former["program"] == "likelihood":
+        manifest = Manifest.read(Path(values["codes"]))
+        unchanged = manifest.data_fingerprint == former["fingerprints"]["data"]
+        return "test" if "test" in manifest.splits and not unchanged else "heldout"
+    splits = find_splits(values["data"]) if values["data"] else {}
+    return "test" if "test" in splits and "heldout" not in splits else "heldout"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vqgen.evaluation.receipt import flat, read_receipt
+from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def test_the_receipts_of_a_row_belong_together(folder):
         assert len({r["fingerprints"][mark] for r in found.values() if r["fingerprints"].get(mark)}) <= 1, mark
     for receipt in found.values():
         assert not [value for value in receipt["options"].values() if str(value).startswith("/")]
-        assert all(isinstance(value, (int, float)) for _, value in flat(receipt["figures"]))
+        assert all(isinstance(value, (int, float)) for _, value in flatten(receipt["metrics"]))
     assert found["reconstruction"]["counts"]["images"] == 10_000
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.models import NAMES, write_codes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,16 +27,7 @@ from vqgen.prior.options import PriorConfig
 from vqgen.prior.preview import preview_codes
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.tokenizer.codes.format import (
-    CodeFiles,
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    checksum,
-    code_shape,
-    shard_name,
-    write_shard,
-)
+from vqgen.tokenizer.codes.format import CodeFiles, code_shape
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import ModelConfig
 from vqgen.tokenizer.options import TokenizerConfig
@@ -43,7 +35,6 @@ from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)
-NAMES = ["shirt", "shoe", "bag"]
 
 
 def conditioning_of(codebook_size, depth, grid, classes, names=None) -> Conditioning:
@@ -405,22 +396,6 @@ def test_weights_keep_the_names_of_transformers(tmp_path, tokenizer):
 
 
 # ---- sequences ----
-
-
-def write_codes(folder: Path, counts=(5, 4), views=1, depth=1, labels=None, names=NAMES, size=300) -> np.ndarray:
-    """Code files whose codes tell image, view and position apart; returns them (n, views, 2, 3[, depth])."""
-    total, shape = sum(counts), code_shape((2, 3), depth)
-    codes = np.arange(total * views * math.prod(shape)).reshape(total, views, *shape) % size
-    labels = np.arange(total) % 3 if labels is None else labels
-    shards, start = [], 0
-    for number, count in enumerate(counts):
-        path = folder / shard_name(number)
-        write_shard(path, codes[start : start + count], labels[start : start + count], size)
-        shards.append(ShardEntry(path.name, count, checksum(path)))
-        start += count
-    splits = {"train": SplitEntry(views, total, shards), "heldout": SplitEntry(1, 0, [])}
-    Manifest(size, [2, 3], depth, [4, 6], 3, names, "f" * 64, "d" * 64, "fp32", "0", splits).write(folder)
-    return codes
 
 
 def sequences(folder: Path) -> Sequences:

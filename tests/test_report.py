@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_prior import write_codes
+from helpers.models import write_codes
 from torchvision.io import write_png
 
 import vqgen.app.demo as demonstration
 import vqgen.evaluation.report.program as reporting
 from vqgen.config import as_dict, parse
 from vqgen.evaluation.report import charts
+from vqgen.evaluation.report.page import duration
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.model import Tokenizer
@@ -95,9 +96,7 @@ def make_demo(folder: Path) -> Path:
     """tokenizer/, codes/, prior/ and samples/."""
     make_tokenizer(folder / "tokenizer")
     make_codes(folder / "codes", folder / "tokenizer")
-    prior = make_prior(folder / "prior")
-    picture(prior / "likelihood-heldout/positions.png", 70)
-    (prior / "likelihood-heldout/likelihood.json").write_text('{"images": 9, "nats_per_token": 1.75}')
+    make_prior(folder / "prior")
     picture(folder / "samples/grid.png", 200)
     about = {"n": 20, "class_names": ["cat", "dog"], "settings": {"temperature": 0.5, "min_p": 0.1}}
     (folder / "samples/samples.json").write_text(json.dumps(about))
@@ -146,13 +145,13 @@ def test_a_tokenizer(show, tmp_path):
     run = make_tokenizer(tmp_path / "run")
     page = show(run)
     about = [text for text in page.texts if text.startswith("Perplexity of the codes: ")]
-    told = "training from 6.5 at step 10 to 8 at step 40; held-out from 7 at step 20 to 7 at step 40."
-    assert about == [f"Perplexity of the codes: {told}"]
+    described = "training from 6.5 at step 10 to 8 at step 40; held-out from 7 at step 20 to 7 at step 40."
+    assert about == [f"Perplexity of the codes: {described}"]
     for text in ("Finished, 40 steps, 64 images a second, 40 s of training steps", "PSNR dB 24", "Reconstruction loss"):
         assert text in page.text
     assert "Gradient norm" not in page.text, "none of its numbers is one"
-    assert "run.steps 40" in page.text and "for want of this tokenizer's codes" in page.text
-    assert "On what it ran was not recorded" in page.text and "samples" not in page.text.lower()
+    assert "run.steps 40" in page.text and "no code files of this tokenizer" in page.text
+    assert "The machine was not recorded" in page.text and "samples" not in page.text.lower()
     steps = [image["alt"] for image in page.named("img")]
     assert [alt.rpartition(" ")[2] for alt in steps if alt] == ["20", "40"]
 
@@ -173,28 +172,30 @@ def test_the_codebook(show, tmp_path):
 
 
 def test_codes_that_are_used_unevenly_fall_into_their_bars():
-    from vqgen.evaluation.report.codebook import LABELS, Usage
+    from vqgen.evaluation.codebook import Usage
+    from vqgen.evaluation.report.codebook import LABELS, usage_charts
 
-    usage = Usage(1, "train", torch.tensor([[0, 0, 1, 7, 8, 16, 64, 0]]))  # even use: 12
-    bars, ranks = usage.charts()
+    usage = Usage(1, ["train"], torch.tensor([[0, 0, 1, 7, 8, 16, 64, 0]]))  # even use: 12
+    bars, ranks = usage_charts(usage)
     values = {bar.label: int(bar.value) for bar in bars.bars}
     assert values == {**dict.fromkeys(LABELS, 0), "never": 3, "<⅛": 1, "½–1": 2, "1–2": 1, "4–8": 1}
-    assert usage.figures["codes_used"] == 5 and len(ranks.lines[0].points.split()) == 5
-    assert Usage(1, "train", torch.full((2, 8), 3)).figures["perplexity"] == pytest.approx(8)
+    assert usage.metrics["codes_used"] == 5 and len(ranks.lines[0].points.split()) == 5
+    assert Usage(1, ["train"], torch.full((2, 8), 3)).metrics["perplexity"] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("kind", ["residual", "product"])
 def test_codes_of_several_depths_are_painted(tmp_path, kind):
-    from vqgen.evaluation.report.codebook import Usage, paint
+    from vqgen.evaluation.codebook import Usage
+    from vqgen.evaluation.report.codebook import code_images
 
     sizes = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     quantizer = QuantizerConfig(quantizer=kind, depth=2, codebook_size=SIZE, code_dim=4)
     tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, sizes, quantizer))
     counts = torch.arange(2 * SIZE).view(2, SIZE)
-    most, least = paint(tokenizer, Usage(1, "train", counts))
+    most, least = code_images(tokenizer, Usage(1, ["train"], counts))
     assert [(each.depth, each.code) for each in most] == [(1, code) for code in reversed(range(SIZE))]
     assert [(each.depth, each.code) for each in least] == [(0, code) for code in range(SIZE)]
-    assert (most[0].uses, most[0].picture.width, most[0].picture.height) == (23, 6, 4)
+    assert (most[0].uses, most[0].image.width, most[0].image.height) == (23, 6, 4)
 
 
 def test_a_prior(show, tmp_path):
@@ -203,37 +204,62 @@ def test_a_prior(show, tmp_path):
         "Not finished: step 200 of 900",
         "Step 200 prior overfits: 2.5 after 2; raise --dropout",
         "There is no vqgen.json yet",
-        "At step 100 Held-out loss nats per token 2 Bits per dimension, the rate of the codes bits 0.2",
-        "Loss: training from 3 at step 50 to 2.4 at step 200; held-out from 2 at step 100 to 2.5 at step 200.",
+        "At step 100 Negative log-likelihood nats per token 2 Bits per dimension (rate of the codes) bits 0.2",
+        "Negative log-likelihood: training from 3 at step 50 to 2.4 at step 200; held-out from 2 at step 100 to 2.5 at",
         "Model-FLOPs utilisation",
     ):
         assert text in page.text, text
-    assert "nothing wrong" not in page.text and "Likelihood by position" not in page.text
+    assert "no health findings" not in page.text and "Receipts" not in page.text
 
 
 def test_a_demo_is_shown_as_a_whole_with_its_samples_first(show, tmp_path):
     page = show(make_demo(tmp_path / "demo"))
-    order = [
-        page.text.index(text) for text in ("20 images that a prior drew", "The last validation", "Samples over time")
-    ]
+    order = [page.text.index(text) for text in ("20 generated images", "Last validation", "Samples over time")]
     assert order == sorted(order)
-    for text in ("cat, dog", "temperature 0.5, min p 0.1", "codes in use", "1.75 nats per token"):
+    for text in ("cat, dog", "temperature 0.5, min p 0.1", "codes in use"):
         assert text in page.text
     assert (page.named("img")[0]["alt"] or "").startswith("A grid of 20")
-    assert any("dark where the prior knows it" in (image["alt"] or "") for image in page.named("img"))
+
+
+def test_receipts_of_a_run_are_shown(show, tmp_path):
+    prior, mark = make_prior(tmp_path / "prior"), {"kind": "prior", "fingerprint": "a" * 64}
+    (prior / "vqgen.json").write_text(json.dumps(mark))
+    receipt = {
+        "kind": "vqgen receipt",
+        "program": "likelihood",
+        "options": {"split": "heldout", "unconditional": True},
+        "fingerprints": {"prior": "a" * 64},
+        "counts": {"images": 9},
+        "metrics": {"nats_per_token": 1.75, "perplexity": 5.75, "nats_by_class": {"cat": 1.5}},
+        "environment": {},
+        "details": {"nats_by_position": [[1.0, 2.0], [3.0, 4.0]]},
+    }
+    (prior / "likelihood-heldout.json").write_text(json.dumps(receipt))
+    (prior / "other.json").write_text(json.dumps({**receipt, "fingerprints": {"prior": "b" * 64}}))
+    old = {name: value for name, value in receipt.items() if name not in ("metrics", "details")}
+    (prior / "old.json").write_text(json.dumps({**old, "figures": {"bits_per_dimension": 0.125}}))
+    page = show(prior)
+    for text in (
+        "vqgen-eval likelihood 9 images; split heldout; without their classes",
+        "Negative log-likelihood nats per token 1.75",
+        "Negative log-likelihood, cat nats per token 1.5",
+        "(rate of the codes) bits 0.125",
+        "other.json",
+    ):
+        assert text in page.text, text
+    maps = [image for image in page.named("img") if (image["alt"] or "").startswith("Heat map")]
+    assert [image["width"] for image in maps] == ["192"]
 
 
 def test_the_demo_ends_with_its_page(cli, tmp_path, monkeypatch):
     demo = make_demo(tmp_path / "demo")
-    for name in ("train_tokenizer", "tokenize", "train_prior"):
-        monkeypatch.setattr(demonstration, name, lambda config: None)
-    monkeypatch.setattr(demonstration, "drawn", lambda samples, prior: True)
+    for name in ("tokenizer.train.train", "tokenizer.codes.writer.tokenize", "prior.train.train"):
+        monkeypatch.setattr(f"vqgen.{name}", lambda config: None)
+    monkeypatch.setattr(demonstration, "samples_are_drawn", lambda samples, prior: True)
     result = cli(demonstration.main, "--output", demo)
     last = result.out.strip().splitlines()[-1]
-    assert result.code == 0 and last.endswith(
-        f"{demo / 'samples/grid.png'}, and at the whole in {demo / 'report.html'}"
-    )
-    assert "20 images that a prior drew" in Page(demo / "report.html").text
+    assert result.code == 0 and str(demo / "samples/grid.png") in last and str(demo / "report.html") in last
+    assert "20 generated images" in Page(demo / "report.html").text
     (demo / "report.html").write_text("mine")
     assert "is no report" in cli(demonstration.main, "--output", demo).err
 
@@ -250,7 +276,7 @@ def test_runs_side_by_side(show, tmp_path):
     assert "b/run, training from 6.5" in page.text, "dashed, where both sides are there"
 
 
-def test_figures_of_other_data_are_not_called_better(show, tmp_path):
+def test_metrics_of_other_data_are_not_called_better(show, tmp_path):
     make_tokenizer(tmp_path / "a")
     make_tokenizer(tmp_path / "b", psnr=26, words=["--data", "elsewhere"])
     assert "class=best" not in show(tmp_path / "a", tmp_path / "b", make_prior(tmp_path / "c")).html
@@ -409,7 +435,7 @@ def test_numbers_are_written_for_people():
         -0.0706: "-0.0706",
     }
     assert {value: charts.number(value) for value in written} == written
-    assert [reporting.duration(s) for s in (0.42, 59.4, 61, 3599, 3660)] == [
+    assert [duration(s) for s in (0.42, 59.4, 61, 3599, 3660)] == [
         "0.4 s",
         "59 s",
         "1 min 01 s",

@@ -1,4 +1,4 @@
-"""Charts as geometry: lines and bars in a fixed frame, which a template draws as SVG in colours of its own.
+"""Geometry of line and bar charts in a fixed frame, which the template draws as SVG.
 
 Units are those of the SVG's view box; y grows downwards.
 """
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 388, 12, 196
-# More points than a chart has pixels: of as many neighbours as share one, the lowest and the highest stay.
 BUCKETS = 240
-# So few points are marked, too.
-FEW = 12
+"""Groups of neighbouring points of a longer series, each drawn by its lowest and its highest point."""
+MARKED = 12
+"""Largest number of points that are drawn as dots, too."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) in order of x, as they are called in the legend."""
+    """Points (x, y) in order of x, with their label in the legend."""
 
     label: str
     points: Sequence[Point]
     colour: int
-    """Which of the template's colours."""
+    """Index of the template's colours."""
     faint: bool = False
-    """Dashed and thin, beside a series of the same colour that matters more."""
+    """Dashed and thin."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A grid line at `at`, with its text."""
+    """A grid line at coordinate `at`, with its text."""
 
     at: float
     text: str
@@ -58,7 +58,7 @@ class Chart:
     title: str
     unit: str
     about: str
-    """What it shows, in words for those who do not see it."""
+    """Description for screen readers."""
     x_label: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
@@ -67,7 +67,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar, with the text below and above it."""
+    """A bar, with the texts below (`label`) and above it (`value`)."""
 
     x: float
     y: float
@@ -88,7 +88,7 @@ class Bars:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for people: `digits` that count, thousands apart, powers of ten below a thousandth."""
+    """Text of a number: `digits` significant digits, thousands separators, powers of ten below a thousandth."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 10 ** (digits - 1):
@@ -101,7 +101,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def _nice(span: float, count: int) -> float:
-    """The round step that divides `span` into `count` parts or a few more or less."""
+    """Round step that divides `span` into about `count` parts."""
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
     return power * next(factor for factor in (1, 2, 2.5, 5, 10) if rough <= factor * power * 1.0001)
@@ -115,7 +115,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Values 1, 2, 5 times a power of ten in [low, high], or powers alone where there are many; both are above 0."""
+    """Ticks in [low, high], both above 0: 1, 2 and 5 times powers of ten, or powers alone over two decades or more."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     many = math.log10(high / low) > 2
     every = max(1, (last - first) // 4) if many else 1
@@ -132,7 +132,7 @@ def _tick_text(value: float, step: float) -> str:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most two points for each of `BUCKETS`, so that no peak is lost."""
+    """At most two points per bucket, so that no peak is lost."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     kept = [0, len(points) - 1]
@@ -144,9 +144,9 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = False, x_label: str = "step") -> Chart:
-    """Lines over one another. `log` is taken where all values are above 0 and span more than a factor of 8.
+    """A chart of several lines, with at least one point among them.
 
-    `series` have at least one point between them.
+    `log` asks for a log scale, which needs values above 0 that span more than a factor of 8.
     """
     values = [y for each in series for _, y in each.points]
     low, high = min(values), max(values)
@@ -157,7 +157,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
         y_ticks = [(value, _tick_text(value, 10 ** math.floor(math.log10(value)))) for value in ticks]
     else:
         size = max(abs(low), abs(high))
-        # A hundredth at least of what is shown: digits beyond would be noise, and too long for their place.
+        # At least a hundredth of the values: finer tick labels would be too long.
         margin = max(0.06 * (high - low), 0.005 * size) if high > low else 0.1 * size or 1.0
         low, high = (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
         ticks = linear_ticks(low, high, 5)
@@ -171,20 +171,20 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
         share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
         return round(BOTTOM - (BOTTOM - TOP) * share, 1)
 
-    lines, told = [], []
+    lines, described = [], []
     for each in series:
         if not each.points:
             continue
         drawn = [(x_at(x), y_at(y)) for x, y in thinned(each.points)]
         path = " ".join(f"{x:g},{y:g}" for x, y in drawn)
-        dots = drawn if len(drawn) == 1 or (len(drawn) <= FEW and not each.faint) else []
-        (x0, y0), (x1, y1) = each.points[0], each.points[-1]
-        lines.append(Line(each.label, number(y1), each.colour, each.faint, path, dots))
-        told.append(f"{each.label} from {number(y0)} at {x_label} {x0:,.0f} to {number(y1)} at {x_label} {x1:,.0f}")
+        dots = drawn if len(drawn) == 1 or (len(drawn) <= MARKED and not each.faint) else []
+        lines.append(Line(each.label, number(each.points[-1][1]), each.colour, each.faint, path, dots))
+        ends = [f"{number(y)} at {x_label} {x:,.0f}" for x, y in (each.points[0], each.points[-1])]
+        described.append(f"{each.label} from {ends[0]} to {ends[1]}")
     return Chart(
         title,
         ", ".join(part for part in (unit, "log scale" if log else "") if part),
-        f"{title}: {'; '.join(told)}.",
+        f"{title}: {'; '.join(described)}.",
         x_label,
         [Tick(x_at(value), f"{value:,.0f}") for value in linear_ticks(0, end, 4) if abs(value - round(value)) < 1e-6],
         [Tick(y_at(value), text) for value, text in y_ticks],
@@ -193,7 +193,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
 
 
 def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[int]) -> Bars:
-    """A bar each; a value above 0 is never so low that it cannot be seen."""
+    """A chart of one bar per value; every value above 0 is visible."""
     most, each = max(1, *values), (RIGHT - 12) / len(values)
     bars = []
     for index, (label, value) in enumerate(zip(labels, values, strict=True)):
@@ -204,5 +204,5 @@ def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[
                 round(left + 2, 1), round(BOTTOM - height, 1), round(each - 4, 1), round(height, 1), label, f"{value:,}"
             )
         )
-    told = ", ".join(f"{label}: {value:,}" for label, value in zip(labels, values))
-    return Bars(title, f"{title}. {told}.", x_label, bars)
+    described = ", ".join(f"{label}: {value:,}" for label, value in zip(labels, values))
+    return Bars(title, f"{title}. {described}.", x_label, bars)

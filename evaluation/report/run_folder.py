@@ -1,4 +1,4 @@
-"""What run folders hold, read for people to look at: whatever is missing or cut off is said and not refused."""
+"""Run folders as the report reads them: what is missing or damaged becomes a note, not an error."""
 
 import json
 import statistics
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
+from torch import Tensor
+from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
+from vqgen.evaluation.receipt import read_receipt
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.option_types import YamlLoader
 from vqgen.sampling.output import FINISHED as SAMPLES
@@ -23,7 +26,7 @@ from vqgen.training.sessions import read_sessions
 
 Kind = Literal["tokenizer", "prior", "samples"]
 LARGEST = 1e15
-"""Numbers of this size and more are no figure of a run, and no axis has room for them."""
+"""Bound of the numbers shown; a run logs no larger ones, and no axis has room for them."""
 
 
 @dataclass(frozen=True)
@@ -36,39 +39,46 @@ class Png:
 
     @classmethod
     def read(cls, path: Path) -> "Png | None":
-        """None where there is no such file or it is no PNG."""
+        """Read a file; None if it does not exist or is not a complete PNG."""
         with suppress(OSError, struct.error):
             data = path.read_bytes()
             if data.startswith(PNG) and data.rstrip(b"\0").endswith(b"IEND\xaeB`\x82"):
                 return cls(data, *struct.unpack(">II", data[16:24]))
         return None
 
+    @classmethod
+    def encode(cls, image: Tensor) -> "Png":
+        """Encode a uint8 image (1 or 3, H, W)."""
+        return cls(encode_png(image).numpy().tobytes(), image.shape[2], image.shape[1])
+
 
 @dataclass
 class RunFolder:
-    """A run, finished or not, or what was drawn with one; `notes` say what its folder lacks."""
+    """A run, finished or not, or a folder of samples; `notes` say what the folder lacks."""
 
     path: Path
     kind: Kind
     name: str
-    """What the report calls it."""
+    """Name in the report."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Those of metrics.jsonl that are whole."""
+    """Readable rows of metrics.jsonl."""
     options: dict[str, Any] = field(default_factory=dict)
     """config.yaml, sections flattened: `run.steps` -> value."""
     description: dict[str, Any] = field(default_factory=dict)
     """vqgen.json of the model, or samples.json."""
     pictures: dict[int, Png] = field(default_factory=dict)
-    """images/step-*.png by their step, in order."""
+    """images/step-*.png by step, in order."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     ended: int | None = None
-    """Steps done, as finished.json says."""
+    """Steps done, by finished.json."""
+    receipts: list[dict[str, Any]] = field(default_factory=list)
+    """Receipts of vqgen-eval in the folder that are of this model."""
     notes: list[str] = field(default_factory=list)
 
     @property
-    def figures(self) -> list[str]:
-        """Names of everything that was logged as a number, in order of appearance."""
+    def logged(self) -> list[str]:
+        """Names of all logged numbers, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row if "/" in name))
 
     def series(self, name: str) -> list[tuple[float, float]]:
@@ -77,23 +87,23 @@ class RunFolder:
 
     @property
     def steps(self) -> int:
-        """Steps done, as far as is known."""
+        """Steps done, as far as known."""
         return max([*(row["step"] for row in self.rows), self.ended or 0])
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """Rows in which the run named what is wrong with it."""
+        """Rows with a finding of the run's health checks."""
         return [row for row in self.rows if "health" in row]
 
     @property
     def rate(self) -> float | None:
-        """Median of the logged rates, examples a second; the first, in which things warm up, only where it is alone."""
+        """Median of the logged rates in examples a second; the first one, a warm-up, is left out if there are more."""
         rates = [value for _, value in self.series("train/per_second")]
         return statistics.median(rates[1:] or rates) if rates else None
 
     @property
     def computed(self) -> float | None:
-        """Seconds spent in training steps, from the logged rates; validations and checkpoints are not in it."""
+        """Seconds spent in training steps, from the logged rates, without validations and checkpoints."""
         batch, before, total = self.options.get("run.batch_size"), 0.0, 0.0
         rates = self.series("train/per_second")
         if not isinstance(batch, int) or not rates:
@@ -104,32 +114,24 @@ class RunFolder:
 
     @property
     def wall(self) -> float | None:
-        """Seconds of all sessions up to their last checkpoints; None where they were not recorded from step 0 on."""
+        """Seconds of all sessions up to their last checkpoints; None if they were not recorded from step 0 on."""
         seconds = [session.get("seconds") for session in self.sessions]
         if not self.sessions or self.sessions[0].get("first_step") != 0 or not all(map(_finite, seconds)):
             return None
         return float(sum(cast(list[float], seconds)))
 
-    def likelihoods(self) -> Iterator[tuple[dict[str, Any], Png]]:
-        """What vqgen-likelihood left in a prior's folder: its figures and its map."""
-        for path in sorted(self.path.glob("likelihood-*/positions.png")):
-            picture = Png.read(path)
-            with suppress(UserError):
-                if picture:
-                    yield read_json(path.parent / "likelihood.json"), picture
-
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder named on the command line turned out to hold."""
+    """Contents of a folder named on the command line."""
 
     runs: list[RunFolder]
     codes: list[Path]
-    """Folders of code files that lie beside the runs."""
+    """Folders of code files next to the runs."""
 
 
 def _finite(value: Any) -> bool:
-    """Whether a value is a number that a chart can show."""
+    """Return whether a value is a number that a chart can show."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
@@ -142,7 +144,7 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _config(path: Path) -> dict[str, Any] | None:
-    """The tree of a config.yaml; None where there is none that can be read."""
+    """Read config.yaml; None if it is missing or unreadable."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         tree = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
         return tree if isinstance(tree, dict) else None
@@ -150,7 +152,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _kind(path: Path) -> Kind | None:
-    """What a folder is the run of, by its configuration or by its model."""
+    """Kind of a run folder, by its configuration or its model; None if it is no run."""
     config = _config(path) or {}
     if isinstance(config.get("quantizer"), dict):
         return "tokenizer"
@@ -177,7 +179,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             damaged += bool(line.strip())
     if damaged:
         lines = "One line" if damaged == 1 else f"{damaged} lines"
-        notes.append(f"{lines} of metrics.jsonl cannot be read, as a run leaves one that was killed while it wrote.")
+        notes.append(f"{lines} of metrics.jsonl cannot be read; a run that was killed while writing leaves one.")
     if not rows:
         notes.append("Nothing has been logged yet, so there are no curves.")
     return rows
@@ -200,18 +202,30 @@ def _read_run(path: Path, kind: Kind) -> RunFolder:
     run.pictures = {int(step): png for step, png in found.items() if png and step.isdecimal()}
     if config is None:
         run.notes.append("There is no config.yaml that can be read, so the configuration is not known.")
-    if run.rows and not any(name.startswith("heldout/") for name in run.figures):
-        run.notes.append("It has not been validated yet, so there are no held-out figures.")
+    if run.rows and not any(name.startswith("heldout/") for name in run.logged):
+        run.notes.append("It has not been validated yet, so there are no held-out metrics.")
     if not run.pictures:
         what = "reconstructions" if kind == "tokenizer" else "samples"
         run.notes.append(f"There are no pictures of {what} in images/ yet.")
     if not run.description:
         run.notes.append(f"There is no {DESCRIPTION} yet: the model is written at the end of the run.")
+    _read_receipts(run)
     return run
 
 
+def _read_receipts(run: RunFolder) -> None:
+    """Read the receipts in the folder; those of other weights than the model's become notes."""
+    for path in sorted(run.path.glob("*.json")):
+        with suppress(UserError):
+            receipt = read_receipt(path)
+            if receipt["fingerprints"].get(run.kind) == run.description.get("fingerprint"):
+                run.receipts.append(receipt)
+            else:
+                run.notes.append(f"{path.name} is a receipt of other weights than the model's, and is not shown.")
+
+
 def _read_samples(path: Path) -> RunFolder | None:
-    """What vqgen-sample left: the grid alone."""
+    """Read the grid and the settings that vqgen-sample wrote; None if there are none."""
     picture = Png.read(path / GRID)
     if not picture or not (path / SAMPLES).is_file():
         return None
@@ -225,9 +239,9 @@ def _read_samples(path: Path) -> RunFolder | None:
 
 
 def open_folder(path: Path) -> Found:
-    """Read a run, or a folder that holds tokenizer/, codes/, prior/ and samples/, or some of them, as the demo's does.
+    """Read a run, or a folder with tokenizer/, codes/, prior/ and samples/ or some of them, as vqgen-demo makes.
 
-    Raises `UsageError` where it is neither.
+    Raises `UsageError` if it is neither.
     """
     advice = "name the folder of a tokenizer run, a prior run or a demo"
     if not path.is_dir():
@@ -248,8 +262,8 @@ def open_folder(path: Path) -> Found:
     return Found([*([samples] if samples else []), *runs], [codes] if (codes / MANIFEST).is_file() else [])
 
 
-def tell_apart(runs: list[RunFolder]) -> None:
-    """Name each run by as few of its last folders as make it unlike the others."""
+def assign_names(runs: list[RunFolder]) -> None:
+    """Name each run by the shortest end of its path that no other run has."""
     parts = [run.path.resolve().parts for run in runs]
     for run, own in zip(runs, parts):
         lengths = range(1, len(own))

@@ -1,99 +1,98 @@
-"""The figures of runs: what each is called, which belong into one chart, and the table of the final ones."""
+"""What runs logged, as charts and as the table of the final validation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from vqgen.evaluation.measurement import metrics_of
+from vqgen.metric import Metric
 
 from .charts import Chart, Series, line_chart, number
 from .run_folder import Kind, RunFolder
 
-
-@dataclass(frozen=True)
-class Figure:
-    """How a figure is shown.
-
-    Attributes:
-        better: 1 where more is better, -1 where less is, 0 where neither can be said.
-        log: on a log scale, where it spans enough.
-    """
-
-    title: str
-    group: str
-    unit: str = ""
-    better: int = 0
-    log: bool = False
-
-
-QUALITY, LOSSES, ADVERSARY, COURSE = "Held-out figures", "Losses", "Discriminator", "Course of the training"
-GROUPS = (QUALITY, LOSSES, ADVERSARY, COURSE)
-# By the name without train/ or heldout/, in the order in which they are shown.
-FIGURES = {
-    "psnr": Figure("PSNR", QUALITY, "dB", 1),
-    "psnr_of_mse": Figure("PSNR of the mean square error", QUALITY, "dB", 1),
-    "ssim": Figure("SSIM", QUALITY, "", 1),
-    "lpips": Figure("LPIPS", QUALITY, "", -1),
-    "mse_over_variance": Figure("MSE over variance", QUALITY, "", -1, True),
-    "usage": Figure("Codebook usage", QUALITY, "share of the codes", 1),
-    "codes_used": Figure("Codes used", QUALITY, "codes"),
-    "perplexity": Figure("Perplexity of the codes", QUALITY, "codes"),
-    "nats_per_token": Figure("Loss", QUALITY, "nats per token", -1),
-    "bits_per_dimension": Figure("Bits per dimension, the rate of the codes", QUALITY, "bits", -1),
-    "loss": Figure("Total loss", LOSSES, "", -1, True),
-    "reconstruction": Figure("Reconstruction loss", LOSSES, "", -1, True),
-    "perceptual": Figure("Perceptual loss", LOSSES, "", -1, True),
-    "quantizer": Figure("Quantizer loss", LOSSES, "", 0, True),
-    "adversarial": Figure("Adversarial loss", ADVERSARY),
-    "gan_weight": Figure("Adversarial weight", ADVERSARY),
-    "adaptive_ratio": Figure("Adaptive ratio", ADVERSARY),
-    "discriminator": Figure("Discriminator loss", ADVERSARY),
-    "discriminator_real": Figure("Logits of originals", ADVERSARY),
-    "discriminator_fake": Figure("Logits of reconstructions", ADVERSARY),
-    "discriminator_grad_norm": Figure("Gradient norm of the discriminator", ADVERSARY, "", 0, True),
-    "lr": Figure("Learning rate", COURSE),
-    "grad_norm": Figure("Gradient norm", COURSE, "", 0, True),
-    "weight_growth": Figure("Growth of the weights", COURSE, "times the first"),
-    "per_second": Figure("Training rate", COURSE, "images a second"),
-    "tokens_per_second": Figure("Training rate", COURSE, "tokens a second"),
-    "mfu": Figure("Model-FLOPs utilisation", COURSE, "share of the matrix rate"),
+QUALITY, LOSSES, ADVERSARIAL, TRAINING = "Validation metrics", "Losses", "Discriminator", "Training"
+GROUPS = (QUALITY, LOSSES, ADVERSARIAL, TRAINING)
+# What training logs beside the registered metrics, by the name without train/ or heldout/, in the order shown.
+LOGGED: dict[str, dict[str, Metric]] = {
+    group: {name: Metric(name, title, unit, "lower" if group == LOSSES else "") for name, title, unit in rows}
+    for group, rows in {
+        LOSSES: (
+            ("loss", "Total loss", ""),
+            ("reconstruction", "Reconstruction loss", ""),
+            ("perceptual", "Perceptual loss", ""),
+            ("quantizer", "Quantizer loss", ""),
+        ),
+        ADVERSARIAL: (
+            ("adversarial", "Adversarial loss", ""),
+            ("gan_weight", "Adversarial weight", ""),
+            ("adaptive_ratio", "Adaptive ratio", ""),
+            ("discriminator", "Discriminator loss", ""),
+            ("discriminator_real", "Logits of originals", ""),
+            ("discriminator_fake", "Logits of reconstructions", ""),
+            ("discriminator_grad_norm", "Gradient norm of the discriminator", ""),
+        ),
+        TRAINING: (
+            ("lr", "Learning rate", ""),
+            ("grad_norm", "Gradient norm", ""),
+            ("weight_growth", "Growth of the weights", "times the first"),
+            ("per_second", "Training rate", "images a second"),
+            ("tokens_per_second", "Training rate", "tokens a second"),
+            ("mfu", "Model-FLOPs utilisation", "share of the matrix rate"),
+        ),
+    }.items()
 }
-# Its sum over the batch is what a prior minimises; both are cross-entropies in nats per token.
+# Shown on a log scale where they span enough.
+LOG_SCALE = {*LOGGED[LOSSES], "mse_over_variance", "grad_norm", "discriminator_grad_norm"}
+# A prior's training loss is its negative log-likelihood in nats per token.
 ALIAS = {"train/loss": "nats_per_token"}
 SIDES = {"train": "training", "heldout": "held-out"}
 
 
-def known(name: str) -> Figure:
-    """How a figure is shown, also one that this version has no name for."""
-    if name in FIGURES:
-        return FIGURES[name]
-    group = ADVERSARY if name.startswith(("discriminator", "gan_")) else COURSE
-    return Figure(name.replace("_", " ").replace("/", " ").capitalize(), group)
+def logged_metrics(kind: Kind) -> dict[str, tuple[str, Metric]]:
+    """Name -> group and metric of everything that runs of this kind may log, in the order shown."""
+    registered: Mapping[str, Metric] = metrics_of("likelihood" if kind == "prior" else "reconstruction")
+    found = {name: (QUALITY, metric) for name, metric in registered.items()}
+    return found | {name: (group, metric) for group, metrics in LOGGED.items() for name, metric in metrics.items()}
+
+
+def describe_metric(name: str, kind: Kind) -> tuple[str, Metric]:
+    """Group and metric of a logged name, also of an unknown one."""
+    group = ADVERSARIAL if name.startswith(("discriminator", "gan_")) else TRAINING
+    unknown = Metric(name, name.replace("_", " ").replace("/", " ").capitalize())
+    return logged_metrics(kind).get(name, (group, unknown))
+
+
+def in_order(names: set[str], kind: Kind) -> list[str]:
+    """Names in the order shown, unknown ones last."""
+    order = {name: place for place, name in enumerate(logged_metrics(kind))}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
 
 def split(full: str, kind: Kind) -> tuple[str, str]:
-    """`heldout/psnr` -> its side and its name, the same for both sides of one figure."""
+    """`heldout/psnr` -> its side and its name, which is the same for both sides of one metric."""
     side, _, name = full.partition("/")
     return side, ALIAS.get(full, name) if kind == "prior" else name
 
 
 def curves(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
-    """Group -> charts of everything that runs of one kind logged, in order; training and held-out in one chart.
+    """Group -> charts of everything that runs of one kind logged, training and held-out in one chart.
 
-    A single run has a colour for either side; several have one each, training then dashed where both sides are there.
+    A single run has one colour per side; of several runs each has one, with a dashed line for training if both sides
+    are logged.
     """
     names: dict[str, set[str]] = {}
     for run in runs:
-        for full in run.figures:
+        for full in run.logged:
             if run.series(full):
                 side, name = split(full, run.kind)
                 names.setdefault(name, set()).add(side)
-    order = list(FIGURES)
     groups: dict[str, list[Chart]] = {group: [] for group in GROUPS}
-    for name in sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n)):
-        figure, sides, series = known(name), sorted(names[name], reverse=True), []
+    for name in in_order(set(names), runs[0].kind):
+        (group, metric), sides, series = describe_metric(name, runs[0].kind), sorted(names[name], reverse=True), []
         for index, run in enumerate(runs):
             for side in sides:
-                points = [p for full in run.figures if split(full, run.kind) == (side, name) for p in run.series(full)]
+                points = [p for full in run.logged if split(full, run.kind) == (side, name) for p in run.series(full)]
                 if not points:
                     continue
                 label = SIDES.get(side, side)
@@ -101,14 +100,14 @@ def curves(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
                     label = f"{run.name}, {label}" if len(sides) > 1 else run.name
                 colour = index if len(runs) > 1 else int(side != "train")
                 series.append(Series(label, points, colour, len(runs) > 1 and len(sides) > 1 and side == "train"))
-        groups[figure.group].append(line_chart(figure.title, figure.unit, series, figure.log))
+        groups[group].append(line_chart(metric.title, metric.unit, series, name in LOG_SCALE))
     return {group: charts for group, charts in groups.items() if charts}
 
 
 def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
-    """The step and the held-out figures of the model that a run leaves: of the last validation, or of a prior's best.
+    """Step and held-out metrics of the weights that a run leaves: the last validation, or a prior's best.
 
-    Without a validation, None.
+    None if the run has not been validated.
     """
     rows = [row for row in run.rows if any(name.startswith("heldout/") for name in row)]
     key = "heldout/nats_per_token"
@@ -123,7 +122,7 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; `best` in its row of several."""
+    """A cell of a table; `best` marks the best value of its row."""
 
     text: str
     best: bool = False
@@ -131,7 +130,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its heading, what that is in, and a cell for each run."""
+    """A row of a table: title, unit, and one cell per run."""
 
     title: str
     unit: str
@@ -139,9 +138,9 @@ class Row:
 
 
 def final_table(runs: Sequence[RunFolder]) -> list[Row]:
-    """The final held-out figures of runs of one kind, a column each; empty before the first validation.
+    """Final held-out metrics of runs of one kind, one column each; empty before the first validation.
 
-    The best is marked where all runs had the same data.
+    The best value is marked if all runs had the same data.
     """
     found = [final(run) for run in runs]
     comparable = (
@@ -151,36 +150,36 @@ def final_table(runs: Sequence[RunFolder]) -> list[Row]:
     rows = []
     if names:
         rows.append(Row("At step", "", [Cell(f"{each[0]:,}" if each else "–") for each in found]))
-    for name in sorted(names, key=lambda n: (list(FIGURES).index(n) if n in FIGURES else len(FIGURES), n)):
-        figure, values = known(name), [each[1].get(name) if each else None for each in found]
-        there = [value for value in values if value is not None and math.isfinite(value)]
-        best = (max if figure.better > 0 else min)(there) if there and figure.better else None
-        clear = comparable and len(set(there)) > 1 and best is not None
+    for name in in_order(names, runs[0].kind):
+        _, metric = describe_metric(name, runs[0].kind)
+        values = [each[1].get(name) if each else None for each in found]
+        finite = [value for value in values if value is not None and math.isfinite(value)]
+        best = (max if metric.better == "higher" else min)(finite) if finite and metric.better else None
+        clear = comparable and len(set(finite)) > 1 and best is not None
         cells = [
             Cell("–" if value is None else number(value), clear and value is not None and value == best)
             for value in values
         ]
-        title = "Held-out loss" if name == "nats_per_token" else figure.title
-        rows.append(Row(title, figure.unit, cells))
+        rows.append(Row(metric.title, metric.unit, cells))
     return rows
 
 
-def plain(value: Any) -> str:
-    """A value of a configuration as people write it."""
+def format_value(value: Any) -> str:
+    """Text of a value of a configuration."""
     if value is None or value == "" or value == []:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " ".join(plain(item) for item in value)
+        return " ".join(format_value(item) for item in value)
     return number(value, 7) if isinstance(value, float) else str(value)
 
 
 def different_options(runs: Sequence[RunFolder]) -> list[Row]:
-    """The options in which runs of one kind differ, a column each; where they write to does not count."""
+    """Options in which runs of one kind differ, one column each; the output folder is left out."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.options):
-        texts = [plain(run.options[name]) if name in run.options else "–" for run in runs]
+        texts = [format_value(run.options[name]) if name in run.options else "–" for run in runs]
         if len(set(texts)) > 1 and name not in ("output", "overwrite"):
             rows.append(Row(name, "", [Cell(text) for text in texts]))
     return rows

@@ -42,6 +42,8 @@ class Rows:
     def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]]):
         self.load, self.files = load, [name for name, _ in counts]
         self.starts = np.cumsum([0, *(count for _, count in counts)])
+        self.outside = False
+        """Whether an image that was read is in a file that the table names, not in the table."""
         self._column: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class Rows:
             self._column = self.load()
         value: Any = self._column[item].as_py()
         if isinstance(value, dict) and value["bytes"] is None and value.get("path"):
+            self.outside = True
             return Path(value["path"]).read_bytes()
         return (value["bytes"] if isinstance(value, dict) else value) or b""
 

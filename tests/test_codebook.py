@@ -1,15 +1,15 @@
-"""vqgen-codebook: pictures of codes, counts and neighbours."""
+"""vqgen-eval codebook: images of codes, counts and neighbours."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_measure import SIZE, codes_for, make_prior
+from helpers.models import SIZE, codes_for, make_prior
 from torchvision.io import decode_image
 
-import vqgen.evaluation.report.atlas as program
-from vqgen.evaluation.report.atlas import nearest_codes, vectors
+import vqgen.evaluation.program as program
+from vqgen.evaluation.codebook import code_vectors, nearest_codes
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.model import Tokenizer
@@ -23,7 +23,7 @@ def test_counts_and_tiles_are_those_of_a_naive_loop(cli, tmp_path, depth):
     model = make_prior(tmp_path / "model", depth=depth)
     codes = codes_for(tmp_path / "codes", model, depth=depth)
     words = ["--tokenizer", model / "tokenizer", "--codes", codes, "--output", tmp_path / "out"]
-    result = cli(program.main, *words)
+    result = cli(program.main, "codebook", *words)
     assert result.code == 0 and "codes used over" in result.out, result.err
     found = json.loads((tmp_path / "out/codebook.json").read_text())
     counts = [[0] * SIZE for _ in range(depth)]
@@ -53,7 +53,7 @@ def test_neighbours_are_the_nearest_in_what_the_decoder_sees(kind):
     quantizer = QuantizerConfig(quantizer=kind, codebook_size=16, code_dim=4, **extra)
     model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([8, 8], 3, model, quantizer)).eval()
-    table = vectors(tokenizer)
+    table = code_vectors(tokenizer)
     assert table.shape == (tokenizer.depth, 16, 8)
     near = nearest_codes(table, 5, 3)
     expected = sorted((float((table[0, i] - table[0, 5]).norm()), i) for i in range(16) if i != 5)[:3]
@@ -69,7 +69,7 @@ def test_neighbours_are_the_nearest_in_what_the_decoder_sees(kind):
 def test_neighbours_are_told_and_shown(cli, tmp_path):
     model = make_prior(tmp_path / "model")
     words = ["--tokenizer", model / "tokenizer", "--output", tmp_path / "out", "--neighbours", 2, 5, "--k", 3]
-    result = cli(program.main, *words)
+    result = cli(program.main, "codebook", *words)
     assert result.code == 0 and "near 2: " in result.out and "near 5: " in result.out, result.err
     found = json.loads((tmp_path / "out/codebook.json").read_text())
     assert "counts" not in found and len(found["neighbours"]["5"]) == 3
@@ -81,10 +81,10 @@ def test_what_does_not_fit_is_refused(cli, tmp_path):
     codes = codes_for(tmp_path / "codes", other, depth=2)
     for words, part in (
         (["--codes", codes], "another tokenizer"),
-        (["--neighbours", SIZE], f"0 to {SIZE - 1}"),
+        (["--neighbours", SIZE], f"--neighbours: found {SIZE}, expected 0 to {SIZE - 1}"),
         (["--k", 0], "--k: found 0"),
         (["--codes", tmp_path / "nowhere"], "nowhere"),
     ):
-        result = cli(program.main, "--tokenizer", model / "tokenizer", "--output", tmp_path / "out", *words)
+        result = cli(program.main, "codebook", "--tokenizer", model / "tokenizer", "--output", tmp_path / "out", *words)
         assert result.code and part in result.err and len(result.err.strip().splitlines()) == 1, result.err
     assert not Path(tmp_path / "out").exists()

@@ -1,0 +1,162 @@
+"""A tokenizer's codebook: how often each code is used, what it decodes to, and which codes are near it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vqgen import __version__
+from vqgen.errors import UsageError, UserError
+from vqgen.files import write_json
+from vqgen.tokenizer.codes.format import CodeFiles, Manifest
+from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.metrics import code_metrics
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+from .options import CodebookConfig
+
+ATLAS, SUMMARY, NEIGHBOURS = "atlas.png", "codebook.json", "neighbours.png"
+TILE = 4
+"""Rows and columns of the grid of one code in atlas.png."""
+COUNT_BATCH, DECODE_BATCH = 8192, 8
+"""Images counted, and grids decoded, at once."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How often each code occurs in code files."""
+
+    images: int
+    """Grids of codes counted: images times their views."""
+    splits: list[str]
+    counts: Tensor
+    """int64 (depth, K)."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Number of used codes, their share, and the perplexity; means over the depths."""
+        return code_metrics(self.counts)
+
+
+def count_codes(folder: Path) -> Usage:
+    """Count every code in a folder of code files, over all splits and views. Raises `UserError`."""
+    manifest = Manifest.read(folder)
+    counts = torch.zeros(manifest.depth, manifest.codebook_size, dtype=torch.long)
+    shift = manifest.codebook_size * torch.arange(manifest.depth)
+    grids, splits = 0, []
+    for split in manifest.splits:
+        files = CodeFiles(folder, split)  # type: ignore[arg-type]
+        if len(files):
+            splits.append(split)
+        for start in range(0, len(files), COUNT_BATCH):
+            images = range(start, min(start + COUNT_BATCH, len(files)))
+            for view in range(files.views):
+                codes = files.gather(images, view).reshape(-1, manifest.depth)
+                if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < manifest.codebook_size:
+                    raise UserError(f"{folder} holds codes that the codebook does not have; tokenize again")
+                counts += torch.bincount((codes + shift).flatten(), minlength=counts.numel()).view_as(counts)
+                grids += len(images)
+    if not grids:
+        raise UserError(f"{folder} holds no images; tokenize again")
+    return Usage(grids, splits, counts)
+
+
+def find_codes(tokenizer: Tokenizer, folders: Sequence[Path]) -> Path | None:
+    """The first of `folders` with codes of this tokenizer."""
+    marks = ((folder, Manifest.read(folder).tokenizer_fingerprint) for folder in folders)
+    return next((folder for folder, mark in marks if mark == tokenizer.fingerprint), None)
+
+
+def tiles(tokenizer: Tokenizer, indices: Tensor, common: Tensor, side: int) -> Tensor:
+    """Decode, for each code, a grid filled with that code: uint8 (n, C, H, W).
+
+    Args:
+        indices: (n,), depth * K + code.
+        common: (depth,), the code at each other depth.
+        side: largest number of rows and columns of the grid.
+    """
+    size, (rows, columns) = tokenizer.codebook_size, (min(side, length) for length in tokenizer.grid)
+    found = []
+    for part in indices.split(DECODE_BATCH):
+        codes = common.repeat(len(part), 1)
+        codes[torch.arange(len(part)), part // size] = part % size
+        grid = codes[:, None, None].expand(-1, rows, columns, -1)
+        found.append(to_uint8(tokenizer.decode(grid if tokenizer.depth > 1 else grid[..., 0])).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def code_vectors(tokenizer: Tokenizer) -> Tensor:
+    """Contribution of each code to the latent that the decoder gets: float32 (depth, K, D), for any quantizer."""
+    depth, size = tokenizer.depth, tokenizer.codebook_size
+    found = []
+    for which in range(depth):
+        codes = torch.zeros(size, 1, 1, depth, dtype=torch.long)
+        codes[:, 0, 0, which] = torch.arange(size)
+        latents = tokenizer.quantizer.decode(codes if depth > 1 else codes[..., 0])
+        found.append(latents.flatten(1))
+    return torch.stack(found)
+
+
+def nearest_codes(vectors: Tensor, index: int, k: int) -> list[tuple[int, float]]:
+    """The k codes nearest to `index` (depth * K + code) at the same depth, with their distances.
+
+    Distances are Euclidean, between the vectors (depth, K, D); nearest first, ties by index.
+    """
+    depth, code = divmod(index, vectors.shape[1])
+    distances = (vectors[depth] - vectors[depth, code]).norm(dim=1)
+    distances[code] = math.inf
+    order = distances.sort(stable=True)
+    return [
+        (depth * vectors.shape[1] + int(i), float(d)) for d, i in zip(order.values[:k], order.indices[:k], strict=True)
+    ]
+
+
+def inspect_codebook(config: CodebookConfig) -> None:
+    """Write atlas.png, codebook.json and, with --neighbours, neighbours.png; print a summary. Raises `UserError`."""
+    tokenizer = Tokenizer.load(config.tokenizer)
+    depth, size = tokenizer.depth, tokenizer.codebook_size
+    for index in config.neighbours:
+        if not 0 <= index < depth * size:
+            raise UsageError(f"--neighbours: found {index}, expected 0 to {depth * size - 1}, the codes")
+    about: dict[str, Any] = {
+        "version": __version__,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "codebook_size": size,
+        "depth": depth,
+    }
+    common, order = torch.zeros(depth, dtype=torch.long), torch.arange(depth * size)
+    if config.codes is not None:
+        if find_codes(tokenizer, [config.codes]) is None:
+            raise UserError(f"--codes: {config.codes} holds codes of another tokenizer than {config.tokenizer}")
+        usage = count_codes(config.codes)
+        common = usage.counts.argmax(1)
+        order = torch.cat(
+            [which * size + counts.argsort(descending=True, stable=True) for which, counts in enumerate(usage.counts)]
+        )
+        about |= {**usage.metrics, "images": usage.images, "splits": usage.splits, "counts": usage.counts.tolist()}
+        print(
+            f"{about['codes_used']:.0f} of {size} codes used over {usage.images} images ({about['usage']:.1%}), "
+            f"perplexity {about['perplexity']:.1f}"
+        )
+    _write_sheet(config.output / ATLAS, tiles(tokenizer, order, common, TILE), math.ceil(math.sqrt(depth * size)))
+    if config.neighbours:
+        vectors = code_vectors(tokenizer)
+        near = {index: nearest_codes(vectors, index, min(config.k, size - 1)) for index in config.neighbours}
+        about["neighbours"] = {str(index): found for index, found in near.items()}
+        rows = torch.tensor([[index, *(other for other, _ in found)] for index, found in near.items()])
+        _write_sheet(config.output / NEIGHBOURS, tiles(tokenizer, rows.flatten(), common, TILE), rows.shape[1])
+        for index, found in near.items():
+            print(f"near {index}: " + ", ".join(f"{other} ({distance:.3g})" for other, distance in found))
+    write_json(config.output / SUMMARY, about)
+    print(f"look at {config.output / ATLAS}")
+
+
+def _write_sheet(path: Path, images: Tensor, columns: int) -> None:
+    write_png_atomic(path, make_grid(images, nrow=columns, padding=1, pad_value=255))

@@ -1,0 +1,244 @@
+"""Options of the commands of vqgen-eval."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from vqgen.errors import UsageError
+from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range
+from vqgen.sampling.settings import SamplingSettings
+from vqgen.tokenizer.data.options import Split
+
+Network = Literal["inception", "fd-vgg16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Holdout = Annotated[float, Range(above=0, below=1)]
+
+
+def _check_weights_are_used(extractor: str, weights: str | None) -> None:
+    if extractor == "none" and weights:
+        raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+
+
+@dataclass
+class ReconstructionConfig(Options):
+    """Options of `vqgen-eval reconstruction`."""
+
+    tokenizer: Path
+    """Run or model folder of the tokenizer."""
+    data: str
+    """Images: as for vqgen-train-tokenizer."""
+    split: Split = "heldout"
+    """Split of the images; publish metrics of test, on which no model was selected."""
+    n: CountOrZero = 0
+    """Images to measure, always the same ones, spread over the split; 0 = all."""
+    output: Path | None = None
+    """Receipt to write; an earlier receipt is replaced. By default reconstruction-SPLIT.json in the tokenizer's
+    folder, where vqgen-report finds it."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    """Backbone of LPIPS."""
+    perceptual_weights: str | None = None
+    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+    extractor: Literal["none"] | Network = "none"
+    """Feature extractor of the distance between originals and reconstructions (rFID with inception); none = no
+    distance."""
+    weights: str | None = None
+    """Weights of --extractor: a local file, or download."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    batch_size: Count = 64
+    """Images per batch."""
+    workers: Annotated[int, Range(least=-1)] = 0
+    """Processes that decode images; -1 = one per free core."""
+    precision: Precision = "fp32"
+    """Autocast of the tokenizer; metrics are computed in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weights_are_used(self.extractor, self.weights)
+        if self.perceptual_net != "vgg" and not self.perceptual_weights:
+            raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
+
+
+@dataclass
+class LikelihoodConfig(Options):
+    """Options of `vqgen-eval likelihood`."""
+
+    model: Path
+    """Run or model folder of the prior."""
+    codes: Path
+    """Folder of code files made by the tokenizer that the prior was trained with."""
+    split: Split = "heldout"
+    """Split of the code files; publish metrics of test, on which no model was selected."""
+    n: CountOrZero = 0
+    """Images to measure, always the same ones, spread over the split; 0 = all."""
+    unconditional: bool = False
+    """Replace every class by the null class, as classifier-free guidance does."""
+    output: Path | None = None
+    """Receipt to write; an earlier receipt is replaced. By default likelihood-SPLIT.json in the prior's folder, where
+    vqgen-report finds it; other options that change the result are part of the name."""
+    map: Path | None = None
+    """PNG file for the heat map of the NLL by position."""
+    batch_size: Count = 64
+    """Images per batch."""
+    precision: Precision = "fp32"
+    """Autocast; auto takes 16 bits if the hardware supports them, which is faster and changes the NLL by about
+    0.1 %."""
+
+
+@dataclass
+class SamplesConfig(Options):
+    """Options of `vqgen-eval samples`."""
+
+    data: str = ""
+    """Real images to compare with: as for vqgen-train-tokenizer."""
+    samples: Path | None = None
+    """Folder written by vqgen-sample, or any folder of images; or --model."""
+    model: Path | None = None
+    """Prior to draw samples from; no image is written."""
+    n: CountOrZero = 0
+    """Samples to measure: the first ones that vqgen-sample drew, or a fixed random subset of another folder; 0 = all of
+    --samples, 10,000 of --model."""
+    split: Split = "train"
+    """Split of the real images."""
+    reference_n: CountOrZero = 0
+    """Real images to compare with, always the same ones, spread over the split; 0 = all."""
+    fit: Literal["crop", "pad"] | None = None
+    """How real images are brought to the size of --samples, by default crop. With --model the tokenizer decides."""
+    at: list[Annotated[int, Range(least=2)]] = field(default_factory=list)
+    """Also report the metrics of the first N samples, for each N: distances depend on the number of samples."""
+    output: Path = Path("receipt.json")
+    """Receipt to write; an earlier receipt is replaced."""
+    extractor: Literal["none"] | Network = "inception"
+    """Network whose features are compared: inception for FID, fd-vgg16 if its weights are not available, or none to use
+    --classifier alone."""
+    weights: str | None = None
+    """Weights of --extractor: a local file, or download."""
+    classifier: Path | None = None
+    """Classifier trained by `vqgen-eval classifier`, to measure how many samples are of the class they were drawn
+    as."""
+    cache: Path = Path("~/.cache/vqgen/references")
+    """Folder that keeps the feature statistics of real images for later evaluations."""
+    seed: int = 0
+    """Seed of the samples of --model."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    batch_size: Count = 64
+    """Images per batch."""
+    workers: Annotated[int, Range(least=-1)] = 0
+    """Processes that decode images; -1 = one per free core."""
+    precision: Precision = "auto"
+    """Arithmetic of --model; features are computed in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor != "none" and not self.data:
+            raise UsageError("--data: found nothing; name the real images to compare with, or use --extractor none")
+        if (self.samples is None) == (self.model is None):
+            raise UsageError("--samples or --model: give one of them, the samples or the prior to draw them from")
+        if self.extractor == "none" and self.classifier is None:
+            raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
+        if self.samples is not None:
+            drawing = {"seed": 0, "precision": "auto", **vars(SamplingSettings())}
+            given = {"seed": self.seed, "precision": self.precision, **vars(self.sampling)}
+            other = next((name for name in drawing if given[name] != drawing[name]), None)
+            if other:
+                option = other.replace("_", "-")
+                raise UsageError(f"--{option}: found {given[other]} with --samples, which are drawn; leave it out")
+        elif self.fit:
+            raise UsageError(f"--fit: found {self.fit} with --model, whose tokenizer decides; leave it out")
+        _check_weights_are_used(self.extractor, self.weights)
+
+
+@dataclass
+class ClassifierTraining(Options):
+    """Options of `vqgen-eval classifier`."""
+
+    data: str
+    """Labelled images: as for vqgen-train-tokenizer."""
+    output: Path
+    """Folder for the classifier; an existing one is refused."""
+    size: list[int]
+    """Height and width in pixels of the samples to classify; one number means a square."""
+    channels: int = 3
+    """3 for colour, 1 for grey."""
+    steps: Count = 3000
+    """Optimizer steps."""
+    batch_size: Count = 64
+    """Images per step."""
+    lr: Positive = 4e-3
+    """Peak learning rate of AdamW under a one-cycle schedule."""
+    width: Count = 32
+    """Channels at the first level."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    seed: CountOrZero = 0
+    """Seed of the initial weights, the order of the images and the flips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 8:
+            raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
+
+
+@dataclass
+class CodebookConfig(Options):
+    """Options of `vqgen-eval codebook`."""
+
+    tokenizer: Path
+    """Run or model folder of the tokenizer."""
+    codes: Path | None = None
+    """Folder of code files made by the tokenizer, to count how often each code is used; none = codes in order of
+    index."""
+    neighbours: list[int] = field(default_factory=list)
+    """Codes whose nearest codes are listed; with several depths, depth * codebook size + code."""
+    k: Count = 8
+    """Number of nearest codes."""
+    output: Path = Path("codebook")
+    """Folder for atlas.png, codebook.json and neighbours.png, which are replaced there."""
+
+
+@dataclass
+class ReplayConfig(Options):
+    """Options of `vqgen-eval replay`: receipts, and where this machine keeps what they were measured on."""
+
+    receipts: list[Path] = field(metadata={"positional": "RECEIPT"})
+    """Receipts to measure again."""
+    tolerance: NotNegative = 1e-3
+    """Largest relative difference of a metric that counts as the same."""
+    data: str | None = None
+    """In place of the receipts' --data; likewise the options below."""
+    split: Split | None = None
+    """Split of the images or code files."""
+    tokenizer: Path | None = None
+    """Run or model folder of the tokenizer."""
+    samples: Path | None = None
+    """Folder of samples."""
+    model: Path | None = None
+    """Run or model folder of the prior."""
+    codes: Path | None = None
+    """Folder of code files."""
+    classifier: Path | None = None
+    """Folder of the classifier."""
+    weights: str | None = None
+    """Weights of the extractor."""
+    perceptual_weights: str | None = None
+    """Convolutions of the LPIPS backbone."""
+    cache: Path | None = None
+    """Folder of the feature statistics of real images; the receipt's own is never used, as it was another machine's."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    without_classifier: bool = False
+    """Leave out the metrics of the classifier, if it is not available."""
+
+
+MEASUREMENTS: dict[str, type] = {
+    "reconstruction": ReconstructionConfig,
+    "likelihood": LikelihoodConfig,
+    "samples": SamplesConfig,
+}
+"""Commands that write a receipt. The module of the same name has `measure_NAME` and the registry `METRICS`."""

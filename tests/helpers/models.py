@@ -1,0 +1,71 @@
+"""Small untrained models, and code files made by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
+from vqgen.prior.vocabulary import Vocabulary
+from vqgen.tokenizer.codes.format import (
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    checksum,
+    code_shape,
+    shard_name,
+    write_shard,
+)
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
+
+SIZE = 12
+"""Codes of the codebook."""
+NAMES = ["shirt", "shoe", "bag"]
+
+
+def write_codes(folder: Path, counts=(5, 4), views=1, depth=1, labels=None, names=NAMES, size=300) -> np.ndarray:
+    """Write code files whose codes differ by image, view and position; return them (n, views, 2, 3[, depth])."""
+    total, shape = sum(counts), code_shape((2, 3), depth)
+    codes = np.arange(total * views * math.prod(shape)).reshape(total, views, *shape) % size
+    labels = np.arange(total) % 3 if labels is None else labels
+    shards, start = [], 0
+    for number, count in enumerate(counts):
+        path = folder / shard_name(number)
+        write_shard(path, codes[start : start + count], labels[start : start + count], size)
+        shards.append(ShardEntry(path.name, count, checksum(path)))
+        start += count
+    splits = {"train": SplitEntry(views, total, shards), "heldout": SplitEntry(1, 0, [])}
+    Manifest(size, [2, 3], depth, [4, 6], 3, names, "f" * 64, "d" * 64, "fp32", "0", splits).write(folder)
+    return codes
+
+
+def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
+    """A random prior of 2x3 codes with its tokenizer."""
+    torch.manual_seed(0)
+    model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    kind = {"quantizer": "residual", "depth": depth} if depth > 1 else {}
+    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, model, QuantizerConfig(codebook_size=SIZE, code_dim=4, **kind)))
+    mark = tokenizer.save(folder / "made-of")
+    conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Classes(len(names or []), names)])
+    prior = Prior(PriorConfig(backbone, dim=16, layers=2, heads=2), conditioning, (3, 4, 6), mark)
+    with torch.no_grad():
+        prior.backbone.lm_head.weight.mul_(10)
+    prior.save(folder, folder / "made-of")
+    return folder
+
+
+def codes_for(folder: Path, model: Path, **options) -> Path:
+    """Code files as if made by the tokenizer of this prior."""
+    folder.mkdir()
+    write_codes(folder, size=SIZE, **options)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer_fingerprint"] = Prior.load(model).tokenizer_fingerprint
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder

@@ -1,0 +1,105 @@
+"""vqgen-eval likelihood: the negative log-likelihood against a naive loop, its map, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers.models import NAMES, SIZE, codes_for, make_prior, write_codes
+from torchvision.io import decode_image
+
+import vqgen.evaluation.program as evaluate
+from vqgen.evaluation.likelihood import heat_map
+from vqgen.prior.model import Prior
+from vqgen.tokenizer.codes.format import CodeFiles
+
+
+def naive(prior: Prior, row: list[int]) -> list[float]:
+    """-log p of each code of a sequence by a full softmax over one prefix at a time."""
+    found = []
+    for position in range(1, len(row)):
+        with torch.no_grad():
+            scores = prior(torch.tensor([row[:position]]))[0, -1].double().tolist()
+        found.append(math.log(sum(math.exp(score) for score in scores)) - scores[row[position]])
+    return found
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_metrics_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
+    model = make_prior(tmp_path / "model", depth=depth)
+    labels = torch.tensor([0, 1, 2, 0, -1, 2, 2, 0, 1]).numpy()
+    folder = codes_for(tmp_path / "codes", model, depth=depth, labels=labels)
+    words = ["--model", model, "--codes", folder, "--split", "train", "--batch-size", 4]
+    words += ["--map", tmp_path / "map.png", *(["--unconditional"] if unconditional else [])]
+    result = cli(evaluate.main, "likelihood", *words)
+    assert result.code == 0, result.err
+    receipt = model / ("likelihood-train-unconditional.json" if unconditional else "likelihood-train.json")
+    found = json.loads(receipt.read_text())
+    metrics, details = found["metrics"], found["details"]
+
+    prior, files = Prior.load(model), CodeFiles(folder, "train")
+    vocabulary = prior.vocabulary
+    codes = torch.as_tensor(files.gather(range(9), [0] * 9)).long()  # type: ignore[arg-type]
+    given = torch.full((9,), -1) if unconditional else torch.from_numpy(labels)
+    tokens = torch.cat([prior.conditioning.classes.of_labels(given)[:, None], vocabulary.to_tokens(codes)], 1)
+    each = torch.tensor([naive(prior, row) for row in tokens.tolist()])
+    mean = each.mean().item()
+    assert metrics["nats_per_token"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert metrics["bits_per_dimension"] == pytest.approx(mean * 6 * depth / math.log(2) / 72, rel=1e-5)
+    grid = each.mean(0).view(2, 3, depth).permute(2, 0, 1).squeeze(0)
+    torch.testing.assert_close(torch.tensor(details["nats_by_position"]), grid, rtol=1e-4, atol=1e-4)
+    groups = (
+        {"no class": range(9)}
+        if unconditional
+        else {**dict(zip(NAMES, ([0, 3, 7], [1, 8], [2, 5, 6]))), "no class": [4]}
+    )
+    assert details["images_by_class"] == {name: len(rows) for name, rows in groups.items()}
+    for name, rows in groups.items():
+        own = each[list(rows)].mean().item()
+        assert metrics["nats_by_class"][name] == pytest.approx(own, rel=1e-5)
+    picture = decode_image(str(tmp_path / "map.png"))
+    assert picture.shape == (3, 48, 72 * depth + 6 * (depth - 1))
+    assert f"{mean:.5g} nats per token" in result.out and "rate of the codes" in result.out
+
+
+def test_the_map_is_dark_where_values_are_low():
+    picture = heat_map(torch.tensor([[0.0, 1.0], [3.0, 2.0]])).float().mean(0)
+    cells = picture.view(2, 24, 2, 24).mean((1, 3)).flatten()[[0, 1, 3, 2]]
+    assert cells.tolist() == sorted(cells.tolist()) and cells[3] > 200 > 30 > cells[0]
+    assert heat_map(torch.ones(2, 2)).unique().numel() == 2  # no difference, one colour
+
+
+def test_other_codes_are_refused(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    folder = codes_for(tmp_path / "codes", model)
+    (other := tmp_path / "other").mkdir()
+    write_codes(other, size=SIZE)
+    for words, part in (
+        (["--codes", other, "--split", "train"], "holds codes of the tokenizer ffffffffffff"),
+        (["--codes", folder], "holds no heldout images"),
+        (["--codes", folder, "--batch-size", 0], "--batch-size: found 0"),
+        (["--codes", tmp_path / "nowhere"], "nowhere"),
+        (["--codes", folder, "--model", tmp_path / "nowhere"], "nowhere"),
+    ):
+        result = cli(evaluate.main, "likelihood", "--model", model, *words)
+        assert result.code and part in result.err and len(result.err.strip().splitlines()) == 1, result.err
+    renamed = codes_for(tmp_path / "renamed", model, names=["a", "b", "c"])
+    words = ["--model", model, "--codes", renamed, "--split", "train"]
+    assert "has the classes a, b, c, the prior has shirt" in cli(evaluate.main, "likelihood", *words).err
+    assert cli(evaluate.main, "likelihood", *words, "--unconditional").code == 0
+
+
+def test_receipts_of_several_precisions_replay_in_one_call(cli, tmp_path):
+    """Accelerate's state, which is one for the process, keeps the first precision unless it is reset."""
+    model = make_prior(tmp_path / "model")
+    codes_for(tmp_path / "codes", model)
+    words = ["--model", model, "--codes", tmp_path / "codes", "--split", "train", "--n", 5]
+    for precision in ("fp32", "bf16"):
+        result = cli(evaluate.main, "likelihood", *words, "--precision", precision)
+        assert result.code == 0, result.err
+    receipts = [model / f"likelihood-train-5{end}.json" for end in ("", "-bf16")]
+    assert [json.loads(path.read_text())["environment"]["precision"] for path in receipts] == ["fp32", "bf16"]
+    result = cli(evaluate.main, "replay", *receipts)
+    assert result.code == 0 and result.out.count("same: ") == 2, result.err
