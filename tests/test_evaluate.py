@@ -37,7 +37,7 @@ from vqgen.evaluation.distances import (
 from vqgen.evaluation.extractors import Inception, Vgg16, extract, extractor_for
 from vqgen.evaluation.features import FeatureSets, InceptionScore, Statistics
 from vqgen.evaluation.measurement import SetHash
-from vqgen.evaluation.receipt import flatten
+from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.prior.conditioning import Classes, Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
@@ -789,3 +789,29 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
     words = ["--tokenizer", model / "tokenizer", "--data", photos, "--n", 1, "--extractor", "fd-vgg16"]
     result = cli(evaluate.main, "reconstruction", *words, "--weights", vgg16, "--output", tmp_path / "r.json")
     assert result.code == 2 and "at least 2 images" in result.err
+
+
+def test_receipts_of_version_0_1_replay(cli, tmp_path, monkeypatch):
+    shutil.copytree(Path(__file__).parent / "data" / "version-0.1", tmp_path / "version-0.1")
+    monkeypatch.chdir(tmp_path / "version-0.1")
+    result = cli(evaluate.main, "replay", "receipts/likelihood.json", "receipts/reconstruction.json")
+    assert result.code == 0 and result.out.count("same: ") == 2, result.err
+
+
+def test_the_test_split_is_what_version_0_1_called_heldout(cli, tmp_path, monkeypatch, model, photos):
+    """Of a source with train and test alone; one with a validation split keeps that."""
+    monkeypatch.chdir(tmp_path)
+    for split, folder in (("heldout", photos), ("test", tmp_path / "two")):
+        if split == "test":
+            shutil.copytree(photos, folder)
+            (folder / "val").rename(folder / "test")
+        words = ["--tokenizer", model / "tokenizer", "--data", folder, "--split", split, "--output", "receipt.json"]
+        assert cli(evaluate.main, "reconstruction", *words).code == 0
+        former = receipt(Path("receipt.json"))
+        former["figures"], former["options"]["split"] = former.pop("metrics"), "heldout"
+        former["environment"]["vqgen"] = "0.1.0"
+        Path("former.json").write_text(json.dumps(former))
+        result = cli(evaluate.main, "replay", "former.json")
+        assert result.code == 0 and result.out.startswith("same: "), result.err
+    assert cli(evaluate.main, "replay", "former.json", "--split", "heldout").code == 1
+    assert read_receipt(Path("former.json"))["metrics"] == former["figures"]
