@@ -23,7 +23,8 @@ from vqgen.devices import keep_memory, precision_of
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.model import Prior
-from vqgen.prior.train import PriorTraining, build
+from vqgen.prior.train import PriorTraining
+from vqgen.prior.trainer import build
 from vqgen.tokenizer.codes.format import CodeFiles
 
 STEPS = 1000  # of the schedule that both are in

@@ -140,7 +140,7 @@ PRIOR_NAMES = ["train/loss", "train/grad_norm", "heldout/nats_per_token"]
 
 def _say_share() -> None:
     """A process prints which share of the prior, its average and its optimizer's state it holds at the end."""
-    from vqgen.prior.train import PriorTrainer
+    from vqgen.prior.trainer import PriorTrainer
 
     def share(tensors: list[Tensor]) -> float:
         return sum(getattr(t, "_local_tensor", t).numel() for t in tensors) / sum(t.numel() for t in tensors)

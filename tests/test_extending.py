@@ -1,14 +1,36 @@
 """The changes that docs/extending.md describes, each done with a toy."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from processes import write_images
 
+from vqgen.errors import UsageError
 from vqgen.evaluation import program as evaluate
 from vqgen.metric import Metric
+from vqgen.prior import conditioning, export
+from vqgen.prior.conditioning import Classes, Part, Rows
+from vqgen.prior.options import ObjectiveConfig, PriorConfig
+from vqgen.prior.orders import ORDERS
+from vqgen.prior.train import PriorTraining
+from vqgen.prior.train import train as train_prior
+from vqgen.sampling.generator import Generator
+from vqgen.sampling.known import Known
+from vqgen.sampling.sample import SampleConfig
+from vqgen.sampling.sample import sample as draw_samples
 from vqgen.tokenizer import train
+from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, write_shard
 from vqgen.tokenizer.metrics import RECONSTRUCTION
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.options import TokenizerConfig
+from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.training.options import OptimizerConfig, RunConfig
 
 TINY = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --codebook-size 32"
 TINY += " --batch-size 4 --holdout 0.2 --precision fp32"
@@ -31,3 +53,140 @@ def test_another_metric(cli, tmp_path, monkeypatch):
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     measured = receipt.get("metrics", receipt.get("figures"))["mae"]
     assert 0 < measured < 255 and measured == pytest.approx(validated, rel=1e-5)
+
+
+# ---- the prior ----
+
+
+def write_dark_and_light(folder: Path, count=256) -> Path:
+    """Code files of 2x3 codes of 16, with their tokenizer; the codes of an image are in one quarter of the range."""
+    torch.manual_seed(0)
+    network = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, network, QuantizerConfig(codebook_size=16, code_dim=4)))
+    mark = tokenizer.save(folder / "tokenizer")
+    random = np.random.default_rng(0)
+    codes = random.integers(4, size=(count, 1, 1, 1)) * 4 + random.integers(4, size=(count, 1, 2, 3))
+    labels = np.arange(count) % 2
+    splits = {}
+    for split, rows in (("train", slice(32, None)), ("heldout", slice(32))):
+        path = folder / f"{split}.safetensors"
+        write_shard(path, codes[rows], labels[rows], 16)
+        entry = ShardEntry(path.name, len(codes[rows]), checksum(path))
+        splits[split] = SplitEntry(1, entry.count, [entry])
+    Manifest(16, [2, 3], 1, [4, 6], 3, ["a", "b"], mark, "d" * 64, "fp32", "0", splits).write(folder)
+    return folder
+
+
+def trained(codes: Path, output: Path, steps: int, **model: Any) -> Generator:
+    train_prior(
+        PriorTraining(
+            codes,
+            output,
+            patience=0,
+            preview_images=4,
+            model=PriorConfig(dim=32, layers=2, heads=2, dropout=0.0, **model),
+            optimizer=OptimizerConfig(lr=1e-2, lr_warmup=5, ema_decay=0.9),
+            run=RunConfig(steps=steps, batch_size=64, validate_every=steps, checkpoint_every=steps, precision="fp32"),
+        )
+    )
+    return Generator.load(output, "cpu", "fp32")
+
+
+class Brightness(Part):
+    """The mean code of an image in four buckets, then the id of no brightness."""
+
+    name = "brightness"
+    dropout = 0.1
+    ids = 5
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Brightness":
+        return cls()
+
+    @classmethod
+    def from_description(cls, about) -> "Brightness | None":
+        return cls() if "brightness" in about else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"brightness": 4}
+
+    def of_rows(self, rows: Rows) -> torch.Tensor:
+        return self.first + (rows.codes.float().mean((1, 2)) / 4).long()[:, None]
+
+    def of_value(self, value: Any) -> list[int]:
+        return [self.first + value]
+
+    def parse(self, given: Any) -> list[Any]:
+        return self.default() if given is None else [int(word) for word in given]
+
+
+@dataclass
+class BrightSampleConfig(SampleConfig):
+    brightness: list[int] | None = None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return {**super().conditions, "brightness": self.brightness}
+
+
+def test_another_kind_of_conditioning(cli, tmp_path, monkeypatch):
+    """A class in prior/conditioning.py (and an option in prior/options.py), an option in sampling/sample.py."""
+    monkeypatch.setattr(conditioning, "PARTS", [Brightness, Classes])
+    codes, model = write_dark_and_light(tmp_path / "codes"), tmp_path / "prior"
+    generator = trained(codes, model, 60)
+    found = generator.conditioning
+    assert (found.length, found.classes.first, found.null, found.parts[0].first, found.size) == (2, 16, 18, 19, 24)
+    assert json.loads((model / "config.json").read_text())["max_position_embeddings"] == 8
+    assert json.loads((model / "vqgen.json").read_text())["brightness"] == 4
+    # It decides what is drawn; with guidance and without.
+    for guidance in ({}, {"guidance_scale": 1.5}):
+        drawn = generator.sample(64, conditions={"brightness": [0, 3]}, seed=1, **guidance).codes.float()
+        assert drawn[0::2].mean() < 4 and drawn[1::2].mean() > 11
+    assert generator.sample(64, seed=1).codes.float().mean((1, 2)).std() > 2, "absent, it leaves every brightness"
+    # Known codes and likelihoods work as with a class alone.
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    completed = generator.complete(images, 1)
+    assert torch.equal(completed.codes[:, 0], generator.encode(images)[:, 0])
+    assert (generator.log_likelihood(images, "a") < 0).all()
+    # vqgen-sample records it; another value is another run.
+    config = BrightSampleConfig(model, n=4, output=tmp_path / "samples", brightness=[3], device="cpu")
+    draw_samples(config)
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text())["conditions"] == {"brightness": [3]}
+    config.brightness = [0]
+    with pytest.raises(UsageError, match="the samples of another run"):
+        draw_samples(config)
+    # An exported folder says how to draw from it with transformers alone.
+    assert cli(export.main, "--model", model, "--output", tmp_path / "export").code == 0
+    assert run_card(tmp_path / "export")["codes"].shape == (4, 2, 3)
+
+
+def run_card(folder: Path) -> dict[str, Any]:
+    """What the program in the model card of a folder computes."""
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    computed: dict[str, Any] = {}
+    exec(program.replace("FOLDER", str(folder)), computed)
+    return computed
+
+
+def test_another_order_of_drawing(cli, tmp_path, monkeypatch):
+    """A function in prior/orders.py."""
+    monkeypatch.setitem(ORDERS, "columns", lambda h, w: [row * w + column for column in range(w) for row in range(h)])
+    codes, model = write_dark_and_light(tmp_path / "codes"), tmp_path / "prior"
+    generator = trained(codes, model, 60, order="columns")
+    assert json.loads((model / "vqgen.json").read_text())["prior"]["order"] == "columns"
+    grid = torch.arange(6).view(1, 2, 3)
+    assert generator.vocabulary.to_tokens(grid).tolist() == [[0, 3, 1, 4, 2, 5]]
+    assert torch.equal(generator.vocabulary.to_codes(generator.vocabulary.to_tokens(grid)), grid)
+    drawn = generator.sample(64, seed=1).codes
+    assert (drawn // 4 == drawn[:, :1, :1] // 4).float().mean() > 0.9, "one quarter of the range an image, as learned"
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    given = generator.encode(images)
+    for mask in (torch.tensor([[False, True, True]] * 2), torch.tensor([[True, False, True], [False, True, False]])):
+        completed = generator.complete(images, mask=mask).codes
+        assert torch.equal(completed[:, ~mask], given[:, ~mask])
+        assert not torch.equal(completed[:, mask], given[:, mask])
+    known = Known(given, torch.tensor([[True, False, False]] * 2).expand(5, 2, 3), generator.vocabulary)
+    assert known.leading == 2, "the first column is drawn first"
+    assert cli(export.main, "--model", model, "--output", tmp_path / "export").code == 0
+    drawn = run_card(tmp_path / "export")["codes"]
+    assert drawn.shape == (4, 2, 3) and (drawn // 4 == drawn[:, :1, :1] // 4).float().mean() > 0.8

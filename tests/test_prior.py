@@ -261,6 +261,8 @@ def test_folder_round_trip(tmp_path, tokenizer, backbone):
     loaded = Prior.load(tmp_path / "run")
     assert saved == loaded.fingerprint == prior.fingerprint and not loaded.training
     assert (loaded.vocabulary, loaded.config) == (prior.vocabulary, prior.config)
+    described = json.loads((tmp_path / "run" / "vqgen.json").read_text())
+    assert "order" not in described["prior"], "the keys of version 0.1"
     assert loaded.conditioning.describe() == {"classes": 3, "class_names": NAMES, "label_dropout": 0.1}
     assert (loaded.image_shape, loaded.tokenizer_fingerprint) == ((3, 4, 6), mark)
     tokens = tokens_for(prior)

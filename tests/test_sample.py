@@ -646,6 +646,50 @@ def test_the_generator_as_people_call_it(model):
         Generator.load(model, "cpu", "half")
 
 
+def test_many_images_are_encoded_in_batches(model, monkeypatch):
+    """Thousands of images at once ran out of memory."""
+    generator, batches = Generator.load(model, "cpu", "fp32"), []
+    encode = generator.tokenizer.encode
+
+    def noted(images):
+        batches.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(generator.tokenizer, "encode", noted)
+    images = torch.randint(256, (30_000, 3, 4, 6), dtype=torch.uint8)
+    codes = generator.encode(images)
+    assert sum(batches) == len(codes) == 30_000 and max(batches) * 24 <= 2**18
+    assert torch.equal(codes[-3:], encode(images[-3:]))
+    batches.clear()
+    small = torch.randint(256, (20, 3, 5, 7), dtype=torch.uint8)  # to be fitted first
+    with monkeypatch.context() as patch:
+        patch.setattr("vqgen.sampling.generator.ENCODE_PIXELS", 24 * 6)
+        few = generator.log_likelihood(small)
+    assert max(batches) == 6
+    torch.testing.assert_close(few, generator.log_likelihood(small))
+
+
+def test_completion_with_a_mask_keeps_what_is_not_drawn(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    images = torch.randint(256, (3, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes = generator.encode(images)
+    mask = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = generator.complete(images, mask=mask, n=6, seed=4, guidance_scale=2.0, classes="bag")
+    again = generator.draw([5, 1], {"class": [2]}, SamplingSettings(guidance_scale=2.0), seed=4, batch_size=1,
+        known=Known(codes, ~mask, generator.vocabulary))  # fmt: skip
+    assert torch.equal(again.codes, found.codes[[5, 1]]), "an image depends on no other, masked or not"
+    for index in range(6):
+        assert torch.equal(found.codes[index][~mask[index % 3]], codes[index % 3][~mask[index % 3]])
+    rows = torch.tensor([[False] * 3, [True] * 3])
+    one, other = generator.complete(images, 1, seed=2), generator.complete(images, mask=rows, seed=2)
+    assert torch.equal(one.codes, other.codes) and torch.equal(one.nats, other.nats)
+    nothing = generator.complete(images, mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(nothing.codes, codes) and (nothing.nats == 0).all()
+    for options in ({"mask": rows, "mask_rows": 1}, {}, {"mask": rows.int()}, {"mask": rows[:1]}):
+        with pytest.raises(UsageError, match="mask"):
+            generator.complete(images, **options)
+
+
 def test_likelihood_of_images_is_that_of_a_full_softmax(model):
     generator = Generator.load(model, "cpu", "fp32")
     images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)

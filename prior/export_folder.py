@@ -1,0 +1,139 @@
+"""Write the folder and the model card of vqgen-export."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqgen import __version__
+from vqgen.artifact import copy_artifact, fingerprint, write_tensors
+from vqgen.errors import UsageError
+from vqgen.files import atomic_path, write_json, write_text
+
+from .export import ExportConfig
+from .model import Prior
+
+CARD = """---
+library_name: transformers
+pipeline_tag: unconditional-image-generation
+tags: [vqgen, image-generation, autoregressive, vq]
+---
+
+# A prior of image codes
+
+An autoregressive model of the codes of an image tokenizer, exported by vqgen {version}.
+`AutoModelForCausalLM.from_pretrained` loads this folder; `tokenizer/` holds the image tokenizer
+(`vqgen.Tokenizer.load`), which makes images of the codes.
+
+| | |
+|---|---|
+| backbone | {backbone}, {parameters:.1f} M parameters, {dtype} |
+| images | {image} |
+| codes | {grid}, of a codebook of {codebook_size} |
+| sequence | prefix of {prefix} tokens ({parts}), then {length} codes in {order} order{depth} |
+| prior | sha256 {prior} |
+| tokenizer | sha256 {tokenizer} |
+
+Token ids: {ids}.
+To draw, start from a prefix and take exactly {length} tokens, at each only ids that are codes{ranges}.
+{guidance}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+from vqgen import Tokenizer
+
+prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
+tokenizer = Tokenizer.load("FOLDER/tokenizer")
+prefix = torch.tensor([{example}] * 4)
+def legal(row, ids):  # the ids that may come next
+    first = (len(ids) - {prefix}) % {each} * {codebook_size}
+    return list(range(first, first + {codebook_size}))
+
+tokens = prior.generate(prefix, do_sample=True, top_k=0, prefix_allowed_tokens_fn=legal)
+codes = tokens[:, {prefix}:]{reorder}.reshape(4, {shape}){unshift}
+images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
+```
+"""
+
+
+def card(prior: Prior, dtype: str) -> str:
+    """The text of README.md."""
+    vocabulary, conditioning, depth = prior.vocabulary, prior.conditioning, prior.vocabulary.depth
+    positions = vocabulary.to_grid(torch.arange(vocabulary.length)[None]).flatten().tolist()
+    example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
+    absent = conditioning.without(torch.tensor([example]))[0].tolist()
+    channels, height, width = prior.image_shape
+    return CARD.format(
+        version=__version__,
+        backbone=prior.config.backbone,
+        parameters=sum(p.numel() for p in prior.backbone.parameters()) / 1e6,
+        dtype=dtype,
+        image=f"{height}x{width}, {channels} channel{'s' * (channels > 1)}",
+        grid="x".join(map(str, vocabulary.grid)) + (f", {depth} a position" if depth > 1 else ""),
+        codebook_size=vocabulary.codebook_size,
+        length=vocabulary.length,
+        depth=", the codes of a position one after another" if depth > 1 else "",
+        prior=prior.fingerprint,
+        tokenizer=prior.tokenizer_fingerprint,
+        prefix=conditioning.length,
+        parts=", ".join(f"{part.name}: {part.length}" for part in conditioning.parts),
+        order=vocabulary.order,
+        ids=", ".join([f"0 to {vocabulary.size - 1} are codes", *(p.legend() for p in reversed(conditioning.parts))]),
+        ranges=f": of depth j those from j * {vocabulary.codebook_size}" if depth > 1 else "",
+        guidance=(
+            f"Classifier-free guidance: the prefix {absent} in place of, for example, {example} gives logits without "
+            "the condition."
+            if absent != example
+            else "It was trained without dropping its conditions, so there is no guidance."
+            if any(part.informative for part in conditioning.parts)
+            else "It knows no classes."
+        ),
+        example=example,
+        reorder=f"[:, {positions}]" if vocabulary.order != "raster" else "",
+        each=depth,
+        shape=", ".join(map(str, [*vocabulary.grid, *([depth] if depth > 1 else [])])),
+        unshift=f" % {vocabulary.codebook_size}" if depth > 1 else "",
+    )
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round all weights. Raises `UsageError` where one is too large for the type."""
+    module.to(dtype)
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UsageError(f"--dtype: {str(dtype)[6:]} cannot hold {name}; use bfloat16")
+
+
+def export_prior(config: ExportConfig) -> None:
+    """Write the folder; see `export.py`. Raises `UserError`."""
+    if config.output.exists():
+        raise UsageError(f"--output: {config.output} exists; choose another folder")
+    prior = Prior.load(config.model)
+    tokenizer = prior.load_tokenizer(config.model / "tokenizer")
+    dtype = getattr(torch, config.dtype)
+    _cast(prior.backbone, dtype)
+    if config.to == "vqgen":
+        _cast(tokenizer, dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            prior.tokenizer_fingerprint = tokenizer.save(Path(scratch))
+            with atomic_path(config.output) as folder:
+                prior.save(folder, Path(scratch))
+                write_text(folder / "README.md", card(prior, config.dtype))
+        print(f"exported to {config.output}: vqgen.Generator.load({str(config.output)!r}) loads it")
+        return
+    prior.fingerprint = fingerprint(prior.backbone.state_dict())
+    settings = prior.backbone.config.to_diff_dict()
+    settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
+    generation = {"bos_token_id": prior.conditioning.null, "do_sample": True, "top_k": 0}
+    exact = {"max_new_tokens": prior.vocabulary.length, "min_new_tokens": prior.vocabulary.length}
+    with atomic_path(config.output) as folder:
+        folder.mkdir(parents=True)
+        write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_json(folder / "generation_config.json", generation | exact)
+        write_tensors(folder / "model.safetensors", prior.backbone.state_dict())
+        write_text(folder / "README.md", card(prior, config.dtype))
+        copy_artifact(config.model / "tokenizer", folder / "tokenizer")
+    print(f"exported to {config.output}: AutoModelForCausalLM.from_pretrained({str(config.output)!r}) loads it")

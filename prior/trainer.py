@@ -1,0 +1,155 @@
+"""Training of a prior."""
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from vqgen.devices import matrix_rate
+from vqgen.errors import UsageError, UserError
+from vqgen.seeding import fixed_subset
+from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.reconstruction import write_png_atomic
+from vqgen.training.fsdp import full_tensors, reshard, shard, units
+from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
+from vqgen.training.optimizer import averaged, optimizer_for, update_average
+from vqgen.training.run import Run
+
+from .conditioning import Conditioning
+from .dataset import Sequences
+from .likelihood import likelihood
+from .model import Prior
+from .objective import corrupted, objective
+from .preview import preview_codes
+from .train import PriorTraining
+
+
+class PriorTrainer:
+    """Stage two: next-token prediction of codes; see `Trainer` for the methods."""
+
+    def __init__(self, run: Run, config: PriorTraining, train: CodeFiles, heldout: CodeFiles) -> None:
+        self.run, self.config = run, config
+        self.tokenizer_folder = config.codes / "tokenizer"
+        self.conditioning = Conditioning.for_files(train, config.objective, config.model.order)
+        self.vocabulary = self.conditioning.vocabulary
+        self.train_codes = Sequences(train, self.conditioning)
+        self.heldout_codes = Sequences(heldout, self.conditioning)
+        self.tokenizer = Tokenizer.load(self.tokenizer_folder, run.device)
+        torch.manual_seed(config.run.seed)
+        image_shape = (train.channels, *train.image_size)
+        prior = Prior(config.model, self.conditioning, image_shape, train.tokenizer_fingerprint).to(run.device)
+        if config.gradient_checkpointing:
+            prior.checkpoint_gradients()
+        if run.device.type == "cpu" and self.vocabulary.length <= 256:
+            # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
+            prior.backbone.set_attn_implementation("eager")
+        self.average = averaged(prior)
+        self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
+        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
+        optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
+        if config.run.compile:
+            prior.compile()
+        units(run.accelerator, [type(prior.backbone).__name__, *(prior.backbone._no_split_modules or [])])
+        shard(run.accelerator, self.average.module)
+        self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)
+        self.prior = prior
+        self.flops = 3 * prior.flops_per_token()
+        self.peak = matrix_rate(run.device, run.accelerator.mixed_precision) * run.accelerator.num_processes
+        self.modules: dict[str, nn.Module] = {"prior": prior, "average": self.average, "best": self.best}
+        self.optimizers: dict[str, Any] = {"prior": optimizer, "prior_schedule": self.schedule}
+
+    def begin(self, first_step: int) -> None:
+        share = self.run.micro_batch * self.config.run.accumulate
+        accelerator, seed = self.run.accelerator, self.config.run.seed
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.batches = self.train_codes.training(share, seed, first_step, rank, world)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        tokens = next(self.batches).to(self.run.device, non_blocking=True)
+        settings = self.config.objective
+        tokens = self.conditioning.dropped(tokens)
+        inputs = corrupted(tokens[:, :-1], settings.token_corruption, self.conditioning)
+        targets = self.conditioning.split(tokens)[1]
+        count = self.config.run.accumulate
+        logged: dict[str, Tensor] = {}
+        for index, (part, wanted) in enumerate(zip(inputs.chunk(count), targets.chunk(count), strict=True)):
+            with self.run.part(self.model, index):
+                self.last_tokens = part
+                terms, loss = objective(self.conditioning.of_codes(self.model(part)), wanted, settings)
+                self.run.backward(terms, loss)
+            for name, term in terms.items():
+                logged[name] = logged.get(name, 0) + term.detach() / count
+        norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
+        self.optimizer.zero_grad()
+        update_average(self.average, self.prior, self.config.optimizer.ema_decay, step)
+        logged["loss"] = logged.pop("cross-entropy")
+        return {**logged, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
+
+    def rates(self, per_second: float) -> dict[str, float]:
+        """Tokens a second, and model-FLOPs utilisation: the matrix products of the model as a share of the machine's
+        matrix rate (Chowdhery et al. 2022, appendix B)."""
+        tokens = per_second * self.vocabulary.length
+        return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak}
+
+    def validate(self, step: int) -> dict[str, float]:
+        count = len(self.heldout_codes)
+        chosen = fixed_subset(self.config.validation_images or count, count)
+        rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
+        batches = self.heldout_codes.ordered(chosen[rank::world], max(1, self.run.micro_batch))
+        average = cast(Prior, self.average.module)
+        found = likelihood(average, batches, self.run.accelerator)
+        if found.nats_per_token < self.extra["best"]:
+            self.extra.update(best=found.nats_per_token, stale=0)
+            self.best.load_state_dict(full_tensors(average.state_dict()))
+        else:
+            self.extra["stale"] += 1
+        if self.config.preview_images and (self.run.main or self.run.sharded):
+            self._preview(step, average)
+        reshard(average)
+        return vars(found)
+
+    def _preview(self, step: int, prior: Prior) -> None:
+        """Write samples of the averaged weights to `images/step-N.png`, the classes in columns."""
+        with self.run.accelerator.autocast(), torch.no_grad():
+            codes = preview_codes(prior, self.config.preview_images, self.config.run.seed)
+            images = to_uint8(self.tokenizer.decode(codes).float())
+        cycle = self.conditioning.cycle(self.conditioning.conditions())
+        columns = cycle if 2 <= cycle <= 20 else 8
+        grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+        if self.run.main:
+            write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
+
+    def diagnose(self, rows: list[Row]) -> list[Finding]:
+        finding = overfitting(rows)
+        return [finding] if finding else []
+
+    def origin(self) -> str:
+        return non_finite_origin(self.prior, lambda: self.prior(self.last_tokens))
+
+    def finished(self) -> str | None:
+        if self.config.patience and self.extra["stale"] >= self.config.patience:
+            stale = self.extra["stale"]
+            return f"stopped early: {stale} validations without a better held-out loss; a larger --patience goes on"
+        return None
+
+    def save(self) -> None:
+        self.best.save(self.run.folder, self.tokenizer_folder)
+
+
+def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
+    """Return the run and its trainer, or None where the folder already holds the finished run."""
+    run = Run(config.output, config, config.run, config.overwrite, shardable=True)
+    if run.sharded and config.optimizer.optimizer == "muon":
+        raise UsageError("--optimizer: muon needs unsharded matrices, and FSDP shards them; use adamw or no FSDP")
+    if run.completed():
+        run.say(f"{config.output} is finished; --steps for more, --overwrite to start anew")
+        return None
+    train, heldout = (CodeFiles(config.codes, split) for split in ("train", "heldout"))
+    if not len(heldout):
+        raise UserError(f"{config.codes} holds no held-out codes; tokenize again with --holdout above 0")
+    return run, PriorTrainer(run, config, train, heldout)
