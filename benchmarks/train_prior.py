@@ -1,11 +1,11 @@
-"""The training step of vqgen-train-prior against a loop in the manner of nanoGPT's train.py.
+"""Time the training step of vqgen-train-prior and a loop like that of nanoGPT's train.py.
 
     python benchmarks/train_prior.py --codes runs/demo/codes
 
-Both train the same model on the same codes with the same batch, dropout and precision. The loop does what that one
-does: batches drawn from memory, autocast, cross-entropy, backward, clipping, AdamW with decay on matrices alone, the
-learning rate set by hand, the loss read every ten steps. vqgen's step also drops labels, averages the weights and
-looks for numbers that are not finite.
+Both train the same model on the same codes with the same batch, dropout and precision. The loop has batches from
+memory, autocast, cross-entropy, backward, clipping, AdamW with weight decay on matrices only, the learning rate set by
+hand, and the loss read every ten steps. vqgen's step also drops labels, averages the weights and checks for non-finite
+values.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import build
 from vqgen.tokenizer.codes.format import CodeFiles
 
-STEPS = 1000  # of the schedule that both are in
+STEPS = 1000  # length of the learning-rate schedule
 
 
 def settings(options: argparse.Namespace, output: Path) -> PriorTraining:
@@ -38,7 +38,7 @@ def settings(options: argparse.Namespace, output: Path) -> PriorTraining:
 
 
 def ours(options: argparse.Namespace, scratch: Path) -> Step:
-    """The step of the program itself."""
+    """The step of vqgen-train-prior."""
     built = build(settings(options, scratch / "run"))
     assert built is not None
     run, trainer = built
@@ -46,15 +46,15 @@ def ours(options: argparse.Namespace, scratch: Path) -> Step:
     trainer.begin(0)
 
     def step(index: int) -> None:
-        figures = trainer.step(index)
+        logged = trainer.step(index)
         if index % 10 == 0:
-            figures["loss"].item()
+            logged["loss"].item()
 
     return step
 
 
 class Loop:
-    """The loop as one writes it first."""
+    """The nanoGPT-like loop."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.config = settings(options, scratch)

@@ -1,8 +1,7 @@
-"""A causal LM laid out for decoding: joined projections, a static key-value cache, attention for one query.
+"""A causal LM for fast decoding: joined projections, a static key-value cache, attention for one query.
 
-The arithmetic is that of the transformers model it is given (Llama, Qwen3 or GPT-2); the cost of a token is not. What
-transformers does for every token and layer (a mask, positions, a cache object, repeated heads, three projections where
-one does) is done once here, or not at all.
+It computes what the given transformers model does (Llama, Qwen3 or GPT-2) at a lower cost per token: masks, positions
+and cache objects are not built for every token and layer, and one projection replaces three.
 """
 
 from collections.abc import Callable
@@ -17,13 +16,12 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 Norm = Callable[[Tensor], Tensor]
-
-
 ROWS = 128
+"""Most rows of one bfloat16 product on a CPU."""
 
 
 class _Product:
-    """The products of one weight, packed where that helps."""
+    """Products with one weight, which is packed for oneDNN where that is faster."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -45,8 +43,8 @@ class _Product:
 
 @cache
 def _step(shape: tuple[int, int], biased: bool, threads: int) -> int:
-    """With a bfloat16 weight of `shape` on a CPU a row comes out the same at every multiple of this many rows up to
-    `ROWS`; `threads` are those that torch has now."""
+    """Find n such that a row of a product with a bfloat16 weight of `shape` on a CPU has the same bits at every
+    multiple of n rows up to `ROWS`, at the current number of `threads`."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*sizes: int) -> Tensor:
@@ -63,18 +61,17 @@ def _step(shape: tuple[int, int], biased: bool, threads: int) -> int:
 
 
 class Linear(_Product):
-    """y = x W^T + b on (N, in), for a weight (out, in); a row's bits do not depend on the rows beside it.
+    """y = x W^T + b on (N, in), for a weight (out, in); the bits of a row do not depend on the other rows.
 
-    In bfloat16 on a CPU oneDNN wants the weight in blocks and would bring it there anew for every product, which at so
-    few rows costs as much as the product. Here that is done once, by the operators that a frozen compiled graph calls;
-    the sums are the same. Where torch has them not, the plain product does it. The order of the sums may depend on the
-    number of rows there: which numbers agree is tried out once a shape, and others are filled up to one of those.
+    In bfloat16 on a CPU oneDNN packs the weight into blocks for every product, which at few rows costs as much as the
+    product. Here it is packed once, by the operators of frozen compiled graphs where torch has them. There the order of
+    summation may depend on the number of rows: `_step` finds numbers that agree, and other batches are padded to one.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self.rows: tuple[int, int] | None = None
-        """A product's rows are a multiple of the first, and at most the second; None = any number."""
+        """A product takes a multiple of the first, at most the second, rows; None = any number."""
         if self.onednn:
             outer, inner = weight.shape
             self.rows = (_step((outer, inner), bias is not None, torch.get_num_threads()), ROWS)
@@ -86,14 +83,14 @@ class Linear(_Product):
         """x + linear(y) in one pass."""
         return self._by_rows(self.sum, x, y)
 
-    def _by_rows(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """`function` of as many rows at a time as `rows` allows, the last ones filled up."""
-        count = len(given[0])
+    def _by_rows(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Apply `function` to as many rows at a time as `rows` allows, the last ones padded."""
+        count = len(inputs[0])
         step, most = self.rows or (1, count)
         if count <= most and count % step == 0:
-            return function(*given)
-        filled = [F.pad(x, (0, 0, 0, -count % step)).split(most) for x in given]
-        return torch.cat([function(*part) for part in zip(*filled, strict=True)])[:count]
+            return function(*inputs)
+        padded = [F.pad(x, (0, 0, 0, -count % step)).split(most) for x in inputs]
+        return torch.cat([function(*part) for part in zip(*padded, strict=True)])[:count]
 
 
 @dataclass
@@ -103,22 +100,22 @@ class Block:
     before_attention: Norm
     qkv: Linear
     norms: tuple[Norm, Norm] | None
-    """Of each head's queries and keys (Qwen3)."""
+    """Norms of the queries and keys of each head (Qwen3)."""
     out: Linear
     before_mlp: Norm
     up: Linear
-    """Where `gated`, the gate above the values."""
+    """Where `gated`, the rows of the gate, then those of the values."""
     down: Linear
 
 
 def _norm(module: nn.Module) -> Norm:
-    """Layer norm (GPT-2) or RMS norm (the others) as a function."""
+    """Return layer norm (GPT-2) or RMS norm (others) as a function."""
     if isinstance(module, nn.LayerNorm):
         return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     weight: Tensor = module.weight  # type: ignore[assignment]
     epsilon = torch.full((), module.variance_epsilon, device=weight.device)  # type: ignore[arg-type]
 
-    def rms_norm(x: Tensor) -> Tensor:  # F.rms_norm takes a quarter longer on CPUs
+    def rms_norm(x: Tensor) -> Tensor:  # F.rms_norm is 25 % slower on CPUs
         full = x.float()
         size = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
         scale = torch.addcmul(epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()
@@ -128,7 +125,7 @@ def _norm(module: nn.Module) -> Norm:
 
 
 def _joined(*modules: nn.Module) -> Linear:
-    """Linear layers of the same input as one. Their own weights become views of it, so that nothing is held twice."""
+    """Join linear layers of the same input; their own weights become views of the result, so that memory is shared."""
     weight = torch.cat([module.weight.data for module in modules])  # type: ignore[misc]
     for module, part in zip(modules, weight.split([len(m.weight) for m in modules]), strict=True):  # type: ignore[arg-type]
         module.weight.data = part  # type: ignore[union-attr]
@@ -136,7 +133,7 @@ def _joined(*modules: nn.Module) -> Linear:
 
 
 def _transposed(module: nn.Module) -> Linear:
-    """GPT-2's layers hold their matrices as (in, out)."""
+    """A linear layer from one of GPT-2, whose weights are (in, out)."""
     return Linear(module.weight.data.t(), module.bias.data)  # type: ignore[operator, union-attr, arg-type]
 
 
@@ -172,11 +169,11 @@ def _blocks(model: Any) -> list[Block]:
 
 
 class CachedTransformer:
-    """Feeds tokens to a causal LM and keeps its keys and values, in a cache that the next batch uses again.
+    """Feeds tokens to a causal LM and keeps keys and values in a cache that every batch reuses.
 
     Args:
         model: a Llama, Qwen3 or GPT-2 of transformers, in evaluation mode. Its projections become views of joined ones.
-        positions: tokens that a sequence feeds to the model, which is the size of the cache.
+        positions: size of the cache, the most tokens that are fed in one sequence.
     """
 
     def __init__(self, model: PreTrainedModel, positions: int) -> None:
@@ -187,7 +184,7 @@ class CachedTransformer:
         self.heads = config.num_attention_heads
         if getattr(config, "num_key_value_heads", self.heads) != self.heads:
             raise ValueError("no decoder for grouped heads; num_key_value_heads must equal num_attention_heads")
-        inner: Any = model  # its parts have no types
+        inner: Any = model  # its submodules have no declared types
         self._blocks = _blocks(inner)
         self._head: Tensor = inner.get_output_embeddings().weight.data
         self._heads_of: dict[tuple[int, int], Linear] = {}
@@ -195,23 +192,23 @@ class CachedTransformer:
         if config.model_type == "gpt2":
             self.gated, self._activation = False, ACT2FN[config.activation_function]
             self._tokens: Tensor = inner.transformer.wte.weight.data
-            self._places: Tensor | None = inner.transformer.wpe(ids[0]).detach()
-            self._last_norm, self._turns = _norm(inner.transformer.ln_f), None
+            self._positions: Tensor | None = inner.transformer.wpe(ids[0]).detach()
+            self._last_norm, self._rotations = _norm(inner.transformer.ln_f), None
         else:
             self.gated, self._activation = True, ACT2FN[config.hidden_act]
-            self._tokens, self._places = inner.model.embed_tokens.weight.data, None
+            self._tokens, self._positions = inner.model.embed_tokens.weight.data, None
             self._last_norm = _norm(inner.model.norm)
             cos, sin = (part[0, :, None] for part in inner.model.rotary_emb(self._head, ids))
             half = sin.shape[-1] // 2
-            # Halves swapped and multiplied by this are what transformers calls rotate_half(x) * sin.
-            self._turns = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            # With swapped halves times this, transformers' rotate_half(x) * sin.
+            self._rotations = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
         self._cache: list[Tensor] = []
         self._rows, self._fed = 0, 0
 
     def start(self, rows: int) -> None:
-        """Begin a batch of `rows` sequences: forget the former one."""
+        """Begin a batch of `rows` sequences."""
         if rows != self._rows:
-            self._cache = []  # the former one goes before the next is made
+            self._cache = []  # free the former cache first
             width = self._blocks[0].out.weight.shape[1] // self.heads
             shape = (2, rows, self.positions, self.heads, width)
             self._cache = [self._head.new_zeros(shape) for _ in self._blocks]
@@ -221,8 +218,8 @@ class CachedTransformer:
         """Feed the next tokens (rows, T).
 
         Returns:
-            The logits after the last one, float32 (rows, V), or of the ids in `allowed` alone, from the first to before
-            the second.
+            Logits after the last token, float32 (rows, V); with `allowed` only of the ids from its first to before its
+            second.
         """
         rows, count = tokens.shape
         first, last = self._fed, self._fed + count
@@ -230,8 +227,8 @@ class CachedTransformer:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
         self._fed = last
         x = F.embedding(tokens, self._tokens)
-        if self._places is not None:
-            x = x + self._places[first:last]
+        if self._positions is not None:
+            x = x + self._positions[first:last]
         x = x.view(rows * count, -1)
         for block, (keys, values) in zip(self._blocks, self._cache, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
@@ -256,24 +253,24 @@ class CachedTransformer:
         return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
 
     def _head_of(self, allowed: tuple[int, int]) -> Linear:
-        """The part of the output layer that makes these logits; there are as many as codes a position."""
+        """The rows of the output layer for these ids; there is one range for each depth of codes."""
         if allowed not in self._heads_of:
             self._heads_of[allowed] = Linear(self._head[slice(*allowed)])
         return self._heads_of[allowed]
 
     def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), turned by their positions."""
+        """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), with rotary positions."""
         qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
         if block.norms is not None:
             qk = torch.cat([norm(part) for norm, part in zip(block.norms, qk.chunk(2, 2), strict=True)], 2)
-        if self._turns is not None:
-            cos, sin = (part[first:last] for part in self._turns)
+        if self._rotations is not None:
+            cos, sin = (part[first:last] for part in self._rotations)
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k = qk.chunk(2, 2)
         return q, k, v
 
     def _mask(self, first: int, last: int, like: Tensor) -> Tensor | None:
-        """What the tokens fed at once must not see of each other; one alone sees everything there is."""
+        """Causal mask (T, last) of tokens fed together; None for a single token, which sees all."""
         if last - first == 1:
             return None
         return torch.ones(last - first, last, dtype=torch.bool, device=like.device).tril(first)

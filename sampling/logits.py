@@ -1,7 +1,7 @@
-"""From logits to a token: guidance, temperature, top-k, top-p, min-p and the draw, as pure functions.
+"""Sampling of a token from logits: guidance, temperature, top-k, top-p and min-p, as pure functions.
 
-Logits are float32 (B, V), one row an image; a filtered-out token has logit -inf. No function looks across rows, so
-what is drawn for a row depends on that row's logits and uniform number alone.
+Logits are float32 (B, V), one row an image; a filtered-out token has logit -inf. Rows are independent: the token of a
+row depends on its own logits and uniform number alone.
 """
 
 import math
@@ -40,20 +40,20 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1, dtype=torch.float64)
     before = probabilities.cumsum(-1) - probabilities
-    # `before` is 0 for the likeliest token, so it stays however small p is.
+    # `before` is 0 for the most likely token, so it stays however small p is.
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(dropped, -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens at least p times as likely as the likeliest one of their row; 0 keeps all."""
+    """Keep the tokens at least p times as likely as the most likely one of their row; 0 keeps all."""
     if p == 0:
         return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a token a row by the inverse of the cumulative distribution.
+    """Draw a token a row by inverse transform sampling.
 
     Args:
         logits: (B, V); at least one finite a row.
@@ -69,10 +69,10 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """One token a row under `settings`, but for their guidance.
+    """Choose one token a row by temperature, top-k, top-p and min-p.
 
     Args:
-        logits: (B, V) float32, guided already.
+        logits: (B, V) float32, after guidance.
         uniforms: float64 (B,) in [0, 1).
 
     Returns:

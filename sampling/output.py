@@ -18,18 +18,17 @@ from vqgen.output_folder import OutputFolder
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
 # Settings that may differ between a run and the one that continues it.
-FREE = ("n", "former", "version", "model", "init_images", "images", "grid")
+MAY_DIFFER = ("n", "former", "version", "model", "init_images", "images", "grid")
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the files of a series are called.
+    """File names of a series.
 
     Attributes:
-        layout: flat = 00000.png; labels = 00000-cat.png; folders = images/cat/00000.png, which is a folder of labelled
-            images like any other.
+        layout: flat = 00000.png; folders = images/cat/00000.png, a folder of labelled images; labels = 00000-cat.png.
         labels: the classes that the series goes through in turn.
-        class_names: of all classes; without them a class is called by its index.
+        class_names: of all classes; without them a class is named by its index.
     """
 
     layout: Layout
@@ -47,12 +46,12 @@ class Names:
 
     @cached_property
     def _words(self) -> dict[int, str]:
-        """What each class is called in paths: its name without what no file system takes, and no two alike."""
+        """Path component of each class: its name without characters that file systems forbid, unique without case."""
         found: dict[int, str] = {}
         for label in sorted(set(self.labels)):
             name = self.class_name(self.labels.index(label)) or "none"
             name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)
-            # File systems count bytes.
+            # File systems limit bytes, not characters.
             name = name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or str(label)
             taken = {other.casefold() for other in found.values()}
             if name.casefold() in taken:
@@ -63,7 +62,7 @@ class Names:
         return found
 
     def file(self, index: int) -> str:
-        """The path of image `index`, relative to the output folder."""
+        """Path of image `index`, relative to the output folder."""
         name = self._words[self.label(index)] if self.layout != "flat" else ""
         if self.layout == "folders":
             return f"images/{name}/{index:05d}.png"
@@ -88,11 +87,11 @@ def samples_folder(output: Path) -> OutputFolder:
     return OutputFolder(output, (UNFINISHED,), (FINISHED, *names))
 
 
-def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first setting in which two runs differ, as text; empty where one can continue the other."""
-    for key in [*wanted, *(key for key in there if key not in wanted)]:
-        before, now = there.get(key), wanted.get(key)
-        if key in FREE or before == now:
+    for key in [*wanted, *(key for key in former if key not in wanted)]:
+        before, now = former.get(key), wanted.get(key)
+        if key in MAY_DIFFER or before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             return _difference(before, now)
@@ -106,8 +105,8 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     Raises `UsageError` where the folder holds files of something else or of another run.
     """
     folder = samples_folder(output)
-    there = folder.present
-    if not there:
+    present = folder.present
+    if not present:
         return "new"
     own = {path.relative_to(output).as_posix() for path in folder.own_files()}
     written = [*map(names.file, range(about["n"])), GRID, FINISHED, UNFINISHED]
@@ -118,9 +117,11 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
                 f"--output: {output} holds {foreign[0]}, which is no sample of a former run; choose another"
             )
         return "new"
-    lists = [output / name for name in (UNFINISHED, FINISHED) if name in there]
+    lists = [output / name for name in (UNFINISHED, FINISHED) if name in present]
     if not lists:
-        raise UsageError(f"--output: {output} holds other files ({there[0]}); choose another folder or add --overwrite")
+        raise UsageError(
+            f"--output: {output} holds other files ({present[0]}); choose another folder or add --overwrite"
+        )
     former = read_json(lists[0])
     if former.get("former") and not _difference(former, about):
         return "new"  # it was killed while it removed the images of an earlier run

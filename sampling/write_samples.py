@@ -34,7 +34,7 @@ GRID_IMAGES = 100
 
 
 def read_image(path: Path, channels: int) -> Tensor:
-    """uint8 (channels, h, w) of an image file. Raises `UserError`."""
+    """Read an image file as uint8 (channels, h, w). Raises `UserError`."""
     try:
         return decode(path.read_bytes(), channels)
     except (OSError, BrokenImage) as error:
@@ -67,11 +67,11 @@ def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
 
 def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions have no condition."""
-    given: dict[str, list[Any]] = {}
+    chosen = {name: words for name, words in config.conditions.items() if words}
     for part in generator.conditioning.parts:
-        words = config.conditions.get(part.name)
-        given[part.name] = [ABSENT] if config.init_image and not words else part.parse(words)
-    return generator.conditioning.conditions(given)
+        given = chosen.get(part.name)
+        chosen[part.name] = [ABSENT] if config.init_image and not given else part.parse(given)
+    return generator.conditioning.conditions(chosen)
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int) -> None:
@@ -133,7 +133,7 @@ def write_samples(config: SampleConfig) -> None:
     state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and device.type == "cuda":
         device = torch.device(state.device or device)
-    # Every process checks everything before any writes: they refuse together, and none waits for another.
+    # Every process checks everything before any of them writes, so that all stop together.
     generator = Generator.load(folder, device, config.precision)
     conditions = chosen_conditions(config, generator)
     generator.check(config.sampling, conditions)
@@ -176,7 +176,7 @@ def write_samples(config: SampleConfig) -> None:
     length = generator.vocabulary.length - (0 if known is None else known.leading)
     total = sum(len(with_candidates(batch, cycle, config.sampling.oversample)[0]) for batch in own) * length
     written: list[Future[None]] = []
-    # One batch becomes pixels and files while the next one is drawn.
+    # One batch is decoded and written while the next one is drawn.
     with progress(total, "drawing", "code", state.is_main_process) as bar, ThreadPoolExecutor(1) as writer:
         for indices in own:
             try:
@@ -195,15 +195,15 @@ def write_samples(config: SampleConfig) -> None:
             if written:
                 written.pop().result()
             written.append(writer.submit(write, indices, codes))
-        for one in written:
-            one.result()
+        for last in written:
+            last.result()
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
         write_grid(output, names, n, config.columns, len(classes))
         finish(output, names, about)
         place = f"{device} in {generator.precision}"
-        there = f" ({n - len(missing)} were there)" if len(missing) < n else ""
-        print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{there}")
+        present = f" ({n - len(missing)} were there)" if len(missing) < n else ""
+        print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{present}")
         print(f"look at {output / GRID}")
     state.wait_for_everyone()
