@@ -37,7 +37,7 @@ LAUNCH += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_proc
 
 
 def alike(found: Path, expected: Path, names: list[str], tolerance: float) -> None:
-    """The two histories have the same rows once each, and the same figures under `names`."""
+    """The two histories have the same rows once each, and the same metrics under `names`."""
     assert [row["step"] for row in rows(found)] == [row["step"] for row in rows(expected)]
     for row, other in zip(rows(found), rows(expected)):
         for name in names:

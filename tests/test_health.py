@@ -54,10 +54,10 @@ def test_a_codebook_that_the_images_fill(codes, vectors):
 # ---- codebook collapse ----
 
 
-def validations(*figures: tuple[float, float]) -> list[dict]:
-    """Codes used and perplexity at each validation, among rows of training figures."""
+def validations(*metrics: tuple[float, float]) -> list[dict]:
+    """Codes used and perplexity at each validation, among rows of training metrics."""
     rows = []
-    for used, perplexity in figures:
+    for used, perplexity in metrics:
         rows += [{"step": 1, "train/loss": 0.1}, {"heldout/codes_used": used, "heldout/perplexity": perplexity}]
     return rows
 
@@ -71,7 +71,7 @@ def test_collapse_by_few_codes_and_by_uneven_use():
 
 
 @pytest.mark.parametrize(
-    "figures",
+    "metrics",
     [
         [(100, 60)],  # once is the start of training
         [(100, 60), (400, 300)],  # it recovers
@@ -81,8 +81,8 @@ def test_collapse_by_few_codes_and_by_uneven_use():
         [],
     ],
 )
-def test_no_collapse(figures):
-    assert codebook_collapse(validations(*figures), 512, "") is None
+def test_no_collapse(metrics):
+    assert codebook_collapse(validations(*metrics), 512, "") is None
 
 
 def test_collapse_counts_the_codes_that_could_occur():
@@ -93,10 +93,10 @@ def test_collapse_counts_the_codes_that_could_occur():
 
 def test_collapse_waits_for_the_first_revivals():
     """The first steps of the vqvae preset on CIFAR-10: fewer and fewer codes until unused ones are revived."""
-    figures = {20: (490, 148), 40: (250, 94), 60: (240, 95), 80: (250, 99), 200: (245, 96), 220: (800, 500)}
+    metrics = {20: (490, 148), 40: (250, 94), 60: (240, 95), 80: (250, 99), 200: (245, 96), 220: (800, 500)}
     rows = [
         {"step": step, "heldout/codes_used": used, "heldout/perplexity": perplexity}
-        for step, (used, perplexity) in figures.items()
+        for step, (used, perplexity) in metrics.items()
     ]
     assert codebook_collapse(rows[:4], 1024, "", settled=0) is not None
     for count in range(len(rows) + 1):
@@ -223,12 +223,12 @@ def test_a_discriminator_that_trains_alone_first_ruins_nothing():
     assert adversary_dominates([*rows, *duel([0.1], [0.4])]) is None
 
 
-def quality(*figures: tuple[float, ...], felt: int = 1) -> list[dict]:
-    """Validations with PSNR and, where it is measured, LPIPS; the decoder feels the discriminator after `felt`."""
+def quality(*metrics: tuple[float, ...], adversarial_from: int = 1) -> list[dict]:
+    """Validations with PSNR and, where it is measured, LPIPS; the adversarial loss starts after `adversarial_from`."""
     rows: list[dict] = []
-    for i, figure in enumerate(figures):
-        rows += [{"train/adversarial": 0.1}] if i >= felt else []
-        rows.append(dict(zip(("heldout/psnr", "heldout/lpips"), figure)))
+    for i, values in enumerate(metrics):
+        rows += [{"train/adversarial": 0.1}] if i >= adversarial_from else []
+        rows.append(dict(zip(("heldout/psnr", "heldout/lpips"), values)))
     return rows
 
 
@@ -250,7 +250,7 @@ def test_reconstructions_that_the_discriminator_ruins():
         quality((15.6,), (17.5,), (18.4,), (19.1,), (19.3,)),  # healthy
         quality((22.0,), (22.2,), (19.0,), (21.5,)),  # it recovers
         quality((22.0,), (22.2,), (19.0,)),  # not twice yet
-        quality((17.2,), (14.8,), (14.4,), felt=9),  # nothing is felt: another fault
+        quality((17.2,), (14.8,), (14.4,), adversarial_from=9),  # no adversarial loss yet: another problem
         [{"train/reconstruction": 0.03}] * 7 + [{"train/reconstruction": 0.05, "train/adversarial": 0.2}] * 5,
         [],
     ],
