@@ -67,14 +67,14 @@ def backbone_config(config: PriorConfig, conditioning: Conditioning) -> LlamaCon
 
 
 def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
-    """Dropout where GPT-2 has it, for backbones without any, as hooks: names and saved weights stay as they are."""
+    """Add dropout where GPT-2 has it, by forward hooks, which change no parameter names; GPT-2 is left as it is."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (F.dropout(output[0], dropout, module.training), *output[1:])
         return F.dropout(output, dropout, module.training)
 
-    if dropout and backbone.config.model_type != "gpt2":  # GPT-2 has its own
+    if dropout and backbone.config.model_type != "gpt2":
         backbone.get_input_embeddings().register_forward_hook(hook)
         for layer in backbone.model.layers:
             layer.self_attn.register_forward_hook(hook)
@@ -82,22 +82,22 @@ def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
 
 
 def _compare(path: Path, own: PreTrainedConfig) -> None:
-    """Refuse a `config.json` that describes another network than `vqgen.json`: each reader would see another model."""
+    """Raise `UserError` where `config.json` describes another network than `vqgen.json`, `own`."""
     try:
         stated = AutoConfig.for_model(**read_json(path)).to_dict()
     except UserError:
         raise
-    except Exception as error:  # the library checks types by errors of its own
+    except Exception as error:  # transformers raises errors of several types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
     for key, value in own.to_dict().items():
-        # These name the writer, not the network.
+        # These describe the writer, not the network.
         if key not in ("architectures", "dtype", "transformers_version") and stated.get(key) != value:
             raise UserError(f"{path} has {key} {stated.get(key)!r}, vqgen.json needs {value!r}; restore the file")
 
 
 def _check_description(about: dict[str, Any]) -> None:
-    """Raise a `ValueError` for values in `vqgen.json` that would be taken for others, or fail much later."""
+    """Raise `ValueError` for wrong types in `vqgen.json`, which would be misread or fail later."""
     grid, shape = about["grid"], about["image_shape"]
     numbers = [about["codebook_size"], about["depth"], *grid, *shape]
     if not all(type(number) is int for number in numbers) or (len(grid), len(shape)) != (2, 3):
@@ -135,26 +135,25 @@ class Prior(nn.Module):
         return self.backbone(input_ids=tokens, use_cache=False).logits
 
     def checkpoint_gradients(self) -> None:
-        """From now on keep no activations within a layer, but compute them again in the backward pass."""
+        """Enable gradient checkpointing: activations within a layer are computed again in the backward pass."""
         old = self.backbone.gradient_checkpointing_enable  # its name before transformers 5.21
         getattr(self.backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of the forward pass for one token of a whole sequence: two a weight of every
-        matrix, and the products of attention with all positions."""
-        looked_up = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in looked_up)
-        return 2 * weights + 4 * self.config.layers * self.config.dim * (
-            self.conditioning.length + self.vocabulary.length - 1
-        )
+        """Floating-point operations of the forward pass per token of a full sequence: two for each matrix weight, and
+        the products of attention with all positions."""
+        embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in embeddings)
+        positions = self.conditioning.length + self.vocabulary.length - 1
+        return 2 * weights + 4 * self.config.layers * self.config.dim * positions
 
     def load_tokenizer(self, folder: Path) -> Tokenizer:
-        """The tokenizer in `folder`. Raises `UserError` where it is not the one whose codes this prior learned."""
+        """Load the tokenizer in `folder`. Raises `UserError` where it is not the one whose codes this prior learned."""
         tokenizer = Tokenizer.load(folder)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise UserError(
                 f"{folder} has fingerprint {str(tokenizer.fingerprint)[:12]}, but this prior was trained on codes of "
-                f"{self.tokenizer_fingerprint[:12]}; put or name the tokenizer that made the codes"
+                f"{self.tokenizer_fingerprint[:12]}; give the tokenizer that made the codes"
             )
         return tokenizer
 

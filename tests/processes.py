@@ -28,7 +28,9 @@ PRIOR = "vqgen.prior.train"
 SAMPLE = "vqgen.sampling.sample"
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pytest", "processes", TOKENIZER, TOKENIZE, PRIOR, SAMPLE, "transformers.models.llama"])
+# The modules that do the work, too: programs import them late.
+_WORK = ["vqgen.prior.trainer", "vqgen.sampling.write_samples", "transformers.models.llama"]
+_FORKS.set_forkserver_preload(["pytest", "processes", TOKENIZER, TOKENIZE, PRIOR, SAMPLE, *_WORK])
 _LIMIT = 900.0  # seconds; whatever takes longer hangs
 
 

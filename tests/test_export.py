@@ -19,7 +19,7 @@ def test_a_tokenizer_of_another_prior_is_not_exported(cli, tmp_path):
     shutil.rmtree(model / "tokenizer")
     shutil.copytree(other / "tokenizer", model / "tokenizer")
     result = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
-    assert result.code == 1 and "name the tokenizer that made the codes" in result.err
+    assert result.code == 1 and "the tokenizer that made the codes" in result.err
     assert not (tmp_path / "export").exists()
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_prior import conditioning_of, make, tokens_for
+from helpers.models import conditioning_of, small_prior, tokens_for
 
 from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
@@ -93,7 +93,7 @@ def test_options_out_of_range_are_named(name, value):
 def test_checkpointing_changes_no_gradient(backbone):
     found = []
     for checkpointing in (False, True):
-        prior = make(backbone).train()
+        prior = small_prior(backbone).train()
         if checkpointing:
             prior.checkpoint_gradients()
         torch.manual_seed(1)  # the same dropout, also when it is computed again
@@ -104,7 +104,7 @@ def test_checkpointing_changes_no_gradient(backbone):
 
 
 def test_operations_are_counted_by_hand():
-    prior = make()  # width 16, 2 layers, hidden 64, 8 codes + 3 classes + null, 6 codes an image
+    prior = small_prior()  # width 16, 2 layers, hidden 64, 8 codes + 3 classes + null, 6 codes an image
     matrices = 2 * (4 * 16 * 16 + 3 * 16 * 64) + 16 * 12
     assert prior.flops_per_token() == 2 * matrices + 2 * 4 * 16 * 6
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.models import NAMES, write_codes
+from helpers.models import NAMES, conditioning_of, small_prior, tokens_for, write_codes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,28 +35,6 @@ from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)
-
-
-def conditioning_of(codebook_size, depth, grid, classes, names=None) -> Conditioning:
-    """Class-conditional sequences, or unconditional ones without classes."""
-    return Conditioning(Vocabulary(codebook_size, depth, grid), [Classes(classes, names or NAMES[:classes] or None)])
-
-
-def make(backbone="llama", depth=1, classes=3, codebook_size=8, dropout=0.1, seed=0, mark="f" * 64) -> Prior:
-    torch.manual_seed(seed)
-    config = PriorConfig(backbone=backbone, dim=16, layers=2, heads=2, dropout=dropout)
-    return Prior(config, conditioning_of(codebook_size, depth, (2, 3), classes), (3, 4, 6), mark)
-
-
-def tokens_for(prior: Prior, batch=4, seed=0) -> torch.Tensor:
-    """Random legal sequences (B, 1 + length): a condition and codes, each in the range of its position."""
-    vocabulary = prior.vocabulary
-    random = torch.Generator().manual_seed(seed)
-    shape = (batch, *code_shape(vocabulary.grid, vocabulary.depth))
-    codes = torch.randint(vocabulary.codebook_size, shape, generator=random)
-    classes = prior.conditioning.classes
-    labels = torch.randint(-1, max(classes.count, 1), (batch,), generator=random)
-    return torch.cat([classes.of_labels(labels)[:, None], vocabulary.to_tokens(codes)], dim=1)
 
 
 # ---- vocabulary ----
@@ -114,7 +92,7 @@ def test_codes_of_another_shape_are_refused(shape):
 @backbones
 @pytest.mark.parametrize("depth", [1, 3])
 def test_logits(backbone, depth):
-    prior = make(backbone, depth).eval()
+    prior = small_prior(backbone, depth).eval()
     tokens = tokens_for(prior)
     assert prior(tokens[:, :-1]).shape == (4, prior.vocabulary.length, prior.conditioning.size)
     assert prior(tokens[:, :1]).shape == (4, 1, prior.conditioning.size)
@@ -124,7 +102,7 @@ def test_logits(backbone, depth):
 
 @backbones
 def test_future_tokens_change_no_earlier_logits(backbone):
-    prior = make(backbone).eval()
+    prior = small_prior(backbone).eval()
     tokens = tokens_for(prior, batch=1)
     before = prior(tokens)
     for position in range(tokens.shape[1]):
@@ -144,7 +122,7 @@ def test_future_tokens_change_no_earlier_logits(backbone):
 
 @backbones
 def test_the_condition_and_the_order_of_codes_matter(backbone):
-    prior = make(backbone).eval()
+    prior = small_prior(backbone).eval()
     tokens = tokens_for(prior, batch=1).expand(4, -1).clone()
     tokens[:, 0] = prior.conditioning.classes.of_labels(torch.tensor([-1, 0, 1, 2]))
     last = prior(tokens)[:, -1]
@@ -158,7 +136,7 @@ def test_the_condition_and_the_order_of_codes_matter(backbone):
 
 @backbones
 def test_dropout_is_in_training_and_nowhere_else(backbone):
-    prior = make(backbone, dropout=0.3)
+    prior = small_prior(backbone, dropout=0.3)
     tokens = tokens_for(prior)
     assert prior.training
     one, two = prior(tokens), prior(tokens)
@@ -170,14 +148,14 @@ def test_dropout_is_in_training_and_nowhere_else(backbone):
     prior.eval()
     plain = prior(tokens)
     assert torch.equal(prior(tokens), plain)
-    without = make(backbone, dropout=0.0).train()
+    without = small_prior(backbone, dropout=0.0).train()
     assert torch.equal(without(tokens), plain), "dropout is no part of what the weights mean"
 
 
 @backbones
 def test_dropout_follows_a_copy(backbone):
     """The averaged and the best weights are copies of a prior; each obeys its own mode."""
-    prior = make(backbone, dropout=0.3)
+    prior = small_prior(backbone, dropout=0.3)
     tokens = tokens_for(prior)
     twin = copy.deepcopy(prior).eval()
     assert torch.equal(twin(tokens), twin(tokens)) and prior.training
@@ -189,7 +167,7 @@ def test_dropout_follows_a_copy(backbone):
 @backbones
 def test_dropout_stands_where_gpt2_has_it(backbone):
     """At rate p kept values are scaled by 1 / (1 - p): the embeddings that reach the first block show it."""
-    prior = make(backbone, dropout=0.5)
+    prior = small_prior(backbone, dropout=0.5)
     seen = []
     body = prior.backbone.transformer.h if backbone == "gpt2" else prior.backbone.model.layers
     body[0].register_forward_pre_hook(
@@ -203,7 +181,7 @@ def test_dropout_stands_where_gpt2_has_it(backbone):
 
 @backbones
 def test_every_parameter_gets_a_gradient(backbone):
-    prior = make(backbone)
+    prior = small_prior(backbone)
     tokens = tokens_for(prior)
     token_nats(prior(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
     assert [name for name, p in prior.named_parameters() if p.grad is None] == []
@@ -256,7 +234,7 @@ def tokenizer(tmp_path_factory) -> tuple[Path, str]:
 @backbones
 def test_folder_round_trip(tmp_path, tokenizer, backbone):
     folder, mark = tokenizer
-    prior = make(backbone, mark=mark).eval()
+    prior = small_prior(backbone, mark=mark).eval()
     saved = prior.save(tmp_path / "run", folder)
     loaded = Prior.load(tmp_path / "run")
     assert saved == loaded.fingerprint == prior.fingerprint and not loaded.training
@@ -284,7 +262,7 @@ def test_folder_round_trip(tmp_path, tokenizer, backbone):
 
 def test_unconditional_and_deep_priors_are_restored(tmp_path, tokenizer):
     folder, mark = tokenizer
-    prior = make(depth=3, classes=0, mark=mark).eval()
+    prior = small_prior(depth=3, classes=0, mark=mark).eval()
     prior.save(tmp_path, folder)
     loaded = Prior.load(tmp_path)
     assert loaded.vocabulary == prior.vocabulary and loaded.conditioning.classes.names is None
@@ -293,7 +271,7 @@ def test_unconditional_and_deep_priors_are_restored(tmp_path, tokenizer):
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     folder, mark = tokenizer
-    prior = make(mark="0" * 64)
+    prior = small_prior(mark="0" * 64)
     with pytest.raises(UserError) as caught:
         prior.save(tmp_path / "run", folder)
     text = str(caught.value)
@@ -333,7 +311,7 @@ def edit(path: Path, **values) -> None:
 )
 def test_an_edited_config_json_is_refused(tmp_path, tokenizer, backbone, values):
     folder, mark = tokenizer
-    make(backbone, mark=mark).save(tmp_path, folder)
+    small_prior(backbone, mark=mark).save(tmp_path, folder)
     Prior.load(tmp_path)
     edit(tmp_path / "config.json", **values)
     assert "config.json" in not_loaded(tmp_path)
@@ -341,7 +319,7 @@ def test_an_edited_config_json_is_refused(tmp_path, tokenizer, backbone, values)
 
 def test_names_of_the_writer_in_config_json_do_not_matter(tmp_path, tokenizer):
     folder, mark = tokenizer
-    make(mark=mark).save(tmp_path, folder)
+    small_prior(mark=mark).save(tmp_path, folder)
     edit(tmp_path / "config.json", transformers_version="5.17.0", dtype="bfloat16")
     Prior.load(tmp_path)
 
@@ -370,14 +348,14 @@ def test_names_of_the_writer_in_config_json_do_not_matter(tmp_path, tokenizer):
 )
 def test_an_edited_description_is_refused(tmp_path, tokenizer, values):
     folder, mark = tokenizer
-    make(mark=mark).save(tmp_path, folder)
+    small_prior(mark=mark).save(tmp_path, folder)
     edit(tmp_path / "vqgen.json", **values)
     not_loaded(tmp_path)
 
 
 def test_damaged_weights_are_refused(tmp_path, tokenizer):
     folder, mark = tokenizer
-    make(mark=mark).save(tmp_path, folder)
+    small_prior(mark=mark).save(tmp_path, folder)
     path = tmp_path / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-8])
@@ -391,7 +369,7 @@ def test_damaged_weights_are_refused(tmp_path, tokenizer):
 
 def test_weights_keep_the_names_of_transformers(tmp_path, tokenizer):
     folder, mark = tokenizer
-    make(dropout=0.5, mark=mark).save(tmp_path, folder)
+    small_prior(dropout=0.5, mark=mark).save(tmp_path, folder)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.embed_tokens.weight" in names and "lm_head.weight" in names
     assert not any("dropout" in name or "backbone" in name for name in names)
@@ -495,7 +473,7 @@ def test_every_epoch_shows_every_image_once_and_in_time_every_view(tmp_path):
 
 @backbones
 def test_likelihood_is_that_of_a_naive_loop(backbone):
-    prior = make(backbone).eval()
+    prior = small_prior(backbone).eval()
     tokens = tokens_for(prior, batch=3)
     total, count = 0.0, 0
     for row in tokens.tolist():
@@ -512,7 +490,7 @@ def test_likelihood_is_that_of_a_naive_loop(backbone):
 
 
 def test_bits_per_dimension_of_a_uniform_prior_by_hand():
-    prior = make(depth=3, classes=0, codebook_size=5).eval()  # 15 codes and the null id: 16 ids, 4 bits each
+    prior = small_prior(depth=3, classes=0, codebook_size=5).eval()  # 15 codes and the null id: 16 ids, 4 bits each
     torch.nn.init.zeros_(prior.backbone.lm_head.weight)
     found = likelihood(prior, [tokens_for(prior)], Accelerator(cpu=True))
     assert found.nats_per_token == pytest.approx(math.log(16), rel=1e-5)
@@ -520,7 +498,7 @@ def test_bits_per_dimension_of_a_uniform_prior_by_hand():
 
 
 def test_likelihood_does_not_depend_on_the_batch_size():
-    prior = make().eval()
+    prior = small_prior().eval()
     tokens = tokens_for(prior, batch=7)
     whole = likelihood(prior, [tokens], Accelerator(cpu=True))
     for size in (1, 3):
@@ -542,7 +520,7 @@ def test_token_nats_are_float32_and_by_target():
 @pytest.mark.parametrize(("depth", "classes"), [(1, 3), (3, 0)])
 def test_preview_draws_legal_codes_and_leaves_the_random_state(backbone, depth, classes):
     # Of the ids 10 to 14 in 15 are illegal at any position: an untrained prior would draw them at once.
-    prior = make(backbone, depth, classes, codebook_size=5 if depth == 3 else 1 + 1).eval()
+    prior = small_prior(backbone, depth, classes, codebook_size=5 if depth == 3 else 1 + 1).eval()
     before = torch.get_rng_state()
     codes = preview_codes(prior, 40, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
@@ -554,7 +532,7 @@ def test_preview_draws_legal_codes_and_leaves_the_random_state(backbone, depth, 
 
 
 def test_preview_shows_the_classes_in_turn(monkeypatch):
-    prior = make().eval()
+    prior = small_prior().eval()
     given: list[list[int]] = []
     generate = type(prior.backbone).generate
 
@@ -573,7 +551,7 @@ def test_preview_draws_from_the_prior_as_it_is():
     64 codes, since transformers' own default keeps the 50 likeliest; their variation distance to what is drawn here
     would be 0.12, that of a temperature of 0.5 0.14, and the noise of 4000 draws is 0.05.
     """
-    prior = make(classes=0, codebook_size=64).eval()
+    prior = small_prior(classes=0, codebook_size=64).eval()
     with torch.no_grad():
         prior.backbone.lm_head.weight *= 5  # uneven, so that another temperature shows
         expected = prior(torch.tensor([[prior.conditioning.null]]))[0, -1, :64].softmax(dim=0)

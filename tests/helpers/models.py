@@ -69,3 +69,25 @@ def codes_for(folder: Path, model: Path, **options) -> Path:
     manifest["tokenizer_fingerprint"] = Prior.load(model).tokenizer_fingerprint
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def conditioning_of(codebook_size, depth, grid, classes, names=None) -> Conditioning:
+    """Class-conditional sequences, or unconditional ones without classes."""
+    return Conditioning(Vocabulary(codebook_size, depth, grid), [Classes(classes, names or NAMES[:classes] or None)])
+
+
+def small_prior(backbone="llama", depth=1, classes=3, codebook_size=8, dropout=0.1, seed=0, mark="f" * 64) -> Prior:
+    torch.manual_seed(seed)
+    config = PriorConfig(backbone=backbone, dim=16, layers=2, heads=2, dropout=dropout)
+    return Prior(config, conditioning_of(codebook_size, depth, (2, 3), classes), (3, 4, 6), mark)
+
+
+def tokens_for(prior: Prior, batch=4, seed=0) -> torch.Tensor:
+    """Random legal sequences (B, 1 + length): a condition and codes, each in the range of its position."""
+    vocabulary = prior.vocabulary
+    random = torch.Generator().manual_seed(seed)
+    shape = (batch, *code_shape(vocabulary.grid, vocabulary.depth))
+    codes = torch.randint(vocabulary.codebook_size, shape, generator=random)
+    classes = prior.conditioning.classes
+    labels = torch.randint(-1, max(classes.count, 1), (batch,), generator=random)
+    return torch.cat([classes.of_labels(labels)[:, None], vocabulary.to_tokens(codes)], dim=1)
