@@ -15,6 +15,7 @@ from PIL import Image
 
 from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer import train
 from vqgen.tokenizer.data import sources, tables
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
@@ -371,6 +372,16 @@ def test_a_test_split_is_never_validated_on(rows, tmp_path):
     assert names_of(sources.open_source(folder, "test", 0.25)) == [
         f"{i:03}.png" for i in [*range(40, 60, 2), *range(41, 60, 2)]
     ]
+
+
+def test_training_says_that_a_test_split_is_left_for_evaluation(rows, tmp_path, cli):
+    for part, start, count in (("train", 0, 12), ("test", 12, 5)):
+        write_files([f"{part}/{i}.png" for i in range(count)], rows[0][start:], tmp_path / "images")
+    words = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --steps 1".split()
+    words += "--batch-size 4 --holdout 0.25 --precision fp32 --codebook-size 16".split()
+    result = cli(train.main, "--data", tmp_path / "images", "--output", tmp_path / "run", *words)
+    said = [line for line in (result.out + result.err).splitlines() if "test split" in line]
+    assert result.code == 0 and len(said) == 1 and "5 images" in said[0], result.err
 
 
 def test_three_splits_are_kept_and_a_missing_one_is_an_error(rows, tmp_path):

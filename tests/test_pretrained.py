@@ -51,7 +51,7 @@ def test_its_receipts_are_of_this_very_model():
 
 @pytest.mark.slow
 def test_its_reconstructions_are_what_the_receipt_says(cli):
-    """The figures of the first 1,000 test images of CIFAR-10, measured again."""
+    """The metrics of the first 1,000 test images of CIFAR-10, measured again."""
     if not (REAL / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
     path = RECEIPTS / "reconstruction-1000.json"
@@ -62,7 +62,7 @@ def test_its_reconstructions_are_what_the_receipt_says(cli):
 
 @pytest.mark.slow
 def test_its_likelihood_is_what_the_card_says():
-    """Nats a token of the first 1,000 test images of CIFAR-10, against the card's figure over all 10,000."""
+    """Nats a token of the first 1,000 test images of CIFAR-10, against the card's value over all 10,000."""
     if not (REAL / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
     from vqgen.tokenizer.data.dataset import open_images
