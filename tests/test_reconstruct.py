@@ -463,7 +463,8 @@ def test_an_interrupted_run_is_done_again(tmp_path, cli, grey, monkeypatch):
     words = [tmp_path / "in", "--tokenizer", grey, "--output", out]
     assert cli(main, *words).code == 130
     assert "metrics.partial.json" in names(out) and "metrics.json" not in names(out) and len(names(out)) == 3
-    (out / ".00003-x.png.77.part").touch()
+    listed = json.loads((out / "metrics.partial.json").read_text())["pictures"][3]["file"]
+    (out / f".{listed}.77.part").touch()
     monkeypatch.setattr(comparison, "write_png_atomic", write)
     # Also where it now has fewer pictures than before.
     assert cli(main, *words, "--pictures", 1).code == 0
