@@ -12,6 +12,7 @@ from processes import write_images
 
 from vqgen.errors import UsageError
 from vqgen.evaluation import program as evaluate
+from vqgen.evaluation.report import program as report
 from vqgen.metric import Metric
 from vqgen.prior import conditioning, export
 from vqgen.prior.conditioning import Classes, Part, Rows
@@ -37,7 +38,7 @@ TINY += " --batch-size 4 --holdout 0.2 --precision fp32"
 
 
 def test_another_metric(cli, tmp_path, monkeypatch):
-    """One entry in the registry: validations and receipts have it."""
+    """One entry in the registry: validations, receipts and the report have it."""
 
     def mean_absolute_error(images, targets):
         return (images.float() - targets.float()).abs().flatten(1).mean(dim=1)
@@ -51,8 +52,10 @@ def test_another_metric(cli, tmp_path, monkeypatch):
     words = ["--tokenizer", run, *data, "--holdout", 0.2, "--output", tmp_path / "receipt.json", "--device", "cpu"]
     assert cli(evaluate.main, "reconstruction", *words).code == 0
     receipt = json.loads((tmp_path / "receipt.json").read_text())
-    measured = receipt.get("metrics", receipt.get("figures"))["mae"]
+    measured = receipt["metrics"]["mae"]
     assert 0 < measured < 255 and measured == pytest.approx(validated, rel=1e-5)
+    assert cli(report.main, run, "--output", tmp_path / "report.html").code == 0
+    assert "Mean absolute error" in (tmp_path / "report.html").read_text()
 
 
 # ---- the prior ----
