@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
 from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range
@@ -22,6 +22,17 @@ def _check_weights_are_used(extractor: str, weights: str | None) -> None:
 @dataclass
 class ReconstructionConfig(Options):
     """Options of `vqgen-eval reconstruction`."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+        "data",
+        "split",
+        "n",
+        "output",
+        "perceptual_weights",
+        "extractor",
+        "weights",
+    )
 
     tokenizer: Path
     """Run or model folder of the tokenizer."""
@@ -65,6 +76,8 @@ class ReconstructionConfig(Options):
 class LikelihoodConfig(Options):
     """Options of `vqgen-eval likelihood`."""
 
+    COMMON: ClassVar[tuple[str, ...]] = ("model", "codes", "split", "n", "output", "map")
+
     model: Path
     """Run or model folder of the prior."""
     codes: Path
@@ -90,6 +103,19 @@ class LikelihoodConfig(Options):
 @dataclass
 class SamplesConfig(Options):
     """Options of `vqgen-eval samples`."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "model",
+        "samples",
+        "data",
+        "split",
+        "n",
+        "output",
+        "extractor",
+        "weights",
+        "classifier",
+        "at",
+    )
 
     data: str = ""
     """Real images to compare with: as for vqgen-train-tokenizer."""
@@ -158,6 +184,8 @@ class SamplesConfig(Options):
 class ClassifierTraining(Options):
     """Options of `vqgen-eval classifier`."""
 
+    COMMON: ClassVar[tuple[str, ...]] = ("data", "output", "size", "channels", "steps")
+
     data: str
     """Labelled images: as for vqgen-train-tokenizer."""
     output: Path
@@ -205,6 +233,18 @@ class CodebookConfig(Options):
 @dataclass
 class ReplayConfig(Options):
     """Options of `vqgen-eval replay`: receipts, and where this machine keeps what they were measured on."""
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "receipts",
+        "data",
+        "tokenizer",
+        "model",
+        "codes",
+        "samples",
+        "weights",
+        "perceptual_weights",
+        "without_classifier",
+    )
 
     receipts: list[Path] = field(metadata={"positional": "RECEIPT"})
     """Receipts to measure again."""
