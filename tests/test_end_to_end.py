@@ -70,7 +70,7 @@ def test_the_artefacts_belong_together(runs: Path) -> None:
     assert copies == {tokenizer.fingerprint} == {prior.tokenizer_fingerprint}
     heldout = CodeFiles(runs / "codes", "heldout")
     assert (len(heldout), heldout.grid, heldout.codebook_size) == (1000, (7, 7), 32)
-    assert heldout.class_names == prior.class_names and len(prior.class_names or []) == 10
+    assert heldout.class_names == prior.conditioning.describe()["class_names"] and len(heldout.class_names or []) == 10
     # The codes on disk are those of the images.
     images = open_images("demo", "heldout", ImageConfig(size=[28, 28], channels=1))
     pixels = torch.stack([to_float(images[index].image) for index in range(4)])
