@@ -37,7 +37,7 @@ An autoregressive model of the codes of an image tokenizer, exported by vqgen {v
 | tokenizer | sha256 {tokenizer} |
 
 Token ids: {ids}.
-To draw, start from a prefix and take exactly {length} tokens, at each only ids that are codes{ranges}.
+To sample, start from a prefix and generate exactly {length} tokens, each among the ids of codes{ranges}.
 {guidance}
 
 ```python
@@ -48,11 +48,11 @@ from vqgen import Tokenizer
 prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
 tokenizer = Tokenizer.load("FOLDER/tokenizer")
 prefix = torch.tensor([{example}] * 4)
-def legal(row, ids):  # the ids that may come next
+def allowed(row, ids):  # ids of the next position
     first = (len(ids) - {prefix}) % {each} * {codebook_size}
     return list(range(first, first + {codebook_size}))
 
-tokens = prior.generate(prefix, do_sample=True, top_k=0, prefix_allowed_tokens_fn=legal)
+tokens = prior.generate(prefix, do_sample=True, top_k=0, prefix_allowed_tokens_fn=allowed)
 codes = tokens[:, {prefix}:]{reorder}.reshape(4, {shape}){unshift}
 images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
 ```
@@ -60,7 +60,7 @@ images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
 
 
 def card(prior: Prior, dtype: str) -> str:
-    """The text of README.md."""
+    """Text of the model card, README.md."""
     vocabulary, conditioning, depth = prior.vocabulary, prior.conditioning, prior.vocabulary.depth
     positions = vocabulary.to_grid(torch.arange(vocabulary.length)[None]).flatten().tolist()
     example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
@@ -89,7 +89,7 @@ def card(prior: Prior, dtype: str) -> str:
             if absent != example
             else "It was trained without dropping its conditions, so there is no guidance."
             if any(part.informative for part in conditioning.parts)
-            else "It knows no classes."
+            else "It is unconditional."
         ),
         example=example,
         reorder=f"[:, {positions}]" if vocabulary.order != "raster" else "",
@@ -100,7 +100,7 @@ def card(prior: Prior, dtype: str) -> str:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Round all weights. Raises `UsageError` where one is too large for the type."""
+    """Cast all weights. Raises `UsageError` where one overflows the type."""
     module.to(dtype)
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
