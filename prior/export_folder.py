@@ -11,6 +11,7 @@ from vqgen import __version__
 from vqgen.artifact import copy_artifact, fingerprint, write_tensors
 from vqgen.errors import UsageError
 from vqgen.files import atomic_path, write_json, write_text
+from vqgen.output_folder import OutputFolder
 
 from .export import ExportConfig
 from .model import Prior
@@ -109,8 +110,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 def export_prior(config: ExportConfig) -> None:
     """Write the folder; see `export.py`. Raises `UserError`."""
-    if config.output.exists():
-        raise UsageError(f"--output: {config.output} exists; choose another folder")
+    OutputFolder(config.output).refuse_foreign()
     prior = Prior.load(config.model)
     tokenizer = prior.load_tokenizer(config.model / "tokenizer")
     dtype = getattr(torch, config.dtype)

@@ -1,4 +1,4 @@
-"""Model folders: architecture, weights, fingerprint.
+"""Model folders: read and write architecture and weights, with a fingerprint.
 
 A model folder is what inference needs and nothing else: `vqgen.json` (architecture and contract) beside
 `model.safetensors`. The fingerprint, a sha256 over the tensors, ties codes and priors to their tokenizer.
@@ -22,7 +22,7 @@ from .files import DESCRIPTION, WEIGHTS, atomic_path, read_json, write_json
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; a missing or truncated one is a `UserError` that names it."""
+    """Read a safetensors file. Raises `UserError` where it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over every tensor's name, type, shape and bytes, in order of name; 64 hex digits."""
+    """Return the sha256 over name, type, shape and bytes of every tensor, in order of name, as 64 hex digits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -49,7 +49,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model folder as read: its description (without the reserved keys), its tensors and their fingerprint."""
+    """Content of a model folder: description (without kind, version and fingerprint), tensors and their fingerprint."""
 
     description: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -72,7 +72,7 @@ def save_artifact(folder: Path, kind: str, description: Mapping[str, Any], tenso
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:
-    """Read a model folder and check its kind and fingerprint. Raises `UserError` where anything does not fit."""
+    """Read a model folder. Raises `UserError` where it is of another kind or its weights have another fingerprint."""
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         state = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}"
@@ -93,7 +93,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
 
 
 def copy_artifact(source: Path, target: Path) -> None:
-    """Copy what a model folder needs for inference, and nothing else, as the folder `target`, atomically."""
+    """Copy description and weights of a model folder to the folder `target`, atomically."""
     with atomic_path(target) as temporary:
         temporary.mkdir(parents=True)
         for name in (DESCRIPTION, WEIGHTS):

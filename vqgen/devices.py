@@ -1,4 +1,4 @@
-"""What the machine offers: processes, devices, and the precision they compute in."""
+"""Devices, processes and precision of a run, and a description of the machine."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from .errors import UsageError
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """The device that was named; `auto` is CUDA where there is one, else the CPU. Raises `UsageError`."""
+    """Return the device of a name; `auto` is CUDA where there is a CUDA device, else the CPU. Raises `UsageError`."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
@@ -31,13 +31,13 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", "fp16"]:
-    """Accelerate's name of the precision; `auto` takes bf16 where the hardware computes in it."""
+    """Return Accelerate's name of the precision; `auto` is bf16 where the hardware supports it. Raises `UsageError`."""
     if precision == "fp16" and device.type != "cuda":
         raise UsageError(f"--precision: fp16 needs a CUDA device, found {device.type}; use auto, bf16 or fp32")
     if precision == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        # These CPU checks are private in some versions of torch; where they are missing float32 is always right.
+        # These checks are private in some versions of torch; without them float32 is used.
         checks = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         return "bf16" if device.type == "cpu" and any(check() for check in checks if check) else "no"
     if precision not in ("fp32", "bf16", "fp16"):
@@ -46,22 +46,23 @@ def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", 
 
 
 def processes(cpu: bool = False, **settings: Any) -> PartialState:
-    """Accelerate's view of the processes; the first call decides, `settings` go to torch's process group.
+    """Return Accelerate's state of the processes; the first call initializes it.
 
     Args:
-        cpu: compute on the CPU whatever there is. Where there is nothing else it must be said: Accelerate then takes
-            the processes that a launcher started for so many runs of one process each, in one and the same folder.
+        cpu: compute on the CPU even where there is an accelerator. Without one it is always set: Accelerate would
+            otherwise take the processes of a launcher for independent runs of one process each.
+        settings: arguments of torch's process group.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     first = not torch.distributed.is_initialized()
     state = PartialState(cpu=cpu, **settings)
-    if first:  # or one that refuses its options is gone before the others have finished connecting to it
+    if first:  # else a process that exits on a wrong option is gone before the others have connected to it
         state.wait_for_everyone()
     return state
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of a large matrix product, measured now, in about a tenth of a second.
+    """Measure the floating-point operations per second of a large matrix product, for a tenth of a second.
 
     Args:
         precision: Accelerate's name.
@@ -69,7 +70,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    float((left @ right)[0, 0])  # the first product also loads its kernels
+    float((left @ right)[0, 0])  # warm-up: the first product loads the kernels
     best, until = 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < until:
         start = time.perf_counter()
@@ -80,14 +81,14 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 
 def keep_memory(device: torch.device) -> None:
-    """Let a process that trains on a CPU keep what a step frees for the next one (Linux with glibc; else nothing).
+    """Keep memory that a training step on a CPU frees for the next step (Linux with glibc; elsewhere do nothing).
 
-    glibc gives large tensors back to the system as they are freed. Getting them again costs a page fault every 4 KiB,
-    a tenth of the step of a large model; the most memory in use stays the same.
+    glibc returns large tensors to the system as they are freed. Allocating them again costs a page fault per 4 KiB,
+    a tenth of the step of a large model; peak memory stays the same.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in other C libraries
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, -1)
@@ -95,14 +96,14 @@ def keep_memory(device: torch.device) -> None:
 
 
 def describe(device: torch.device, precision: str, count: int) -> dict[str, Any]:
-    """What a run computes on and with, to be kept beside its figures; nothing by which a machine is told from others.
+    """Describe hardware and software for metadata of metrics; nothing in it identifies a single machine.
 
     Args:
         precision: Accelerate's name.
         count: processes.
     """
     processor = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):  # Linux on x86; elsewhere the file or the line is missing
+    with suppress(OSError, StopIteration):  # only Linux on x86 has the file and the line
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         processor = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return {

@@ -1,13 +1,13 @@
-"""Errors a user can cause: one line that names the file or option, what was found, and what to do."""
+"""Errors that a user can cause. The message names the file or option, what was found, and what to do."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is a single line; the command line prints it without a traceback."""
+    """An error that the user can fix; the command line prints its message as one line, without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A wrong option or configuration key: the command line ends with exit code 2."""
+    """A wrong option or configuration key; exit code 2."""
 
     exit_code = 2

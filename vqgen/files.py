@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 
 def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,25 +37,25 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success sync it and rename it into place, on failure remove it.
+    """Yield a temporary path in the folder of `path`; on success rename it to `path`, on failure remove it.
 
-    The temporary may be written as a file or made a folder; an existing folder at `path` is replaced.
-    An `OSError` (full disk, no permission) becomes a `UserError` that names `path`; what was there before stays.
+    The temporary may become a file or a folder; an existing file or folder at `path` is replaced. Raises `UserError`
+    where it cannot be written (full disk, no permission); an existing `path` then stays as it was.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # a killed process of the same number may have left one
+        _remove(temporary)  # a killed process with the same number may have left it
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
         for item in [*sorted(temporary.rglob("*")), temporary] if temporary.is_dir() else [temporary]:
-            if item.is_file():  # safetensors makes files that nobody else may read
+            if item.is_file():  # safetensors creates files that only their owner may read
                 item.chmod(0o666 & ~mask)
             _sync(item)
         if temporary.is_dir() and path.is_dir():
-            # A folder cannot be renamed over a full one: the old one steps aside for an instant.
+            # A folder cannot be renamed over one that is not empty: the old one is moved away first.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.rename(path, aside / "old")
             try:
@@ -69,7 +69,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        # What stands in the way may be another path, e.g. a parent folder that is a file.
+        # The error may concern another path, e.g. a parent folder that is a file.
         other = getattr(error, "filename", None) not in (None, str(temporary), temporary)
         reason = str(error) if other else getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}") from error
@@ -91,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` where `path` cannot become a file or a folder: to be known before the work, not after it."""
+    """Raise `UserError` where `path` cannot be created: called before long work, whose result would be lost."""
     above = next(folder for folder in Path(path).absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         state = "may not be written to" if above.is_dir() else "is a file"
@@ -104,7 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing, unreadable or malformed file is a `UserError` that names it."""
+    """Read a JSON object. Raises `UserError` where the file is missing, unreadable or malformed."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

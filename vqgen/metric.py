@@ -1,4 +1,4 @@
-"""What a metric is: a name, how people read it, and the function that computes it."""
+"""Declaration of a metric: name, title, unit, and the function that computes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""One value of a configuration: what YAML or the command line says -> the type its option declares.
+"""Conversion of a value from YAML or the command line to the type that its option declares.
 
-YAML 1.1 reads `no` as false, `1:30` as 90 and `1e-4` as text. Here the option's type decides what a word means.
+YAML 1.1 reads `no` as false, `1:30` as 90 and `1e-4` as text. Here the type of the option decides.
 """
 
 import operator
@@ -43,7 +43,7 @@ for _tag, _first, _pattern in (
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes whatever either `YamlLoader` or any other reader of YAML would take for something else than text."""
+    """Quotes text that `YamlLoader` or another YAML reader would read as something else."""
 
 
 YamlDumper.yaml_implicit_resolvers = {
@@ -58,7 +58,7 @@ def kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def type_name(hint: Any) -> str:
-    """A type in the words of `--help` and of errors."""
+    """A type as errors name it."""
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(str(value) for value in typing.get_args(hint))
     members = [kind for kind in kinds(hint) if kind is not type(None)]
@@ -71,10 +71,10 @@ def type_name(hint: Any) -> str:
 
 
 def from_words(hint: Any, words: list[str]) -> Any:
-    """What was typed for an option of this type, not checked yet; text stays as typed (`no` may be a name).
+    """Parse words of the command line for an option of this type; the result is not checked yet.
 
-    A list is several words, or one that is a YAML list or, of numbers and the like, holds commas: a name or a path may
-    have some of its own. `none` empties what may be empty.
+    Text is kept as typed. A list is several words, one word that is a YAML list, or, except for text and paths, one
+    word with commas. `none` is None where the option may be None.
     """
     members = kinds(hint)
     empty = (["null"],) if list[str] in members else (["null"], ["none"])  # a class may be called none
@@ -96,7 +96,7 @@ def from_words(hint: Any, words: list[str]) -> Any:
 def _from_word(word: str) -> Any:
     with suppress(yaml.YAMLError):
         return yaml.load(word, YamlLoader) if word.strip() else word
-    return word  # no YAML: stays text, for the type check to name
+    return word  # not YAML: kept as text for the message of the type check
 
 
 def _as_int(value: Any) -> int:

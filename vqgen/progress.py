@@ -1,4 +1,4 @@
-"""The progress bar of every program."""
+"""Progress bar of every program."""
 
 import sys
 
@@ -6,6 +6,6 @@ from tqdm import tqdm
 
 
 def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> tqdm:
-    """A progress bar on the main process; none where the output is no terminal, e.g. in a log file."""
+    """Return a progress bar, shown on the main process where stderr is a terminal."""
     hidden = None if main else True
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden, file=sys.stderr, smoothing=0.1)

@@ -1,6 +1,6 @@
-"""Randomness as a function of (seed, step): what a run draws depends on nothing that came before.
+"""Random numbers as a function of (seed, step): they do not depend on what was drawn before.
 
-This is what makes a resume exact without random states on disk, and a run independent of its worker processes.
+So a run resumes exactly without random states on disk, and does not depend on its number of worker processes.
 """
 
 import hashlib
@@ -10,13 +10,13 @@ import numpy as np
 
 
 def hash64(*parts: object) -> int:
-    """A fixed 64-bit number from the parts' text: the same on every machine, in every process, for ever."""
+    """Hash the text of `parts` to 64 bits: the same number on every machine and in every process."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def step_seed(seed: int, *where: int) -> int:
-    """A 63-bit seed, as torch takes it, for a place in a run, e.g. (step, process)."""
+    """Return a 63-bit seed, as torch takes it, for a position in a run, e.g. (step, process)."""
     return hash64(seed, *where) >> 1
 
 
@@ -26,9 +26,9 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
-    """Indices `start .. start + size` of an endless sequence of shuffled epochs over `count` examples: int64 (size,).
+    """Return items `start .. start + size` of an endless sequence of shuffled epochs over `count` examples.
 
-    Each epoch holds every example once, in an order of its own; a slice may cross epochs.
+    Each epoch holds every example once, in its own order; a slice may cross epochs. Returns indices: int64 (size,).
     """
     parts: list[np.ndarray] = []
     while size > 0:
@@ -40,6 +40,8 @@ def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
 
 
 def fixed_subset(count: int, among: int) -> list[int]:
-    """`count` of the indices below `among`, in order, always the same: a sample of a set whatever its order, which in a
-    folder of classes is one class after the other. All where `among` is not more."""
+    """Return `count` random indices below `among`, ascending and always the same; all where `among` is not more.
+
+    A prefix would not do: images in folders of classes are sorted by class.
+    """
     return sorted(epoch_slice(among, 0, 0, count).tolist()) if count < among else list(range(among))
