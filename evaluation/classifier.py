@@ -13,6 +13,7 @@ from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import check_writable
 from vqgen.metric import Metric
+from vqgen.output_folder import OutputFolder
 from vqgen.progress import progress
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
@@ -88,8 +89,7 @@ class Classifier(nn.Module):
 
 def train_classifier(config: ClassifierTraining) -> None:
     """Train a classifier on real images. Raises `UserError`."""
-    if config.output.exists():
-        raise UsageError(f"--output: {config.output} exists; choose another folder")
+    OutputFolder(config.output).refuse_foreign()
     check_writable(config.output)
     if processes().num_processes > 1:
         raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")

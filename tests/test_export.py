@@ -94,6 +94,7 @@ def test_a_weight_too_large_for_its_type_is_refused(cli, tmp_path):
 def test_exporting_replaces_nothing(cli, tmp_path):
     model = make_prior(tmp_path / "model")
     (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine").write_text("mine")
     result = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
-    assert result.code == 2 and "exists; choose another" in result.err
-    assert not list((tmp_path / "export").iterdir())
+    assert result.code == 2 and "--output" in result.err and "mine" in result.err
+    assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["mine"]
