@@ -23,9 +23,9 @@ from vqgen.tokenizer.codes.writer import encode_batch, tokenize
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 
 
 def encoder_alone(tokenizer: Tokenizer, images: torch.Tensor, count: int, precision: str) -> float:
@@ -47,8 +47,8 @@ def end_to_end(config: TokenizeConfig, count: int) -> float:
 
 def untrained(folder: Path) -> Path:
     """Save an untrained tokenizer of the demo's size: the rate does not depend on the weights."""
-    model = ModelConfig(width=32, multipliers=[1, 2, 4], blocks=1, groups=8)
-    tokenizer = Tokenizer(TokenizerConfig([32, 32], 1, model, QuantizerConfig()))
+    model = VQGANConfig(width=32, multipliers=[1, 2, 4], blocks=1, groups=8)
+    tokenizer = Tokenizer(TokenizerConfig([32, 32], 1, model, VQConfig()))
     tokenizer.save(folder)
     return folder
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from vector_quantize_pytorch import VectorQuantize
 
 from vqgen.tokenizer.quantizers.codebook import Codebook
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 
 DECAY, COMMITMENT = 0.99, 0.25
 Step = Callable[[], None]
@@ -92,9 +92,7 @@ def main() -> None:
         for dim in options.dims:
             torch.manual_seed(0)
             vectors = torch.randn(options.vectors, dim, device=device)
-            config = QuantizerConfig(
-                codebook_size=size, codebook_decay=DECAY, commitment_weight=COMMITMENT, revive_after=0
-            )
+            config = VQConfig(codebook_size=size, codebook_decay=DECAY, commitment_weight=COMMITMENT, revive_after=0)
             library = VectorQuantize(
                 dim, size, decay=DECAY, commitment_weight=COMMITMENT, use_cosine_sim=cosine, rotation_trick=False
             )

@@ -33,7 +33,8 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.autoencoder import Attention
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.networks.group_norm import GroupNorm
-from vqgen.tokenizer.train import TokenizerTraining, build
+from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.tokenizer.trainer import build
 
 
 def settings(options: argparse.Namespace, precision: str, output: Path) -> TokenizerTraining:
@@ -127,9 +128,9 @@ class Straightforward:
             self.distance = own.distance.to(device)
         if config.gan.gan_weight:
             gan, images = config.gan, config.images
-            judge = PatchDiscriminator(images.channels, images.size, gan.gan_width, gan.gan_layers)
-            self.judge = plainly(judge).to(device)
-            self.judge_optimizer = self.adam(self.judge)
+            discriminator = PatchDiscriminator(images.channels, images.size, gan.gan_width, gan.gan_layers)
+            self.discriminator = plainly(discriminator).to(device)
+            self.discriminator_optimizer = self.adam(self.discriminator)
         self.images = to_float(noise(config).to(device))
 
     def adam(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -139,22 +140,28 @@ class Straightforward:
         images = self.images
         z_q, loss = self.quantizer(self.encoder(images))
         fakes = self.decoder(z_q)
-        likeness = F.mse_loss(fakes, images)
+        reconstruction = F.mse_loss(fakes, images)
         if self.distance is not None:
-            likeness = likeness + self.distance(fakes, images).mean()
-        loss = loss + likeness
+            reconstruction = reconstruction + self.distance(fakes, images).mean()
+        loss = loss + reconstruction
         if self.config.gan.gan_weight:
-            adversarial = -self.judge(fakes).mean()
-            last = self.decoder.get_parameter("last.weight")
-            norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (likeness, adversarial)]
+            adversarial = -self.discriminator(fakes).mean()
+            last = self.decoder.last_weight
+            norms = [
+                torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, adversarial)
+            ]
             loss = loss + 0.5 * (norms[0] / (norms[1] + 1e-4)).detach() * adversarial
         self.update(loss, self.model, self.optimizer)
         with torch.no_grad():
             for mean, value in zip(self.average.parameters(), self.model.parameters()):
                 mean.lerp_(value, 0.001)
         if self.config.gan.gan_weight:
-            real, fake = self.judge(images), self.judge(fakes.detach())
-            self.update(0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()), self.judge, self.judge_optimizer)
+            real, fake = self.discriminator(images), self.discriminator(fakes.detach())
+            self.update(
+                0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()),
+                self.discriminator,
+                self.discriminator_optimizer,
+            )
 
     def update(self, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """One step of an optimizer, unless something is not finite."""

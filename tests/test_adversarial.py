@@ -16,9 +16,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from vqgen.errors import UsageError
 from vqgen.tokenizer.losses.adversarial import (
-    Adversary,
+    AdversarialTraining,
     LeCam,
-    Plateau,
     adaptive_ratio,
     blind_loss,
     discriminator_loss,
@@ -169,12 +168,12 @@ def test_adaptive_ratio_is_always_a_number_in_range(values, largest):
 def test_adaptive_ratio_under_autocast(scale):
     torch.manual_seed(0)
     last = nn.Conv2d(8, 3, 3, padding=1)
-    judge = nn.Conv2d(3, 1, 3)
+    discriminator = nn.Conv2d(3, 1, 3)
     features, target = torch.randn(2, 8, 16, 16), torch.rand(2, 3, 16, 16)
 
     def losses() -> tuple[Tensor, Tensor]:
         images = last(features)
-        return scale * reconstruction_loss(images, target, "l2"), scale * generator_loss("hinge", judge(images))
+        return scale * reconstruction_loss(images, target, "l2"), scale * generator_loss("hinge", discriminator(images))
 
     exact = adaptive_ratio(*losses(), last.weight, 1e4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,13 +196,14 @@ def test_the_weight_over_time():
 
 
 def test_the_start_as_a_share_of_the_run():
-    gan = GanConfig(gan_start_at="share", gan_start=0.25)
+    gan = GanConfig(gan_start=0.25)
     assert gan.start(1000) == 250 and gan.start(10) == 2
-    assert GanConfig(gan_start_at="share", gan_start=0).start(1000) == 0
+    assert GanConfig(gan_start=0).start(1000) == 0 and GanConfig(gan_start=1).start(1000) == 1
+    assert GanConfig(gan_start=300.0).start(1000) == 300
 
 
 NAMES = ("gan_weight", "gan_start", "gan_warmup", "gan_ramp", "gan_adaptive_max", "gan_lr", "gan_width", "gan_layers")
-NAMES += ("gan_lecam", "gan_plateau", "gan_plateau_steps")
+NAMES += ("gan_lecam",)
 
 
 @pytest.mark.parametrize("option", NAMES)
@@ -215,44 +215,13 @@ def test_impossible_options_are_named(option):
             GanConfig(**{option: math.nan})
 
 
-@pytest.mark.parametrize(
-    ("at", "start", "expected"),
-    [
-        ("share", 5000, "expected 0 <= value < 1 with --gan-start-at share"),
-        ("share", 1, "expected 0 <= value < 1 with --gan-start-at share"),
-        ("step", 0.5, "expected a whole step with --gan-start-at step"),
-        ("plateau", 0.5, "expected a whole step with --gan-start-at plateau"),
-    ],
-)
-def test_a_start_that_does_not_fit_its_unit_is_refused(at, start, expected):
-    with pytest.raises(UsageError, match=f"--gan-start: found {start}, {expected}"):
-        GanConfig(gan_start_at=at, gan_start=start)
+@pytest.mark.parametrize("start", [1.5, 5000.25])
+def test_a_start_that_is_no_step_and_no_share_is_refused(start):
+    with pytest.raises(UsageError, match=f"--gan-start: found {start}"):
+        GanConfig(gan_start=start)
 
 
 # ---- what is remembered ----
-
-
-def feed(plateau: Plateau, losses: list[float], first: int = 0) -> list[int]:
-    """The steps at which the loss has levelled off."""
-    return [step for step, loss in enumerate(losses, first) if plateau.reached(step, torch.tensor(loss))]
-
-
-def test_a_plateau_is_seen_at_the_end_of_its_window():
-    falling = [1.0 * 0.9**i for i in range(20)]
-    assert feed(Plateau(0.05, 4), falling) == []
-    # The window of steps 24 to 27 is the first that is level throughout, that of 20 to 23 still much lower than before.
-    assert feed(Plateau(0.05, 4), [*falling, *[falling[-1]] * 12]) == [27, 31]
-    assert feed(Plateau(0.05, 4), [1.0] * 8) == [7]
-
-
-def test_a_plateau_is_measured_against_the_best_and_not_fooled_by_noise():
-    noisy = [loss + (0.2 if i % 2 else -0.2) for i, loss in enumerate([0.5 - 0.005 * i for i in range(40)])]
-    assert feed(Plateau(0.02, 10), noisy) == []
-    # A rise, then a fall back to what was reached before, is no improvement.
-    assert feed(Plateau(0.02, 2), [1.0, 1.0, 0.5, 0.5, 0.8, 0.8, 0.5, 0.5]) == [5, 7]
-    # Smaller gains than asked for are none; equal ones are not asked for with 0.
-    assert feed(Plateau(0.02, 1), [1.0, 0.99, 0.97, 0.96]) == [1, 3]
-    assert feed(Plateau(0.0, 1), [1.0, 0.99, 0.98, 0.98]) == []
 
 
 def test_lecam_by_hand():
@@ -295,7 +264,7 @@ class Players:
         self.decoder = nn.Conv2d(3, 3, 3, padding=1)
         self.extra: dict = {}
         optimizer = OptimizerConfig(lr_warmup=0)
-        self.adversary = Adversary(self.run, self.config, optimizer, discriminator, self.extra)
+        self.adversary = AdversarialTraining(self.run, self.config, optimizer, discriminator, self.extra)
         self.optimizer = torch.optim.SGD(self.decoder.parameters(), 0.1)
 
     def state(self) -> dict[str, Tensor]:
@@ -312,21 +281,19 @@ class Players:
         everything = torch.rand(4 * share, 3, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
         reals = everything[accelerator.process_index * share :][:share].chunk(self.run.settings.accumulate)
         torch.manual_seed(1000 * step + accelerator.process_index)
-        logged, fakes, likenesses = {}, [], []
+        logged, fakes = {}, []
         for real in reals:
             fake = self.decoder(0.5 * real)
-            likeness = reconstruction_loss(fake, real, "l2")
-            terms, weighted = self.adversary.terms(step, fake, likeness, self.decoder.weight)
-            (likeness + weighted).backward()
+            reconstruction = reconstruction_loss(fake, real, "l2")
+            terms, weighted = self.adversary.terms(step, fake, reconstruction, self.decoder.weight)
+            (reconstruction + weighted).backward()
             fakes.append(fake.detach())
-            likenesses.append(likeness.detach())
             logged |= terms
         for parameter in self.decoder.parameters():
             parameter.grad = self.adversary._mean(parameter.grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         logged |= self.adversary.step(step, list(reals), fakes)
-        self.adversary.watch(step, torch.stack(likenesses).mean())
         return {name: value.detach() for name, value in logged.items()}
 
 
@@ -454,10 +421,10 @@ def test_a_decoder_is_told_of_an_adversary_gone_bad(tmp_path):
     made.adversary.discriminator.last.bias.data.fill_(math.nan)
     real = torch.rand(4, 3, 16, 16)
     fake = made.decoder(real)
-    likeness = reconstruction_loss(fake, real, "l2")
-    terms, weighted = made.adversary.terms(0, fake, likeness, made.decoder.weight)
+    reconstruction = reconstruction_loss(fake, real, "l2")
+    terms, weighted = made.adversary.terms(0, fake, reconstruction, made.decoder.weight)
     with pytest.raises(NonFinite, match="adversarial"):
-        made.run.backward(terms, likeness + weighted)
+        made.run.backward(terms, reconstruction + weighted)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e15, 1e30])
@@ -476,52 +443,29 @@ def test_the_weight_is_a_number_whatever_the_losses(tmp_path, size):
 # ---- the start ----
 
 
-def test_it_begins_where_the_loss_levels_off(tmp_path, capsys):
-    made = Players(tmp_path, steps=100, gan_start_at="plateau", gan_start=50, gan_plateau_steps=3, gan_plateau=0.3)
-    level = [1.0 if step < 3 else 0.6 if step < 6 else 0.3 for step in range(100)]
-    for step in range(12):
-        assert made.adversary.step(step, *[[torch.rand(4, 3, 16, 16)]] * 2).keys() == set()
-        made.adversary.watch(step, torch.tensor(level[step]))
-        if "gan_began" in made.extra:
-            break
-    assert made.extra == {"gan_began": 12}
-    assert "levelled off: the discriminator begins at step 12" in capsys.readouterr().err
-    assert [made.adversary.since(step) for step in (11, 12, 20)] == [-1, 0, 8]
-
-
-def test_it_begins_at_the_latest_where_the_loss_goes_on_falling(tmp_path):
-    made = Players(tmp_path, steps=100, gan_start_at="plateau", gan_start=9, gan_plateau_steps=2, gan_plateau=0.1)
-    for step in range(12):
-        logged = made.adversary.step(step, *[[torch.rand(4, 3, 16, 16)]] * 2)
-        assert ("discriminator" in logged) == (step >= 9)
-        made.adversary.watch(step, torch.tensor(0.5**step))
-    assert made.extra == {"gan_began": 9}
-
-
 def test_more_steps_do_not_put_off_what_has_begun(tmp_path):
     """A resumed run may be longer; a share of it is then later."""
-    made = Players(tmp_path, steps=20, gan_start_at="share", gan_start=0.5)
+    made = Players(tmp_path, steps=20, gan_start=0.5)
     assert made.adversary.since(9) < 0 and made.adversary.since(10) == 0
-    longer = Players(tmp_path / "longer", steps=200, gan_start_at="share", gan_start=0.5)
+    longer = Players(tmp_path / "longer", steps=200, gan_start=0.5)
     assert longer.adversary.since(20) < 0
     longer.extra.update(made.extra)
     assert longer.adversary.since(20) == 10
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "warned"),
     [
-        ({"gan_start": 15, "gan_warmup": 5}, "no effect: --steps 20 end before step 20"),
-        ({"gan_start": 15, "gan_warmup": 5, "gan_start_at": "plateau"}, "no effect unless the reconstruction loss"),
-        ({"gan_start": 0.9, "gan_warmup": 2, "gan_start_at": "share"}, "no effect: --steps 20 end before step 20"),
-        ({"gan_start": 14, "gan_warmup": 5}, ""),
-        ({"gan_start": 0.5, "gan_warmup": 5, "gan_start_at": "share"}, ""),
+        ({"gan_start": 15, "gan_warmup": 5}, True),
+        ({"gan_start": 0.9, "gan_warmup": 2}, True),
+        ({"gan_start": 14, "gan_warmup": 5}, False),
+        ({"gan_start": 0.5, "gan_warmup": 5}, False),
     ],
 )
-def test_a_run_too_short_to_feel_it_is_told(tmp_path, capsys, options, said):
+def test_a_run_too_short_to_feel_it_is_told(tmp_path, capsys, options, warned):
     Players(tmp_path, steps=20, **options).adversary.begin()
-    err = capsys.readouterr().err
-    assert said in err if said else not err
+    warning = capsys.readouterr().err
+    assert ("--gan-weight" in warning and "20" in warning) == warned
 
 
 # ---- stopped and resumed, and two processes ----
@@ -531,9 +475,7 @@ EVERYTHING = {
     "gan_spectral_norm": True,
     "gan_lecam": 0.3,
     "gan_augment": ["color", "translation", "cutout"],
-    "gan_start_at": "plateau",
-    "gan_plateau_steps": 3,
-    "gan_plateau": 0.9,
+    "gan_start": 0.5,
     "gan_warmup": 1,
     "gan_ramp": 4,
     "gan_lr": 3e-3,
@@ -542,8 +484,8 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("at", [4, 7, 9])
 def test_resumed_it_goes_on_bit_for_bit(tmp_path, at):
-    """From within a window of the plateau's, from within the warm-up, and from when all is at work."""
-    whole, first, second = (Players(tmp_path / name, gan_start=11, **EVERYTHING) for name in ("a", "b", "c"))
+    """From before the start, from within the warm-up, and from when all is at work."""
+    whole, first, second = (Players(tmp_path / name, **EVERYTHING) for name in ("a", "b", "c"))
     figures = [whole.step(step) for step in range(12)]
     assert whole.extra == {"gan_began": 6} and "lecam" in figures[6] and "adversarial" in figures[7]
 
@@ -568,7 +510,7 @@ def _play(rank: int, folder: str, environments: list[dict[str, str]]) -> None:
     """Both players on one process of two; what was logged and all states go to a file of its own."""
     os.environ |= environments[rank]
     found = {}
-    for name, options in {"everything": {**EVERYTHING, "gan_start": 11}, "plain": {"gan_augment": []}}.items():
+    for name, options in {"everything": EVERYTHING, "plain": {"gan_augment": []}}.items():
         made = Players(Path(folder) / name, batch=8, **options)
         assert isinstance(made.adversary.model, nn.parallel.DistributedDataParallel)
         figures = [made.step(step) for step in range(12)]

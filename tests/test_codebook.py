@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import SIZE, codes_for, make_prior
+from helpers.quantizers import quantizer_options
 from torchvision.io import decode_image
 
 import vqgen.evaluation.program as program
@@ -13,9 +14,8 @@ from vqgen.evaluation.codebook import code_vectors, nearest_codes
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -50,8 +50,8 @@ def test_counts_and_tiles_are_those_of_a_naive_loop(cli, tmp_path, depth):
 def test_neighbours_are_the_nearest_in_what_the_decoder_sees(kind):
     torch.manual_seed(0)
     extra = {"levels": [4, 4]} if kind == "fsq" else {"depth": 2} if kind == "residual" else {}
-    quantizer = QuantizerConfig(quantizer=kind, codebook_size=16, code_dim=4, **extra)
-    model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    quantizer = quantizer_options(kind, codebook_size=16, code_dim=4, **extra)
+    model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([8, 8], 3, model, quantizer)).eval()
     table = code_vectors(tokenizer)
     assert table.shape == (tokenizer.depth, 16, 8)

@@ -51,9 +51,9 @@ from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.data.sources import DEMO
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:
@@ -313,8 +313,8 @@ def images(tmp_path_factory) -> Path:
 
 def make_tokenizer(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    model = ModelConfig(width=8, multipliers=[1, 2], blocks=1, groups=4, latent_dim=8, attention=False)
-    Tokenizer(TokenizerConfig([SIZE, SIZE], 1, model, QuantizerConfig(codebook_size=300))).save(folder)
+    model = VQGANConfig(width=8, multipliers=[1, 2], blocks=1, groups=4, latent_dim=8, attention=False)
+    Tokenizer(TokenizerConfig([SIZE, SIZE], 1, model, VQConfig(codebook_size=300))).save(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.quantizers import quantizer_options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,13 +23,13 @@ from torch import Tensor
 from vqgen.artifact import fingerprint
 from vqgen.errors import UserError
 from vqgen.tokenizer import encode
-from vqgen.tokenizer.convert.program import main, read_checkpoint
+from vqgen.tokenizer.convert.program import main
+from vqgen.tokenizer.convert.read import read_checkpoint
 from vqgen.tokenizer.convert.weights import DIFFUSERS, LLAMAGEN, TAMING, Foreign, to_diffusers
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 DATA = Path(__file__).parent / "data"
@@ -125,11 +126,11 @@ def test_taming_checkpoint(tmp_path, cli, zipped):
     out = tmp_path / "out"
     done = cli(main, "--input", tmp_path / "last.ckpt", "--taming-config", tmp_path / "model.yaml", "--output", out)
     assert done.code == 0, done.err
-    assert done.out.splitlines()[0] == "left out 2 tensors that only training needs: loss."
+    assert done.out.splitlines()[0] == "left out 2 tensors used only in training: loss."
     assert "from taming to vqgen" in done.out
     tokenizer = Tokenizer.load(out)
     assert tokenizer.config.image_size == [32, 32]
-    assert tokenizer.config.model == ModelConfig(64, [1, 2, 2], blocks=2, attention_levels=[1], latent_dim=16)
+    assert tokenizer.config.model == VQGANConfig(16, 64, [1, 2, 2], attention_levels=[1])
     assert (tokenizer.codebook_size, tokenizer.config.quantizer.l2_normalize) == (64, False)
     same(tokenizer, known.images, known.codes, known.reconstructions)
     assert "pytorch_lightning" not in sys.modules
@@ -141,7 +142,7 @@ def test_taming_gumbel(tmp_path, cli):
     words = ["--input", tmp_path / "last.ckpt", "--size", "16", "24", "--output", tmp_path / "out"]
     assert cli(main, *words).code == 0
     tokenizer = Tokenizer.load(tmp_path / "out")
-    assert tokenizer.config.quantizer.quantizer == "gumbel"
+    assert tokenizer.config.quantizer.kind == "gumbel"
     same(tokenizer, known.images, known.codes, known.reconstructions)
 
 
@@ -158,7 +159,7 @@ def test_llamagen_takes_the_averaged_weights(tmp_path, cli):
     words = ["--input", tmp_path / "0000010.pt", "--size", "16", "24", "--output", tmp_path / "out"]
     done = cli(main, *words)
     assert done.code == 0, done.err
-    assert "left out 1 tensor that only training needs: quantize.codebook_used" in done.out
+    assert "left out 1 tensor used only in training: quantize.codebook_used" in done.out
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.config.quantizer.l2_normalize and tokenizer.grid == (8, 12)
     same(tokenizer, known.images, known.codes, known.reconstructions)
@@ -220,7 +221,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, cli, kind, named, zip
     torch.save(state, file, _use_new_zipfile_serialization=zipped)
     done = cli(main, "--input", file, "--size", "32", "--output", tmp_path / "out")
     assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert f"last.ckpt holds {named}, which weights have no need of" in done.err
+    assert f"last.ckpt contains {named}, which weights do not need" in done.err
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
@@ -259,8 +260,8 @@ def test_what_is_no_state_dict_is_one_line(tmp_path, cli, content):
 def make(channels: int = 3, quantizer: dict[str, Any] | None = None, **model: Any) -> Tokenizer:
     """A tokenizer of ours with seeded weights."""
     sizes = {"width": 16, "multipliers": [1, 2], "blocks": 1, "latent_dim": 12, "groups": 8, **model}
-    codes = QuantizerConfig(**{"codebook_size": 64, "code_dim": 6, **(quantizer or {})})
-    tokenizer = Tokenizer(TokenizerConfig([16, 24], channels, ModelConfig(**sizes), codes))
+    codes = quantizer_options(**{"codebook_size": 64, "code_dim": 6, **(quantizer or {})})
+    tokenizer = Tokenizer(TokenizerConfig([16, 24], channels, VQGANConfig(**sizes), codes))
     state = tokenizer.inference_state()
     weights = seeded({ours_to_seed(name): list(tensor.shape) for name, tensor in state.items()}, 0)
     tokenizer.load_state_dict({**tokenizer.state_dict(), **{name: weights[ours_to_seed(name)] for name in state}})
@@ -287,12 +288,12 @@ def test_the_small_model_is_whole():
 
 
 REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "unknown": ({"encoder.temb.dense.0.weight": (4, 4)}, "encoder.temb.dense.0.weight has no place"),
-    "remapped codes": ({"quantize.used": (64,)}, "quantize.used has no place"),
-    "averages": ({"model_ema.decay": ()}, "model_ema.decay has no place"),
+    "unknown": ({"encoder.temb.dense.0.weight": (4, 4)}, "encoder.temb.dense.0.weight does not exist"),
+    "remapped codes": ({"quantize.used": (64,)}, "quantize.used does not exist"),
+    "averages": ({"model_ema.decay": ()}, "model_ema.decay does not exist"),
     "shortcut": (
         {"encoder.down_blocks.0.resnets.0.conv_shortcut.weight": (16, 16, 1, 1)},
-        "encoder.down_blocks.0.resnets.0.conv_shortcut.weight has no place",
+        "encoder.down_blocks.0.resnets.0.conv_shortcut.weight does not exist",
     ),
     "two moments": ({"encoder.conv_out.weight": (24, 32, 3, 3)}, "encoder.conv_out.bias is 12, expected 24"),
     "other first width": ({"encoder.conv_in.weight": (8, 3, 3, 3)}, "encoder.conv_in.weight is 8x3x3x3, expected 16x"),
@@ -320,12 +321,12 @@ def test_the_first_parameter_that_does_not_fit_is_named(case):
 
 def test_whole_numbers_are_no_weights():
     tensors = {**small(), "decoder.conv_norm_out.bias": torch.zeros(16, dtype=torch.int64)}
-    with pytest.raises(UserError, match=r"decoder\.conv_norm_out\.bias holds torch\.int64"):
+    with pytest.raises(UserError, match=r"decoder\.conv_norm_out\.bias has type torch\.int64"):
         foreign(tensors).tokenizer([32, 32])
 
 
 def test_of_several_the_first_in_the_file_is_named():
-    with pytest.raises(UserError, match=r"zzz\.weight has no place"):
+    with pytest.raises(UserError, match=r"zzz\.weight does not exist"):
         foreign({**small(), "zzz.weight": torch.ones(1), "aaa.weight": torch.ones(1)}).tokenizer([32, 32])
 
 
@@ -349,7 +350,7 @@ def test_gumbel_tensors_that_do_not_fit_each_other(tmp_path, cli):
     weights = {**fixture("taming-gumbel").weights, "quantize.proj.weight": torch.zeros(64, 9, 1, 1)}
     torch.save({"state_dict": weights}, tmp_path / "x.ckpt")
     done = cli(main, "--input", tmp_path / "x.ckpt", "--size", "16", "--output", tmp_path / "out")
-    assert done.code == 1 and "quantize.proj.weight does not fit" in done.err
+    assert done.code == 1 and "quantize.proj.weight does not match" in done.err
 
 
 @pytest.mark.parametrize(
@@ -516,9 +517,8 @@ def test_vqmodel_there_and_back_is_bit_exact(tmp_path, cli):
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind not in ("vq", "simvq")])
 def test_quantizers_that_a_vqmodel_has_not_are_refused(tmp_path, cli, kind):
-    options = {"depth": 2} if kind in ("residual", "product") else {}
-    quantizer = QuantizerConfig(quantizer=kind, codebook_size=16, **options)  # type: ignore[arg-type]
-    model = ModelConfig(width=8, multipliers=[1], blocks=1, groups=8)
+    quantizer = QUANTIZERS[kind](codebook_size=16)
+    model = VQGANConfig(width=8, multipliers=[1], blocks=1, groups=8)
     Tokenizer(TokenizerConfig([8, 8], 3, model, quantizer)).save(tmp_path / "in")
     done = cli(main, "--input", tmp_path / "in", "--to", "diffusers", "--output", tmp_path / "out")
     assert done.code == 1 and f"--quantizer is {kind}" in done.err and not (tmp_path / "out").exists()
@@ -576,9 +576,9 @@ def test_options_that_do_not_fit(tmp_path, cli, exported):
     (tmp_path / "empty").mkdir()
     taming, llamagen = tmp_path / "taming.safetensors", tmp_path / "llamagen.pt"
     for code, words, message in [
-        (2, [], "--input is needed"),
+        (2, [], "--input"),
         (1, ["--input", tmp_path / "none"], "none does not exist"),
-        (1, ["--input", tmp_path / "empty"], "holds neither vqgen.json (vqgen) nor config.json (diffusers)"),
+        (1, ["--input", tmp_path / "empty"], "contains neither vqgen.json (vqgen) nor config.json (diffusers)"),
         (2, ["--input", taming], "--size: "),
         (2, ["--input", llamagen], "--size: "),
         (2, ["--input", llamagen, "--size", "31", "32"], "--size: 31x32 is not divisible"),
@@ -586,10 +586,10 @@ def test_options_that_do_not_fit(tmp_path, cli, exported):
         (2, ["--input", taming, "--size", "32", "--from", "llamagen"], "--from: found llamagen, but"),
         (2, ["--input", llamagen, "--size", "32", "--taming-config", taming], "--taming-config: "),
         (2, ["--input", tmp_path / "in"], "is of vqgen already"),
-        (2, ["--input", tmp_path / "in", "--to", "diffusers", "--size", "32"], "says its own"),
+        (2, ["--input", tmp_path / "in", "--to", "diffusers", "--size", "32"], "contains its own"),
         (2, ["--input", exported, "--to", "diffusers"], "is of diffusers already"),
-        (1, ["--input", taming, "--size", "32", "--output", tmp_path / "full"], "is there already"),
-        (1, ["--input", taming, "--size", "32", "--output", taming], "is there already"),
+        (1, ["--input", taming, "--size", "32", "--output", tmp_path / "full"], "exists already"),
+        (1, ["--input", taming, "--size", "32", "--output", taming], "exists already"),
     ]:
         done = cli(main, "--output", tmp_path / "out", *words)
         assert (done.code, len(done.err.splitlines())) == (code, 1), (words, done)

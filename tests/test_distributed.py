@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.quantizers import quantizer_options
 from processes import PRIOR, TOKENIZE, TOKENIZER, in_step, launch, rows, run, run_two, steps, weights, write_images
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
@@ -17,7 +18,6 @@ from torch.multiprocessing.spawn import start_processes
 from vqgen.artifact import load_artifact
 from vqgen.tokenizer.quantizers import quantizer_for
 from vqgen.tokenizer.quantizers.base import Quantizer
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
 
 # No dropout: its noise is each process's own.
 STAGE_ONE = (
@@ -237,7 +237,7 @@ def _latents(step: int) -> Tensor:
 def _quantizer(kind: str) -> Quantizer:
     torch.manual_seed(0)
     learning = {"revive_after": 3, "codebook_decay": 0.8} if kind != "simvq" else {}
-    return quantizer_for(6, QuantizerConfig(codebook_size=24, code_dim=4, **learning, **KINDS[kind]))
+    return quantizer_for(6, quantizer_options(codebook_size=24, code_dim=4, **learning, **KINDS[kind]))
 
 
 def _step(quantizer: Quantizer, z: Tensor) -> dict[str, Tensor]:
@@ -264,7 +264,7 @@ def _train_quantizers(rank: int, folder: str) -> None:
     for kind in KINDS:
         quantizer = _quantizer(kind)
         torch.manual_seed(100 + rank)  # from here on each process draws its own numbers
-        quantizer.start(_latents(0).chunk(2)[rank])
+        quantizer.initialize(_latents(0).chunk(2)[rank])
         states[kind].append({name: value.clone() for name, value in quantizer.state_dict().items()})
         for step in range(1, 10):
             states[kind].append(_step(quantizer, _latents(step).chunk(2)[rank]))
@@ -308,6 +308,6 @@ def test_one_update_of_two_processes_is_that_of_one(codebooks: dict[str, list[St
     states = codebooks[kind][0]
     quantizer = _quantizer(kind)
     torch.manual_seed(100)
-    quantizer.start(_latents(0))
+    quantizer.initialize(_latents(0))
     torch.testing.assert_close(dict(quantizer.state_dict()), states[0])
     torch.testing.assert_close(_step(quantizer, _latents(1)), states[1])

@@ -47,9 +47,9 @@ from vqgen.tokenizer.data.dataset import open_images, ordered_batches
 from vqgen.tokenizer.data.items import Files
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 
 EVALUATE = "vqgen.evaluation.program"
 
@@ -314,8 +314,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prior of two classes with a tokenizer of 16-pixel colour images, untrained."""
     folder = tmp_path_factory.mktemp("model") / "prior"
     torch.manual_seed(0)
-    shape = ModelConfig(width=8, multipliers=[1, 1], patch=4, blocks=1, latent_dim=8, groups=4)
-    tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, shape, QuantizerConfig(codebook_size=16, code_dim=4)))
+    shape = VQGANConfig(width=8, multipliers=[1, 1], patch=4, blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, shape, VQConfig(codebook_size=16, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
     conditioning = Conditioning(Vocabulary(16, 1, tokenizer.grid), [Classes(2, ["dark", "light"])])
     prior = Prior(PriorConfig(dim=32, layers=1, heads=2), conditioning, (3, 16, 16), mark)

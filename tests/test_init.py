@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.train import TokenizerTrainer, TokenizerTraining, build, main
+from vqgen.tokenizer.train import TokenizerTraining, main
+from vqgen.tokenizer.trainer import TokenizerTrainer, build
 
 SIZES = "--data demo --channels 1 --size 16 16 --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 6".split()
 SHORT = "--batch-size 8 --precision fp32 --validation-images 8 --cache-mb 0 --code-dim 4".split()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.quantizers import quantizer_options
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,9 +15,9 @@ from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
 from vqgen.training.optimizer import Muon, optimizer_for, orthogonalised
 from vqgen.training.options import OptimizerConfig
@@ -104,8 +105,8 @@ def test_of_a_prior_it_takes_neither_embeddings_nor_head(tied: bool) -> None:
 
 
 def test_of_a_tokenizer_it_takes_neither_codebook_nor_pixels() -> None:
-    quantizer = QuantizerConfig(codebook_size=64, code_dim=32, codebook="gradient")
-    model = ModelConfig(width=32, multipliers=[1, 1], blocks=1, latent_dim=32, groups=4)
+    quantizer = VQConfig(codebook_size=64, code_dim=32, codebook="gradient")
+    model = VQGANConfig(width=32, multipliers=[1, 1], blocks=1, latent_dim=32, groups=4)
     names = taken(Tokenizer(TokenizerConfig([16, 16], 3, model, quantizer)))
     shapes = {name: p.shape for name, p in Tokenizer(TokenizerConfig([16, 16], 3, model, quantizer)).named_parameters()}
     assert any("codebook" in name for name in shapes) and not any("codebook" in name for name in names)
@@ -113,10 +114,10 @@ def test_of_a_tokenizer_it_takes_neither_codebook_nor_pixels() -> None:
     assert len(names) > 10
 
 
-SMALL = ModelConfig(width=32, multipliers=[1, 1], blocks=1, latent_dim=32, groups=4)
+SMALL = VQGANConfig(width=32, multipliers=[1, 1], blocks=1, latent_dim=32, groups=4)
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{
-        name: lambda options=options: Tokenizer(TokenizerConfig([16, 16], 3, SMALL, QuantizerConfig(**options)))
+        name: lambda options=options: Tokenizer(TokenizerConfig([16, 16], 3, SMALL, quantizer_options(**options)))
         for name, options in {
             "vq": {},
             "vq-gradient": {"codebook": "gradient", "code_dim": 32},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqgen.tokenizer.losses import lpips_kernels as features
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
-from vqgen.tokenizer.losses.lpips_kernels import FixedConvolution, difference, remembered
+from vqgen.tokenizer.losses.lpips_kernels import FixedConvolution, difference, with_cached_gradient
 from vqgen.tokenizer.networks import group_norm as norm
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
@@ -208,7 +208,7 @@ def test_a_remembered_gradient_is_the_gradient_and_is_computed_once():
         return (x.square() * weight).sum((1, 2, 3)).sin()
 
     x = noise(3, 3, 4, 4).requires_grad_()
-    values = remembered(measure, 2 * x)
+    values = with_cached_gradient(measure, 2 * x)
     for scale in (1.0, 3.0):
         upstream = scale * torch.arange(3)
         (gradient,) = torch.autograd.grad(values, x, upstream, retain_graph=True)
@@ -216,17 +216,17 @@ def test_a_remembered_gradient_is_the_gradient_and_is_computed_once():
         torch.testing.assert_close(gradient, expected)
     assert passes == [3]
     # One number for all images, as a mean is.
-    (gradient,) = torch.autograd.grad(remembered(lambda x: measure(x).mean(), x) * 5, x)
+    (gradient,) = torch.autograd.grad(with_cached_gradient(lambda x: measure(x).mean(), x) * 5, x)
     (expected,) = torch.autograd.grad(measure(x).mean() * 5, x)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_without_a_gradient_there_is_nothing_to_remember(monkeypatch):
-    monkeypatch.setattr(features._Remembered, "apply", lambda *_: pytest.fail("remembered"))
+    monkeypatch.setattr(features._CachedGradient, "apply", lambda *_: pytest.fail("remembered"))
     x = noise(1, 3, 4, 4)
-    assert not remembered(lambda x: x.sum(), x).requires_grad
+    assert not with_cached_gradient(lambda x: x.sum(), x).requires_grad
     with torch.no_grad():
-        assert not remembered(lambda x: x.sum(), x.clone().requires_grad_()).requires_grad
+        assert not with_cached_gradient(lambda x: x.sum(), x.clone().requires_grad_()).requires_grad
     # fp16 needs the scale of the loss from the very beginning.
     with torch.autocast("cpu", torch.float16):
-        assert remembered(lambda x: x.sum(), x.clone().requires_grad_()).requires_grad
+        assert with_cached_gradient(lambda x: x.sum(), x.clone().requires_grad_()).requires_grad

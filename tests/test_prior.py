@@ -29,9 +29,9 @@ from vqgen.prior.train import PriorTraining
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import CodeFiles, code_shape
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)
@@ -226,8 +226,8 @@ def tokenizer(tmp_path_factory) -> tuple[Path, str]:
     """A tokenizer's folder and its fingerprint."""
     folder = tmp_path_factory.mktemp("tokenizer")
     torch.manual_seed(0)
-    model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-    made = Tokenizer(TokenizerConfig([4, 6], 3, model, QuantizerConfig(codebook_size=8, code_dim=4)))
+    model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    made = Tokenizer(TokenizerConfig([4, 6], 3, model, VQConfig(codebook_size=8, code_dim=4)))
     return folder, made.save(folder)
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.quantizers import Largest, latents, pass_through, same, same_under_autocast, state
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
@@ -19,9 +19,8 @@ from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.quantizers import codebook as codebooks
 from vqgen.tokenizer.quantizers import search as search
-from vqgen.tokenizer.quantizers.base import Quantizer
-from vqgen.tokenizer.quantizers.codebook import Codebook, entropies, estimated
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.codebook import Codebook, entropies, with_gradient
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.tokenizer.quantizers.search import kmeans, nearest
 from vqgen.tokenizer.quantizers.vq import VectorQuantizer
 
@@ -33,24 +32,10 @@ def make(dim=6, seed=0, identity=False, **options) -> VectorQuantizer:
     """A quantizer of latents with `dim` channels; `identity` leaves them as they are on the way in and out."""
     torch.manual_seed(seed)
     options = {"codebook_size": 16, "code_dim": dim if identity else 4, "revive_after": 0, **options}
-    quantizer = VectorQuantizer(dim, QuantizerConfig(**options))
+    quantizer = VectorQuantizer(dim, VQConfig(**options))
     if identity:
-        for layer in (quantizer.project_in, quantizer.project_out):
-            layer.weight.data = torch.eye(dim)[:, :, None, None]
-            layer.bias.data.zero_()
+        pass_through(quantizer, dim)
     return quantizer
-
-
-def latents(batch=2, dim=6, height=3, width=5, seed=1) -> Tensor:
-    return torch.randn(batch, dim, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def state(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def place(quantizer: VectorQuantizer, codes: Tensor) -> None:
@@ -65,45 +50,7 @@ def sums(codebook: Codebook) -> Tensor:
     return codebook.weights[:, None] * codebook.codes
 
 
-# ---- the contract of every variant ----
-
-
-@variants
-def test_round_trip(codebook, l2):
-    quantizer = make(codebook=codebook, l2_normalize=l2).eval()
-    z = latents()
-    out = quantizer(z)
-    assert out.z_q.shape == z.shape and out.z_q.dtype == z.dtype
-    assert out.codes.shape == (2, 3, 5) and out.codes.dtype == torch.int64
-    assert out.loss.shape == ()
-    assert torch.equal(quantizer.encode(z), out.codes)
-    torch.testing.assert_close(quantizer.decode(out.codes), out.z_q, atol=1e-6, rtol=1e-5)
-
-
-@variants
-def test_codes_are_in_raster_order_and_independent_of_the_batch(codebook, l2):
-    quantizer = make(codebook=codebook, l2_normalize=l2).eval()
-    z = latents()
-    for image in range(2):
-        for row in range(3):
-            one = z[image : image + 1, :, row : row + 1, 2:3]
-            assert quantizer.encode(one).item() == quantizer.encode(z)[image, row, 2]
-
-
-def same_under_autocast(quantizer: Quantizer, z: torch.Tensor) -> None:
-    """Bit for bit, the noise of a quantizer that draws any included."""
-    codes = quantizer.encode(z)
-    torch.manual_seed(5)
-    expected = quantizer(z)
-    torch.manual_seed(5)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = quantizer(z)
-        assert torch.equal(out.codes, codes) and torch.equal(quantizer.encode(z), codes)
-        assert torch.equal(out.z_q, expected.z_q) and torch.equal(out.loss, expected.loss)
-        assert quantizer.decode(codes).dtype == torch.float32
-        # The encoder hands over bf16 latents: they come back in their type, the loss stays in float32.
-        half = quantizer(z.bfloat16())
-    assert half.z_q.dtype == torch.bfloat16 and half.loss.dtype == torch.float32
+# ---- precision and options ----
 
 
 @variants
@@ -122,30 +69,13 @@ def test_bf16_autocast_changes_neither_learning_nor_start():
     z = latents(8, 6, 8, 8)
     plain, cast = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
     torch.manual_seed(0)
-    plain.start(z)
+    plain.initialize(z)
     plain(z)
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
-        cast.start(z)
+        cast.initialize(z)
         cast(z)
     assert same(state(plain), state(cast))
-
-
-@variants
-def test_evaluation_mode_changes_nothing(codebook, l2):
-    quantizer = make(codebook=codebook, l2_normalize=l2, revive_after=1).eval()
-    before = state(quantizer)
-    for seed in range(3):
-        codes = quantizer(latents(seed=seed)).codes
-        quantizer.encode(latents(seed=seed))
-        quantizer.decode(codes)
-    assert same(before, state(quantizer))
-    quantizer.train()
-    quantizer.encode(latents())
-    quantizer.decode(codes)
-    assert same(before, state(quantizer)), "encode and decode learn in no mode"
-    quantizer(latents())
-    assert not same(before, state(quantizer))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +92,7 @@ def test_evaluation_mode_changes_nothing(codebook, l2):
 )
 def test_impossible_options_are_named(option, value):
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}") as caught:
-        QuantizerConfig(**{option: value})
+        VQConfig(**{option: value})
     assert "\n" not in str(caught.value)
 
 
@@ -216,19 +146,6 @@ def test_nearest_of_nothing():
     assert nearest(torch.zeros(0, 3), torch.zeros(4, 3)).tolist() == []
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(item, Tensor):
-                self.elements = max(self.elements, item.numel())
-        return out
-
-
 def test_the_distance_matrix_is_never_whole():
     vectors, table = torch.randn(20_000, 8), torch.randn(4096, 8)
     with Largest() as naive:
@@ -244,7 +161,7 @@ def test_the_distance_matrix_is_never_whole():
     with Largest() as seen:
         quantizer(z)
         quantizer.encode(z)
-        quantizer.start(z[..., :5])
+        quantizer.initialize(z[..., :5])
     assert seen.elements <= max(most, 4096 * 8)
 
 
@@ -335,9 +252,8 @@ def rotation(z: Tensor, q: Tensor) -> Tensor:
 def test_rotation_gradient_is_that_of_the_rotated_and_scaled_vector():
     z, q = (torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     upstream = torch.randn_like(z)
-    config = QuantizerConfig(estimator="rotation")
     z.requires_grad_()
-    out = estimated(z, q, config)
+    out = with_gradient(z, q, "rotation")
     assert torch.equal(out, q)
     out.backward(upstream)
     for row in range(7):
@@ -351,7 +267,7 @@ def test_rotation_gradient_is_that_of_the_rotated_and_scaled_vector():
 def test_rotation_parity():
     z, q, upstream = latents(3, 6, 4, 4).permute(0, 2, 3, 1), latents(3, 4, 4, 6, 5), latents(3, 4, 4, 6, 6)
     ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
-    out = estimated(ours.flatten(0, 2), q.flatten(0, 2), QuantizerConfig(estimator="rotation"))
+    out = with_gradient(ours.flatten(0, 2), q.flatten(0, 2), "rotation")
     expected = rotate_to(theirs, q)
     torch.testing.assert_close(out.view(z.shape), expected)
     out.backward(upstream.flatten(0, 2))
@@ -364,7 +280,7 @@ def test_rotation_parity():
 def test_rotation_gradient_is_finite_where_no_plane_is(opposite):
     q = latents(1, 6, 1, 4)[0, :, 0].T
     z = (opposite * q).requires_grad_()
-    estimated(z, q, QuantizerConfig(estimator="rotation")).backward(torch.ones_like(q))
+    with_gradient(z, q, "rotation").backward(torch.ones_like(q))
     assert torch.isfinite(z.grad).all()
 
 
@@ -412,7 +328,7 @@ def soft_entropies(flat: Tensor, table: Tensor, temperature: float) -> tuple[Ten
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 @pytest.mark.parametrize("limit", [1, 100, 10_000])
 def test_entropies_are_those_of_the_definition(monkeypatch, temperature, limit):
-    monkeypatch.setattr(codebooks, "_SOFT", limit)
+    monkeypatch.setattr(codebooks, "_SOFT_ELEMENTS", limit)
     flat = latents(1, 3, 1, 40)[0, :, 0].T.double().requires_grad_()
     table = latents(1, 3, 1, 13, seed=2)[0, :, 0].T.double().requires_grad_()
     found, expected = entropies(flat, table, temperature, True), soft_entropies(flat, table, temperature)
@@ -467,7 +383,7 @@ def test_entropy_loss_wants_sure_choices_and_even_use():
 
 
 def test_the_soft_choices_are_never_whole(monkeypatch):
-    monkeypatch.setattr(codebooks, "_SOFT", 2**17)
+    monkeypatch.setattr(codebooks, "_SOFT_ELEMENTS", 2**17)
     flat, table = torch.randn(500, 4, requires_grad=True), torch.randn(4096, 4, requires_grad=True)
     with Largest() as seen:
         each, mean = entropies(flat, table, 0.1, True)
@@ -699,7 +615,7 @@ def test_kmeans_start_lowers_the_error(codebook, l2):
     quantizer = make(4, identity=True, codebook_size=64, codebook=codebook, l2_normalize=l2).eval()
     before = quantizer(z)
     torch.manual_seed(3)
-    quantizer.start(z)
+    quantizer.initialize(z)
     after = quantizer(z)
     assert after.loss < 0.5 * before.loss
     assert after.stats["usage"] > 0.9
@@ -710,7 +626,7 @@ def test_kmeans_start_lowers_the_error(codebook, l2):
     # The same random state starts the same codebook.
     again = make(4, identity=True, codebook_size=64, codebook=codebook, l2_normalize=l2)
     torch.manual_seed(3)
-    again.start(z)
+    again.initialize(z)
     assert torch.equal(again.codebook.codes, quantizer.codebook.codes)
 
 
@@ -731,7 +647,7 @@ def test_kmeans_beats_the_points_it_starts_from():
 def test_kmeans_start_with_fewer_vectors_than_codes(count, l2):
     z = latents(1, 6, 1, count)
     quantizer = make(identity=True, codebook_size=32, l2_normalize=l2).eval()
-    quantizer.start(z)
+    quantizer.initialize(z)
     assert torch.isfinite(quantizer.codebook.codes).all()
     out = quantizer(z)
     assert out.loss < 1e-3 and len(out.codes.unique()) == count

@@ -24,9 +24,9 @@ from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.metrics import SMALLEST, ReconstructionMetrics, mse, psnr, ssim
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import ResidualConfig, VQConfig
 from vqgen.tokenizer.reconstruct import ReconstructConfig, main
 from vqgen.tokenizer.reconstruct_inputs import batches_of_one_size, find_images, read_images
 from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison
@@ -37,8 +37,8 @@ ALEX = REALDATA / "weights" / "alexnet_features.safetensors"
 
 def make(size=(24, 16), channels=1, quantizer=None, multipliers=(1, 2)) -> Tokenizer:
     torch.manual_seed(0)
-    model = ModelConfig(width=8, multipliers=list(multipliers), blocks=1, latent_dim=6, groups=4)
-    quantizer = quantizer or QuantizerConfig(codebook_size=32, code_dim=4)
+    model = VQGANConfig(width=8, multipliers=list(multipliers), blocks=1, latent_dim=6, groups=4)
+    quantizer = quantizer or VQConfig(codebook_size=32, code_dim=4)
     return Tokenizer(TokenizerConfig(list(size), channels, model, quantizer)).eval()
 
 
@@ -153,7 +153,7 @@ def test_images_of_any_size_weigh_the_same():
 
 def test_each_depth_has_its_own_histogram():
     """Two depths with four codes each, together eight: half of each codebook and not all of one."""
-    tokenizer = make(quantizer=QuantizerConfig(quantizer="residual", codebook_size=8, code_dim=4, depth=2))
+    tokenizer = make(quantizer=ResidualConfig(codebook_size=8, code_dim=4, depth=2))
     metrics = ReconstructionMetrics(tokenizer, None, torch.device("cpu"))
     codes = torch.stack([torch.arange(24) % 4, 4 + torch.arange(24) % 4], dim=1).view(1, 4, 6, 2)
     metrics.add(pixels(1, 1, 24, 16), pixels(1, 1, 24, 16), codes)

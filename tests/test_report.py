@@ -27,9 +27,9 @@ from vqgen.evaluation.report.page import duration
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import QUANTIZERS, VQConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
 SIZE = 12
@@ -60,8 +60,8 @@ def make_tokenizer(folder: Path, psnr: float = 24.0, words: Sequence[str] = (), 
     history(folder, rows)
     if model:
         torch.manual_seed(0)
-        sizes = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-        quantizer = QuantizerConfig(codebook_size=SIZE, code_dim=4)
+        sizes = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+        quantizer = VQConfig(codebook_size=SIZE, code_dim=4)
         Tokenizer(TokenizerConfig([4, 6], 3, sizes, quantizer)).save(folder)
         (folder / "finished.json").write_text('{"steps": 40}')
     return folder
@@ -188,8 +188,8 @@ def test_codes_of_several_depths_are_painted(tmp_path, kind):
     from vqgen.evaluation.codebook import Usage
     from vqgen.evaluation.report.codebook import code_images
 
-    sizes = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-    quantizer = QuantizerConfig(quantizer=kind, depth=2, codebook_size=SIZE, code_dim=4)
+    sizes = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    quantizer = QUANTIZERS[kind](depth=2, codebook_size=SIZE, code_dim=4)
     tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, sizes, quantizer))
     counts = torch.arange(2 * SIZE).view(2, SIZE)
     most, least = code_images(tokenizer, Usage(1, ["train"], counts))

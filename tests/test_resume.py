@@ -242,10 +242,8 @@ def test_a_run_that_is_lengthened(tmp_path: Path, one: Path) -> None:
     assert weights(old) == weights(whole)
 
 
-# Killed within a window of the plateau's; it begins at step 6.
 ADVERSARY = (
-    "--gan-loss non-saturating --gan-spectral-norm --gan-lecam 0.3 --gan-augment color translation cutout "
-    "--gan-start-at plateau --gan-start 11 --gan-plateau-steps 3 --gan-plateau 0.9"
+    "--gan-loss non-saturating --gan-spectral-norm --gan-lecam 0.3 --gan-augment color translation cutout --gan-start 6"
 )
 
 
@@ -257,7 +255,6 @@ ADVERSARY = (
         "--precision bf16",
         "--codebook gradient --no-kmeans-start --accumulate 1",
         "--workers 1",
-        "--no-channels-last",
     ],
 )
 def test_tokenizer_killed_in_other_settings(tmp_path: Path, changes: str) -> None:

@@ -30,9 +30,9 @@ from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 NAMES = ["shirt", "shoe", "bag"]
@@ -41,10 +41,8 @@ NAMES = ["shirt", "shoe", "bag"]
 def make_model(folder: Path, classes=3, channels=3, seed=0, label_dropout=0.1) -> Path:
     """A random prior of 2x3 codes with its tokenizer, images 4x6."""
     torch.manual_seed(seed)
-    architecture = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-    tokenizer = Tokenizer(
-        TokenizerConfig([4, 6], channels, architecture, QuantizerConfig(codebook_size=16, code_dim=4))
-    )
+    architecture = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([4, 6], channels, architecture, VQConfig(codebook_size=16, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
     config = PriorConfig(dim=32, layers=2, heads=2)
     part = Classes(classes, NAMES[:classes] or None, label_dropout)
@@ -109,7 +107,7 @@ def test_images_of_one_class_differ_and_so_do_the_classes(model):
 @pytest.mark.parametrize("size", [[8, 8], [28, 28], [32, 32]])
 def test_decoding_an_image_does_not_depend_on_the_batch(model, size):
     torch.manual_seed(0)
-    architecture = ModelConfig(width=32, multipliers=[1, 2, 4])
+    architecture = VQGANConfig(width=32, multipliers=[1, 2, 4])
     tokenizer = Tokenizer(TokenizerConfig(size, 3, architecture)).eval()
     generator = Generator(Prior.load(model), tokenizer, torch.device("cpu"))
     codes = torch.randint(1024, (9, *tokenizer.grid), generator=torch.Generator().manual_seed(0))

@@ -28,20 +28,20 @@ from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, _attend
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import QUANTIZERS, VQConfig
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 
 
-def sizes(**options) -> ModelConfig:
-    return ModelConfig(**{"width": 8, "multipliers": [1, 2], "blocks": 1, "latent_dim": 6, "groups": 4, **options})
+def sizes(**options) -> VQGANConfig:
+    return VQGANConfig(**{"width": 8, "multipliers": [1, 2], "blocks": 1, "latent_dim": 6, "groups": 4, **options})
 
 
 def make(size=(16, 24), channels=3, seed=0, codebook="ema", l2=True, **options) -> Tokenizer:
     torch.manual_seed(seed)
-    quantizer = QuantizerConfig(codebook_size=32, code_dim=4, codebook=codebook, l2_normalize=l2)
+    quantizer = VQConfig(codebook_size=32, code_dim=4, codebook=codebook, l2_normalize=l2)
     return Tokenizer(TokenizerConfig(list(size), channels, sizes(**options), quantizer))
 
 
@@ -130,7 +130,7 @@ def test_attention_on_and_off():
     assert mixes(Encoder(3, on)) == mixes(Decoder(3, on)) == 1
     assert mixes(Encoder(3, off)) == mixes(Decoder(3, off)) == 0
 
-    def far_reach(config: ModelConfig) -> bool:
+    def far_reach(config: VQGANConfig) -> bool:
         """Whether one corner of a wide image reaches the latent at the other end."""
         torch.manual_seed(0)
         encoder = without_norms(Encoder(1, config))
@@ -203,14 +203,14 @@ def test_channels_last_gives_the_same_values():
     [([32, 32], 2, (6, 6)), ([32, 48], 3, (2, 4)), ([28, 28], 3, (1, 1)), ([24, 40], 3, (1, 3)), ([16, 16], 1, (6, 6))],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_discriminator_judges_overlapping_patches(channels, size, layers, grid):
+def test_discriminator_discriminators_overlapping_patches(channels, size, layers, grid):
     torch.manual_seed(0)
-    judge = PatchDiscriminator(channels, size, 6, layers)
+    discriminator = PatchDiscriminator(channels, size, 6, layers)
     images = noise(3, channels, *size)
-    logits = judge(images)
+    logits = discriminator(images)
     assert logits.shape == (3, 1, *grid)
     # The logits of an image depend on no other image.
-    torch.testing.assert_close(judge(images[1:2]), logits[1:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(discriminator(images[1:2]), logits[1:2], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "layers"), [([16, 16], 3), ([16, 64], 3), ([28, 28], 4), ([4, 4], 1)])
@@ -348,7 +348,7 @@ def refused(net, path) -> str:
 
 def test_lpips_without_its_file(tmp_path):
     assert "does not exist" in refused("vgg", tmp_path / "none.safetensors")
-    assert "is no file" in refused("vgg", tmp_path)
+    assert "is not a file" in refused("vgg", tmp_path)
 
 
 def test_lpips_with_a_damaged_file(tmp_path):
@@ -356,14 +356,14 @@ def test_lpips_with_a_damaged_file(tmp_path):
     data = (tmp_path / "whole.safetensors").read_bytes()
     for name, content in {"cut": data[:-2], "short": data[:20], "empty": b"", "other": b"\x80\x04" + data}.items():
         (tmp_path / name).write_bytes(content)
-        assert "not a whole safetensors file" in refused("alex", tmp_path / name)
+        assert "not a complete safetensors file" in refused("alex", tmp_path / name)
 
 
 def test_lpips_with_the_other_network(tmp_path):
     for net, other in (("vgg", "alex"), ("alex", "vgg")):
         save_file(tensors_of(other), tmp_path / f"{other}.safetensors")
         name = {"vgg": "VGG16", "alex": "AlexNet"}[net]
-        assert f"does not hold the convolutions of {name} alone" in refused(net, tmp_path / f"{other}.safetensors")
+        assert f"exactly the convolutions of {name}" in refused(net, tmp_path / f"{other}.safetensors")
 
 
 def test_lpips_with_a_missing_or_an_unknown_tensor(tmp_path):
@@ -441,7 +441,7 @@ def test_a_picture_is_the_same_wherever_it_lies_in_a_batch():
 @pytest.mark.parametrize(("quantizer", "depth"), [("residual", 3), ("product", 2)])
 def test_several_codes_a_position(quantizer, depth):
     torch.manual_seed(0)
-    settings = QuantizerConfig(quantizer=quantizer, codebook_size=32, code_dim=4, depth=depth)
+    settings = QUANTIZERS[quantizer](codebook_size=32, code_dim=4, depth=depth)
     tokenizer = Tokenizer(TokenizerConfig([16, 24], 3, sizes(), settings)).eval()
     x = noise(2, 3, 8, 12)
     codes = tokenizer.encode(x)
@@ -541,7 +541,7 @@ def test_a_single_odd_pixel_is_found_and_rounding_is_not():
         (torch.zeros(1, 8, 12), "codes are float32, expected integers"),
         (torch.zeros(1, 8, 12, dtype=torch.bool), "codes are bool"),
         (np.zeros((1, 8, 12), dtype=np.int64), "codes are of type ndarray"),
-        (torch.full((1, 8, 12), 32), "codes run from 32 to 32, but the codebook has 0 to 31; they are another"),
+        (torch.full((1, 8, 12), 32), "codes run from 32 to 32, but the codebook has 0 to 31; use codes of"),
         (torch.full((1, 8, 12), -1), "codes run from -1 to -1"),
         (torch.full((1, 8, 12), 255, dtype=torch.uint8), "to 255"),
         (torch.full((1, 8, 12), 60_000, dtype=torch.uint16), "to 60000"),
@@ -597,8 +597,8 @@ def test_autocast_gives_float32_images_and_16_bit_weights_are_refused():
 
 def test_training_pays_for_no_checks(monkeypatch):
     """Looking at values waits for the device; `forward` looks at none."""
-    monkeypatch.setattr(Tokenizer, "_pixels", lambda *_: pytest.fail("checked"))
-    monkeypatch.setattr(Tokenizer, "_known", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(Tokenizer, "_checked_images", lambda *_: pytest.fail("checked"))
+    monkeypatch.setattr(Tokenizer, "_checked_codes", lambda *_: pytest.fail("checked"))
     assert make()(3 * noise(2, 3, 16, 24)).images.shape == (2, 3, 16, 24)
 
 

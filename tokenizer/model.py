@@ -12,19 +12,19 @@ from vqgen.artifact import load_artifact, save_artifact
 from vqgen.config import as_dict, from_dict
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
-from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder
 from vqgen.tokenizer.quantizers.base import Quantized
 
+from .networks import decoder_for, encoder_for
 from .options import TokenizerConfig
 from .quantizers import quantizer_for
 
-# How far float images may reach beyond [-1, 1]: arithmetic in 16 bits.
-_ROUNDING = 0.01
+# Tolerance of float images beyond [-1, 1], for arithmetic in 16 bits.
+_RANGE_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class TokenizerOutput:
-    """Reconstructed images (B, C, H, W), not clamped, and what the quantizer returned."""
+    """Reconstructed images (B, C, H, W), not clamped, and the result of the quantizer."""
 
     images: Tensor
     quantized: Quantized
@@ -33,27 +33,27 @@ class TokenizerOutput:
 class Tokenizer(nn.Module):
     """Encoder, quantizer and decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
 
-    `forward` trains: it takes float images (B, C, H, W) in [-1, 1], unchecked. `encode`, `decode` and `reconstruct` are
-    for everybody else: they check what they are given and keep no gradients.
+    `forward` is for training: it takes float images (B, C, H, W) in [-1, 1] without checks. `encode`, `decode` and
+    `reconstruct` are for inference: they check their arguments and compute no gradients.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.channels, config.model)
+        self.encoder = encoder_for(config.channels, config.model)
         self.quantizer = quantizer_for(config.model.latent_dim, config.quantizer)
-        self.decoder = Decoder(config.channels, config.model)
+        self.decoder = decoder_for(config.channels, config.model)
         self.fingerprint: str | None = None
-        """sha256 of the weights as saved or loaded; None while they may still change."""
+        """sha256 of the weights as saved or loaded; None before."""
 
     @property
     def factor(self) -> int:
-        """Pixels a side that one code stands for."""
+        """Downsampling factor: pixels a side of one code."""
         return self.config.model.factor
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes for an image of the configured size."""
+        """Rows and columns of codes of an image of the configured size."""
         height, width = self.config.image_size
         return height // self.factor, width // self.factor
 
@@ -66,24 +66,29 @@ class Tokenizer(nn.Module):
         """Codes a position."""
         return self.quantizer.depth
 
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """Weight of the decoder's last layer."""
+        return self.decoder.last_weight
+
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstruct images (B, C, H, W); in training mode the codebook learns."""
+        """Reconstruct images (B, C, H, W); in training mode also update the codebook."""
         quantized = self.quantizer(self.encoder(images))
         return TokenizerOutput(self.decoder(quantized.z_q), quantized)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> codes int64 (B, H/f, W/f), or (B, H/f, W/f, depth) where `depth` is more than 1.
+        """Encode images into codes int64 (B, H/f, W/f), or (B, H/f, W/f, depth) where `depth` is more than 1.
 
         Args:
             images: (B, C, H, W), uint8 or float in [-1, 1], on any device; H and W divisible by `factor`, any size.
 
-        The codes lie on the tokenizer's device. Nothing learns and nothing is random, also in training mode. Raises
-        `UserError` for images of another shape, type or range.
+        The codes are on the tokenizer's device. Evaluation mode applies also in training mode. Raises `UserError` for
+        images of another shape, type or range.
         """
-        with self._evaluating():
-            pixels = self._pixels(images)
-            if not len(pixels):  # of which torch makes no patches
+        with self._evaluation_mode():
+            pixels = self._checked_images(images)
+            if not len(pixels):  # PixelUnshuffle fails on empty batches
                 depth = [self.depth] if self.depth > 1 else []
                 sides = [side // self.factor for side in pixels.shape[2:]]
                 return torch.zeros(0, *sides, *depth, dtype=torch.long, device=pixels.device)
@@ -91,26 +96,26 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> images float32 (B, C, h*f, w*f) in [-1, 1], on the tokenizer's device.
+        """Decode codes into images float32 (B, C, h*f, w*f) in [-1, 1], on the tokenizer's device.
 
         Args:
             codes: (B, h, w), or (B, h, w, depth) where `depth` is more than 1; any integer type, any device.
 
-        Raises `UserError` for codes of another shape or type, or that the codebook does not have.
+        Raises `UserError` for codes of another shape or type, or outside the codebook.
         """
-        with self._evaluating():
-            return self.decoder(self.quantizer.decode(self._known(codes))).float().clamp(-1, 1)
+        with self._evaluation_mode():
+            return self.decoder(self.quantizer.decode(self._checked_codes(codes))).float().clamp(-1, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images as they come back from their codes: shape, type and device are those of `images`; see `encode`."""
+        """Encode and decode images; shape, data type and device are those of `images`. See `encode`."""
         decoded = self.decode(self.encode(images))
         return (to_uint8(decoded) if images.dtype == torch.uint8 else decoded).to(images)
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        """Images as given, checked, as float32 on the tokenizer's device."""
+    def _checked_images(self, images: Tensor) -> Tensor:
+        """Check images and return them as float32 on the tokenizer's device."""
         expected = "expected a tensor (B, C, H, W), uint8 or float in [-1, 1]"
         if not isinstance(images, Tensor):
-            advice = "torchvision.transforms.v2.functional.to_image(x)[None] makes one of a PIL image or an array"
+            advice = "convert a PIL image or an array x by torchvision.transforms.v2.functional.to_image(x)[None]"
             raise UserError(f"images are of type {type(images).__name__}, {expected}: {advice}")
         if images.ndim != 4:
             advice = ": image[None] is a batch of one" if images.ndim == 3 else ""
@@ -122,11 +127,11 @@ class Tokenizer(nn.Module):
                 f"images are {channels}x{height}x{width}; this tokenizer takes {self.config.channels} channels "
                 f"and sides divisible by {self.factor}: convert, crop or resize them"
             )
-        weights = self.decoder.last.weight
+        weights = next(self.parameters())
         if weights.dtype != torch.float32:
             raise UserError(
-                f"the tokenizer's weights are {_name(weights.dtype)}, and the quantizer needs float32: "
-                "keep them so, and call it inside torch.autocast for 16 bits"
+                f"the tokenizer's weights are {_name(weights.dtype)}, but the quantizer needs float32: "
+                "keep float32 weights, and use torch.autocast for 16 bits"
             )
         if images.dtype == torch.uint8:
             return to_float(images.to(weights.device))
@@ -134,15 +139,18 @@ class Tokenizer(nn.Module):
             raise UserError(f"images are {_name(images.dtype)}, {expected}")
         if images.numel():
             low, high = torch.stack(images.aminmax()).tolist()
-            if not (low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):  # so written, NaN fails as well
+            if not (low >= -1 - _RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):  # NaN fails too
                 raise UserError(
                     f"images hold values from {low:g} to {high:g}, {expected}: "
                     "give 0 to 255 as uint8, or as images / 127.5 - 1"
                 )
         return images.to(weights)
 
-    def _known(self, codes: Tensor) -> Tensor:
-        """Codes as given, checked, as int64 on the tokenizer's device; CUDA would not survive one that is not there."""
+    def _checked_codes(self, codes: Tensor) -> Tensor:
+        """Check codes and return them as int64 on the tokenizer's device.
+
+        On CUDA a lookup out of range is an assertion that ends all further work of the process on the device.
+        """
         expected = f"expected integers (B, h, w{f', {self.depth}' if self.depth > 1 else ''})"
         if not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_floating_point():
             found = f"are {_name(codes.dtype)}" if isinstance(codes, Tensor) else f"are of type {type(codes).__name__}"
@@ -150,19 +158,19 @@ class Tokenizer(nn.Module):
         depth = list(codes.shape[3:])
         if codes.ndim < 3 or not all(codes.shape[1:3]) or depth != ([self.depth] if self.depth > 1 else []):
             raise UserError(f"codes have shape {tuple(codes.shape)}, {expected}")
-        codes = codes.to(torch.int64)  # first: torch can compare few of its unsigned types
+        codes = codes.to(torch.int64)  # torch has no minimum of most unsigned types
         if codes.numel():
             low, high = torch.stack(codes.aminmax()).tolist()
             if low < 0 or high >= self.codebook_size:
                 raise UserError(
                     f"codes run from {low} to {high}, but the codebook has 0 to {self.codebook_size - 1}; "
-                    "they are another tokenizer's"
+                    "use codes of this tokenizer"
                 )
-        return codes.to(self.decoder.last.weight.device)
+        return codes.to(next(self.parameters()).device)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while: dropout would make codes random."""
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Switch to evaluation mode inside the context: dropout would make codes random."""
         before = self.training
         if before:
             self.eval()
@@ -173,7 +181,7 @@ class Tokenizer(nn.Module):
                 self.train()
 
     def inference_state(self) -> dict[str, Tensor]:
-        """The tensors that encoding and decoding need."""
+        """Return the tensors that encoding and decoding need."""
         return {k: v for k, v in self.state_dict().items() if k not in self._training_names()}
 
     def _training_names(self) -> set[str]:
@@ -192,7 +200,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
+        """Load a model folder, in evaluation mode. Raises `UserError` for missing or damaged files."""
         folder = Path(folder)
         artifact = load_artifact(folder, "tokenizer")
         architecture = artifact.description.get("architecture")
@@ -203,11 +211,11 @@ class Tokenizer(nn.Module):
             tokenizer.load_state_dict(tensors)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: weights and vqgen.json do not fit: {reason}") from error
+            raise UserError(f"{folder}: the weights do not match vqgen.json: {reason}") from error
         tokenizer.fingerprint = artifact.fingerprint
         return tokenizer.eval().to(device)
 
 
 def _name(dtype: torch.dtype) -> str:
-    """A type of numbers as people write it."""
+    """Name of a data type without its module."""
     return str(dtype).removeprefix("torch.")

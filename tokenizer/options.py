@@ -1,23 +1,24 @@
 """The architecture of a tokenizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.networks.options import ModelConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.options import choice
+from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig
+from vqgen.tokenizer.quantizers.options import QUANTIZERS, QuantizerConfig
 
 
 @dataclass
 class TokenizerConfig:
-    """The architecture, as kept in `vqgen.json`."""
+    """The architecture, as stored in `vqgen.json`."""
 
     image_size: list[int]
     """Height and width of the training images, in pixels."""
     channels: int
     """1 for grey, 3 for RGB."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    model: NetworkConfig = choice("network", NETWORKS, default="vqgan")
+    quantizer: QuantizerConfig = choice("quantizer", QUANTIZERS, default="vq")
     fit: Literal["crop", "pad"] = "crop"
     """How training images of another aspect ratio were fitted; tokenizing does the same."""
 
@@ -27,5 +28,5 @@ class TokenizerConfig:
             height, width = self.image_size
             raise UsageError(
                 f"--size: {height}x{width} is not divisible by the downsampling factor {factor} "
-                f"of --multipliers {self.model.multipliers} and --patch {self.model.patch}; change one of them"
+                f"of {self.model.factor_options}; change one of them"
             )

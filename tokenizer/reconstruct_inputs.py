@@ -14,7 +14,7 @@ from vqgen.tokenizer.data.items import Files, Rows
 from vqgen.tokenizer.data.options import SUFFIXES
 from vqgen.tokenizer.data.pixels import BrokenImage, center_crop, decode, fit
 from vqgen.tokenizer.data.sources import find_splits, open_source
-from vqgen.tokenizer.losses.lpips import check_size
+from vqgen.tokenizer.losses.options import check_size
 
 from .metrics import SMALLEST
 from .model import Tokenizer

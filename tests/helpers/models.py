@@ -21,9 +21,9 @@ from vqgen.tokenizer.codes.format import (
     write_shard,
 )
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import ResidualConfig, VQConfig
 
 SIZE = 12
 """Codes of the codebook."""
@@ -49,9 +49,10 @@ def write_codes(folder: Path, counts=(5, 4), views=1, depth=1, labels=None, name
 def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     """A random prior of 2x3 codes with its tokenizer."""
     torch.manual_seed(0)
-    model = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-    kind = {"quantizer": "residual", "depth": depth} if depth > 1 else {}
-    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, model, QuantizerConfig(codebook_size=SIZE, code_dim=4, **kind)))
+    model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    options = {"codebook_size": SIZE, "code_dim": 4}
+    quantizer = ResidualConfig(**options, depth=depth) if depth > 1 else VQConfig(**options)
+    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, model, quantizer))
     mark = tokenizer.save(folder / "made-of")
     conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Classes(len(names or []), names)])
     prior = Prior(PriorConfig(backbone, dim=16, layers=2, heads=2), conditioning, (3, 4, 6), mark)

@@ -1,8 +1,8 @@
-"""Models of other projects, tensor by tensor: taming-transformers, LlamaGen and diffusers' VQModel.
+"""Tensors of other projects' models: taming-transformers, LlamaGen and diffusers' VQModel.
 
-All three are the VQGAN of Esser et al. (2021) that `layers.py` builds, under other names. So a model's sizes are read
-off its tensors, every tensor goes by its name to its place, and whatever has no place is refused by its name. Images
-are in [-1, 1] in all of them. Files and the command line are in `convert.py`.
+All three are the VQGAN of Esser et al. (2021) of `networks/autoencoder.py` with other names of tensors. Sizes are taken
+from the tensors' shapes, tensors are matched by name, and any tensor without a counterpart is an error. Images are in
+[-1, 1] in all of them.
 """
 
 import math
@@ -17,17 +17,17 @@ from torch import Tensor
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.autoencoder import Attention
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import GumbelConfig, QuantizerConfig, SimVQConfig, VQConfig
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What another project calls its layers.
+    """Names of layers in another project.
 
-    Of a pair the first is the encoder's and the second the decoder's, with the `level` (0 is the finest), the same
-    counted from the coarsest (`depth`) and the `block` within the level to be filled in.
+    Pairs are templates for encoder and decoder, to be filled in with the `level` (0 is the finest), the level counted
+    from the coarsest (`depth`) and the `block` within the level.
     """
 
     project: str
@@ -37,16 +37,16 @@ class Naming:
     middle: tuple[str, str, str]
     norm_out: str
     inner: Mapping[str, tuple[str, ...]]
-    """Part of one of our layers -> theirs; queries, keys and values are one here and three there."""
+    """Part of a layer here -> parts there; queries, keys and values are one layer here and three there."""
     linear: bool = False
-    """Attention has linear layers, weights (C, C), where the others have 1x1 convolutions."""
+    """Whether attention has linear layers, weights (C, C), instead of 1x1 convolutions."""
     unit: bool = False
-    """Latents and codes are compared on the unit sphere."""
+    """Whether latents and codes are compared on the unit sphere."""
     training: tuple[str, ...] = ()
-    """How the names of tensors begin that only training needs."""
+    """Prefixes of tensors that only training needs."""
 
-    def layers(self, side: int, model: ModelConfig) -> Iterator[str]:
-        """Their names of all layers with weights, in our order; `side` is 0 for the encoder, 1 for the decoder."""
+    def layers(self, side: int, model: VQGANConfig) -> Iterator[str]:
+        """Yield names of layers with weights in order of computation; `side` is 0 for encoder and 1 for decoder."""
         part, last = ("encoder", "decoder")[side], len(model.multipliers) - 1
         middle = [f"{part}.{name}" for name in (self.middle if model.attention else self.middle[:1])]
 
@@ -103,23 +103,34 @@ DIFFUSERS = Naming(
 )
 
 
-def _places(tokenizer: Tokenizer, names: Naming) -> Iterator[tuple[str, list[str], bool]]:
-    """Each of our tensors, the one or three of theirs that it holds, and whether these are weights (C, C)."""
-    encoder = [(f"encoder.layers.{n}", layer) for n, layer in tokenizer.encoder.layers.named_children()]
-    decoder = [(f"decoder.layers.{n}", layer) for n, layer in tokenizer.decoder.layers.named_children()]
-    decoder.append(("decoder.last", tokenizer.decoder.last))
-    for side, part in enumerate((encoder, decoder)):
-        ours = [(name, layer) for name, layer in part if layer.state_dict()]
-        for (name, layer), theirs in zip(ours, names.layers(side, tokenizer.config.model), strict=True):
+def vqgan_of(config: TokenizerConfig) -> VQGANConfig:
+    """Return the network's options where it is that of VQGAN, the only one that other projects have."""
+    if not isinstance(config.model, VQGANConfig):
+        raise UserError(f"--network is {config.model.kind}; other projects have only vqgan")
+    return config.model
+
+
+def code_dim_of(config: TokenizerConfig) -> int:
+    """Return the dimension of the codes of a converted tokenizer."""
+    assert isinstance(config.quantizer, VQConfig | SimVQConfig | GumbelConfig)
+    return config.quantizer.code_dim
+
+
+def _tensor_names(tokenizer: Tokenizer, names: Naming) -> Iterator[tuple[str, list[str], bool]]:
+    """Yield each tensor here, the one or three there that it contains, and whether these are linear weights (C, C)."""
+    model = vqgan_of(tokenizer.config)
+    for side, part in enumerate(("encoder", "decoder")):
+        ours = getattr(tokenizer, part).named_layers()
+        for (name, layer), theirs in zip(ours, names.layers(side, model), strict=True):
             for tensor in layer.state_dict():
                 head, _, kind = tensor.rpartition(".")
                 linear = names.linear and isinstance(layer, Attention) and head != "norm" and kind == "weight"
                 inner = names.inner.get(head, (head,))
-                yield f"{name}.{tensor}", [".".join(filter(None, (theirs, i, kind))) for i in inner], linear
+                yield f"{part}.{name}.{tensor}", [".".join(filter(None, (theirs, i, kind))) for i in inner], linear
     for kind in ("weight", "bias"):
         yield f"quantizer.project_in.{kind}", [f"quant_conv.{kind}"], False
         yield f"quantizer.project_out.{kind}", [f"post_quant_conv.{kind}"], False
-    gumbel = tokenizer.config.quantizer.quantizer == "gumbel"
+    gumbel = isinstance(tokenizer.config.quantizer, GumbelConfig)
     yield f"quantizer.codebook{'' if gumbel else '.codes'}", ["quantize.embedding.weight"], False
 
 
@@ -129,10 +140,10 @@ class Foreign:
 
     Attributes:
         where: file or folder, for errors.
-        tensors: under the other project's names.
-        groups: of the group norms, which no tensor's shape shows.
-        attention: whether there is any between the blocks at the lowest resolution.
-        gumbel: whether `quant_conv` gives a logit a code, and the largest chooses.
+        tensors: by the other project's names.
+        groups: groups of the group norms, which no shape shows.
+        attention: whether there is attention between the blocks at the lowest resolution.
+        gumbel: whether `quant_conv` computes one logit for each code.
     """
 
     where: str
@@ -143,8 +154,8 @@ class Foreign:
     attention: bool = True
     gumbel: bool = False
 
-    def _length(self, name: str, axis: int) -> int:
-        """The length of a tensor along an axis."""
+    def _size(self, name: str, axis: int) -> int:
+        """Return the size of a tensor along an axis."""
         if name not in self.tensors:
             raise UserError(f"{self.where}: {name} is missing")
         shape = self.tensors[name].shape
@@ -153,9 +164,9 @@ class Foreign:
         return shape[axis]
 
     def config(self, size: list[int]) -> TokenizerConfig:
-        """The architecture that the tensors show, for images of `size`, height and width.
+        """Derive the architecture from the tensors' shapes, for images of `size`, height and width.
 
-        Raises `UserError` naming the first tensor that is not as in any such model, `UsageError` for the size.
+        Raises `UserError` naming the first tensor that is impossible, `UsageError` for the size.
         """
 
         def first(template: tuple[str, str], part: str, level: int, block: int = 0) -> str:
@@ -164,29 +175,29 @@ class Foreign:
         names = self.names
         levels = max(1, next(n for n in count() if first(names.block, "conv1", n) not in self.tensors))
         blocks = max(1, next(n for n in count() if first(names.block, "conv1", 0, n) not in self.tensors))
-        widths = [self._length(first(names.block, "conv1", level), 0) for level in range(levels)]
+        widths = [self._size(first(names.block, "conv1", level), 0) for level in range(levels)]
         width = math.gcd(*widths) or 1
-        channels = self._length("encoder.conv_in.weight", 1)
+        channels = self._size("encoder.conv_in.weight", 1)
         if channels not in (1, 3):
             raise UserError(f"{self.where}: encoder.conv_in.weight takes {channels} channels, expected 1 or 3")
         norm = names.inner["norm"][0]
         try:
-            model = ModelConfig(
+            model = VQGANConfig(
                 width=width,
                 multipliers=[w // width for w in widths],
                 blocks=blocks,
                 attention=self.attention,
                 attention_levels=[n for n in range(levels) if first(names.attention, norm, n) in self.tensors],
-                latent_dim=self._length("encoder.conv_out.weight", 0),
+                latent_dim=self._size("encoder.conv_out.weight", 0),
                 groups=self.groups,
                 dropout=self.dropout,
             )
-            codebook, width = (self._length("quantize.embedding.weight", axis) for axis in (0, 1))
+            codebook, width = (self._size("quantize.embedding.weight", axis) for axis in (0, 1))
+            quantizer: QuantizerConfig
             if self.gumbel:
-                quantizer = QuantizerConfig("gumbel", codebook, width)
+                quantizer = GumbelConfig(codebook, width)
             else:
-                quantizer = QuantizerConfig(
-                    "vq",
+                quantizer = VQConfig(
                     codebook,
                     width,
                     codebook="gradient",
@@ -194,48 +205,48 @@ class Foreign:
                     kmeans_start=False,
                     revive_after=0,
                 )
-        except UsageError as error:  # of options that nobody gave
+        except UsageError as error:  # about options that the user did not give
             raise UserError(f"{self.where}: the weights' sizes do not fit together ({error})") from error
         return TokenizerConfig(size, channels, model, quantizer)
 
     def left_out(self) -> list[str]:
-        """Names of tensors that only training needs."""
+        """Return the names of tensors that only training needs."""
         return [name for name in self.tensors if name.startswith(self.names.training)]
 
     def tokenizer(self, size: list[int]) -> Tokenizer:
-        """The same model as a tokenizer for images of `size`, height and width, in evaluation mode.
+        """Build the tokenizer for images of `size`, height and width, in evaluation mode.
 
-        Raises `UserError` naming the first tensor that has no place, is missing or has another shape.
+        Raises `UserError` naming the first tensor that is unknown, is missing or has another shape.
         """
         config = self.config(size)
-        with torch.device("meta"):  # sizes that do not fit together could ask for any amount of memory
+        with torch.device("meta"):  # wrong sizes could allocate any amount of memory
             plan = Tokenizer(config)
-        places = list(_places(plan, self.names))
+        places = list(_tensor_names(plan, self.names))
         known = {name for _, theirs, _ in places for name in theirs}.union(self.left_out())
         for name in self.tensors:
             if name not in known:
-                raise UserError(f"{self.where}: {name} has no place in a tokenizer of vqgen")
+                raise UserError(f"{self.where}: {name} does not exist in a tokenizer of vqgen")
         shapes, state = plan.state_dict(), {}
         for ours, theirs, linear in places:
-            whole = shapes[ours].shape
-            part = torch.Size([whole[0] // len(theirs), *whole[1:]])
+            shape = shapes[ours].shape
+            part = torch.Size([shape[0] // len(theirs), *shape[1:]])
             tensors = [self._checked(name, part[:2] if linear else part) for name in theirs]
             state[ours] = torch.cat([tensor.float().reshape(part) for tensor in tensors])
         tokenizer = Tokenizer(config)
         own = tokenizer.state_dict()
-        # What only learning needs stays as new.
+        # Tensors that only training needs keep their initial values.
         tokenizer.load_state_dict({**{name: own[name] for name in own.keys() - tokenizer.inference_state()}, **state})
         return tokenizer.eval()
 
     def _checked(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor of that name, seen to be there, of that shape and of floating-point numbers."""
+        """Return the tensor of that name after checking its presence, shape and data type."""
         if name not in self.tensors:
             raise UserError(f"{self.where}: {name} is missing")
         tensor = self.tensors[name]
         if tensor.shape != shape:
             raise UserError(f"{self.where}: {name} is {_shape(tensor.shape)}, expected {_shape(shape)}")
         if not tensor.is_floating_point():
-            raise UserError(f"{self.where}: {name} holds {tensor.dtype}, expected floating-point numbers")
+            raise UserError(f"{self.where}: {name} has type {tensor.dtype}, expected floating-point numbers")
         return tensor
 
 
@@ -244,7 +255,7 @@ def _shape(shape: torch.Size) -> str:
 
 
 def folded_gumbel(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """A GumbelVQ of taming with one map from latents to logits, where it has two 1x1 convolutions in a row."""
+    """Merge the two consecutive 1x1 convolutions before the logits of taming's GumbelVQ into one."""
     folded = {name: tensor for name, tensor in tensors.items() if not name.startswith(("quantize.", "quant_conv."))}
     try:
         first, second = tensors["quant_conv.weight"].double(), tensors["quantize.proj.weight"].double()
@@ -253,7 +264,7 @@ def folded_gumbel(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
         folded["quant_conv.bias"] = bias + tensors["quantize.proj.bias"]
         folded["quantize.embedding.weight"] = tensors["quantize.embed.weight"]
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{where}: quantize.proj.weight does not fit to quant_conv.weight ({error})") from error
+        raise UserError(f"{where}: quantize.proj.weight does not match quant_conv.weight ({error})") from error
     rest = [n for n in tensors if n.startswith("quantize.") and n.split(".")[1] not in ("proj", "embed")]
     return {**folded, **{name: tensors[name] for name in rest}}
 
@@ -262,8 +273,9 @@ def folded_gumbel(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
 
 
 def diffusers_config(config: TokenizerConfig) -> dict[str, Any]:
-    """The keys of diffusers' `config.json` that say how a VQModel is built, for this architecture."""
-    model, levels = config.model, range(len(config.model.multipliers))
+    """Return the keys of diffusers' `config.json` that describe this architecture."""
+    model = vqgan_of(config)
+    levels = range(len(model.multipliers))
     attention = ["Attn" if level in model.attention_levels else "" for level in levels]
     return {
         "in_channels": config.channels,
@@ -276,35 +288,35 @@ def diffusers_config(config: TokenizerConfig) -> dict[str, Any]:
         "latent_channels": model.latent_dim,
         "num_vq_embeddings": config.quantizer.codebook_size,
         "norm_num_groups": model.groups,
-        "vq_embed_dim": config.quantizer.code_dim,
+        "vq_embed_dim": code_dim_of(config),
         "norm_type": "group",
         "mid_block_add_attention": model.attention,
     }
 
 
 def to_diffusers(tokenizer: Tokenizer, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`config.json` and the tensors of a diffusers VQModel that gives the same codes and images.
+    """Return `config.json` and the tensors of a diffusers VQModel with the same codes and images.
 
-    The nearest of codes of unit length is the same for a latent of any length, so a codebook that is compared on the
-    unit sphere is written as it lies there. Raises `UserError` naming, after `where`, what a VQModel cannot hold.
+    The nearest of codes of unit length is the same for a latent of any length, so a codebook that compares directions
+    is written normalized. Raises `UserError` naming, after `where`, what a VQModel does not support.
     """
-    config = tokenizer.config
-    if config.quantizer.quantizer not in ("vq", "simvq"):
-        kind = config.quantizer.quantizer
-        raise UserError(f"{where}: --quantizer is {kind}; diffusers' VQModel has one codebook and takes vq or simvq")
-    if config.model.patch > 1:
-        raise UserError(f"{where}: --patch is {config.model.patch}; diffusers' VQModel folds no pixels into channels")
+    config, model = tokenizer.config, vqgan_of(tokenizer.config)
+    if not isinstance(config.quantizer, VQConfig | SimVQConfig):
+        kind = config.quantizer.kind
+        raise UserError(f"{where}: --quantizer is {kind}; diffusers' VQModel has one codebook and supports vq or simvq")
+    if model.patch > 1:
+        raise UserError(f"{where}: --patch is {model.patch}; diffusers' VQModel does not fold pixels into channels")
     height, width = config.image_size
     keys = {"_class_name": "VQModel", **diffusers_config(config)}
-    # With lookup_from_codebook `decode(codes, force_not_quantize=True, shape=...)` takes codes.
+    # With lookup_from_codebook, `decode(codes, force_not_quantize=True, shape=...)` accepts codes.
     keys |= {"sample_size": height if height == width else [height, width], "lookup_from_codebook": True}
     table = tokenizer.quantizer.lookup(torch.arange(tokenizer.codebook_size))
     state = {**tokenizer.state_dict(), "quantizer.codebook.codes": table}
     tensors: dict[str, Tensor] = {}
-    for ours, theirs, linear in _places(tokenizer, DIFFUSERS):
+    for ours, theirs, linear in _tensor_names(tokenizer, DIFFUSERS):
         for name, part in zip(theirs, state[ours].detach().chunk(len(theirs))):
             tensors[name] = part.flatten(1) if linear else part
-    if not config.model.attention:  # its middle has two blocks all the same: one that adds nothing
+    if not model.attention:  # a VQModel always has two middle blocks: the second adds nothing
         for name, tensor in list(tensors.items()):
             if ".mid_block.resnets.0." in name:
                 tensors[name.replace("resnets.0", "resnets.1")] = torch.zeros_like(tensor)
@@ -312,10 +324,9 @@ def to_diffusers(tokenizer: Tokenizer, where: str) -> tuple[dict[str, Any], dict
 
 
 def without_attention(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """A VQModel of `mid_block_add_attention: false`, made such that our middle holds it; and whether with attention.
+    """Adapt a VQModel of `mid_block_add_attention: false`; return its tensors and whether they have attention.
 
-    A second block that adds nothing, as `to_diffusers` writes it, is left out; otherwise an attention is put in that
-    adds nothing.
+    A second middle block of zeros, as `to_diffusers` writes it, is removed; otherwise an attention of zeros is added.
     """
     second = [name for name in tensors if ".mid_block.resnets.1." in name]
     if second and not any(tensors[name].any() for name in second):

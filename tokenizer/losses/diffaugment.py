@@ -1,8 +1,8 @@
-"""DiffAugment (Zhao et al. 2020): what the discriminator sees of real and reconstructed images, differentiably changed.
+"""DiffAugment (Zhao et al. 2020): random, differentiable changes of the discriminator's inputs.
 
-With few images a discriminator learns them by heart. It must not: it sees real and reconstructed ones only through
-the same random changes, and the decoder's gradient passes through them. The strengths are those of the paper's
-section 3.3. All draws come from torch's generator and are made image by image.
+With few images a discriminator overfits to them. Here it sees real and reconstructed images only after the same kind
+of random changes, through which the decoder's gradient passes. The strengths are those of the paper's section 3.3.
+Random numbers come from torch's global generator and differ for every image.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from .options import Augmentation
 
 
 def diff_augment(images: Tensor, policy: Sequence[Augmentation]) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] -> the same shape in float32, changed by each part of `policy` in its order.
+    """Augment images (B, C, H, W) in [-1, 1] by each part of `policy` in order; float32, same shape.
 
-    With an empty policy the images themselves come back.
+    An empty policy returns the images unchanged.
     """
     for name in policy:
         images = _AUGMENTATIONS[name](images.float())
@@ -25,7 +25,7 @@ def diff_augment(images: Tensor, policy: Sequence[Augmentation]) -> Tensor:
 
 
 def _color(images: Tensor) -> Tensor:
-    """Brightness by -0.5 to 0.5, then saturation by a factor of 0 to 2, then contrast by one of 0.5 to 1.5."""
+    """Change brightness by -0.5 to 0.5, then saturation by a factor of 0 to 2, then contrast by one of 0.5 to 1.5."""
     brightness, saturation, contrast = torch.rand(3, len(images), 1, 1, 1, device=images.device)
     images = images + (brightness - 0.5)
     images = torch.lerp(images.mean(1, keepdim=True), images, 2 * saturation)
@@ -33,7 +33,7 @@ def _color(images: Tensor) -> Tensor:
 
 
 def _translation(images: Tensor) -> Tensor:
-    """Moved by up to an eighth of each side; what moves in is 0."""
+    """Shift by up to an eighth of each side; the uncovered border is 0."""
     for dim in (2, 3):
         side = images.shape[dim]
         most = round(side / 8)
@@ -45,7 +45,7 @@ def _translation(images: Tensor) -> Tensor:
 
 
 def _cutout(images: Tensor) -> Tensor:
-    """A rectangle of half of each side, its middle anywhere in the image, is 0."""
+    """Set a rectangle of half of each side, centred anywhere in the image, to 0."""
     inside = []
     for side in images.shape[2:]:
         middle = torch.randint(0, side, (len(images), 1), device=images.device)

@@ -1,61 +1,60 @@
-"""LPIPS (Zhang et al. 2018) on the networks of the `lpips` library, with a backbone that is never silently random."""
+"""LPIPS (Zhang et al. 2018): the `lpips` library's networks and heads with explicitly loaded backbone weights."""
 
 import copy
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UserError
 
-from .lpips_kernels import FixedConvolution, difference, remembered
+from .lpips_kernels import FixedConvolution, difference, with_cached_gradient
+from .options import PerceptualNet, check_size
 
 # Positions of the convolutions in torchvision's `features` of each network.
 _CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}
-# Pixels a side that leave something after the last pooling.
-_SMALLEST = {"vgg": 16, "alex": 31}
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS between two batches of images; its weights are fixed, and gradients reach the first batch alone.
+    """LPIPS between two batches of images; weights are frozen, and only the first batch receives a gradient.
 
-    Architecture, scaling and heads are the library's. The passes are made here: it keeps for a gradient what the
-    targets need none for, and compares features in as many tensors as the formula has signs.
+    Architecture, scaling and heads are the library's. The passes are implemented here because the library's keep
+    activations of the targets for a gradient and use many temporary tensors.
 
     Args:
         net: the backbone, "vgg" or "alex".
         weights: a safetensors file with `features.N.weight` and `features.N.bias` of torchvision's vgg16 or alexnet,
-            or "torchvision" to load torchvision's own (it downloads them on first use).
+            or "torchvision" to load torchvision's own (downloaded on first use).
 
     Raises:
-        UserError: the file is missing, damaged, or does not hold exactly these convolutions.
+        UserError: the file is missing, damaged, or does not contain exactly these convolutions.
     """
 
     distance: Any
-    """The library's module: the weights, under the names it gives them."""
+    """The library's module, with its names of weights."""
 
-    def __init__(self, net: Literal["vgg", "alex"], weights: str) -> None:
+    def __init__(self, net: PerceptualNet, weights: str) -> None:
         super().__init__()
         self.net = net
-        # Before the network is built, which takes seconds.
+        # First, because building the network takes seconds.
         found, source = convolutions(net, weights)
-        import lpips  # the library is needed by runs with a perceptual distance alone
+        import lpips
 
         with warnings.catch_warnings():
-            # The library still calls torchvision by an older argument, which warns on every construction.
+            # The library calls torchvision with a deprecated argument.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            # `pnet_rand`: the backbone is built without looking for weights of its own; they follow here.
+            # `pnet_rand` builds the backbone without downloading weights; `_load` fills them in.
             self.distance = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         self._slices: dict[tuple[torch.device, torch.dtype], list[nn.Sequential]] = {}
         self._load(found, source)
         self.requires_grad_(False).eval()
 
     def _load(self, found: dict[str, Tensor], source: str) -> None:
-        """Put the named convolutions into the slices the library cuts the backbone into."""
+        """Copy the convolutions into the library's backbone; `source` names them in errors."""
         own = {
             int(name): layer
             for part in self.distance.net.children()
@@ -73,13 +72,13 @@ class PerceptualDistance(nn.Module):
                 parameter.data.copy_(tensor)
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays in evaluation mode: the linear heads have dropout, which is no part of the distance."""
+        """Stay in evaluation mode: the linear heads have dropout, which is not part of the distance."""
         return super().train(False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """LPIPS of each pair: (B, C, H, W) in [-1, 1] twice -> (B,), float32; grey is repeated to three channels.
+        """LPIPS of each pair of images (B, C, H, W) in [-1, 1]: (B,), float32; grey is repeated to three channels.
 
-        Raises `UsageError` for images too small for the backbone's pooling.
+        Raises `UsageError` for images too small for the backbone's pooling layers.
         """
         check_size(self.net, *images.shape[2:])
         with torch.no_grad():
@@ -90,10 +89,10 @@ class PerceptualDistance(nn.Module):
             layers = [difference(*layer) for layer in zip(self._features(images), wanted, weights)]
             return torch.stack(layers).sum(dim=0)
 
-        return remembered(measure, images)
+        return with_cached_gradient(measure, images)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """The feature maps of each slice of the backbone."""
+        """Return the feature maps of each slice of the backbone."""
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         maps = [self.distance.scaling_layer(images)]
         for part in self._backbone(images.device):
@@ -101,7 +100,7 @@ class PerceptualDistance(nn.Module):
         return maps[1:]
 
     def _backbone(self, device: torch.device) -> list[nn.Sequential]:
-        """The slices in autocast's precision; it would cast weights that are not trained anew in every pass."""
+        """Return the slices in autocast's precision; autocast itself would cast frozen weights in every pass."""
         own, kind = next(self.distance.net.parameters()).dtype, device.type
         key = device, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
         if key not in self._slices:
@@ -111,48 +110,40 @@ class PerceptualDistance(nn.Module):
         return self._slices[key]
 
 
-def check_size(net: str, height: int, width: int) -> None:
-    """Raise `UsageError` for images that leave nothing after the backbone's last pooling."""
-    if min(height, width) < _SMALLEST[net]:
-        raise UsageError(
-            f"--perceptual-net: {net} needs at least {_SMALLEST[net]} pixels a side, found {height}x{width}; "
-            f"use {'vgg' if net == 'alex' else 'larger images, or no perceptual loss'}"
-        )
-
-
-def _wanted(net: str) -> set[str]:
-    """The names of the backbone's convolutions."""
+def _convolution_names(net: str) -> set[str]:
+    """Return torchvision's names of the backbone's convolutions."""
     return {f"features.{index}.{kind}" for index in _CONVOLUTIONS[net] for kind in ("weight", "bias")}
 
 
 def check_weights(net: str, weights: str, option: str = "--perceptual-weights", download: str = "torchvision") -> None:
-    """Raise `UserError` for a file that is missing, damaged or of another network; reads its head alone.
+    """Raise `UserError` for a file that is missing, damaged or of another network; reads only its header.
 
     Args:
-        option, download: the option that names the file, and its word for torchvision's own weights.
+        option: the option that names the file, for errors.
+        download: the option's value that means torchvision's own weights.
     """
     if weights == download:
         return
     path = Path(weights).expanduser()
     if not path.is_file():
-        state = "is no file" if path.exists() else "does not exist"
+        state = "is not a file" if path.exists() else "does not exist"
         raise UserError(f"{option}: {path} {state}; name a safetensors file, or {download}")
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{option}: {path} is not a whole safetensors file ({error})") from error
-    odd = min(_wanted(net) ^ names, default=None)
+        raise UserError(f"{option}: {path} is not a complete safetensors file ({error})") from error
+    odd = min(_convolution_names(net) ^ names, default=None)
     if odd:
-        state = "misses" if odd in _wanted(net) else "has an unknown"
+        state = "misses" if odd in _convolution_names(net) else "has an unknown"
         name = {"vgg": "VGG16", "alex": "AlexNet"}[net]
-        raise UserError(f"{option}: {path} {state} {odd}, so it does not hold the convolutions of {name} alone")
+        raise UserError(f"{option}: {path} {state} {odd}, so it does not hold exactly the convolutions of {name}")
 
 
 def convolutions(
     net: str, weights: str, option: str = "--perceptual-weights", download: str = "torchvision"
 ) -> tuple[dict[str, Tensor], str]:
-    """The backbone's convolutions by torchvision's names, and where they came from; see `check_weights`."""
+    """Return the backbone's convolutions by torchvision's names, and their source; see `check_weights`."""
     if weights == download:
         from torchvision import models
 
@@ -160,10 +151,12 @@ def convolutions(
             model = models.vgg16(weights="IMAGENET1K_V1") if net == "vgg" else models.alexnet(weights="IMAGENET1K_V1")
         except OSError as error:
             raise UserError(
-                f"{option}: torchvision could not fetch its {net} weights ({error}); "
+                f"{option}: torchvision could not download its {net} weights ({error}); "
                 "name a local safetensors file instead"
             ) from error
-        return {key: value for key, value in model.state_dict().items() if key in _wanted(net)}, "torchvision"
+        return {
+            key: value for key, value in model.state_dict().items() if key in _convolution_names(net)
+        }, "torchvision"
     check_weights(net, weights, option, download)
     path = Path(weights).expanduser()
     return {key: value.to(torch.float32) for key, value in load_file(path).items()}, str(path)

@@ -1,15 +1,19 @@
-"""The convolutional encoder and decoder of VQGAN (Esser et al. 2021, appendix), sized by a configuration."""
+"""The convolutional encoder and decoder of VQGAN (Esser et al. 2021, appendix)."""
+
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import ImageDecoder
 from .group_norm import GroupNorm
-from .options import ModelConfig
+from .options import VQGANConfig
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3 convolution, twice, added to the input: (B, C, H, W) -> (B, C', H, W)."""
+    """Two of (norm, SiLU, 3x3 convolution), added to the input: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
@@ -42,10 +46,10 @@ class Attention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention: (B, L, C) three times -> (B, L, C)."""
+    """Scaled dot-product attention of query, key and value (B, L, C) -> (B, L, C)."""
     if query.device.type == "cpu" and query.shape[1] <= 128:
-        # The gradient of torch's kernel takes a CPU three times as long as that of a small matrix of weights. As there,
-        # what the softmax is taken of is not rounded to half precision.
+        # Three times faster than the gradient of torch's kernel for short sequences on a CPU. As in that kernel,
+        # scores are not rounded to half precision.
         exact = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             scores = query.to(exact) * query.shape[-1] ** -0.5 @ key.to(exact).transpose(1, 2)
@@ -54,7 +58,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2, padded right and below: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """3x3 convolution with stride 2, padded right and bottom: (B, C, H, W) -> (B, C, H/2, W/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +69,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Nearest-neighbour upsampling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,15 +79,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _block(channels: int, level: int, config: ModelConfig) -> list[nn.Module]:
-    """A residual block of a level, and the attention after it where the level has it."""
+def _block(channels: int, level: int, config: VQGANConfig) -> list[nn.Module]:
+    """Return a residual block of a level, with attention after it where the level has it."""
     out = config.channels[level]
     block = ResidualBlock(channels, out, config.groups, config.dropout)
     return [block, Attention(out, config.groups)] if level in config.attention_levels else [block]
 
 
-def _middle(channels: int, config: ModelConfig) -> list[nn.Module]:
-    """The blocks at the lowest resolution, shared in shape by encoder and decoder."""
+def _middle(channels: int, config: VQGANConfig) -> list[nn.Module]:
+    """Return the blocks at the lowest resolution, which encoder and decoder build alike."""
     block = ResidualBlock(channels, channels, config.groups, config.dropout)
     if not config.attention:
         return [block]
@@ -92,9 +96,9 @@ def _middle(channels: int, config: ModelConfig) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """Images to latents: (B, C, H, W) -> (B, latent_dim, H/f, W/f), f the downsampling factor."""
+    """Encode images (B, C, H, W) into latents (B, latent_dim, H/f, W/f), f the downsampling factor."""
 
-    def __init__(self, channels: int, config: ModelConfig) -> None:
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         folded, width = channels * config.patch**2, config.channels[0]
         layers: list[nn.Module] = [nn.PixelUnshuffle(config.patch), nn.Conv2d(folded, width, 3, padding=1)]
@@ -112,11 +116,15 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield name and module of each layer with weights, in order of computation."""
+        yield from _with_weights(self.layers)
 
-class Decoder(nn.Module):
-    """Latents to images: (B, latent_dim, h, w) -> (B, C, h*f, w*f); the last layer is linear."""
 
-    def __init__(self, channels: int, config: ModelConfig) -> None:
+class Decoder(ImageDecoder):
+    """Decode latents (B, latent_dim, h, w) into images (B, C, h*f, w*f); the last layer is linear."""
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         width = config.channels[-1]
         layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, width, 3, padding=1), *_middle(width, config)]
@@ -131,5 +139,18 @@ class Decoder(nn.Module):
         self.last = nn.Conv2d(width, channels * config.patch**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(config.patch)
 
+    @property
+    def last_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.last.weight)
+
     def forward(self, z: Tensor) -> Tensor:
         return self.unfold(self.last(self.layers(z)))
+
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield name and module of each layer with weights, in order of computation."""
+        yield from _with_weights(self.layers)
+        yield "last", self.last
+
+
+def _with_weights(layers: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
+    return ((f"layers.{name}", layer) for name, layer in layers.named_children() if layer.state_dict())

@@ -1,25 +1,24 @@
-"""PatchGAN (Isola et al. 2017, appendix 6.1.2): one logit for every overlapping patch of an image."""
+"""PatchGAN discriminator (Isola et al. 2017, appendix 6.1.2): one logit for each overlapping patch of an image."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from vqgen.errors import UsageError
-
 from .group_norm import GroupNorm
+from .options import check_discriminator
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w); high means real.
+    """Discriminate images (B, C, H, W) in [-1, 1] by logits (B, 1, h, w); high means real.
 
-    Group norm stands in the place of the paper's batch norm: the logits of an image then depend on no other image,
-    so real and fake ones can share a pass, and processes need no common statistics.
+    Group norm replaces the paper's batch norm: the logits of an image depend on no other image, so real and fake
+    images share a pass, and processes need no common statistics.
 
     Args:
         width: channels of the first layer, doubled by each of `layers`, at most eightfold.
-        spectral_norm: divide every convolution's weights by their largest singular value (Miyato et al. 2018). Its
-            estimate is refined by each pass in training mode and lies in buffers; in evaluation mode it stands still.
+        spectral_norm: divide every convolution's weights by their largest singular value (Miyato et al. 2018), whose
+            estimate, in buffers, is refined by each pass in training mode.
 
     Raises:
         UsageError: `size` is too small for so many layers.
@@ -27,11 +26,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int, size: list[int], width: int, layers: int, spectral_norm: bool = False) -> None:
         super().__init__()
-        # Each strided layer halves the side, two more 4x4 convolutions take one pixel each.
-        if min(size) // 2**layers < 3:
-            raise UsageError(
-                f"--gan-layers: {layers} strided layers leave nothing of {size[0]}x{size[1]} pixels; use fewer"
-            )
+        check_discriminator(layers, size)
         blocks: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1)]
         now = width
         for index in range(1, layers + 1):
@@ -49,7 +44,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with parametrize.cached():
-            # Singular values in float32: under autocast the products that estimate them would be rounded.
+            # Compute the weights in float32: autocast would round the products that estimate singular values.
             with torch.autocast(images.device.type, enabled=False):
                 for convolution in self.convolutions:
                     _ = convolution.weight
@@ -57,5 +52,5 @@ class PatchDiscriminator(nn.Module):
 
 
 def _groups(channels: int) -> int:
-    """The most groups up to 32 that divide `channels`."""
+    """Return the largest number of groups up to 32 that divides `channels`."""
     return max(g for g in range(1, 33) if channels % g == 0)

@@ -1,28 +1,16 @@
-"""Every kind of quantizer by the name it has in a configuration."""
+"""Quantizers by kind."""
 
-from collections.abc import Callable
+import pkgutil
+from typing import TYPE_CHECKING
 
-from .base import Quantizer
-from .fsq import FSQ
-from .gumbel import GumbelQuantizer
-from .lfq import LFQ
-from .options import QuantizerConfig
-from .product import ProductQuantizer
-from .residual import ResidualQuantizer
-from .simvq import SimVQ
-from .vq import VectorQuantizer
+from .options import QUANTIZERS, QuantizerConfig
 
-QUANTIZERS: dict[str, Callable[[int, QuantizerConfig], Quantizer]] = {
-    "vq": VectorQuantizer,
-    "simvq": SimVQ,
-    "gumbel": GumbelQuantizer,
-    "fsq": FSQ,
-    "lfq": LFQ,
-    "residual": ResidualQuantizer,
-    "product": ProductQuantizer,
-}
+if TYPE_CHECKING:
+    from .base import Quantizer
+
+__all__ = ["QUANTIZERS", "quantizer_for"]
 
 
-def quantizer_for(dim: int, config: QuantizerConfig) -> Quantizer:
-    """The quantizer that `config` names, for latents of `dim` channels."""
-    return QUANTIZERS[config.quantizer](dim, config)
+def quantizer_for(dim: int, config: QuantizerConfig) -> "Quantizer":
+    """Build the quantizer that `config` describes, for latents of `dim` channels."""
+    return pkgutil.resolve_name(config.builder)(dim, config)

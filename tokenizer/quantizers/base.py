@@ -1,8 +1,7 @@
-"""The interface of every quantizer: latents become codes, and codes latents again.
+"""The interface of all quantizers: latents to codes, and codes to quantized latents.
 
-Everything runs in float32 whatever autocast says. In training mode `forward` also lets the codebook learn from the
-batch, as batch norm does with its averages, and every process of a distributed run holds the same codebook afterwards.
-The quantizers themselves lie in files beside this one; `quantizers.py` chooses by name.
+Quantizers compute in float32 whatever autocast says. In training mode `forward` also updates the codebook from the
+batch, as batch norm updates its averages; afterwards every process of a distributed run has the same codebook.
 """
 
 from abc import abstractmethod
@@ -17,14 +16,14 @@ from .options import QuantizerConfig
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantizer returns.
+    """Result of quantizing latents.
 
     Attributes:
         z_q: quantized latents (B, D, h, w), with a gradient to the latents.
-        codes: int64 (B, h, w), or (B, h, w, depth) for residual and product quantizers.
-        loss: scalar, all terms of the quantizer with their weights.
-        stats: scalars of this batch: `perplexity` of the code histogram and `usage`, the share of codes that occur,
-            both means over the depths; and what the quantizer adds of its own.
+        codes: int64 (B, h, w), or (B, h, w, depth) where `depth` is more than 1.
+        loss: (), the weighted sum of the quantizer's losses.
+        stats: scalars of the batch to log: `perplexity` of the code histogram and `usage`, the share of codes that
+            occur, both means over the depths; and the quantizer's own.
     """
 
     z_q: Tensor
@@ -34,14 +33,14 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a quantizer makes of vectors (N, d).
+class QuantizedVectors:
+    """Result of quantizing vectors (N, d).
 
     Attributes:
-        vectors: (N, d) in their place, with a gradient to the given ones.
+        vectors: quantized vectors (N, d), with a gradient to the given ones.
         codes: int64 (N,), or (N, depth) where `depth` is more than 1.
-        loss: scalar, weighted.
-        counts: how often each code was chosen, (depth, K).
+        loss: (), weighted.
+        counts: histogram of the codes (depth, K).
         stats: further scalars to log.
     """
 
@@ -53,23 +52,23 @@ class Chosen:
 
 
 class Quantizer(nn.Module):
-    """A linear map into the space of the codes, a choice of codes there, and a linear map back.
+    """Base of quantizers: a linear map of latents to vectors, a choice of codes for them, and a linear map back.
+
+    A subclass implements `quantize`, `choose` and `lookup` on vectors (N, d); this class handles grids and autocast.
 
     Args:
         dim: channels D of the latents.
-        width: dimension d of the space of the codes.
-        config: its options.
-        width_in: dimension that `quantize` and `choose` take, where it is not d.
-
-    A subclass gives `quantize`, `choose` and `lookup` on vectors (N, d); images and grids are dealt with here.
+        width: dimension d of the quantized vectors.
+        config: options of this kind.
+        width_in: dimension of the vectors given to `quantize` and `choose`, where it is not d.
     """
 
     depth = 1
     """Codes a position."""
-    progress = 1.0
-    """Share of the run that is done; the trainer sets it before each step, for what is annealed."""
-    starts = False
-    """Whether `start_from` places codes; the trainer then gives it the first latents."""
+    training_progress = 1.0
+    """Share of the run's steps that are done, for annealing; the trainer sets it before each step."""
+    needs_initialization = False
+    """Whether the trainer shall call `initialize` with the first latents."""
 
     def __init__(self, dim: int, width: int, config: QuantizerConfig, width_in: int | None = None) -> None:
         super().__init__()
@@ -84,74 +83,79 @@ class Quantizer(nn.Module):
 
     @property
     def training_state(self) -> set[str]:
-        """Names of the tensors that only learning needs; a model folder leaves them out."""
+        """Names of the tensors that only training needs; a model folder leaves them out."""
         return set()
 
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Return this module's own codebook parameters, which have no weight decay; submodules answer for theirs."""
+        return []
+
     @abstractmethod
-    def quantize(self, flat: Tensor) -> Chosen:
-        """Choose codes for vectors (N, d); in training mode the codebook then learns from them."""
+    def quantize(self, flat: Tensor) -> QuantizedVectors:
+        """Quantize vectors (N, d); in training mode also update the codebook."""
 
     @abstractmethod
     def choose(self, flat: Tensor) -> Tensor:
-        """Vectors (N, d) -> codes int64 (N,) or (N, depth); nothing learns and nothing is random."""
+        """Choose codes int64 (N,) or (N, depth) for vectors (N, d), without randomness or updates."""
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes (N,) or (N, depth) -> vectors (N, d)."""
+        """Return the vectors (N, d) of codes (N,) or (N, depth)."""
 
     def reset_training_state(self) -> None:
-        """Bring what only learning needs into line with codes that were just loaded without it."""
+        """Reset the tensors that only training needs, after codes were loaded without them."""
 
-    def start_from(self, flat: Tensor) -> None:
-        """Start the codebook from vectors (N, d) of an untrained encoder, the same on all processes."""
+    def initialize_from(self, flat: Tensor) -> None:
+        """Initialize the codebook from vectors (N, d) of an untrained encoder, the same on all processes."""
 
     def vectors(self, z: Tensor) -> Tensor:
-        """Latents (B, D, h, w) -> vectors (B*h*w, d) in the space of the codes, float32, raster order."""
+        """Map latents (B, D, h, w) to vectors (B*h*w, d), float32, in raster order."""
         with torch.autocast(z.device.type, enabled=False):
             return self.project_in(z.float()).permute(0, 2, 3, 1).flatten(0, 2)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize latents (B, D, h, w); in training mode the codebook then learns from them."""
+        """Quantize latents (B, D, h, w); in training mode also update the codebook."""
         with torch.autocast(z.device.type, enabled=False):
-            chosen = self.quantize(self.vectors(z))
-            z_q = self.project_out(self._grid(chosen.vectors, z.shape)).to(z.dtype)
-        stats = {**_histogram_stats(chosen.counts), **chosen.stats}
-        return Quantized(z_q, self._codes(chosen.codes, z.shape), chosen.loss, stats)
+            result = self.quantize(self.vectors(z))
+            z_q = self.project_out(self._grid(result.vectors, z.shape)).to(z.dtype)
+        stats = {**_histogram_stats(result.counts), **result.stats}
+        return Quantized(z_q, self._codes(result.codes, z.shape), result.loss, stats)
 
     def encode(self, z: Tensor) -> Tensor:
-        """Latents (B, D, h, w) -> codes int64 (B, h, w) or (B, h, w, depth); nothing learns."""
+        """Choose codes int64 (B, h, w) or (B, h, w, depth) for latents (B, D, h, w), without updates."""
         with torch.autocast(z.device.type, enabled=False):
             return self._codes(self.choose(self.vectors(z)), z.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) or (B, h, w, depth) -> quantized latents (B, D, h, w)."""
+        """Return the quantized latents (B, D, h, w) of codes (B, h, w) or (B, h, w, depth)."""
         with torch.autocast(codes.device.type, enabled=False):
             flat = self.lookup(codes.flatten(0, 2))
             return self.project_out(self._grid(flat, (len(codes), 0, *codes.shape[1:3])))
 
     @torch.no_grad()
-    def start(self, z: Tensor) -> None:
-        """Start the codebook from latents (B, D, h, w), gathered over all processes."""
-        self.start_from(gathered(self.vectors(z)))
+    def initialize(self, z: Tensor) -> None:
+        """Initialize the codebook from latents (B, D, h, w) of all processes."""
+        if self.needs_initialization:
+            self.initialize_from(gathered(self.vectors(z)))
 
     @staticmethod
     def _grid(flat: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """(B*h*w, d) -> (B, d, h, w) for latents of `shape` (B, _, h, w)."""
+        """Reshape (B*h*w, d) to (B, d, h, w) for latents of `shape` (B, _, h, w)."""
         return flat.view(shape[0], shape[2], shape[3], flat.shape[1]).permute(0, 3, 1, 2)
 
     @staticmethod
     def _codes(codes: Tensor, shape: torch.Size) -> Tensor:
-        """(B*h*w,) or (B*h*w, depth) -> (B, h, w) or (B, h, w, depth) for latents of `shape` (B, _, h, w)."""
+        """Reshape codes (B*h*w[, depth]) to (B, h, w[, depth]) for latents of `shape` (B, _, h, w)."""
         return codes.view(shape[0], *shape[2:], *codes.shape[1:])
 
 
 def distributed() -> bool:
-    """Whether several processes train together."""
+    """Return whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(flat: Tensor) -> Tensor:
-    """Vectors (N, d) of every process, in order of rank: (world * N, d)."""
+    """Gather vectors (N, d) of all processes in order of rank: (world * N, d)."""
     if not distributed():
         return flat
     parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
@@ -160,7 +164,7 @@ def gathered(flat: Tensor) -> Tensor:
 
 
 def _histogram_stats(counts: Tensor) -> dict[str, Tensor]:
-    """Perplexity and usage of histograms (depth, K), means over the depths."""
+    """Compute perplexity and usage of histograms (depth, K), means over the depths."""
     share = counts / counts.sum(dim=1, keepdim=True)
     entropy = -(share * share.clamp_min(1e-10).log()).sum(dim=1)
     return {"perplexity": entropy.exp().mean(), "usage": (counts > 0).float().mean()}

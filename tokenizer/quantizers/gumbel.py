@@ -1,4 +1,4 @@
-"""Gumbel-softmax quantization (Jang et al. 2017; Ramesh et al. 2021, section 2.1): the encoder gives a logit a code."""
+"""Gumbel-softmax quantization (Jang et al. 2017; Ramesh et al. 2021, section 2.1): one logit for each code."""
 
 import math
 from typing import cast
@@ -7,51 +7,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Chosen, Quantizer
-from .codebook import entropy_of_mean, histogram
-from .options import QuantizerConfig
+from .base import QuantizedVectors, Quantizer
+from .codebook import entropy_of_mean
+from .options import GumbelConfig
+from .search import histogram
 
 
 class GumbelQuantizer(Quantizer):
-    """A mixture of codes in training, drawn so that it sharpens into a sample of one; the most likely code otherwise.
+    """A random mixture of codes in training, which becomes a sample of one code at low temperature; argmax otherwise.
 
-    In training `y = softmax((logits + g) / tau)` with Gumbel noise g (Jang et al., eq. 2), and the vector is `y E`
-    with the table E of K codes, so the table learns by gradient. tau falls from `gumbel_temperature` to
-    `gumbel_temperature_end` on a cosine over the first `gumbel_anneal` of the run (Ramesh et al., appendix A.2). The
-    loss is `gumbel_kl_weight * KL(q || uniform)`, `sum_k q_k log(q_k K)` with `q = softmax(logits)`, mean over
-    positions, in nats: the KL term of their eq. 1. It holds each choice back, and a code that no choice leans to feels
-    nothing of it; against a collapse there is `entropy_weight * (E[H(q)] - entropy_diversity * H(E[q]))`, the second
-    term as in Baevski et al. 2020, "wav2vec 2.0", eq. 4. In evaluation the vector is that of the argmax of the logits,
-    and so are the codes in both modes.
+    In training the vector is `y E` with `y = softmax((logits + g) / tau)`, Gumbel noise g (Jang et al., eq. 2) and the
+    table E of K codes, which learns by gradient. tau falls from `gumbel_temperature` to `gumbel_temperature_end` on a
+    cosine over the first `gumbel_anneal` of the run (Ramesh et al., appendix A.2). The loss is
+    `gumbel_kl_weight * KL(q || uniform)`, `sum_k q_k log(q_k K)` with `q = softmax(logits)`, mean over positions, in
+    nats: the KL term of their eq. 1. Against a collapse, from which the KL term does not recover, there is
+    `entropy_weight * (E[H(q)] - entropy_diversity * H(E[q]))`, the second term as in Baevski et al. 2020, "wav2vec
+    2.0", eq. 4. Codes are the argmax of the logits in both modes; in evaluation the vectors are those of the codes.
 
-    Logits and mixture are N x K numbers each by nature: 4096 vectors and K = 8192 take 128 MiB a tensor.
+    Logits and mixture have N x K elements each: 4096 vectors and K = 8192 take 128 MiB a tensor.
 
     Args:
         dim: channels D of the latents.
     """
 
-    def __init__(self, dim: int, config: QuantizerConfig) -> None:
+    def __init__(self, dim: int, config: GumbelConfig) -> None:
         super().__init__(dim, config.code_dim, config, width_in=config.codebook_size)
-        # Logits that the noise does not drown from the start, as the program of wav2vec 2.0 has them: with a layer's
-        # usual weights, some fifteen times smaller, the encoder learns nothing until the temperature is low.
+        # Logits larger than the noise, as in the code of wav2vec 2.0: with the default initialization, 15 times
+        # smaller, the encoder learns nothing until the temperature is low.
         nn.init.normal_(self.project_in.weight)
         nn.init.zeros_(cast(Tensor, self.project_in.bias))
+        self.config: GumbelConfig = config
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
 
     def codebook_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose rows are codes."""
         return [self.codebook]
 
     @property
     def temperature(self) -> float:
-        """tau at the present share of the run."""
+        """tau at the present step."""
         config = self.config
-        if self.progress >= config.gumbel_anneal:
+        if self.training_progress >= config.gumbel_anneal:
             return config.gumbel_temperature_end
-        above = (1 + math.cos(math.pi * self.progress / config.gumbel_anneal)) / 2
+        above = (1 + math.cos(math.pi * self.training_progress / config.gumbel_anneal)) / 2
         return config.gumbel_temperature_end + above * (config.gumbel_temperature - config.gumbel_temperature_end)
 
-    def quantize(self, flat: Tensor) -> Chosen:
+    def quantize(self, flat: Tensor) -> QuantizedVectors:
         codes = self.choose(flat)
         temperature = self.temperature
         vectors = F.gumbel_softmax(flat, temperature, dim=1) @ self.codebook if self.training else self.lookup(codes)
@@ -65,13 +65,10 @@ class GumbelQuantizer(Quantizer):
             mean = entropy_of_mean(q.mean(dim=0), self.training)
             loss = loss + self.config.entropy_weight * (each - self.config.entropy_diversity * mean)
             stats |= {"entropy_each": each.detach(), "entropy_mean": mean.detach()}
-        return Chosen(vectors, codes, loss, histogram(codes, self.codebook_size)[None], stats)
+        return QuantizedVectors(vectors, codes, loss, histogram(codes, self.codebook_size)[None], stats)
 
     def choose(self, flat: Tensor) -> Tensor:
         return flat.argmax(dim=1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.codebook)
-
-    def start(self, z: Tensor) -> None:
-        """Nothing to place: logits of all processes, N x K, are not gathered for it."""

@@ -1,16 +1,17 @@
-"""Lookup-free quantization (Yu et al. 2023, "Language model beats diffusion"): a code is a row of signs."""
+"""Lookup-free quantization (Yu et al. 2023, "Language model beats diffusion"): a code is a vector of signs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Chosen, Quantizer
-from .codebook import entropy_of_mean, estimated, histogram, vq_loss
-from .options import QuantizerConfig
+from .base import QuantizedVectors, Quantizer
+from .codebook import entropy_of_mean, vq_loss, with_gradient
+from .options import LFQConfig
+from .search import histogram
 
 
 class LFQ(Quantizer):
-    """The sign of each of log2 K dimensions (their section 3.1): no codebook, no search, whatever K.
+    """The sign of each of log2 K dimensions (section 3.1), without codebook or search.
 
     `z_hat_i = sign(z_i)`, -1 at 0 (their eq. 3); the code is `sum_i 2^i 1{z_i > 0}` (eq. 4), dimension 0 its lowest
     bit. The gradient is straight-through. The loss is `commitment_weight * |z - sg(z_hat)|^2` (mean over elements)
@@ -21,23 +22,25 @@ class LFQ(Quantizer):
         dim: channels D of the latents.
     """
 
-    def __init__(self, dim: int, config: QuantizerConfig) -> None:
+    def __init__(self, dim: int, config: LFQConfig) -> None:
         bits = config.codebook_size.bit_length() - 1
         super().__init__(dim, bits, config)
+        self.config: LFQConfig = config
         self.bits = bits
 
-    def quantize(self, flat: Tensor) -> Chosen:
+    def quantize(self, flat: Tensor) -> QuantizedVectors:
         codes = self.choose(flat)
         signs = self.lookup(codes)
         config = self.config
-        loss = vq_loss(flat, signs, config.commitment_weight, learned=False)
+        loss = vq_loss(flat, signs, config.commitment_weight, by_gradient=False)
         stats: dict[str, Tensor] = {}
         if config.entropy_weight:
             each, mean = bit_entropies(flat, config.entropy_temperature, self.training)
             loss = loss + config.entropy_weight * (each - config.entropy_diversity * mean)
             stats = {"entropy_each": each.detach(), "entropy_mean": mean.detach()}
         counts = histogram(codes, self.codebook_size)
-        return Chosen(estimated(flat, signs, config), codes, loss, counts[None], stats)
+        vectors = with_gradient(flat, signs, "straight-through")
+        return QuantizedVectors(vectors, codes, loss, counts[None], stats)
 
     def choose(self, flat: Tensor) -> Tensor:
         return ((flat > 0).long() << torch.arange(self.bits, device=flat.device)).sum(dim=1)
@@ -47,12 +50,12 @@ class LFQ(Quantizer):
 
 
 def bit_entropies(flat: Tensor, temperature: float, averaged: bool) -> tuple[Tensor, Tensor]:
-    """E[H(q(z))] and H(E[q(z)]) of vectors (N, d) over all 2^d sign codes, in nats; both exact, no N x 2^d numbers.
+    """Compute E[H(q(z))] and H(E[q(z)]) of vectors (N, d) over all 2^d sign codes, in nats, without an N x 2^d matrix.
 
-    Given z the bits are independent: `|z - e|^2` is a sum over them, so bit i is 1 with probability
-    sigmoid(4 z_i / temperature), and H(q(z)) is the sum of the bits' entropies. Their mean over z is not independent,
-    but a code's probability is the product of that of its low and its high half, so E[q] is one matrix product of
-    (2^(d/2), N) and (N, 2^(d/2)). With `averaged`, E[q] is the mean over all processes.
+    Given z the bits are independent, because `|z - e|^2` is a sum over them: bit i is 1 with probability
+    sigmoid(4 z_i / temperature), and H(q(z)) is the sum of the bits' entropies. The probability of a code is the
+    product of those of its low and its high half, so E[q] is one matrix product of (2^(d/2), N) and (N, 2^(d/2)). With
+    `averaged`, E[q] is the mean over all processes.
     """
     logits = flat * (4 / temperature)
     one, zero = logits.sigmoid(), (-logits).sigmoid()
@@ -63,7 +66,7 @@ def bit_entropies(flat: Tensor, temperature: float, averaged: bool) -> tuple[Ten
 
 
 def _joint(zero: Tensor, one: Tensor) -> Tensor:
-    """Probabilities (N, d) of independent bits being 0 and 1 -> those of their 2^d values, (N, 2^d), bit 0 lowest."""
+    """Combine probabilities (N, d) of independent bits into those of their 2^d values (N, 2^d), bit 0 lowest."""
     table = zero.new_ones(len(zero), 1)
     for off, on in zip(zero.unbind(1), one.unbind(1)):
         table = torch.cat([table * off[:, None], table * on[:, None]], dim=1)

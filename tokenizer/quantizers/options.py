@@ -1,122 +1,257 @@
-"""Options of the quantizers."""
+"""Options of the quantizers, one dataclass for each kind."""
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from vqgen.errors import UsageError
-from vqgen.options import at_least
+from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, Share
 
 # Levels of FSQ for about 2^8 ... 2^16 codes (Mentzer et al. 2023, table 1).
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])
 
-
-LEARNED = ("vq", "residual", "product")
-"""Kinds whose codes are looked up, learned from the vectors nearest to them, and revived."""
-
-
-# Options that only some quantizers have.
-_ONLY = {
-    "depth": ("residual", "product"),
-    "levels": ("fsq",),
-    "codebook": LEARNED,
-    "codebook_decay": LEARNED,
-    "commitment_weight": ("vq", "simvq", "lfq", "residual", "product"),
-    "revive_after": LEARNED,
-    "shared_codebook": ("residual",),
-    "estimator": ("vq", "simvq", "residual", "product"),
-    **dict.fromkeys(("entropy_weight", "entropy_diversity"), ("vq", "lfq", "gumbel")),
-    "entropy_temperature": ("vq", "lfq"),
-    **dict.fromkeys(("gumbel_temperature", "gumbel_temperature_end", "gumbel_anneal", "gumbel_kl_weight"), ("gumbel",)),
-}
+Estimator = Literal["straight-through", "rotation"]
 
 
 @dataclass
-class QuantizerConfig:
-    """The codebook and how it learns."""
+class QuantizerConfig(Options):
+    """Options that every kind of quantizer has. Add a kind with `register`."""
 
-    quantizer: Literal["vq", "simvq", "gumbel", "fsq", "lfq", "residual", "product"] = "vq"
-    """Kind of quantizer: nearest code of a learned codebook (vq), of a frozen one under a learned linear map (simvq),
-    a sample by Gumbel-softmax (gumbel), rounding to --levels (fsq), signs (lfq), vq of what is left, --depth times
-    (residual), or --depth codebooks side by side (product)."""
-    codebook_size: int = 1024
+    kind: ClassVar[str]
+    builder: ClassVar[str]
+    fixed_codes: ClassVar[bool] = False
+    """Whether codes exist without data, so that no codebook can be too large for the images."""
+
+    codebook_size: Annotated[int, Range(least=2)] = 1024
     """Number of codes K of each codebook; a power of two for lfq; fsq takes the levels nearest to it."""
-    code_dim: int = 8
-    """Dimension of a code; a linear map leads from the latents to it and back. fsq and lfq have their own."""
-    depth: int = 1
-    """Codes a position; residual and product only, 2 or more."""
-    levels: list[int] = field(default_factory=list)
-    """Levels of each dimension (fsq only); empty = those of the paper nearest to --codebook-size."""
-    codebook: Literal["ema", "gradient"] = "ema"
-    """How codes learn: as moving averages of their vectors, or by the gradient of the codebook loss (vq, residual,
-    product)."""
-    codebook_decay: float = 0.99
-    """Decay of the moving averages (ema only)."""
-    commitment_weight: float = 0.25
-    """Weight of the commitment loss, which draws the encoder towards its codes."""
-    l2_normalize: bool = True
-    """Compare directions: latents and codes lie on the unit sphere (Yu et al. 2022, section 3.2); vq and product."""
-    kmeans_start: bool = True
-    """Start the codebook from k-means over the first batches of latents (vq, residual, product)."""
-    revive_after: int = 100
-    """A code unused for this many steps is moved to a random latent of the batch; 0 = never (vq, residual, product).
-    Each of a step's --accumulate parts counts as one."""
-    shared_codebook: bool = False
-    """One codebook for all depths (Lee et al. 2022, section 3.1.2); residual only."""
-    estimator: Literal["straight-through", "rotation"] = "straight-through"
-    """How the gradient passes the codes: copied, or turned and scaled with them (Fifty et al. 2024, section 4)."""
-    entropy_weight: float = 0.0
-    """Weight of the entropy loss, which wants sure choices and even use (Yu et al. 2023, eq. 5); vq, lfq, gumbel."""
-    entropy_temperature: float = 0.01
-    """Temperature of the soft choices the entropy is taken over (vq and lfq; gumbel has choices of its own)."""
-    entropy_diversity: float = 1.0
-    """Weight of even use against sure choices inside the entropy loss."""
-    gumbel_temperature: float = 1.0
-    """Temperature of the Gumbel-softmax at the start (gumbel only)."""
-    gumbel_temperature_end: float = 0.0625
-    """Temperature it falls to, on a cosine (gumbel only)."""
-    gumbel_anneal: float = 0.5
-    """Share of the run after which the temperature has fallen (gumbel only)."""
-    gumbel_kl_weight: float = 5e-4
-    """Weight of the KL divergence of the choices from the uniform prior (gumbel only)."""
 
     def __post_init__(self) -> None:
-        at_least(self, codebook_size=2, code_dim=1)
-        at_least(self, commitment_weight=0, entropy_weight=0, entropy_diversity=0, gumbel_kl_weight=0)
-        if self.l2_normalize and self.code_dim < 2 and self.quantizer in ("vq", "product"):
-            raise UsageError("--code-dim: 1 with --l2-normalize leaves only two codes; use a larger --code-dim")
-        if not 0 < self.codebook_decay < 1:
-            raise UsageError(f"--codebook-decay: found {self.codebook_decay}, expected 0 < decay < 1")
-        for name in ("entropy_temperature", "gumbel_temperature", "gumbel_temperature_end"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected more than 0")
-        if not 0 <= self.gumbel_anneal <= 1:
-            raise UsageError(f"--gumbel-anneal: found {self.gumbel_anneal}, expected 0 <= share <= 1")
-        if self.revive_after < 0:
-            raise UsageError(f"--revive-after: found {self.revive_after}, expected 0 or a number of steps")
-        for option in fields(self):
-            kinds, value = _ONLY.get(option.name), getattr(self, option.name)
-            default = [] if option.name == "levels" else option.default
-            if kinds and self.quantizer not in kinds and value and value != default:
-                raise UsageError(
-                    f"--{option.name.replace('_', '-')}: found {value}, which --quantizer {self.quantizer} has no use "
-                    f"for (only {', '.join(kinds)}); leave it at {default or 'its default'}"
-                )
-        if self.depth < 1 or (self.depth < 2 and self.quantizer in _ONLY["depth"]):
-            raise UsageError(f"--depth: found {self.depth}, expected at least 2 with --quantizer residual or product")
-        if self.levels and not 3 <= min(self.levels) <= max(self.levels) <= 1000:
-            raise UsageError(f"--levels: found {self.levels}, expected 3 to 1000 in each dimension")
+        super().__post_init__()
         if self.codes > 2**24:
             raise UsageError(f"--codebook-size (for fsq: --levels): found {self.codes} codes, expected at most 2^24")
-        if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
-            raise UsageError(f"--codebook-size: found {self.codebook_size}; lfq needs a power of two")
+
+    @property
+    def codes(self) -> int:
+        """Number of codes of each codebook."""
+        return self.codebook_size
+
+    @property
+    def settling_steps(self) -> int:
+        """Steps after which a collapse of the codebook no longer heals by itself."""
+        return 0
+
+    def collapse_remedy(self) -> str:
+        """Return what helps against a collapse of the codebook and is not done yet."""
+        return "use a smaller --codebook-size"
+
+
+QUANTIZERS: dict[str, type[QuantizerConfig]] = {}
+"""Kind of quantizer -> its options."""
+
+Q = TypeVar("Q", bound=type[QuantizerConfig])
+
+
+def register(kind: str, builder: str) -> Callable[[Q], Q]:
+    """Class decorator: register options under the name of their kind.
+
+    `builder` is the "module:class" of the `Quantizer`, imported when a model is built; it takes (dim, config).
+    """
+
+    def add(options: Q) -> Q:
+        options.kind, options.builder = kind, builder
+        QUANTIZERS[kind] = options
+        return options
+
+    return add
+
+
+# ---- options that several kinds share ----
+
+
+@dataclass
+class CodeDim:
+    """Dimension of the codes."""
+
+    code_dim: Count = 8
+    """Dimension of a code; a linear map leads from the latents to it and back."""
+
+
+@dataclass
+class Commitment:
+    """The commitment loss."""
+
+    commitment_weight: NotNegative = 0.25
+    """Weight of the commitment loss, which pulls the encoder's outputs towards their codes."""
+
+
+@dataclass
+class GradientEstimator:
+    """The gradient of the codes."""
+
+    estimator: Estimator = "straight-through"
+    """Gradient through the quantization: copied, or rotated and scaled (Fifty et al. 2024, section 4)."""
+
+
+@dataclass
+class Entropy:
+    """The entropy loss (Yu et al. 2023, eq. 5)."""
+
+    entropy_weight: NotNegative = 0.0
+    """Weight of the entropy loss, which favours confident choices and even use of the codes."""
+    entropy_diversity: NotNegative = 1.0
+    """Weight of even use relative to confident choices in the entropy loss."""
+
+
+@dataclass
+class SoftEntropy(Entropy):
+    """The entropy loss of soft choices between codes."""
+
+    entropy_temperature: Positive = 0.01
+    """Temperature of the softmax over codes whose entropy is taken."""
+
+
+@dataclass
+class CodebookConfig(GradientEstimator, Commitment, CodeDim, QuantizerConfig):
+    """Options of kinds with codes learned from the vectors nearest to them."""
+
+    codebook: Literal["ema", "gradient"] = "ema"
+    """How codes learn: as moving averages of their vectors, or by the gradient of the codebook loss."""
+    codebook_decay: Annotated[float, Range(above=0, below=1)] = 0.99
+    """Decay of the moving averages (ema only)."""
+    kmeans_start: bool = True
+    """Initialize the codebook by k-means over the first batches of latents."""
+    revive_after: CountOrZero = 100
+    """Move a code that was unused for this many steps to a random latent of the batch; 0 = never. Each of a step's
+    --accumulate parts counts as one."""
+
+    @property
+    def settling_steps(self) -> int:
+        return 2 * self.revive_after
+
+    def missing_remedies(self) -> dict[str, bool]:
+        """Options that prevent a collapse -> whether they are not set yet."""
+        return {
+            "--codebook ema": self.codebook != "ema",
+            "--code-dim 8": self.code_dim > 16,
+            "--kmeans-start": not self.kmeans_start,
+            "--revive-after 100": not self.revive_after,
+        }
+
+    def collapse_remedy(self) -> str:
+        missing = [option for option, wanted in self.missing_remedies().items() if wanted]
+        smaller = "a smaller --codebook-size"
+        return (
+            f"use {' '.join(missing)}, or {smaller}"
+            if missing
+            else f"use {smaller} or a larger --batch-size, or lower --lr"
+        )
+
+
+@dataclass
+class DirectionCodebookConfig(CodebookConfig):
+    """Options of kinds whose codebooks can compare directions."""
+
+    l2_normalize: bool = True
+    """Compare directions: latents and codes lie on the unit sphere (Yu et al. 2022, section 3.2)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.l2_normalize and self.code_dim < 2:
+            raise UsageError("--code-dim: found 1, of which --l2-normalize leaves two codes; expected at least 2")
+
+    def missing_remedies(self) -> dict[str, bool]:
+        return {"--l2-normalize": not self.l2_normalize, **super().missing_remedies()}
+
+
+# ---- the kinds ----
+
+
+@register("vq", "vqgen.tokenizer.quantizers.vq:VectorQuantizer")
+@dataclass
+class VQConfig(SoftEntropy, DirectionCodebookConfig):
+    """Nearest code of a learned codebook (van den Oord et al. 2017)."""
+
+
+@register("simvq", "vqgen.tokenizer.quantizers.simvq:SimVQ")
+@dataclass
+class SimVQConfig(GradientEstimator, Commitment, CodeDim, QuantizerConfig):
+    """Nearest code of a frozen codebook under a learned linear map (Zhu et al. 2024)."""
+
+
+@register("gumbel", "vqgen.tokenizer.quantizers.gumbel:GumbelQuantizer")
+@dataclass
+class GumbelConfig(Entropy, CodeDim, QuantizerConfig):
+    """A sample by Gumbel-softmax (Jang et al. 2017)."""
+
+    gumbel_temperature: Positive = 1.0
+    """Temperature of the Gumbel-softmax at the start."""
+    gumbel_temperature_end: Positive = 0.0625
+    """Temperature it falls to, on a cosine."""
+    gumbel_anneal: Share = 0.5
+    """Share of the run over which the temperature falls."""
+    gumbel_kl_weight: NotNegative = 5e-4
+    """Weight of the KL divergence of the choices from the uniform prior."""
+
+    def collapse_remedy(self) -> str:
+        weight = f"--entropy-weight (it is {self.entropy_weight:g})"
+        return f"raise {weight} or --gumbel-kl-weight, or {super().collapse_remedy()}"
+
+
+@register("fsq", "vqgen.tokenizer.quantizers.fsq:FSQ")
+@dataclass
+class FSQConfig(QuantizerConfig):
+    """Rounding to a grid of levels (Mentzer et al. 2023)."""
+
+    fixed_codes: ClassVar[bool] = True
+
+    levels: list[Annotated[int, Range(least=3, most=1000)]] = field(default_factory=list)
+    """Levels of each dimension; empty = those of the paper nearest to --codebook-size."""
 
     @property
     def fsq_levels(self) -> list[int]:
-        """Levels of FSQ: those asked for, or the paper's nearest to the codebook size."""
+        """Levels asked for, or the paper's nearest to the codebook size."""
         return self.levels or min(FSQ_LEVELS, key=lambda x: abs(math.log(math.prod(x) / self.codebook_size)))
 
     @property
     def codes(self) -> int:
-        """Codes a codebook really has: K, or for fsq the product of its levels."""
-        return math.prod(self.fsq_levels) if self.quantizer == "fsq" else self.codebook_size
+        return math.prod(self.fsq_levels)
+
+    def collapse_remedy(self) -> str:
+        return "use smaller --levels"
+
+
+@register("lfq", "vqgen.tokenizer.quantizers.lfq:LFQ")
+@dataclass
+class LFQConfig(SoftEntropy, Commitment, QuantizerConfig):
+    """Signs of log2(K) dimensions (Yu et al. 2023)."""
+
+    fixed_codes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codebook_size & (self.codebook_size - 1):
+            raise UsageError(f"--codebook-size: found {self.codebook_size}; lfq needs a power of two")
+
+    def collapse_remedy(self) -> str:
+        return f"raise --entropy-weight (it is {self.entropy_weight:g}), or {super().collapse_remedy()}"
+
+
+@register("residual", "vqgen.tokenizer.quantizers.residual:ResidualQuantizer")
+@dataclass
+class ResidualConfig(CodebookConfig):
+    """Vector quantization of what remains, --depth times (Lee et al. 2022)."""
+
+    depth: Annotated[int, Range(least=2)] = 2
+    """Codes a position."""
+    shared_codebook: bool = False
+    """One codebook for all depths (Lee et al. 2022, section 3.1.2)."""
+
+
+@register("product", "vqgen.tokenizer.quantizers.product:ProductQuantizer")
+@dataclass
+class ProductConfig(DirectionCodebookConfig):
+    """Vector quantization of --depth parts of the vector (Jegou et al. 2011)."""
+
+    depth: Annotated[int, Range(least=2)] = 2
+    """Codes a position."""

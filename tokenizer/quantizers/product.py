@@ -1,48 +1,47 @@
-"""Product quantization (Jegou et al. 2011): the parts of a vector have codebooks of their own, side by side."""
+"""Product quantization (Jegou et al. 2011): each part of a vector has its own codebook."""
 
 import torch
 from torch import Tensor
 
-from .base import Chosen
+from .base import QuantizedVectors
 from .codebook import Codebook
-from .options import QuantizerConfig
-from .vq import MultiCodebookQuantizer
+from .multi_codebook import MultiCodebookQuantizer
+from .options import ProductConfig
 
 
 class ProductQuantizer(MultiCodebookQuantizer):
     """`depth` codes a position, one for each part of the vector.
 
-    `z_q = (q_1(z_1), ..., q_depth(z_depth))` for the parts z_i of z, of `code_dim` dimensions each (their section
-    II-B). Each q_i is a vector quantizer, see `Codebook`: it normalises, turns the gradient and learns by itself.
-    Losses are means over all elements.
+    `z_q = (q_1(z_1), ..., q_depth(z_depth))` for the parts z_i of z, of `code_dim` dimensions each (section II-B). Each
+    q_i is an independent vector quantizer, see `Codebook`. Losses are means over all elements.
 
     Args:
         dim: channels D of the latents.
     """
 
-    def __init__(self, dim: int, config: QuantizerConfig) -> None:
-        books = [Codebook(config, config.code_dim, config.l2_normalize) for _ in range(config.depth)]
-        super().__init__(dim, config.depth * config.code_dim, config, books)
+    def __init__(self, dim: int, config: ProductConfig) -> None:
+        codebooks = [Codebook(config, config.code_dim, config.l2_normalize) for _ in range(config.depth)]
+        super().__init__(dim, config.depth * config.code_dim, config, codebooks)
 
     def _parts(self, flat: Tensor) -> list[tuple[Codebook, Tensor]]:
-        """Each codebook with its part (N, code_dim) of vectors (N, depth * code_dim)."""
-        return list(zip(self.books, flat.split(self.config.code_dim, dim=1), strict=True))
+        """Return each codebook with its part (N, code_dim) of vectors (N, depth * code_dim)."""
+        return list(zip(self.depth_codebooks, flat.chunk(self.depth, dim=1), strict=True))
 
-    def quantize(self, flat: Tensor) -> Chosen:
-        each: list[Chosen] = [book(part) for book, part in self._parts(flat)]
-        return Chosen(
-            torch.cat([chosen.vectors for chosen in each], dim=1),
-            torch.stack([chosen.codes for chosen in each], dim=1),
-            torch.stack([chosen.loss for chosen in each]).mean(),
-            torch.cat([chosen.counts for chosen in each]),
+    def quantize(self, flat: Tensor) -> QuantizedVectors:
+        each: list[QuantizedVectors] = [codebook(part) for codebook, part in self._parts(flat)]
+        return QuantizedVectors(
+            torch.cat([part.vectors for part in each], dim=1),
+            torch.stack([part.codes for part in each], dim=1),
+            torch.stack([part.loss for part in each]).mean(),
+            torch.cat([part.counts for part in each]),
         )
 
     def choose(self, flat: Tensor) -> Tensor:
-        return torch.stack([book.choose(part) for book, part in self._parts(flat)], dim=1)
+        return torch.stack([codebook.choose(part) for codebook, part in self._parts(flat)], dim=1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        return torch.cat([book.lookup(part) for book, part in self.apart(codes)], dim=1)
+        return torch.cat([codebook.lookup(part) for codebook, part in self.split(codes)], dim=1)
 
-    def start_from(self, flat: Tensor) -> None:
-        for book, part in self._parts(flat):
-            book.start_from(part)
+    def initialize_from(self, flat: Tensor) -> None:
+        for codebook, part in self._parts(flat):
+            codebook.initialize_from(part)

@@ -1,4 +1,4 @@
-"""The search for the nearest of K codes, and what is built on it and on counting: k-means and histograms."""
+"""Nearest-code search, k-means and histograms of codes."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,28 +10,28 @@ from torch import Tensor
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Columns of a tile of distances are searched for their minimum in this many interleaved groups.
+# Groups in which the columns of a tile of distances are searched for their minimum.
 _GROUPS = 32
 
 
 def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function as it stands inside of compiled code: a compiler would unroll its loops over slices."""
+    """Exclude a function from compilation, which would unroll its loops over slices."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def _tile(device: torch.device) -> tuple[int, int]:
-    """How many vectors and how many codes have their distances in memory at once; codes a multiple of `_GROUPS`."""
+    """Return the numbers of vectors and codes of a tile of distances; codes are a multiple of `_GROUPS`."""
     if device.type == "cpu":
-        return 256 * torch.get_num_threads(), 2048  # 2 MiB a thread: they stay in its cache until they are searched
-    return 4096, 4096  # 64 MiB: a few large launches, which is what a GPU wants
+        return 256 * torch.get_num_threads(), 2048  # 2 MiB a thread, to stay in its cache
+    return 4096, 4096  # 64 MiB, for few large kernel launches
 
 
 @uncompiled
 def nearest(vectors: Tensor, codebook: Tensor, unit: bool = False) -> Tensor:
-    """Index of the nearest code in Euclidean distance, exact in float32: (N, d), (K, d) -> int64 (N,).
+    """Find the nearest code by Euclidean distance in float32: vectors (N, d), codes (K, d) -> int64 (N,).
 
-    With `unit` the codes are taken to be of unit length. The N x K distances exist only a tile at a time, less |v|^2,
-    which is the same for all codes.
+    With `unit` the codes must have unit length. Distances are computed in tiles, without |v|^2, which is the same for
+    all codes.
     """
     rows, columns = _tile(vectors.device)
     size = len(codebook)
@@ -56,10 +56,9 @@ def nearest(vectors: Tensor, codebook: Tensor, unit: bool = False) -> Tensor:
 
 
 def _minimum(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum of each row of (n, m) and its column.
+    """Return the minimum of each row of (n, m) and its column.
 
-    On the CPU finding where a minimum is takes some ten times as long as the minimum alone. So the latter is taken over
-    groups, and the place is sought among the groups and then within one.
+    On a CPU `min` with indices takes ten times as long as `amin`, so it is applied to the minima of groups only.
     """
     if values.shape[1] % _GROUPS:
         return values.min(dim=1)
@@ -70,9 +69,9 @@ def _minimum(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kmeans(vectors: Tensor, codes: int, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm: (N, d) -> (codes, d). Empty clusters restart at random vectors; uses torch's random state."""
+    """Cluster vectors (N, d) by Lloyd's algorithm -> (codes, d). Empty clusters restart at random vectors."""
     order = torch.randperm(len(vectors), device=vectors.device)
-    if len(vectors) < codes:  # too few to start one code each: repeat them, told apart by a little noise
+    if len(vectors) < codes:  # repeat them, with a little noise below
         order = order.repeat(-(-codes // len(vectors)))
     centres = vectors[order[:codes]].clone()
     if len(vectors) < codes:
@@ -87,6 +86,6 @@ def kmeans(vectors: Tensor, codes: int, iterations: int = 10) -> Tensor:
 
 
 def histogram(codes: Tensor, size: int) -> Tensor:
-    """How often each of `size` codes occurs in int64 (N,): float32 (size,). `bincount` would wait for a GPU."""
+    """Count each of `size` codes in int64 (N,): float32 (size,). Unlike `bincount` it does not wait for a GPU."""
     counts = torch.zeros(size, device=codes.device)
     return counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))

@@ -1,21 +1,21 @@
-"""SimVQ (Zhu et al. 2024, "Addressing representation collapse with one linear layer"): all codes move together."""
+"""SimVQ (Zhu et al. 2024, "Addressing representation collapse with one linear layer"): one map moves all codes."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Chosen, Quantizer
-from .codebook import estimated, vq_loss
-from .options import QuantizerConfig
+from .base import QuantizedVectors, Quantizer
+from .codebook import vq_loss, with_gradient
+from .options import SimVQConfig
 from .search import histogram, nearest
 
 
 class SimVQ(Quantizer):
-    """The nearest code of a codebook `C W`, C (K, d) frozen as it was drawn, W (d, d) learned.
+    """The nearest code of a codebook `C W`, with C (K, d) random and frozen and W (d, d) learned.
 
     `z_q = c_k W`, `k = argmin_j |z - c_j W|`. The loss is `|sg(z) - c_k W|^2 + commitment_weight * |z - sg(c_k W)|^2`,
-    means over elements: that of VQ-VAE, whose gradient, where it reaches the codes in use, moves every code by way
-    of W (their section 4). C is normal with variance 1 / d.
+    means over elements: that of VQ-VAE, whose gradient at the used codes moves all codes by W (section 4). C is normal
+    with variance 1 / d.
 
     Args:
         dim: channels D of the latents.
@@ -23,17 +23,18 @@ class SimVQ(Quantizer):
 
     codes: Tensor
 
-    def __init__(self, dim: int, config: QuantizerConfig) -> None:
+    def __init__(self, dim: int, config: SimVQConfig) -> None:
         super().__init__(dim, config.code_dim, config)
         self.register_buffer("codes", torch.randn(config.codebook_size, config.code_dim) * config.code_dim**-0.5)
+        self.config: SimVQConfig = config
         self.transform = nn.Linear(config.code_dim, config.code_dim, bias=False)
 
-    def quantize(self, flat: Tensor) -> Chosen:
+    def quantize(self, flat: Tensor) -> QuantizedVectors:
         codes = self.choose(flat.detach())
-        chosen = self.lookup(codes)
-        loss = vq_loss(flat, chosen, self.config.commitment_weight, learned=True)
+        quantized = self.lookup(codes)
+        loss = vq_loss(flat, quantized, self.config.commitment_weight, by_gradient=True)
         counts = histogram(codes, len(self.codes))
-        return Chosen(estimated(flat, chosen, self.config), codes, loss, counts[None])
+        return QuantizedVectors(with_gradient(flat, quantized, self.config.estimator), codes, loss, counts[None])
 
     @torch.no_grad()
     def choose(self, flat: Tensor) -> Tensor:

@@ -1,0 +1,230 @@
+"""Training of a tokenizer: losses, optimizer step, validation and checkpoints."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vqgen.errors import UserError
+from vqgen.seeding import step_seed
+from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
+from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.losses.adversarial import AdversarialTraining
+from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_weights
+from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
+from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.training.health import Finding, Row, non_finite_origin
+from vqgen.training.optimizer import averaged, optimizer_for, update_average
+from vqgen.training.run import Run
+
+from .diagnosis import diagnose
+from .model import Tokenizer, TokenizerOutput
+from .reconstruction import reconstruct, write_comparison
+
+if TYPE_CHECKING:
+    from .train import TokenizerTraining
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class TokenizerTrainer:
+    """Trainer of stage one: reconstruction, perceptual, quantizer and adversarial loss; see `Trainer`."""
+
+    def __init__(self, run: Run, config: "TokenizerTraining", train: ImageDataset, heldout: ImageDataset) -> None:
+        self.run, self.config = run, config
+        self.train_images, self.heldout_images = train, heldout
+        self.validated = min(len(heldout), config.validation_images or len(heldout))
+        self.extra: dict[str, Any] = {}
+        torch.manual_seed(config.run.seed)
+        tokenizer = self._placed(Tokenizer(config.architecture()))
+        self.average = averaged(tokenizer)
+        self.perceptual: PerceptualDistance | None = None
+        if config.loss.perceptual_weights:
+            distance = PerceptualDistance(config.loss.perceptual_net, config.loss.perceptual_weights)
+            self.perceptual = self._placed(distance)
+        optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, run.plan)
+        if config.run.compile:
+            if config.gan.gan_weight and config.gan.gan_adaptive:
+                # The adaptive weight runs further backward passes; donated buffers are gone after the first.
+                from torch._functorch import config as functorch
+
+                functorch.donated_buffer = False
+            tokenizer.compile()
+        self.model, self.optimizer = run.accelerator.prepare(tokenizer, optimizer)
+        self.tokenizer = tokenizer  # without the wrapper of a distributed run
+        self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer, "average": self.average}
+        self.optimizers: dict[str, Any] = {"tokenizer": optimizer, "tokenizer_schedule": self.schedule}
+        self.gan: AdversarialTraining | None = None
+        if config.gan.gan_weight:
+            images, gan = config.images, config.gan
+            discriminator = self._placed(
+                PatchDiscriminator(images.channels, images.size, gan.gan_width, gan.gan_layers, gan.gan_spectral_norm)
+            )
+            self.gan = AdversarialTraining(run, gan, config.optimizer, discriminator, self.extra)
+            self.modules |= self.gan.modules
+            self.optimizers |= self.gan.optimizers
+
+    def _placed(self, module: M) -> M:
+        """Move a module to the run's device, in channels_last layout, which is faster for convolutions."""
+        return module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def begin(self, first_step: int) -> None:
+        accelerator, seed = self.run.accelerator, self.config.run.seed
+        share = self.run.micro_batch * self.config.run.accumulate
+        for dataset in (self.train_images, self.heldout_images):
+            dataset.broken.report = self.run.say
+        if self.perceptual is None:
+            self.run.say("LPIPS is not measured; --perceptual-weights gives the weights of its backbone")
+        if count := self.train_images.source.test_images:
+            self.run.say(f"{self.config.data} has a test split of {count} images; it is left for evaluation")
+        if self.gan:
+            self.gan.begin()
+
+        def batches(step: int) -> Iterator[Batch]:
+            rank, world = accelerator.process_index, accelerator.num_processes
+            return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
+
+        if first_step == 0:
+            initialized = self._load_weights(self.config.init) if self.config.init else False
+            if self.tokenizer.quantizer.needs_initialization and not initialized:
+                self._initialize_codebook(batches(0))
+        self.extra.setdefault("weight_norm", float(self._weight_norm()))
+        self.batches = batches(first_step)
+
+    def _weight_norm(self) -> Tensor:
+        """Norm of all weights of encoder and decoder; its growth shows whether the learning rate is too high."""
+        parts = (self.tokenizer.encoder, self.tokenizer.decoder)
+        return nn.utils.get_total_norm([weight.detach() for part in parts for weight in part.parameters()])
+
+    def _load_weights(self, folder: Path) -> bool:
+        """Load the weights of another tokenizer; return False where its quantizer has other sizes and was left out."""
+        given = Tokenizer.load(folder).state_dict()
+        own = self.tokenizer.state_dict()
+        parts = {key: key.partition(".")[0] for key in {**own, **given}}
+        different = [k for k in sorted(parts) if k not in own or k not in given or own[k].shape != given[k].shape]
+        for key in different:
+            if parts[key] != "quantizer":
+                shapes = [tuple(of[key].shape) if key in of else "no such tensor" for of in (given, own)]
+                raise UserError(f"--init: {folder} has {key} as {shapes[0]}, this run has {shapes[1]}; use its sizes")
+        if different:
+            given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
+            self.run.say(f"--init: the quantizer of {folder} has other sizes; this run initializes its own")
+        self.tokenizer.load_state_dict({**own, **given})
+        self.tokenizer.quantizer.reset_training_state()
+        return not different
+
+    @torch.no_grad()
+    def _initialize_codebook(self, batches: Iterator[Batch]) -> None:
+        """Initialize the codebook from latents of the untrained encoder: 8 vectors a code, of at most 32 batches."""
+        torch.manual_seed(step_seed(self.config.run.seed, -1))
+        wanted = 8 * self.tokenizer.codebook_size // self.run.accelerator.num_processes
+        latents: list[Tensor] = []
+        for _, batch in zip(range(32), batches):
+            for images in self._tensors(batch):
+                latents.append(self.tokenizer.encoder(images).float())
+            if sum(len(z) * z.shape[2] * z.shape[3] for z in latents) >= wanted:
+                break
+        self.tokenizer.quantizer.initialize(torch.cat(latents))
+
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        """Return a batch as float images in [-1, 1] on the device, one tensor for each part of accumulation."""
+        images = to_float(batch.images.to(self.run.device, non_blocking=True))
+        return list(images.contiguous(memory_format=torch.channels_last).chunk(self.config.run.accumulate))
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        parts = self._tensors(next(self.batches))
+        self.tokenizer.quantizer.training_progress = self.run.plan.progress(step)
+        logged: dict[str, Tensor] = {}
+        fakes: list[Tensor] = []
+        for index, images in enumerate(parts):
+            with self.run.part(self.model, index):
+                self.last_images = images
+                output: TokenizerOutput = self.model(images)
+                terms, total = self._losses(step, images, output)
+                self.run.backward(terms, total)
+            fakes.append(output.images.detach())
+            for name, value in {**terms, "loss": total}.items():
+                logged[name] = logged.get(name, 0) + value.detach() / len(parts)
+        clip = self.config.optimizer.grad_clip
+        logged["grad_norm"] = self.run.update(self.model, self.optimizer, self.schedule, clip)
+        self.optimizer.zero_grad()
+        update_average(self.average, self.tokenizer, self.config.optimizer.ema_decay, step)
+        logged["lr"] = torch.tensor(self.schedule.get_last_lr()[0])
+        logged["weight_growth"] = self._weight_norm() / self.extra["weight_norm"]
+        if self.gan:
+            logged |= self.gan.step(step, parts, fakes)
+        return logged
+
+    def _losses(self, step: int, images: Tensor, output: TokenizerOutput) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses by name and their weighted sum."""
+        config = self.config
+        terms = {
+            "reconstruction": reconstruction_loss(output.images, images, config.loss.reconstruction),
+            "quantizer": output.quantized.loss,
+            **{name: value.float() for name, value in output.quantized.stats.items()},
+        }
+        reconstruction = terms["reconstruction"]
+        if self.perceptual is not None and config.loss.perceptual_weight:
+            with self.run.accelerator.autocast():
+                terms["perceptual"] = self.perceptual(output.images, images).mean()
+            reconstruction = reconstruction + config.loss.perceptual_weight * terms["perceptual"]
+        total = reconstruction + terms["quantizer"]
+        if self.gan:
+            adversarial, weighted = self.gan.terms(step, output.images, reconstruction, self.tokenizer.last_weight)
+            terms |= adversarial
+            total = total + weighted
+        return terms, total
+
+    def rates(self, per_second: float) -> dict[str, float]:
+        return {}
+
+    def validate(self, step: int) -> dict[str, float]:
+        with self.run.accelerator.autocast():
+            result = reconstruct(
+                self.average.module,  # type: ignore[arg-type]
+                self.heldout_images,
+                self.validated,
+                self.run.micro_batch,
+                self.config.images,
+                self.perceptual,
+                self.run.accelerator,
+            )
+        if self.run.main:
+            write_comparison(self.run.folder / "images" / f"step-{step:08d}.png", result)
+        return result.metrics
+
+    def diagnose(self, rows: list[Row]) -> list[Finding]:
+        positions = self.tokenizer.grid[0] * self.tokenizer.grid[1]
+        training, heldout = positions * len(self.train_images), positions * self.validated
+        return diagnose(rows, self.config.quantizer, self.config.gan, training, heldout)
+
+    def origin(self) -> str:
+        # The codebook was updated with non-finite vectors: use the averaged one, which is a step older.
+        self.tokenizer.quantizer.load_state_dict(self.average.module.quantizer.state_dict())  # type: ignore[union-attr]
+        self.tokenizer.eval()  # an update of the codebook would wait for the other processes
+        found = non_finite_origin(self.tokenizer, lambda: self.tokenizer(self.last_images))
+        if found == "the loss itself" and self.gan:
+            discriminator = self.gan.discriminator
+            return "the discriminator: " + non_finite_origin(discriminator, lambda: discriminator(self.last_images))
+        return found
+
+    def finished(self) -> str | None:
+        return None
+
+    def save(self) -> None:
+        self.average.module.save(self.run.folder)  # type: ignore[operator]
+
+
+def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
+    """Open the run and its trainer; None where the folder holds the finished run."""
+    run = Run(config.output, config, config.run, config.overwrite)
+    if run.completed():
+        run.say(f"{config.output} is finished; --steps for more, --overwrite to start again")
+        return None
+    if config.loss.perceptual_weights:
+        check_weights(config.loss.perceptual_net, config.loss.perceptual_weights)
+    train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
+    heldout = open_images(config.data, "heldout", config.images)
+    return run, TokenizerTrainer(run, config, train, heldout)
