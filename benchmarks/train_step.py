@@ -17,6 +17,7 @@ import itertools
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.autoencoder import Attention
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.networks.group_norm import GroupNorm
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.tokenizer.trainer import build
 
@@ -115,6 +117,7 @@ class Straightforward:
 
     def __init__(self, config: TokenizerTraining) -> None:
         self.config, model, codes = config, config.model, config.quantizer
+        assert isinstance(codes, VQConfig)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer(config.architecture())
         self.encoder, self.decoder = plainly(tokenizer.encoder), plainly(tokenizer.decoder)
@@ -146,7 +149,7 @@ class Straightforward:
         loss = loss + reconstruction
         if self.config.gan.gan_weight:
             adversarial = -self.discriminator(fakes).mean()
-            last = self.decoder.last_weight
+            last = cast(nn.Parameter, self.decoder.last_weight)
             norms = [
                 torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, adversarial)
             ]

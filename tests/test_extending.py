@@ -28,9 +28,9 @@ from vqgen.tokenizer import train
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, write_shard
 from vqgen.tokenizer.metrics import RECONSTRUCTION
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import ModelConfig
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import QuantizerConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.training.options import OptimizerConfig, RunConfig
 
 TINY = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --codebook-size 32"
@@ -64,8 +64,8 @@ def test_another_metric(cli, tmp_path, monkeypatch):
 def write_dark_and_light(folder: Path, count=256) -> Path:
     """Code files of 2x3 codes of 16, with their tokenizer; the codes of an image are in one quarter of the range."""
     torch.manual_seed(0)
-    network = ModelConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
-    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, network, QuantizerConfig(codebook_size=16, code_dim=4)))
+    network = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([4, 6], 3, network, VQConfig(codebook_size=16, code_dim=4)))
     mark = tokenizer.save(folder / "tokenizer")
     random = np.random.default_rng(0)
     codes = random.integers(4, size=(count, 1, 1, 1)) * 4 + random.integers(4, size=(count, 1, 2, 3))
