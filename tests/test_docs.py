@@ -3,27 +3,31 @@
 import ast
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vqgen.config import find_preset, options, parse
+from vqgen.config import parse
+from vqgen.config_layers import find_preset
 from vqgen.errors import UsageError
+from vqgen.options import options
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.append(ROOT / "sampling/pretrained/cifar10/README.md")
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-# Options of other programs that the documents name.
+# Options of other programs that the documents name, and what the examples of docs/extending.md add.
 FOREIGN = {"--check", "--metric"}
+EXAMPLES = re.compile("strided|binary|brightness|columns")
 
 
 def split_fences(text: str) -> tuple[str, list[tuple[str, str]]]:
     """The text without its fenced code blocks, and the blocks as (language, content)."""
-    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    return fence.sub("", text), [(match[1], match[2]) for match in fence.finditer(text)]
+    fence = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+    return fence.sub("", text), [(match[2], textwrap.dedent(match[3])) for match in fence.finditer(text)]
 
 
 def command_lines(text: str) -> list[str]:
@@ -35,7 +39,8 @@ def command_lines(text: str) -> list[str]:
 
 def spans(text: str) -> list[str]:
     """The inline code of a document, line breaks within as spaces."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", split_fences(text)[0])]
+    found = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", split_fences(text)[0])]
+    return [span for span in found if not EXAMPLES.search(span)]
 
 
 def anchors(path: Path) -> set[str]:
