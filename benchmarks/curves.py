@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py --metrics heldout/psnr heldout/lpips --output curves.png runs/a runs/b
 
-A run is a run folder or a metrics.jsonl; its name is the label. `benchmarks/results` holds those behind the README.
+A run is a run folder or a metrics.jsonl; its name is the label. `benchmarks/results` holds those behind docs/benchmarks.md.
 """
 
 import argparse
