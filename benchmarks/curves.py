@@ -2,7 +2,8 @@
 
     python benchmarks/curves.py --metrics heldout/psnr heldout/lpips --output curves.png runs/a runs/b
 
-A run is a run folder or a metrics.jsonl; its name is the label. `benchmarks/results` holds those behind docs/benchmarks.md.
+A run is a run folder or a metrics.jsonl; its name is the label. Those behind docs/benchmarks.md lie in
+`benchmarks/results`.
 """
 
 import argparse
