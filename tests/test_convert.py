@@ -588,8 +588,8 @@ def test_options_that_do_not_fit(tmp_path, cli, exported):
         (2, ["--input", tmp_path / "in"], "is of vqgen already"),
         (2, ["--input", tmp_path / "in", "--to", "diffusers", "--size", "32"], "contains its own"),
         (2, ["--input", exported, "--to", "diffusers"], "is of diffusers already"),
-        (1, ["--input", taming, "--size", "32", "--output", tmp_path / "full"], "exists already"),
-        (1, ["--input", taming, "--size", "32", "--output", taming], "exists already"),
+        (2, ["--input", taming, "--size", "32", "--output", tmp_path / "full"], "full"),
+        (2, ["--input", taming, "--size", "32", "--output", taming], "is a file"),
     ]:
         done = cli(main, "--output", tmp_path / "out", *words)
         assert (done.code, len(done.err.splitlines())) == (code, 1), (words, done)

@@ -196,8 +196,6 @@ def test_import_vqgen_loads_nothing_else() -> None:
 
 HEAVY = {"torch", "torchvision", "transformers", "datasets", "accelerate", "torchmetrics", "lpips", "pandas", "scipy"}
 HEAVY |= {"pyarrow", "matplotlib"}
-# Programs that still import them before work begins.
-NOT_YET = {f"vqgen-{name}" for name in ("train-tokenizer", "convert")}
 START = """
 import contextlib, importlib, io, json, sys
 module, _, function = sys.argv[1].partition(":")
@@ -230,7 +228,7 @@ def test_help_version_and_usage_errors_import_nothing_heavy(
         assert ends == [0 if line[-1] in ("--help", "--help-all", "--version") else 2 for line in lines], name
         if found := HEAVY & set(loaded):
             slow[name] = sorted(found)
-    assert set(slow) <= NOT_YET, slow
+    assert not slow
 
 
 def test_common_options_exist_and_are_about_ten(programs: dict[str, Any]) -> None:
@@ -238,7 +236,7 @@ def test_common_options_exist_and_are_about_ten(programs: dict[str, Any]) -> Non
         names = {option.name for option in options(found.config)}
         common = getattr(found.config, "COMMON", ())
         assert set(common) <= names and len(set(common)) == len(common) <= 12, program
-        shown = common or len(names) <= 15 or program.split()[0] in NOT_YET
+        shown = common or len(names) <= 15
         assert shown, f"{program} has {len(names)} options: COMMON says which --help shows"
 
 

@@ -226,11 +226,3 @@ def _choice_options(
     for where, option in found.items():
         kinds = tuple(name for name in every if name in having[where])
         yield dataclasses.replace(option, choice=declared, kinds=kinds, available=kind in kinds)
-
-
-def at_least(config: Any, **lowest: float) -> None:
-    """Raise a `UsageError` that names the first option below its least value; None, where an option may be, passes."""
-    for name, least in lowest.items():
-        found = getattr(config, name)
-        if found is not None and not found >= least:
-            raise UsageError(f"{option_name(name)}: found {found}, expected at least {least}")

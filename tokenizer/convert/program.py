@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vqgen.config import command
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 from vqgen.options import Options
+from vqgen.output_folder import OutputFolder
 
 
 @dataclass
@@ -46,8 +47,7 @@ def run(config: ConvertConfig) -> None:
     from .write import save
 
     output = config.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: {output} exists already; choose another folder")
+    OutputFolder(output).refuse_foreign()
     tokenizer, kind, left_out = load(config)
     save(tokenizer, config.to, output, str(config.input))
     if left_out:
