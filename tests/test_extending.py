@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.toy_network import StridedConfig
+from helpers.toy_quantizer import BinaryConfig
 from processes import write_images
 
 from vqgen.errors import UsageError
@@ -24,17 +26,68 @@ from vqgen.sampling.generator import Generator
 from vqgen.sampling.known import Known
 from vqgen.sampling.sample import SampleConfig
 from vqgen.sampling.sample import sample as draw_samples
-from vqgen.tokenizer import train
+from vqgen.tokenizer import encode, train
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, write_shard
+from vqgen.tokenizer.convert import program as convert
 from vqgen.tokenizer.metrics import RECONSTRUCTION
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import VQGANConfig
+from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig, VQGANConfig
+from vqgen.tokenizer.networks.options import register as register_network
 from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import VQConfig
+from vqgen.tokenizer.quantizers.options import QUANTIZERS, QuantizerConfig, VQConfig
+from vqgen.tokenizer.quantizers.options import register as register_quantizer
 from vqgen.training.options import OptimizerConfig, RunConfig
 
 TINY = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --codebook-size 32"
 TINY += " --batch-size 4 --holdout 0.2 --precision fp32"
+
+
+def use(cli, folder: Path, *words: Any) -> tuple[Tokenizer, dict[str, Any]]:
+    """Train a tokenizer for three steps, load it, tokenize with it; return it and its architecture in vqgen.json."""
+    write_images(folder / "images", 20)
+    data = ["--data", folder / "images", "--holdout", 0.2, "--precision", "fp32"]
+    sizes = "--size 16 --channels 1 --latent-dim 8 --batch-size 4 --steps 3 --gan-weight 0.1 --gan-start 0".split()
+    sizes += "--gan-warmup 0 --gan-layers 1".split()
+    done = cli(train.main, *data, *sizes, *words, "--output", folder / "run")
+    assert done.code == 0, done.err
+    tokenizer = Tokenizer.load(folder / "run")
+    images = torch.linspace(-1, 1, 2 * 16 * 16).view(2, 1, 16, 16)
+    codes = tokenizer.encode(images)
+    assert torch.equal(tokenizer.decode(codes), tokenizer.reconstruct(images))
+    done = cli(encode.main, *data, "--tokenizer", folder / "run", "--output", folder / "codes", "--device", "cpu")
+    assert done.code == 0, done.err
+    files = CodeFiles(folder / "codes", "train")
+    assert len(files) == 16 and (files.codebook_size, files.grid) == (tokenizer.codebook_size, tokenizer.grid)
+    return tokenizer, json.loads((folder / "run" / "vqgen.json").read_text())["architecture"]
+
+
+def test_another_decoder(cli, tmp_path, monkeypatch):
+    """A module with `Encoder` and `Decoder`, and its options, registered by name."""
+    monkeypatch.setitem(NETWORKS, "strided", NetworkConfig)
+    register_network("strided", "helpers.toy_network")(StridedConfig)
+    small = "--quantizer vq --codebook-size 8 --code-dim 4".split()
+    tokenizer, architecture = use(cli, tmp_path, "--network", "strided", "--stride", 8, *small)
+    assert architecture["model"] == {"network": "strided", "latent_dim": 8, "stride": 8}
+    assert tokenizer.grid == (2, 2) and type(tokenizer.decoder).__module__ == "helpers.toy_network"
+    refused = cli(train.main, "--data", "demo", "--network", "strided", "--multipliers", 1)
+    assert refused.code == 2 and "--multipliers" in refused.err and "vqgan" in refused.err
+    refused = cli(train.main, "--data", "demo", "--size", 20, "--network", "strided", "--stride", 8)
+    assert refused.code == 2 and "--size" in refused.err and "strided" in refused.err
+    words = ["--input", tmp_path / "run", "--to", "diffusers", "--output", tmp_path / "vqmodel"]
+    refused = cli(convert.main, *words)
+    assert refused.code == 1 and "--network is strided" in refused.err
+
+
+def test_another_quantizer(cli, tmp_path, monkeypatch):
+    """A `Quantizer` and its options, registered by name."""
+    monkeypatch.setitem(QUANTIZERS, "binary", QuantizerConfig)
+    register_quantizer("binary", "helpers.toy_quantizer:Binary")(BinaryConfig)
+    sizes = "--width 8 --multipliers 1 2 --blocks 1 --groups 4".split()
+    tokenizer, architecture = use(cli, tmp_path, "--quantizer", "binary", "--bits", 5, *sizes)
+    assert architecture["quantizer"] == {"quantizer": "binary", "codebook_size": 1024, "bits": 5}
+    assert tokenizer.codebook_size == 32 and tokenizer.depth == 1
+    refused = cli(train.main, "--data", "demo", "--quantizer", "binary", "--code-dim", 8)
+    assert refused.code == 2 and "--code-dim" in refused.err and "binary" in refused.err
 
 
 def test_another_metric(cli, tmp_path, monkeypatch):

@@ -103,10 +103,10 @@ DIFFUSERS = Naming(
 )
 
 
-def vqgan_of(config: TokenizerConfig) -> VQGANConfig:
+def vqgan_of(config: TokenizerConfig, where: str = "") -> VQGANConfig:
     """Return the network's options where it is that of VQGAN, the only one that other projects have."""
     if not isinstance(config.model, VQGANConfig):
-        raise UserError(f"--network is {config.model.kind}; other projects have only vqgan")
+        raise UserError(f"{where}: --network is {config.model.kind}; diffusers' VQModel is vqgan")
     return config.model
 
 
@@ -300,7 +300,7 @@ def to_diffusers(tokenizer: Tokenizer, where: str) -> tuple[dict[str, Any], dict
     The nearest of codes of unit length is the same for a latent of any length, so a codebook that compares directions
     is written normalized. Raises `UserError` naming, after `where`, what a VQModel does not support.
     """
-    config, model = tokenizer.config, vqgan_of(tokenizer.config)
+    config, model = tokenizer.config, vqgan_of(tokenizer.config, where)
     if not isinstance(config.quantizer, VQConfig | SimVQConfig):
         kind = config.quantizer.kind
         raise UserError(f"{where}: --quantizer is {kind}; diffusers' VQModel has one codebook and supports vq or simvq")
