@@ -57,13 +57,10 @@ class Artifact:
 
 
 def save_artifact(folder: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Write `vqgen.json` and `model.safetensors` into `folder` and return the fingerprint.
+    """Write a model folder of kind "tokenizer" or "prior" and return its fingerprint.
 
-    Args:
-        kind: "tokenizer" or "prior"; reading with another kind is refused.
-        description: JSON-able values, e.g. the architecture, image size, grid and codebook size.
-
-    The description names the weights' fingerprint and is written last, so an interrupted save is recognised.
+    `description` holds JSON-able values, e.g. the architecture, image size, grid and codebook size. The file names the
+    weights' fingerprint and is written last, so an interrupted save is recognised.
     """
     mark = fingerprint(tensors)
     write_tensors(folder / WEIGHTS, tensors)
@@ -84,10 +81,8 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     tensors = read_tensors(folder / WEIGHTS)
     found = fingerprint(tensors)
     if found != description.get("fingerprint"):
-        raise UserError(
-            f"{folder / WEIGHTS} has fingerprint {found[:12]}, but {DESCRIPTION} names "
-            f"{str(description.get('fingerprint'))[:12]}; the file was changed or damaged: restore it"
-        )
+        named = str(description.get("fingerprint"))[:12]
+        raise UserError(f"{folder / WEIGHTS} has fingerprint {found[:12]}, {DESCRIPTION} names {named}; restore it")
     rest = {k: v for k, v in description.items() if k not in ("kind", "version", "fingerprint")}
     return Artifact(rest, tensors, found)
 

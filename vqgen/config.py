@@ -12,7 +12,7 @@ import select
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,35 +24,28 @@ from .config_layers import merged, read_arguments, read_file, was_removed
 from .errors import UsageError, UserError
 from .files import write_text
 from .option_types import YamlDumper
-from .options import choice_of, key_of, options
+from .options import choice_of, is_section, key_of, options
 
 C = TypeVar("C")
 _HELP = {"--help", "-h", "--help-all"}
 
 
 def build(config: type[C], values: Mapping[str, Any]) -> C:
-    """The dataclass from option name -> value; options of kinds that are not selected are ignored.
-
-    Sections are built inside out and check themselves. Raises `UsageError`.
-    """
+    """The dataclass from option name -> value; options of kinds not selected are ignored. Raises `UsageError`."""
     known = {option.path: option for option in options(config, values)}
 
     def make(cls: type, path: tuple[str, ...]) -> Any:
-        hints = typing.get_type_hints(cls)
-        given = {}
+        hints, given = typing.get_type_hints(cls), {}
         for field in dataclasses.fields(cls):
-            here, choice = (*path, key_of(field)), choice_of(field)
-            if choice:
+            here, section = (*path, key_of(field)), hints[field.name]
+            if choice := choice_of(field):
                 selector = known[(*here, choice.selector)]
-                given[field.name] = make(choice.kinds[values.get(selector.name, selector.default)], here)
-                continue
-            if dataclasses.is_dataclass(hints[field.name]):
-                given[field.name] = make(typing.cast(type, hints[field.name]), here)
-                continue
-            given[field.name] = values.get(here[-1], known[here].default)
-            if given[field.name] is dataclasses.MISSING:
-                names = [name for name in (known[here].positional, known[here].flag) if name]
+                section = choice.kinds[values.get(selector.name, selector.default)]
+            value = make(section, here) if is_section(section) else values.get(here[-1], known[here].default)
+            if value is dataclasses.MISSING:
+                names = filter(None, (known[here].positional, known[here].flag))
                 raise UsageError(f"{' or '.join(names)} is needed; --help lists all options")
+            given[field.name] = value
         return cls(**given)
 
     return make(config, ())
@@ -95,36 +88,31 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             if was_removed(key, value, where):
                 continue
             raise UserError(f"{where}: unknown key {key}; {other}")
-        name, choice = fields[key].name, choice_of(fields[key])
-        section: Any = hints[name]
-        if choice:
+        name = fields[key].name
+        section = hints[name]
+        if choice := choice_of(fields[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: found {value!r} where the keys of {key} belong; {other}")
             kind = value.get(choice.selector, choice.default)
             if kind not in choice.kinds:
                 raise UserError(f"{where}: unknown {choice.selector} {kind}; {other}")
             section = choice.kinds[kind]
-            own, every = _keys([section]), _keys(choice.kinds.values())
-            value = {k: v for k, v in value.items() if k in own or k not in {choice.selector, *every}}
-        given[name] = (
-            from_dict(typing.cast(type, section), value, where) if dataclasses.is_dataclass(section) else value
-        )
+            keys = {name: {key_of(each) for each in dataclasses.fields(cls)} for name, cls in choice.kinds.items()}
+            unused = {choice.selector}.union(*keys.values()) - keys[kind]
+            value = {k: v for k, v in value.items() if k not in unused}
+        given[name] = from_dict(section, value, where) if is_section(section) else value
     try:
         return config(**given)
     except TypeError as error:
         raise UserError(f"{where}: {error}; {other}") from error
 
 
-def _keys(classes: Iterable[type]) -> set[str]:
-    return {key_of(field) for config in classes for field in dataclasses.fields(config)}
-
-
 def values_of(config: Any) -> dict[str, Any]:
     """Option name -> plain value, sections flattened; of a choice the selector and the options of its kind."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value, choice = getattr(config, field.name), choice_of(field)
-        if choice:
+        value = getattr(config, field.name)
+        if choice := choice_of(field):
             flat[choice.selector] = value.kind
         flat |= values_of(value) if dataclasses.is_dataclass(value) else {key_of(field): as_dict(value)}
     return flat
@@ -141,10 +129,10 @@ def save(config: Any, path: Path, heading: str = "") -> None:
 
 
 def command(program: str, config: type[C], run: Callable[[C], None], arguments: Sequence[str] | None = None) -> int:
-    """Run a program: parse the command line, run, and turn errors into an exit code.
+    """Run a program on its command line and return the exit code.
 
-    Returns 0; 2 for a wrong option or key, 1 for any other `UserError`, each with one line; 130 when interrupted. Any
-    other exception is a defect of vqgen: its traceback is printed and 1 returned.
+    0; 2 for a wrong option or key, 1 for any other `UserError`, each with one line; 130 when interrupted. Any other
+    exception is a defect of vqgen: its traceback is printed and 1 returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     finished = "--version" in words or bool(_HELP & set(words))

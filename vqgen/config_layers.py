@@ -4,7 +4,7 @@ import difflib
 import importlib.resources
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def find_preset(name: str) -> tuple[str, str]:
     """The name and text of a configuration file: a path, or a preset of `configs/` by name."""
-    folder = importlib.resources.files("vqgen.configs")
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
@@ -47,10 +46,10 @@ def find_preset(name: str) -> tuple[str, str]:
             raise UsageError(f"--config: {path} does not exist") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--config: {path} cannot be read ({error})") from error
-    preset = folder / f"{name}.yaml"
-    if preset.is_file():
-        return f"{name}.yaml", preset.read_text(encoding="utf-8")
-    known = sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    presets = {item.name: item for item in importlib.resources.files("vqgen.configs").iterdir()}
+    if preset := presets.get(f"{name}.yaml"):
+        return preset.name, preset.read_text(encoding="utf-8")
+    known = sorted(file[:-5] for file in presets if file.endswith(".yaml"))
     raise UsageError(f"--config: no file and no preset {name!r}; presets: {', '.join(known)}")
 
 
@@ -100,8 +99,7 @@ def was_removed(name: str, value: Any, file: str) -> bool:
     """Whether `name` is an option of version 0.1 that is gone. Raises `UserError` where it had a value that matters."""
     if name not in REMOVED:
         return False
-    allowed = REMOVED[name]
-    if allowed is not None and value not in allowed:
+    if (allowed := REMOVED[name]) is not None and value not in allowed:
         raise UserError(f"{file}: {name} {value} was removed after version 0.1; use version 0.1, or start anew")
     return True
 
@@ -109,11 +107,8 @@ def was_removed(name: str, value: Any, file: str) -> bool:
 def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[str]]:
     """Options of the command line, and every `--config` in order."""
     known = {option.flag: option for option in options(config)}
-    layer = Layer({})
-    files: list[str] = []
-    bare: list[str] = []
     takes_bare = next((option for option in known.values() if option.positional), None)
-    rest = list(arguments)
+    layer, files, bare, rest = Layer({}), list[str](), list[str](), list(arguments)
     while rest:
         word = rest.pop(0)
         flag, has_value, value = word.partition("=")
@@ -127,8 +122,7 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
         if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
             raise UsageError(f"unknown option {flag}{_suggest(flag, [*known, '--config'])}")
         option = known.get(flag) or known.get(negated or "")
-        if option and option.type is bool:
-            # A switch: `--flip`, `--no-flip`, `--flip=false`.
+        if option and option.type is bool:  # `--flip`, `--no-flip`, `--flip=false`
             chosen = checked(bool, value if has_value else True, flag)
             layer.values[option.name] = (chosen != (negated is not None), flag)
             continue
@@ -176,11 +170,8 @@ def merged(config: type, layers: Sequence[Layer]) -> dict[str, Any]:
             elif then[name].available:
                 _typed(then[name], value, where)
             elif not layer.written_by_us:
-                raise UsageError(_not_available(option, where, selected))
+                choice = typing.cast(Choice, option.choice)
+                flag, found = option_name(choice.selector), selected.get(choice.selector, choice.default)
+                only = f"only {flag} {' and '.join(option.kinds)} has this option"
+                raise UsageError(f"{where}: {only}, found {flag} {found}; leave it out")
     return values
-
-
-def _not_available(option: Option, where: str, selected: Mapping[str, Any]) -> str:
-    choice = typing.cast(Choice, option.choice)
-    flag, found = option_name(choice.selector), selected.get(choice.selector, choice.default)
-    return f"{where}: only {flag} {' and '.join(option.kinds)} has this option, found {flag} {found}; leave it out"

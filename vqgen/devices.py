@@ -46,12 +46,10 @@ def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", 
 
 
 def processes(cpu: bool = False, **settings: Any) -> PartialState:
-    """Return Accelerate's state of the processes; the first call initializes it.
+    """Return Accelerate's state of the processes; the first call initializes it with torch's process group `settings`.
 
-    Args:
-        cpu: compute on the CPU even where there is an accelerator. Without one it is always set: Accelerate would
-            otherwise take the processes of a launcher for independent runs of one process each.
-        settings: arguments of torch's process group.
+    `cpu` is always set where there is no accelerator: Accelerate would otherwise take the processes of a launcher for
+    independent runs of one process each.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     first = not torch.distributed.is_initialized()
@@ -62,11 +60,7 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """Measure the floating-point operations per second of a large matrix product, for a tenth of a second.
-
-    Args:
-        precision: Accelerate's name.
-    """
+    """Measure the FLOP/s of a large matrix product for 0.1 s; `precision` is Accelerate's name."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -74,8 +68,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     best, until = 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < until:
         start = time.perf_counter()
-        product = left @ right
-        float(product[0, 0])  # waits for the device
+        float((left @ right)[0, 0])  # waits for the device
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 
@@ -86,22 +79,14 @@ def keep_memory(device: torch.device) -> None:
     glibc returns large tensors to the system as they are freed. Allocating them again costs a page fault per 4 KiB,
     a tenth of the step of a large model; peak memory stays the same.
     """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in other C libraries
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_threshold, 2**30)
+    libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
+    if mallopt := getattr(libc, "mallopt", None):  # missing in other C libraries
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def describe(device: torch.device, precision: str, count: int) -> dict[str, Any]:
-    """Describe hardware and software for metadata of metrics; nothing in it identifies a single machine.
-
-    Args:
-        precision: Accelerate's name.
-        count: processes.
-    """
+    """Describe hardware, `count` processes and software for metadata; nothing in it identifies a single machine."""
     processor = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):  # only Linux on x86 has the file and the line
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

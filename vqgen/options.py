@@ -14,7 +14,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from .errors import UsageError
 
@@ -30,12 +30,8 @@ class Range:
 
     def contains(self, value: float) -> bool:
         """Return whether `value` satisfies every bound."""
-        return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        return low and (self.most is None or value <= self.most) and (self.below is None or value < self.below)
 
     def __str__(self) -> str:
         words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
@@ -50,6 +46,10 @@ Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Fraction = Annotated[float, Range(least=0, below=1)]
 """A share that may be 0 but not 1, e.g. a dropout or a decay."""
+
+
+Place = tuple[str, ...]
+"""Keys that lead to an option or a section, e.g. ("run", "steps")."""
 
 
 def key_of(field: dataclasses.Field) -> str:
@@ -112,6 +112,11 @@ def choice(selector: str, kinds: Mapping[str, type], default: str) -> Any:
     )
 
 
+def is_section(hint: Any) -> TypeGuard[type]:
+    """Return whether the type of a field is a dataclass of further options."""
+    return dataclasses.is_dataclass(hint)
+
+
 def choice_of(field: dataclasses.Field) -> Choice | None:
     """The `Choice` that a field was declared as."""
     return field.metadata.get("choice")
@@ -124,7 +129,7 @@ class Option:
     owner: type
     """The dataclass that declares it, as the field `field`."""
     field: str
-    path: tuple[str, ...]
+    path: Place
     type: Any
     default: Any
     """`dataclasses.MISSING` where a value must be given."""
@@ -173,56 +178,44 @@ def field_docs(config: type) -> dict[str, str]:
     return found
 
 
-def options(config: type, selected: Mapping[str, Any] | None = None) -> Iterator[Option]:
+def options(
+    config: type, selected: Mapping[str, Any] | None = None, path: Place = (), defaults: Any = dataclasses.MISSING
+) -> Iterator[Option]:
     """List every option of a configuration, in order, sections flattened.
 
     Args:
         selected: selector -> kind, for choices that are not at their default. Options of the other kinds are listed
             too, as not available; an option of several kinds is listed once, as the selected kind declares it.
+        path: the section that `config` is.
+        defaults: an instance of `config` whose values replace the defaults of the class.
     """
-    return _options(config, (), dataclasses.MISSING, selected or {})
-
-
-def _options(config: type, path: tuple[str, ...], defaults: Any, selected: Mapping[str, Any]) -> Iterator[Option]:
-    """Options of a section; `defaults` is an instance whose values replace the defaults of the class."""
     hints, plain = _hints(config), typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if defaults is not dataclasses.MISSING:
             default = getattr(defaults, field.name)
         here, hint = (*path, key_of(field)), plain[field.name]
-        declared = choice_of(field)
-        if declared:
-            yield from _choice_options(config, field, declared, here, default, selected)
-        elif dataclasses.is_dataclass(hint):
-            yield from _options(typing.cast(type, hint), here, default, selected)
+        if declared := choice_of(field):
+            every = tuple(declared.kinds)
+            place, hint = (*here, declared.selector), Literal[every]  # type: ignore[valid-type]
+            yield Option(config, field.name, place, hint, default.kind, choice=declared, kinds=every)
+            yield from _options_of_kinds(declared, here, default, selected or {})
+        elif is_section(hint):
+            yield from options(hint, selected, here, default)
         else:
             ranges = tuple(ranges_of(hints[field.name]))
             yield Option(config, field.name, here, hint, default, ranges, field.metadata.get("positional", ""))
 
 
-def _choice_options(
-    config: type,
-    field: dataclasses.Field,
-    declared: Choice,
-    path: tuple[str, ...],
-    default: Any,
-    selected: Mapping[str, Any],
-) -> Iterator[Option]:
-    """The selector of a choice, then the options of the selected kind, then those that only other kinds have."""
-    every = tuple(declared.kinds)
-    hint = Literal[every]  # type: ignore[valid-type]
-    here = (*path, declared.selector)
-    yield Option(config, field.name, here, hint, default.kind, choice=declared, kinds=every)
+def _options_of_kinds(declared: Choice, path: Place, default: Any, selected: Mapping[str, Any]) -> Iterator[Option]:
+    """Options of the selected kind of a choice, then those that only other kinds have."""
     kind = selected.get(declared.selector, default.kind)
     kind = kind if kind in declared.kinds else default.kind  # the type check names a kind that does not exist
-    found: dict[tuple[str, ...], Option] = {}
-    having: dict[tuple[str, ...], list[str]] = {}
-    for name in sorted(every, key=lambda name: name != kind):
+    found: dict[Place, list[tuple[str, Option]]] = {}  # kind and option; the first is listed
+    for name in sorted(declared.kinds, key=lambda name: name != kind):
         defaults = default if name == default.kind else dataclasses.MISSING
-        for option in _options(declared.kinds[name], path, defaults, selected):
-            found.setdefault(option.path, option)
-            having.setdefault(option.path, []).append(name)
-    for where, option in found.items():
-        kinds = tuple(name for name in every if name in having[where])
-        yield dataclasses.replace(option, choice=declared, kinds=kinds, available=kind in kinds)
+        for option in options(declared.kinds[name], selected, path, defaults):
+            found.setdefault(option.path, []).append((name, option))
+    for same in found.values():
+        kinds = tuple(sorted((name for name, _ in same), key=list(declared.kinds).index))
+        yield dataclasses.replace(same[0][1], choice=declared, kinds=kinds, available=kind in kinds)

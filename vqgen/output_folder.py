@@ -1,14 +1,13 @@
 """Output folders: which files in them are a program's own, and how only those are removed."""
 
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import UsageError, UserError
-from .files import temporary_of
+from .files import remove, temporary_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class OutputFolder:
     def refuse_foreign(self) -> None:
         """Raise `UsageError` where the folder is not empty and has no mark."""
         if self.present and not self.recognised:
-            raise UsageError(
-                f"--output: {self.path} holds files of something else ({self.present[0]}); choose another folder"
-            )
+            held = f"{self.path} holds files of something else ({self.present[0]})"
+            raise UsageError(f"--output: {held}; choose another folder")
 
     def own_files(self) -> list[Path]:
         """Files and folders of the program that exist, in order of removal."""
@@ -62,12 +60,13 @@ class OutputFolder:
         own |= {parent for path in own for parent in path.parents if self.path in parent.parents}
         hidden = {path for folder in {path.parent for path in own} for path in folder.glob(".*")}
         hidden.update(path for glob in self.globs for path in self.path.glob(str(PurePosixPath(glob).with_name(".*"))))
-        found = []
-        for path in hidden:
-            target = temporary_of(path)
-            if target and (target in own or any(_matches(target.relative_to(self.path), glob) for glob in self.globs)):
-                found.append(path)
-        return sorted(found)
+
+        def is_own(target: Path) -> bool:
+            inside = target.relative_to(self.path)
+            depth = len(inside.parts)
+            return target in own or any(len(Path(g).parts) == depth and inside.match(g) for g in self.globs)
+
+        return sorted(path for path in hidden if (target := temporary_of(path)) and is_own(target))
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove the program's files and leftovers except `keep`, then those of their folders that are empty.
@@ -89,10 +88,7 @@ class OutputFolder:
                 raise UserError(f"cannot remove what is in {parent}: a link leads out of {self.path}; remove it")
         for path in paths:
             try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove(path)
             except OSError as error:
                 raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
@@ -102,7 +98,3 @@ class OutputFolder:
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
             raise UserError(f"{self.path}: {name!r} is no name of a file in this folder; choose another folder")
         return self.path / name
-
-
-def _matches(path: Path, pattern: str) -> bool:
-    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)

@@ -23,18 +23,14 @@ from vqgen.files import atomic_path
 from .fsdp import full_tensors, load_module, load_optimizer
 
 # Raised by the readers of JSON, safetensors and torch archives on truncated or foreign files.
-_DAMAGED = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, RuntimeError)
-_DAMAGED += (LookupError, TypeError, ValueError)
+_DAMAGED = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)
+_DAMAGED += (RuntimeError, LookupError, TypeError, ValueError)
+Modules = Mapping[str, nn.Module]
+Named = Mapping[str, Any]
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    keep: int,
-    write: bool = True,
+    folder: Path, step: int, modules: Modules, optimizers: Named, extra: Named, keep: int, write: bool = True
 ) -> Path:
     """Write `folder/step-N` atomically, then remove all but the newest `keep`.
 
@@ -75,7 +71,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str, Any]:
     """Restore modules and optimizers in place; returns `step` and `extra`.
 
     Raises `UserError` naming the file that is missing, damaged or of another model.
@@ -93,7 +89,6 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Ma
             load_optimizer(part, saved[name])
     except _DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-        raise UserError(
-            f"{file} is damaged or from another run ({reason}); remove {path} to resume from an older checkpoint"
-        ) from error
+        remedy = f"remove {path} to resume from an older checkpoint"
+        raise UserError(f"{file} is damaged or from another run ({reason}); {remedy}") from error
     return state

@@ -16,11 +16,10 @@ class NonFinite(Exception):
 
 
 class FiniteCheck:
-    """Records at which step a scalar was first NaN or infinite.
+    """Records, on the device, at which step a scalar was first NaN or infinite.
 
-    The record lies on the device. Reading it waits for the device, so that several processes and accelerators read it
-    only in `check`, and all processes then raise together. One process on the CPU has nothing to wait for and checks
-    in `record`, before the weights are updated.
+    Reading the record waits for the device: several processes and accelerators do so only in `check`, and raise
+    together. One process on the CPU has nothing to wait for and checks in `record`, before the weights are updated.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

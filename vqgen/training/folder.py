@@ -26,10 +26,7 @@ def run_folder(folder: Path) -> OutputFolder:
 
 
 def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """Check that `folder` is new, holds a run with the options of `config`, or holds a run that may be overwritten.
-
-    Raises `UserError` where it is another program's, or its run was started with options that compute something else.
-    """
+    """Raise `UserError` where `folder` is another program's, or its run has other options and is to be resumed."""
     output = run_folder(folder)
     output.refuse_foreign()
     if not output.recognised:
@@ -39,8 +36,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
         before = configuration.read_saved(saved, type(config))
     except UsageError as error:
         raise UsageError(f"--output: {saved} is of another program ({error}); choose another folder") from error
-    started = any(folder.glob("checkpoints/step-*")) or (folder / "vqgen.json").exists()
-    if not started or overwrite:
+    if overwrite or not (any(folder.glob("checkpoints/step-*")) or (folder / "vqgen.json").exists()):
         return
     now = configuration.values_of(config)
     # An option that a later version added did before what its default does now.
@@ -48,10 +44,8 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
     for name, value in now.items():
         was = before.get(name, defaults[name])
         if name not in _OPERATIONAL and was != value:
-            raise UserError(
-                f"{folder} was started with {option_name(name)} {was}, now {value}: "
-                "give the same options to resume, --overwrite to start anew, or another --output"
-            )
+            remedy = "give the same options to resume, --overwrite to start anew, or another --output"
+            raise UserError(f"{folder} was started with {option_name(name)} {was}, now {value}: {remedy}")
 
 
 def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:

@@ -1,7 +1,6 @@
 """FSDP: weights, gradients and optimizer state sharded over the processes, as configured in Accelerate.
 
-Checkpoints and model folders hold full tensors, so that a run can be resumed with another number of processes, sharded
-or not.
+Checkpoints and model folders hold full tensors: a run can be resumed with other processes, sharded or not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +25,6 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
-def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
-    return cast(FullyShardedDataParallelPlugin, accelerator.state.fsdp_plugin)
-
-
 def configure_fsdp(accelerator: Accelerator) -> None:
     """Complete Accelerate's FSDP settings, if there are any. Raises `UsageError` for FSDP version 1."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -40,7 +35,7 @@ def configure_fsdp(accelerator: Accelerator) -> None:
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if not is_sharded(accelerator):
         return  # one process
-    plugin = _plugin(accelerator)
+    plugin = cast(FullyShardedDataParallelPlugin, state.fsdp_plugin)
     if plugin.fsdp_version != 2:
         raise UsageError(f"accelerate: found fsdp_version {plugin.fsdp_version}; configure FSDP with fsdp_version: 2")
     plugin.cpu_ram_efficient_loading = False  # every process initialises the weights from the seed
@@ -51,8 +46,9 @@ def configure_fsdp(accelerator: Accelerator) -> None:
 
 def units(accelerator: Accelerator, names: Sequence[str]) -> None:
     """Set the class names of the modules that FSDP shards one by one, unless Accelerate's configuration names some."""
-    if is_sharded(accelerator) and not _plugin(accelerator).transformer_cls_names_to_wrap:
-        _plugin(accelerator).transformer_cls_names_to_wrap = list(names)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin and not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = list(names)
 
 
 def shard(accelerator: Accelerator, module: nn.Module) -> None:

@@ -40,20 +40,12 @@ def _risen(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
 
 
 def codebook_too_large(codes: int, vectors: int) -> Finding | None:
-    """Fewer than 8 vectors per code in the whole training set: most codes cannot be learned in any number of steps.
-
-    Args:
-        codes: size of a codebook.
-        vectors: grid positions of all training images.
-    """
+    """Fewer than 8 vectors (grid positions of all training images) per code: most codes can never be learned."""
     if vectors >= 8 * codes:
         return None
     fitting = 2 ** max(1, int(math.log2(max(vectors, 1) / 32)))
-    return Finding(
-        "codebook too large",
-        f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} per code",
-        f"use --codebook-size {fitting}, or more images",
-    )
+    text = f"{codes} codes for {vectors} positions in all training images, {vectors / codes:.2g} per code"
+    return Finding("codebook too large", text, f"use --codebook-size {fitting}, or more images")
 
 
 def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled: int = 0) -> Finding | None:
@@ -66,15 +58,13 @@ def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled:
     """
     late = [row for row in rows if row.get("step", 0) >= settled]
     used, perplexity = _last(late, "heldout/codes_used", 2), _last(late, "heldout/perplexity", 2)
-    if len(used) < 2 or len(perplexity) < 2:
+    collapsed = len(used) == len(perplexity) == 2 and (
+        max(used) < 0.25 * reachable or max(perplexity) < 0.05 * reachable
+    )
+    if not collapsed:
         return None
-    if max(used) < 0.25 * reachable or max(perplexity) < 0.05 * reachable:
-        return Finding(
-            "codebook collapse",
-            f"{used[-1]:.0f} of {reachable} codes in use on held-out images, perplexity {perplexity[-1]:.0f}",
-            remedy,
-        )
-    return None
+    text = f"{used[-1]:.0f} of {reachable} codes in use on held-out images, perplexity {perplexity[-1]:.0f}"
+    return Finding("codebook collapse", text, remedy)
 
 
 def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
@@ -97,9 +87,8 @@ def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
             step, norm = row["step"], after
     worst = max(_last(rows, "train/reconstruction", len(rows)), default=0.0)
     if worst > 1.5:
-        return Finding(
-            name, f"the reconstruction loss was {worst:.3g}, where a constant grey image has at most 1", remedy
-        )
+        text = f"the reconstruction loss was {worst:.3g}, where a constant grey image has at most 1"
+        return Finding(name, text, remedy)
     risen = _risen(rows, "train/reconstruction")
     if risen and not _last(rows, "train/adversarial", 1):
         return Finding(name, f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}", remedy)
@@ -132,36 +121,27 @@ def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
         text = f"held-out PSNR fell from {best['heldout/psnr']:.1f} dB to {validations[-1]['heldout/psnr']:.1f} dB"
     else:
         return None
-    return Finding(
-        "adversarial loss dominates",
-        text,
-        "raise --gan-start so that reconstructions improve first, lower --gan-weight, and keep --gan-adaptive on",
-    )
+    remedy = "raise --gan-start so that reconstructions improve first, lower --gan-weight, and keep --gan-adaptive on"
+    return Finding("adversarial loss dominates", text, remedy)
 
 
 def pinned_discriminator(rows: Sequence[Row], loss: str = "hinge", blind: float = 1.0) -> Finding | None:
     """Five consecutive rows with a discriminator loss near 0 (it always wins) or near `blind` (it learns nothing).
 
-    Args:
-        loss: name of the loss, for the message.
-        blind: its value where every logit is 0.
+    `blind` is the value of the loss named `loss` where every logit is 0.
     """
     losses = _last(rows, "train/discriminator", 5)
     if len(losses) < 5:
         return None
     if max(losses) < 0.02 * blind:
-        return Finding(
-            "discriminator pinned",
-            f"its {loss} loss is {losses[-1]:.3f}: it separates all reconstructions from originals",
-            "use --gan-augment color translation or --gan-lecam 0.01, lower --gan-lr, or raise --gan-start",
-        )
-    if all(abs(value - blind) < 0.002 * blind for value in losses):
-        return Finding(
-            "discriminator pinned",
-            f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it separates nothing",
-            "raise --gan-lr or --gan-width, or lower --gan-lecam",
-        )
-    return None
+        text = f"its {loss} loss is {losses[-1]:.3f}: it separates all reconstructions from originals"
+        remedy = "use --gan-augment color translation or --gan-lecam 0.01, lower --gan-lr, or raise --gan-start"
+    elif all(abs(value - blind) < 0.002 * blind for value in losses):
+        text = f"its {loss} loss stays at {losses[-1]:.3f} of {blind:.3f}: it separates nothing"
+        remedy = "raise --gan-lr or --gan-width, or lower --gan-lecam"
+    else:
+        return None
+    return Finding("discriminator pinned", text, remedy)
 
 
 def overfitting(rows: Sequence[Row]) -> Finding | None:
@@ -179,23 +159,18 @@ def overfitting(rows: Sequence[Row]) -> Finding | None:
     if len(heldout) < 4:
         return None
     rising = heldout[-4] < heldout[-3] < heldout[-2] < heldout[-1]
-    if rising and heldout[-1] > 1.01 * min(heldout) and train[-1] < train[-4]:
-        return Finding(
-            "prior overfits",
-            f"held-out {heldout[-1]:.3f} nats per token after a best of {min(heldout):.3f}, training {train[-1]:.3f}",
-            "use more images or --views with --flip, raise --dropout or --weight-decay, or a smaller --dim",
-        )
-    return None
+    if not (rising and heldout[-1] > 1.01 * min(heldout) and train[-1] < train[-4]):
+        return None
+    text = f"held-out {heldout[-1]:.3f} nats per token after a best of {min(heldout):.3f}, training {train[-1]:.3f}"
+    remedy = "use more images or --views with --flip, raise --dropout or --weight-decay, or a smaller --dim"
+    return Finding("prior overfits", text, remedy)
 
 
 def non_finite_origin(model: nn.Module, replay: Callable[[], Any]) -> str:
     """Find the first module, in order of execution, whose output holds NaN or infinity.
 
-    Non-finite weights are reported before outputs. Where the forward pass is finite, the first parameter in the order
-    of backpropagation with a non-finite gradient is reported.
-
-    Args:
-        replay: repeats the failing forward pass of `model`.
+    Non-finite weights are reported before outputs. Where `replay`, which repeats the failing forward pass, is finite,
+    the first parameter in the order of backpropagation with a non-finite gradient is reported.
     """
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():

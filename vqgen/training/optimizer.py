@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class Muon(torch.optim.Optimizer):
     The Nesterov momentum of each matrix is orthogonalised and scaled by 0.2 sqrt(max(rows, columns)), so that the
     update has the size of AdamW's and `lr` and decoupled `weight_decay` need no change (Liu et al. 2025, eq. 4). A
     convolution is treated as the matrix (out, in * height * width). `torch.optim.Muon` is the same for matrices only.
-    Rounding depends on the hardware: all processes of a run, and a resume that is to be exact, need machines of one
-    kind.
+    Rounding depends on the hardware: all processes of a run, and an exact resume, need machines of one kind.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
@@ -82,21 +82,17 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
         for p in trained:
             if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                means = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": torch.zeros((), device=p.device), **means}
         states = [self.state[p] for p in trained]
-        (beta1, beta2), rest = group["betas"], {"amsgrad": False, "maximize": False, "max_exp_avg_sqs": []}
         adamw(
             trained,  # type: ignore[arg-type]
             [p.grad for p in trained],  # type: ignore[misc]
             *([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")),
             state_steps=[s["step"] for s in states],
-            **(rest | {"beta1": beta1, "beta2": beta2}),
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
-            fused=group["fused"],
+            **{name: group[name] for name in ("lr", "weight_decay", "eps", "fused")},
+            **dict(zip(("beta1", "beta2"), group["betas"])),
+            **{"amsgrad": False, "maximize": False, "max_exp_avg_sqs": []},
         )
 
 
@@ -121,17 +117,14 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, plan: Plan) -> tupl
             groups[config.weight_decay if matrix else 0.0, wide and config.optimizer == "muon"].append(p)
     parameters = [{"params": ps, "weight_decay": decay, "muon": muon} for (decay, muon), ps in groups.items()]
     betas = (config.beta1, config.beta2)
-    if config.optimizer == "muon":
-        optimizer: torch.optim.Optimizer = Muon(parameters, config.lr, betas)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, fused=True)
+    make = Muon if config.optimizer == "muon" else partial(torch.optim.AdamW, fused=True)
+    optimizer = make(parameters, lr=config.lr, betas=betas)
     return optimizer, LambdaLR(optimizer, lambda step: plan.learning_rate(config, step))
 
 
 def averaged(model: nn.Module) -> AveragedModel:
     """A copy of `model` for an exponential moving average of its weights and buffers."""
-    average = AveragedModel(model, use_buffers=True)
-    return average.requires_grad_(False).eval()
+    return AveragedModel(model, use_buffers=True).requires_grad_(False).eval()
 
 
 def update_average(average: AveragedModel, model: nn.Module, decay: float, step: int) -> None:

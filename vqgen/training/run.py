@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -71,14 +71,14 @@ class Run:
             step_scheduler_with_optimizer=False,
         )
         configure_fsdp(self.accelerator)
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.sharded = is_sharded(self.accelerator)
         if self.sharded and not shardable:
             raise UsageError("accelerate: found FSDP; only the prior trains with it, start this without --use_fsdp")
         parts = self.accelerator.num_processes * settings.accumulate
         if settings.batch_size % parts:
-            raise UsageError(
-                f"--batch-size: {settings.batch_size} does not divide into {self.accelerator.num_processes} "
-                f"processes x --accumulate {settings.accumulate}; use a multiple of {parts}"
-            )
+            split = f"{self.accelerator.num_processes} processes x --accumulate {settings.accumulate}"
+            raise UsageError(f"--batch-size: found {settings.batch_size}, expected a multiple of {parts} = {split}")
         self.micro_batch = settings.batch_size // parts
         if self.main:
             check_folder(folder, config, overwrite)
@@ -88,21 +88,8 @@ class Run:
         self.finite = FiniteCheck(self.accelerator)
         self.rows: list[Row] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}  # metric -> sum and count since the last row
-        self._signal: int | None = None
+        self._signal = 0
         self.session: Session | None = None  # of the main process
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP shards the weights over the processes."""
-        return is_sharded(self.accelerator)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
 
     def say(self, text: str) -> None:
         """Print a line from the main process, above any progress bar."""
@@ -111,10 +98,8 @@ class Run:
 
     def completed(self) -> bool:
         """Whether the folder holds the finished run with at least the steps that are asked for."""
-        if self.overwrite:
-            return False
         path = self.folder / FINISHED
-        done = path.is_file() and read_json(path).get("steps", 0) >= self.settings.steps
+        done = path.is_file() and not self.overwrite and read_json(path).get("steps", 0) >= self.settings.steps
         return done and (self.folder / "vqgen.json").is_file()
 
     def _restore(self, trainer: Trainer) -> int:
@@ -122,10 +107,8 @@ class Run:
         found = checkpoints(self.folder / "checkpoints")
         if not found:
             if (self.folder / "vqgen.json").exists():
-                raise UserError(
-                    f"--output: {self.folder} holds a finished model but no checkpoint to resume from; "
-                    "use --overwrite to start from step 0, or choose another folder"
-                )
+                lacks = f"{self.folder} holds a finished model but no checkpoint to resume from"
+                raise UserError(f"--output: {lacks}; use --overwrite to start from step 0, or choose another folder")
             if self.main:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return 0
@@ -157,18 +140,18 @@ class Run:
         self.rows.append({"step": step, **values})
         self.accelerator.log(dict(values), step=step)
 
-    def checkpoint(self, trainer: Trainer, step: int) -> None:
+    def checkpoint(self, trainer: Trainer) -> None:
         """Save a checkpoint. Raises `NonFinite` where a loss or a weight is not finite, and then saves nothing."""
         self.finite.check()
         if bad := non_finite(trainer.modules):
-            raise NonFinite(f"weights {bad} after step {step}")
+            raise NonFinite(f"weights {bad} after step {self.done}")
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
         extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan)}
         folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
-        save_checkpoint(folder, step, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
+        save_checkpoint(folder, self.done, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
         if self.session:
-            self.session.saved(step)
+            self.session.saved(self.done)
         self.accelerator.wait_for_everyone()
 
     def backward(self, terms: Mapping[str, Tensor], total: Tensor) -> None:
@@ -197,8 +180,7 @@ class Run:
         """Train to the last step: resume, step, log, validate, save checkpoints; then write the model folder.
 
         On SIGTERM or SIGINT the current step is completed, a checkpoint saved, and the process ends with 128 + the
-        signal's number. Several processes agree on the signal when they next log, validate or save. A step that raises
-        is never saved.
+        signal's number. A step that raises is never saved.
         """
         keep_memory(self.device)
         if self.main:
@@ -260,11 +242,14 @@ class Run:
                     logged, seconds = done, 0.0
                 if validate:
                     self._validate(trainer)
-                if number := self._signal_to_all() if waits else self._signal_alone():
+                number = self._received_signal(waits)
+                if number or save or trainer.finished():
+                    self.checkpoint(trainer)
+                if number:
                     bar.close()
-                    self._stop(trainer, number)
-                if save or trainer.finished():
-                    self.checkpoint(trainer, done)
+                    self.say(f"stopped by a signal after step {done}, saved; run the same command again to resume")
+                    self.accelerator.end_training()
+                    raise SystemExit(128 + number)
         if reason := trainer.finished():
             self.say(reason)
 
@@ -290,21 +275,12 @@ class Run:
                 self.log({"health": finding.name, "message": str(finding)}, step)
                 self.say(f"warning: {finding}")
 
-    def _stop(self, trainer: Trainer, number: int) -> NoReturn:
-        """Save a checkpoint and end the process after signal `number`."""
-        self.checkpoint(trainer, self.done)
-        self.say(f"stopped by a signal after step {self.done}, saved; run the same command again to resume")
-        self.accelerator.end_training()
-        raise SystemExit(128 + number)
-
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 
-    def _signal_alone(self) -> int | None:
-        """The signal received, if this is the only process: it may stop after any step."""
-        return self._signal if self.accelerator.num_processes == 1 else None
-
-    def _signal_to_all(self) -> int | None:
-        """The signal that any process received, the same on all; waits for them."""
-        number = torch.tensor([self._signal or 0], device=self.device)
-        return int(cast(Tensor, self.accelerator.gather(number)).max()) or None
+    def _received_signal(self, waits: bool) -> int:
+        """The signal received, or 0; several processes agree on it in steps in which they wait for each other."""
+        if self.accelerator.num_processes == 1:
+            return self._signal
+        number = torch.tensor([self._signal], device=self.device)
+        return int(cast(Tensor, self.accelerator.gather(number)).max()) if waits else 0

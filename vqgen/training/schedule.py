@@ -14,9 +14,9 @@ from .options import OptimizerConfig
 class Plan:
     """The steps that the schedules of a run span; checkpoints keep it.
 
-    A run that is resumed at step `start` with another number of steps keeps its learning rate at that step. From there
-    the rate moves linearly to the schedule over all `steps`, within `blend_steps`: after the end of a cosine that is a
-    second warm-up. What is annealed over the run goes on from its progress so far and never back.
+    A run resumed at step `start` with another number of steps keeps its learning rate there and moves linearly to the
+    schedule over all `steps`, within `blend_steps`: after the end of a cosine that is a second warm-up. What is
+    annealed over the run goes on from its progress so far and never back.
     """
 
     steps: int
@@ -47,9 +47,7 @@ class Plan:
     def resume(self, step: int, saved: Mapping[str, Any] | None, schedule: LambdaLR) -> str | None:
         """Continue the plan of a checkpoint at `step`; returns a message where the number of steps has changed.
 
-        Args:
-            saved: the plan in the checkpoint; None in one of version 0.1.
-            schedule: the restored schedule, whose learning rate tells how one of version 0.1 was planned.
+        Version 0.1 `saved` no plan: the learning rate of the restored `schedule` shows how it was planned.
         """
         former = Plan(**saved) if saved else None
         if former and former.steps == self.steps:
@@ -62,10 +60,8 @@ class Plan:
         self.progress_at_start = (former or self).progress(step)
         self.start, self.rate = step, rate
         planned = f"{former.steps} steps" if former else "another number of steps"
-        return (
-            f"--steps: this run was planned for {planned}, now for {self.steps}; "
-            f"its learning rate goes on from {now:.3g} and moves to the schedule over {self.steps} steps"
-        )
+        effect = f"its learning rate goes on from {now:.3g} and moves to the schedule over {self.steps} steps"
+        return f"--steps: this run was planned for {planned}, now for {self.steps}; {effect}"
 
 
 def scheduled(config: OptimizerConfig, steps: int, step: int) -> float:

@@ -15,23 +15,17 @@ MACHINE = "machine.json"
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """Sessions of a run folder, oldest first; none where `machine.json` is missing or damaged."""
+    sessions = None
     with suppress(UserError):
         sessions = read_json(folder / MACHINE).get("sessions")
-        if isinstance(sessions, list):
-            return [session for session in sessions if isinstance(session, dict)]
-    return []
+    return [each for each in sessions if isinstance(each, dict)] if isinstance(sessions, list) else []
 
 
 class Session:
-    """One entry of `machine.json`: from a start or resume of a run until it ends.
+    """One entry of `machine.json`: from a start or resume of a run, after `first_step` steps, until it ends.
 
     `seconds` is the wall time up to the last checkpoint and `last_step` the steps done by then; the next session
-    repeats the steps that a killed one did afterwards.
-
-    Args:
-        folder: the run folder; its earlier sessions stay in the list.
-        first_step: steps done before.
-        about: machine and versions, see `devices.describe`.
+    repeats the steps that a killed one did afterwards. `about` is the machine and versions, see `devices.describe`.
     """
 
     def __init__(self, folder: Path, first_step: int, about: Mapping[str, Any]) -> None:

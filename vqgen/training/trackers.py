@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,7 @@ class JsonlTracker(GeneralTracker):
 
 def further_trackers(names: Sequence[str]) -> list[str]:
     """Check that every tracker is known and installed, as Accelerate ignores a missing one; returns `names`."""
-    known: dict[str, Callable[[], bool | None]] = {
-        "tensorboard": is_tensorboard_available,
-        "wandb": is_wandb_available,
-    }
+    known = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     for name in names:
         if name not in known:
             raise UsageError(f"--log-with: found {name}, expected {' or '.join(known)}")
@@ -60,7 +57,5 @@ def read_history(path: Path, last: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if row["step"] <= last:
-                rows.append(row)
-    return rows
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] <= last]

@@ -17,37 +17,19 @@ class Trainer(Protocol):
     extra: dict[str, Any]
     """Small JSON-serialisable state of checkpoints, e.g. the best held-out loss."""
 
-    def begin(self, first_step: int) -> None:
-        """Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored."""
-        ...
-
-    def step(self, step: int) -> dict[str, Tensor]:
-        """Take one optimizer step; returns scalars to log.
-
-        May raise `NonFinite`, on one CPU process before the weights are updated.
-        """
-        ...
-
-    def rates(self, per_second: float) -> dict[str, float]:
-        """Throughput metrics to log, from the examples per second."""
-        ...
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Metrics on held-out data, to log."""
-        ...
-
-    def diagnose(self, rows: list[Row]) -> list[Finding]:
-        """Problems found in the rows logged so far."""
-        ...
-
-    def origin(self) -> str:
-        """Where a non-finite number of the last step began, for the error message."""
-        ...
-
-    def finished(self) -> str | None:
-        """The reason for early stopping, or None."""
-        ...
-
-    def save(self) -> None:
-        """Write the model folder into the run folder."""
-        ...
+    # Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored.
+    def begin(self, first_step: int) -> None: ...
+    # Take one optimizer step; returns scalars to log. May raise `NonFinite`, see `FiniteCheck`.
+    def step(self, step: int) -> dict[str, Tensor]: ...
+    # Throughput metrics to log, from the examples per second.
+    def rates(self, per_second: float) -> dict[str, float]: ...
+    # Metrics on held-out data, to log.
+    def validate(self, step: int) -> dict[str, float]: ...
+    # Problems found in the rows logged so far.
+    def diagnose(self, rows: list[Row]) -> list[Finding]: ...
+    # Where a non-finite number of the last step began, for the error message.
+    def origin(self) -> str: ...
+    # The reason for early stopping, or None.
+    def finished(self) -> str | None: ...
+    # Write the model folder into the run folder.
+    def save(self) -> None: ...
