@@ -9,8 +9,7 @@ from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.output_folder import OutputFolder
 from vqgen.tokenizer.train import TokenizerTraining
-from vqgen.training.folder import check_folder, prepare_folder
-from vqgen.training.sessions import MACHINE, Session, read_sessions
+from vqgen.training.folder import MACHINE, Session, check_folder, prepare_folder, read_sessions
 
 
 @dataclass

@@ -88,8 +88,7 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             if was_removed(key, value, where):
                 continue
             raise UserError(f"{where}: unknown key {key}; {other}")
-        name = fields[key].name
-        section = hints[name]
+        section = hints[fields[key].name]
         if choice := choice_of(fields[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: found {value!r} where the keys of {key} belong; {other}")
@@ -97,10 +96,10 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             if kind not in choice.kinds:
                 raise UserError(f"{where}: unknown {choice.selector} {kind}; {other}")
             section = choice.kinds[kind]
-            keys = {name: {key_of(each) for each in dataclasses.fields(cls)} for name, cls in choice.kinds.items()}
+            keys = {name: set(map(key_of, dataclasses.fields(cls))) for name, cls in choice.kinds.items()}
             unused = {choice.selector}.union(*keys.values()) - keys[kind]
             value = {k: v for k, v in value.items() if k not in unused}
-        given[name] = from_dict(section, value, where) if is_section(section) else value
+        given[fields[key].name] = from_dict(section, value, where) if is_section(section) else value
     try:
         return config(**given)
     except TypeError as error:

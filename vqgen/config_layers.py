@@ -55,15 +55,14 @@ def find_preset(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Layer:
-    """The options that one file or the command line gives: name -> (value, what errors call it), types unchecked."""
+    """The options that one file or the command line gives: name -> (value, what errors call it), types unchecked.
+
+    The words of the command line after an option are a tuple, which no YAML value is.
+    """
 
     values: dict[str, tuple[Any, str]]
     written_by_us: bool = False
     """Version 0.1 wrote the options of every kind of a choice: those of kinds not selected are ignored."""
-
-
-class _Words(list[str]):
-    """The words of the command line that follow an option."""
 
 
 def read_file(config: type, name: str) -> Layer:
@@ -126,7 +125,7 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
             chosen = checked(bool, value if has_value else True, flag)
             layer.values[option.name] = (chosen != (negated is not None), flag)
             continue
-        words = _Words([value] if has_value else [])
+        words = [value] if has_value else []
         many = bool(option) and any(typing.get_origin(kind) is list for kind in kinds(option.type))
         while not has_value and rest and not re.match(r"--[a-zA-Z]", rest[0]) and (many or not words):
             words.append(rest.pop(0))
@@ -135,7 +134,7 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
         if option is None:
             files.append(words[0])
         else:
-            layer.values[option.name] = (words, flag)
+            layer.values[option.name] = (tuple(words), flag)
     if takes_bare and bare:
         if takes_bare.name in layer.values:
             raise UsageError(f"{takes_bare.flag}: given twice, also as {bare[0]!r}; name all of them in one place")
@@ -145,7 +144,7 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
 
 def _typed(option: Option, value: Any, where: str) -> Any:
     """A value of a layer as its option's type. Raises `UsageError`."""
-    return checked(option.type, from_words(option.type, value) if isinstance(value, _Words) else value, where)
+    return checked(option.type, from_words(option.type, list(value)) if isinstance(value, tuple) else value, where)
 
 
 def merged(config: type, layers: Sequence[Layer]) -> dict[str, Any]:

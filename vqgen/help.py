@@ -55,25 +55,22 @@ def _entry(option: Option) -> Iterator[str]:
         width = max(map(len, option.kinds)) + 2
         for kind in option.kinds:
             text = " ".join((option.choice.kinds[kind].__doc__ or "").split("\n\n")[0].split())
-            yield from textwrap.wrap(
-                f"{kind:<{width}}{text}", WIDTH - 4, initial_indent=" " * 6, subsequent_indent=" " * (6 + width)
-            )
+            yield from textwrap.wrap(f"{' ' * 6}{kind:<{width}}{text}", WIDTH - 4, subsequent_indent=" " * (6 + width))
 
 
 def _syntax(option: Option) -> str:
     """What follows the name: `INT ...`, `vq|fsq`; nothing for a switch."""
     if option.type is bool:
         return ""
-    parts = [_placeholder(kind, option) for kind in kinds(option.type) if kind is not type(None)]
-    return "|".join(parts)
+    return "|".join(_placeholder(kind) for kind in kinds(option.type) if kind is not type(None))
 
 
-def _placeholder(hint: Any, option: Option) -> str:
+def _placeholder(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
-        return ("NAME" if item is str else _placeholder(item, option)) + " ..."
+        return ("NAME" if item is str else _placeholder(item)) + " ..."
     return _PLACEHOLDERS.get(hint) or hint.__name__
 
 

@@ -119,9 +119,8 @@ def _converted(hint: Any, value: Any) -> Any:
         for kind in members:
             with suppress(ValueError, TypeError, OverflowError):
                 return _converted(kind, value)
-    elif hint is type(None):
-        if value is None:
-            return None
+    elif hint is type(None) and value is None:
+        return None
     elif typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -132,15 +131,12 @@ def _converted(hint: Any, value: Any) -> Any:
         for allowed in typing.get_args(hint):
             if not isinstance(value, bool) and str(value) == str(allowed):
                 return allowed
-    elif hint is bool:
-        if isinstance(value, bool) or str(value).lower() in _SWITCH:
-            return _SWITCH[str(value).lower()]
-    elif hint is Path:
-        if value and isinstance(value, (str, Path)):
-            return Path(value)
-    elif hint is str:
-        if isinstance(value, str):
-            return value
+    elif hint is bool and str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
+    elif hint is Path and value and isinstance(value, (str, Path)):
+        return Path(value)
+    elif hint is str and isinstance(value, str):
+        return value
     elif hint in (int, float):
         number = _from_word(value) if isinstance(value, str) else value
         if not isinstance(number, bool):

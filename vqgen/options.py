@@ -107,9 +107,8 @@ def choice(selector: str, kinds: Mapping[str, type], default: str) -> Any:
     `quantizer: {quantizer: fsq, levels: [8, 5]}` in YAML, makes the section an instance of `QUANTIZERS["fsq"]`.
     Several kinds may have an option of the same name; it keeps its value where the kind changes.
     """
-    return dataclasses.field(
-        default_factory=lambda: kinds[default](), metadata={"choice": Choice(selector, kinds, default)}
-    )
+    declared = Choice(selector, kinds, default)
+    return dataclasses.field(default_factory=lambda: kinds[default](), metadata={"choice": declared})
 
 
 def is_section(hint: Any) -> TypeGuard[type]:
@@ -170,11 +169,10 @@ def field_docs(config: type) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         (parsed,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        for field, below in itertools.pairwise(typing.cast(ast.ClassDef, parsed).body):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                text = below.value if isinstance(below, ast.Expr) else None
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    found[field.target.id] = " ".join(text.value.split())
+        for pair in itertools.pairwise(typing.cast(ast.ClassDef, parsed).body):
+            match pair:
+                case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                    found[name] = " ".join(text.split())
     return found
 
 

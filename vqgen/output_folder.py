@@ -82,9 +82,9 @@ class OutputFolder:
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files and folders of this folder, in order. Raises `UserError`, before any if a link leads outside."""
-        paths, top = list(paths), self.path.resolve()
+        paths = list(paths)
         for parent in dict.fromkeys(path.parent for path in paths):
-            if not parent.resolve().is_relative_to(top):
+            if not parent.resolve().is_relative_to(self.path.resolve()):
                 raise UserError(f"cannot remove what is in {parent}: a link leads out of {self.path}; remove it")
         for path in paths:
             try:

@@ -21,8 +21,7 @@ from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID
 from vqgen.tokenizer.codes.format import MANIFEST
 from vqgen.tokenizer.data.pixels import PNG
-from vqgen.training.folder import FINISHED
-from vqgen.training.sessions import read_sessions
+from vqgen.training.folder import FINISHED, read_sessions
 
 Kind = Literal["tokenizer", "prior", "samples"]
 LARGEST = 1e15

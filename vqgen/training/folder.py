@@ -1,20 +1,24 @@
-"""The folder of a training run: what of it may be resumed, and what --overwrite removes."""
+"""The folder of a training run: what of it may be resumed, what --overwrite removes, and the record of its sessions."""
 
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from vqgen import config as configuration
 from vqgen.config_layers import MARK
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
 from vqgen.options import option_name
 from vqgen.output_folder import OutputFolder
-
-from .sessions import MACHINE
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
 _OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
 FINISHED = "finished.json"
+MACHINE = "machine.json"
 _CONFIG = "config.yaml"
 _OWN = ("tokenizer/vqgen.json", "tokenizer/model.safetensors", FINISHED, MACHINE, "metrics.jsonl", "config.json")
 _OWN += ("vqgen.json", "model.safetensors")
@@ -64,3 +68,30 @@ def _is_marked(saved: Path) -> bool:
         return saved.read_text(encoding="utf-8").startswith(MARK)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def read_sessions(folder: Path) -> list[dict[str, Any]]:
+    """Sessions of a run folder, oldest first; none where `machine.json` is missing or damaged."""
+    sessions = None
+    with suppress(UserError):
+        sessions = read_json(folder / MACHINE).get("sessions")
+    return [each for each in sessions if isinstance(each, dict)] if isinstance(sessions, list) else []
+
+
+class Session:
+    """One entry of `machine.json`: from a start or resume of a run, after `first_step` steps, until it ends.
+
+    `seconds` is the wall time up to the last checkpoint and `last_step` the steps done by then; the next session
+    repeats the steps that a killed one did afterwards. `about` is the machine and versions, see `devices.describe`.
+    """
+
+    def __init__(self, folder: Path, first_step: int, about: Mapping[str, Any]) -> None:
+        self.path, self.earlier, self.start = folder / MACHINE, read_sessions(folder), time.monotonic()
+        began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.entry = {"began": began, "first_step": first_step, "last_step": first_step, "seconds": 0.0, **about}
+        self.saved(first_step)
+
+    def saved(self, step: int) -> None:
+        """Record that a checkpoint after `step` steps is on disk."""
+        self.entry.update(last_step=step, seconds=round(time.monotonic() - self.start, 1))
+        write_json(self.path, {"sessions": [*self.earlier, self.entry]})

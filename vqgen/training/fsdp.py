@@ -89,9 +89,8 @@ def load_module(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
     """Load full tensors into an optimizer, sharded or not, or into anything else with a state."""
-    groups = getattr(optimizer, "param_groups", None)
-    if groups is not None and "state" in saved:
-        parameters = [p for group in groups for p in group["params"]]
+    if hasattr(optimizer, "param_groups") and "state" in saved:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         shards = {
             index: {name: sharded_like(v, parameters[index]) if torch.is_tensor(v) else v for name, v in state.items()}
             for index, state in saved["state"].items()

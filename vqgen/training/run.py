@@ -31,12 +31,11 @@ from vqgen.seeding import step_seed
 
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import FINISHED, check_folder, prepare_folder
+from .folder import FINISHED, Session, check_folder, prepare_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
 from .schedule import Plan
-from .sessions import Session
 from .trackers import JsonlTracker, further_trackers, read_history
 from .trainer import Trainer
 
@@ -60,14 +59,13 @@ class Run:
         mixed = precision_of(settings.precision, cast(torch.device, processes().device))
         # Accelerate keeps one precision per Python process; a second run in the same process sets its own.
         AcceleratorState._reset_state()
-        # The quantizer keeps the codebook, the only buffer that changes, equal on all ranks.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(
             mixed_precision=mixed,
             gradient_accumulation_steps=settings.accumulate,
             log_with=[JsonlTracker(folder / "metrics.jsonl"), *further_trackers(settings.log_with)],  # type: ignore[list-item]
             project_dir=str(folder / "logs"),
-            kwargs_handlers=[ddp],
+            # The quantizer keeps the codebook, the only buffer that changes, equal on all ranks.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             step_scheduler_with_optimizer=False,
         )
         configure_fsdp(self.accelerator)

@@ -28,10 +28,6 @@ class JsonlTracker(GeneralTracker):
         return self.path
 
     @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Do nothing: the configuration is in config.yaml."""
-
-    @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
         try:
