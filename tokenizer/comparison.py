@@ -16,22 +16,20 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.output_folder import OutputFolder
 from vqgen.progress import progress
-from vqgen.tokenizer.data.pixels import center_crop, fit
+from vqgen.tokenizer.data.pixels import center_crop
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
 
 from .metrics import RECONSTRUCTION, ReconstructionMetrics
 from .model import Tokenizer
 from .reconstruct import ReconstructConfig
-from .reconstruct_inputs import InputImage, batches_of_one_size, find_images, read_images
+from .reconstruct_inputs import InputImage, batches_of_one_size, find_images, read_images, shrink
 from .reconstruction import SHOWN, Reconstructions, write_comparison, write_png_atomic
 
 METRICS, PARTIAL, GRID = "metrics.json", "metrics.partial.json", "grid.png"
 # Lists of pictures in folders that version 0.1 wrote.
 _LISTS_0_1 = ("figures.partial.json", "figures.json")
-# Longest side of an image in the grid, in pixels.
-CELL = 256
-# Up to this many images have a line of their own in the summary.
-LISTED = 16
+CELL = 256  # longest side of an image in the grid, in pixels
+LISTED = 16  # up to this many images have a line of their own in the summary
 
 
 def file_name(index: int, name: str) -> str:
@@ -40,36 +38,30 @@ def file_name(index: int, name: str) -> str:
     return f"{index:05d}-{stem}.png"
 
 
-def reconstructions_folder(output: Path) -> OutputFolder:
-    """The output folder, with the pictures that the lists of earlier runs name. Raises `UserError`."""
+def open_output(output: Path, names: Sequence[str], overwrite: bool) -> OutputFolder:
+    """The output folder, with the pictures that the lists of earlier runs name.
+
+    A new or empty folder and that of an interrupted run are accepted, and with `overwrite` that of a finished run.
+    Raises `UserError` where pictures called `names` cannot be written to it.
+    """
     marks = (PARTIAL, METRICS, *_LISTS_0_1)
     lists = [path for name in marks if (path := output / name).is_file()]
-    names = {GRID} if lists else set()
+    own = {GRID} if lists else set()
     for path in lists:
         listed = read_json(path).get("pictures")
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
             raise UserError(f"{path} is no list of reconstructions; remove it or choose another --output")
-        names |= {Path(str(entry.get("file"))).name for entry in listed}
-    return OutputFolder(output, marks, sorted(names))
-
-
-def check_output(folder: OutputFolder, names: Sequence[str], overwrite: bool) -> None:
-    """Raise `UsageError` where pictures called `names` cannot be written to `folder`.
-
-    A new or empty folder and that of an interrupted run are accepted, and with `overwrite` that of a finished run.
-    """
-    output, present = folder.path, set(folder.present)
-    if present & {METRICS, "figures.json"} and not overwrite:
-        raise UsageError(
-            f"--output: {output} holds reconstructions already; --overwrite replaces them, or choose another folder"
-        )
-    foreign = present - {path.name for path in folder.own_files()}
+        own |= {Path(str(entry.get("file"))).name for entry in listed}
+    folder = OutputFolder(output, marks, sorted(own))
+    if {METRICS, "figures.json"} & set(folder.present) and not overwrite:
+        raise UsageError(f"--output: {output} holds reconstructions already; add --overwrite or use another folder")
+    foreign = set(folder.present) - {path.name for path in folder.own_files()}
     if overwrite:
         foreign &= {*names, GRID}
     if foreign:
-        raise UsageError(
-            f"--output: {output} holds {min(foreign)}, which vqgen-reconstruct did not write; choose another folder"
-        )
+        name = min(foreign)
+        raise UsageError(f"--output: {output} holds {name}, which vqgen-reconstruct did not write; use another folder")
+    return folder
 
 
 def side_by_side(original: Tensor, result: Tensor, amplify: float) -> Tensor:
@@ -86,10 +78,7 @@ def grid_cells(images: Sequence[Tensor]) -> Tensor:
 
     Larger images are shrunk to `CELL` pixels; smaller ones are enlarged by an integer factor where others are larger.
     """
-    small = []
-    for image in images:
-        scale = min(1.0, CELL / max(image.shape[-2:]))
-        small.append(fit(image, [max(1, round(side * scale)) for side in image.shape[-2:]], "crop"))
+    small = [shrink(image, CELL) for image in images]
     height, width = (max(image.shape[axis] for image in small) for axis in (1, 2))
     cells = torch.full((len(small), len(small[0]), height, width), 255, dtype=torch.uint8)
     for cell, image in zip(cells, small):
@@ -109,9 +98,9 @@ def reconstruct_batches(
             results, each = metrics.reconstruct(originals)
         except torch.OutOfMemoryError as error:
             size = "x".join(map(str, originals.shape[2:]))
-            text = f"{len(batch)} images of {size} do not fit into the memory of {metrics.device}"
-            raise UserError(f"--batch-size: {text}; use fewer, or --largest") from error
-        rows = torch.stack(list(each.values()), dim=1).tolist()
+            found = f"{len(batch)} images of {size} do not fit into the memory of {metrics.device}"
+            raise UserError(f"--batch-size: {found}; use fewer, or --largest") from error
+        rows = zip(*(column.tolist() for column in each.values()))
         yield from zip(batch, results.cpu(), (dict(zip(each, row)) for row in rows))
 
 
@@ -131,12 +120,9 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
         check_size(config.perceptual_net, *size)
     locations, output = find_images(config), config.output
     names = [file_name(index, items.name(row)) for index, (items, row) in enumerate(locations[: config.pictures])]
-    folder = reconstructions_folder(output)
-    check_output(folder, names, config.overwrite)
-    perceptual = None
+    folder, perceptual = open_output(output, names, config.overwrite), None
     if config.perceptual_weights:
         perceptual = PerceptualDistance(config.perceptual_net, config.perceptual_weights).to(device)
-
     metrics, skipped = ReconstructionMetrics(tokenizer, perceptual, device, precision), list[str]()
     images = read_images(locations, tokenizer, config, skipped)
     batches = batches_of_one_size(images, config.batch_size, size)
@@ -149,13 +135,13 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
     with progress(len(locations), "reconstructing", "img", True) as bar:
         for item, result, values in reconstruct_batches(chain([first], batches), metrics):
             bar.update(item.index + 1 - bar.n)
-            counts.update(["images", item.change])
-            counts["other_size"] += list(item.image.shape[1:]) != size
+            now = list(item.image.shape[1:])
+            counts.update(["images", item.change, *(["other_size"] if now != size else [])])
             if item.index >= config.pictures:
                 continue
             name = file_name(item.index, item.name)
             write_png_atomic(output / name, side_by_side(item.image, result, config.amplify))
-            sizes = {"size": list(item.image.shape[1:]), "original_size": item.original_size}
+            sizes = {"size": now, "original_size": item.original_size}
             entries.append({"file": name, "image": item.name, **sizes, **values})
             if len(shown) < SHOWN:
                 shown.append((item.image, result))

@@ -16,19 +16,8 @@ from vqgen.tokenizer.data.options import ImageConfig
 class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
-    COMMON: ClassVar[tuple[str, ...]] = (
-        *(
-            "tokenizer",
-            "data",
-            "output",
-            "overwrite",
-            "verify",
-            "views",
-            "flip",
-            "random_crop",
-            "holdout",
-            "batch_size",
-        ),
+    COMMON: ClassVar[tuple[str, ...]] = tuple(
+        "tokenizer data output overwrite verify views flip random_crop holdout batch_size".split()
     )
 
     tokenizer: Path | None = None

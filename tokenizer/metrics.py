@@ -3,6 +3,8 @@
 A metric of single images is one entry of `RECONSTRUCTION` with a function; logs, receipts and reports follow.
 """
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,8 +26,7 @@ def mse(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def _decibels(error: Tensor) -> Tensor:
-    """PSNR of mean square errors in [-1, 1], where the peak is 2."""
-    return 10 * torch.log10(4 / error.clamp_min(1e-11))
+    return 10 * torch.log10(4 / error.clamp_min(1e-11))  # in [-1, 1] the peak is 2
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
@@ -44,9 +45,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     # In 16 bits the variances lose their digits: even two equal images get 0.83.
     with torch.autocast(images.device.type, enabled=False):
         one, two = images.float() / 255, targets.float() / 255
-        value = structural_similarity_index_measure(one, two, reduction="none", data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value
+        return cast(Tensor, structural_similarity_index_measure(one, two, reduction="none", data_range=1.0))
 
 
 _METRICS = (
@@ -77,8 +76,7 @@ An entry's function compares uint8 reconstructions and originals (B, C, H, W), a
 class ReconstructionMetrics:
     """Measures the reconstructions of a set of images batch by batch; keeps sums, not images.
 
-    The one place where reconstructions are measured: validation, vqgen-reconstruct and vqgen-eval use it. Every image
-    has the same weight whatever its size. Metrics are computed in float32 under any precision.
+    Every image has the same weight whatever its size. Metrics are computed in float32 under any precision.
 
         metrics = ReconstructionMetrics(tokenizer, perceptual, device, "bf16")
         for batch in batches:
@@ -106,8 +104,7 @@ class ReconstructionMetrics:
     def reconstruct(self, originals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruct uint8 images (B, C, H, W) and add them to the set.
 
-        Returns:
-            The reconstructions, uint8 (B, C, H, W) on `device`, and the metrics of each image as `add` returns them.
+        Returns the reconstructions, uint8 (B, C, H, W) on `device`, and the metrics of each image as `add` does.
         """
         originals = originals.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -126,14 +123,11 @@ class ReconstructionMetrics:
             if self.perceptual is not None:
                 each["lpips"] = self.perceptual(to_float(results), to_float(originals))
             values = to_float(originals).flatten(1)
-            further = {
-                "images": values.new_ones(len(values)),
-                "mse": mse(results, originals),
-                "value": values.mean(dim=1),
-                "square": values.square().mean(dim=1),
-            }
+            further = {"mse": mse(results, originals), "value": values.mean(dim=1)}
+            further["square"] = values.square().mean(dim=1)
             for name, column in {**each, **further}.items():
                 self.sums[name] += column.sum()
+            self.sums["images"] += len(values)
         depth, size = self.counts.shape
         shifted = codes.reshape(-1, depth) + size * torch.arange(depth, device=codes.device)
         self.counts += torch.bincount(shifted.flatten(), minlength=depth * size).view(depth, size)

@@ -61,18 +61,20 @@ def find_images(config: ReconstructConfig) -> list[Location]:
     return found[: config.n or None]
 
 
-def prepare(image: Tensor, tokenizer: Tokenizer, config: ReconstructConfig) -> tuple[Tensor, Change]:
-    """Bring uint8 (C, h, w) to a size (C, H, W) that the tokenizer accepts. Raises `BrokenImage` where it is too small.
+def shrink(image: Tensor, largest: int) -> Tensor:
+    """Resize uint8 (C, h, w) so that its longest side is at most `largest` pixels; never enlarges."""
+    scale = min(1.0, largest / max(image.shape[-2:]))
+    return fit(image, [max(1, round(side * scale)) for side in image.shape[-2:]], "crop")
 
-    Returns the image and what was done to it.
-    """
+
+def prepare(image: Tensor, tokenizer: Tokenizer, config: ReconstructConfig) -> tuple[Tensor, Change]:
+    """Bring uint8 (C, h, w) to a size that the tokenizer accepts; also returns what was done. Raises `BrokenImage`."""
     if config.resize:
         size = tokenizer.config.image_size
         return center_crop(fit(image, size, tokenizer.config.fit), size), "resized"
-    factor, before = tokenizer.factor, image.shape[-2:]
-    scale = min(1.0, config.largest / max(before)) if config.largest else 1.0
-    if scale < 1:
-        image = fit(image, [max(1, round(side * scale)) for side in before], "crop")
+    factor, before = tokenizer.factor, list(image.shape[-2:])
+    too_large = 0 < config.largest < max(before)
+    image = shrink(image, config.largest) if too_large else image
     size = [side - side % factor for side in image.shape[-2:]]
     if min(size) < SMALLEST:
         least = -(-SMALLEST // factor) * factor
@@ -82,8 +84,7 @@ def prepare(image: Tensor, tokenizer: Tokenizer, config: ReconstructConfig) -> t
             check_size(config.perceptual_net, *size)
         except UsageError as error:
             raise BrokenImage(str(error)) from error
-    change = "shrunk" if scale < 1 else "" if size == list(before) else "cropped"
-    return center_crop(image, size), change
+    return center_crop(image, size), "shrunk" if too_large else "" if size == before else "cropped"
 
 
 def read_images(

@@ -25,8 +25,8 @@ from vqgen.tokenizer.data.options import Split
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-
-# Codes or bytes processed at once when a whole folder is read; bounds memory for shards of any size.
+_REPAIR = "restore it, or delete it and run vqgen-tokenize again"
+# Codes or bytes processed at once, which bounds memory for shards of any size.
 _CHUNK = 2**22
 
 
@@ -81,28 +81,33 @@ class Manifest:
             raise UserError(f"{path}: found format {found!r}, this version of vqgen reads {FORMAT}; tokenize again")
         try:
             splits = {
-                name: SplitEntry(
-                    _count(entry["views"], least=1),
-                    _count(entry["count"]),
-                    [ShardEntry(_file_name(s["file"]), _count(s["count"]), str(s["sha256"])) for s in entry["shards"]],
-                )
+                name: SplitEntry(entry["views"], entry["count"], [ShardEntry(**shard) for shard in entry["shards"]])
                 for name, entry in tree.pop("splits").items()
             }
             manifest = cls(**tree, splits=splits)
-            for number in (manifest.codebook_size, manifest.depth, manifest.channels):
-                _count(number, least=1)
-            for sides in (manifest.grid, manifest.image_size):
-                if len(sides) != 2:
-                    raise ValueError(f"{sides!r} is no [height, width]")
-                for side in sides:
-                    _count(side, least=1)
-            for name, split in splits.items():
-                if sum(shard.count for shard in split.shards) != split.count:
-                    raise ValueError(f"the shards of split {name} do not add up to its count")
+            manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             text = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path} is malformed ({text}); tokenize again") from error
         return manifest
+
+    def _check(self) -> None:
+        """Raise `ValueError` or `TypeError` where a value cannot be used."""
+        splits, shards = self.splits.values(), [shard for split in self.splits.values() for shard in split.shards]
+        for sides in (self.grid, self.image_size):
+            if len(sides) != 2:
+                raise ValueError(f"{sides!r} is no [height, width]")
+        numbers = [self.codebook_size, self.depth, self.channels, *self.grid, *self.image_size]
+        for least, values in (1, [*numbers, *(s.views for s in splits)]), (0, [s.count for s in (*splits, *shards)]):
+            for value in values:
+                if type(value) is not int or value < least:
+                    raise ValueError(f"found {value!r}, expected an integer of at least {least}")
+        for shard in shards:  # no folder part: a manifest cannot point outside its folder
+            if not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
+                raise ValueError(f"found {shard.file!r}, expected a file name")
+        for name, split in self.splits.items():
+            if sum(shard.count for shard in split.shards) != split.count:
+                raise ValueError(f"the shards of split {name} do not add up to its count")
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,6 @@ class Shard:
     labels: NDArray[np.int32]
 
 
-def _count(value: Any, least: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"found {value!r}, expected an integer of at least {least}")
-    return value
-
-
-def _file_name(name: Any) -> str:
-    """Check that a name has no folder part, so that a manifest cannot point outside its folder."""
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"found {name!r}, expected a file name")
-    return name
-
-
 def code_dtype(codebook_size: int) -> type[np.integer[Any]]:
     """Return the smallest type on disk that holds the codes 0 .. codebook_size - 1."""
     return np.uint8 if codebook_size <= 2**8 else np.uint16 if codebook_size <= 2**16 else np.int32
@@ -134,8 +126,7 @@ def code_dtype(codebook_size: int) -> type[np.integer[Any]]:
 
 def code_shape(grid: Sequence[int], depth: int) -> tuple[int, ...]:
     """Return the shape of the codes of one image: (h, w), or (h, w, depth) where a position has several codes."""
-    height, width = grid
-    return (height, width, depth) if depth > 1 else (height, width)
+    return (*grid, depth) if depth > 1 else tuple(grid)
 
 
 def shard_name(number: int) -> str:
@@ -169,19 +160,12 @@ def open_shard(path: Path, codebook_size: int, row: tuple[int, ...], count: int 
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; restore it, or run vqgen-tokenize again to rewrite it") from None
     except (OSError, RuntimeError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is no complete shard of codes ({error}); restore it, or delete it and run vqgen-tokenize again"
-        ) from error
-    expected = (*(codes.shape[:1] if count is None else (count,)), *row)
-    for name, array, shape, dtype in (
-        ("codes", codes, expected, code_dtype(codebook_size)),
-        ("labels", labels, expected[:1], np.int32),
-    ):
-        if array.shape != shape or array.dtype != dtype:
-            raise UserError(
-                f"{path}: found {name} {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
-                "the file belongs to other codes: restore it, or delete it and run vqgen-tokenize again"
-            )
+        raise UserError(f"{path} is no complete shard of codes ({error}); {_REPAIR}") from error
+    shape = (len(codes) if count is None else count, *row)
+    for array, wanted, dtype in (codes, shape, code_dtype(codebook_size)), (labels, shape[:1], np.int32):
+        if array.shape != wanted or array.dtype != dtype:
+            found, expected = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {wanted}"
+            raise UserError(f"{path} holds other codes: found {found}, expected {expected}; {_REPAIR}")
     return Shard(path, codes, labels)
 
 
@@ -202,10 +186,8 @@ def verify_checksum(folder: Path, entry: ShardEntry) -> None:
     path = folder / entry.file
     found = checksum(path)
     if found != entry.sha256:
-        raise UserError(
-            f"{path} has sha256 {found[:12]}, but {MANIFEST} names {entry.sha256[:12]}; the file was changed or "
-            "damaged: restore it, or delete it and run vqgen-tokenize again"
-        )
+        expected = str(entry.sha256)[:12]
+        raise UserError(f"{path} was changed: found sha256 {found[:12]}, {MANIFEST} has {expected}; {_REPAIR}")
 
 
 def used_codes(shard: Shard, codebook_size: int, depth: int) -> NDArray[np.bool_]:
@@ -216,8 +198,7 @@ def used_codes(shard: Shard, codebook_size: int, depth: int) -> NDArray[np.bool_
         piece = flat[start : start + _CHUNK]
         low, high = int(piece.min()), int(piece.max())
         if low < 0 or high >= codebook_size:
-            code = low if low < 0 else high
-            raise UserError(f"{shard.path} holds code {code}, the codebook has {codebook_size}; tokenize again")
+            raise UserError(f"{shard.path} has codes {low} to {high}, the codebook has {codebook_size}; tokenize again")
         for level in range(depth):
             used[level, piece[:, level]] = True
     return used
@@ -230,22 +211,32 @@ class CodeFiles:
         folder: written by vqgen-tokenize.
         split: "train", "heldout" or, where the data has one, "test".
 
+    Attributes:
+        views: grids of codes of each image: view 0 of the image as it is, further ones of augmented copies.
+        grid, depth: rows and columns of codes, and codes per position.
+        image_size, channels: height and width in pixels, and channels of the encoded images.
+        codebook_size, class_names, tokenizer_fingerprint, data_fingerprint: as in the manifest.
+
     Raises `UserError` naming the file where the folder is unfinished, a shard is missing or truncated, or its header
     differs from the manifest. Checksums are checked by `verify` only.
     """
 
     def __init__(self, folder: str | Path, split: Split) -> None:
         self.folder, self.split = Path(folder), split
-        self.manifest = Manifest.read(self.folder)
-        if split not in self.manifest.splits:
-            found = ", ".join(self.manifest.splits)
+        manifest = self.manifest = Manifest.read(self.folder)
+        if split not in manifest.splits:
+            found = ", ".join(manifest.splits)
             raise UserError(f"{self.folder / MANIFEST} has no split {split}, it has {found}; tokenize data that has it")
-        self._entry = self.manifest.splits[split]
-        self._shards = [
-            open_shard(self.folder / shard.file, self.codebook_size, self._row, shard.count)
-            for shard in self._entry.shards
-        ]
-        self._starts = np.cumsum([0, *(shard.count for shard in self._entry.shards)])
+        self._entry = manifest.splits[split]
+        self.views, self.depth, self.codebook_size = self._entry.views, manifest.depth, manifest.codebook_size
+        self.grid = manifest.grid[0], manifest.grid[1]
+        self.image_size = manifest.image_size[0], manifest.image_size[1]
+        self.channels, self.class_names = manifest.channels, manifest.class_names
+        self.tokenizer_fingerprint, self.data_fingerprint = manifest.tokenizer_fingerprint, manifest.data_fingerprint
+        self._code_shape, shards = code_shape(self.grid, self.depth), self._entry.shards
+        row = (self.views, *self._code_shape)
+        self._shards = [open_shard(self.folder / s.file, self.codebook_size, row, s.count) for s in shards]
+        self._starts = np.cumsum([0, *(shard.count for shard in shards)])
 
     def __reduce__(self):
         # Another process maps the files itself instead of receiving copies.
@@ -254,53 +245,6 @@ class CodeFiles:
     def __len__(self) -> int:
         """Number of images."""
         return self._entry.count
-
-    @property
-    def views(self) -> int:
-        """Grids of codes of each image: view 0 of the image as it is, further ones of augmented copies."""
-        return self._entry.views
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes."""
-        height, width = self.manifest.grid
-        return height, width
-
-    @property
-    def depth(self) -> int:
-        """Codes per position."""
-        return self.manifest.depth
-
-    @property
-    def codebook_size(self) -> int:
-        return self.manifest.codebook_size
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.manifest.class_names
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.manifest.tokenizer_fingerprint
-
-    @property
-    def data_fingerprint(self) -> str:
-        return self.manifest.data_fingerprint
-
-    @property
-    def channels(self) -> int:
-        """Channels of the encoded images."""
-        return self.manifest.channels
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the encoded images, in pixels."""
-        height, width = self.manifest.image_size
-        return height, width
-
-    @property
-    def _row(self) -> tuple[int, ...]:
-        return (self.views, *code_shape(self.grid, self.depth))
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -316,30 +260,21 @@ class CodeFiles:
         image, view = np.broadcast_arrays(np.asarray(indices, np.int64), np.asarray(views, np.int64))
         for values, limit, what in ((image, len(self), "image"), (view, self.views, "view")):
             if values.size and not 0 <= values.min() <= values.max() < limit:
-                raise IndexError(
-                    f"{self.folder}: found {what} {values.min()} to {values.max()}, expected below {limit}"
-                )
-        out = np.empty((len(image), *self._row[1:]), dtype=np.int64)
+                found = f"{what} {values.min()} to {values.max()}"
+                raise IndexError(f"{self.folder}: found {found}, expected below {limit}")
+        out = np.empty((len(image), *self._code_shape), dtype=np.int64)
         shard_of = np.searchsorted(self._starts, image, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        # Split where another shard begins, so that each shard is indexed once.
-        for part in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
-            if len(part):
-                number = shard_of[part[0]]
-                out[part] = self._shards[number].codes[image[part] - self._starts[number], view[part]]
+        for number in np.unique(shard_of):
+            part = shard_of == number
+            out[part] = self._shards[number].codes[image[part] - self._starts[number], view[part]]
         return torch.from_numpy(out)
 
     def verify(self) -> None:
-        """Read all files and check every sha256, every code and every label.
-
-        Raises `UserError` naming the first bad shard.
-        """
+        """Check every sha256, code and label. Raises `UserError` naming the first bad shard."""
         classes = len(self.class_names) if self.class_names else None
         for entry, shard in zip(self._entry.shards, self._shards):
             verify_checksum(self.folder, entry)
             used_codes(shard, self.codebook_size, self.depth)
             if len(shard.labels) and (shard.labels.min() < -1 or (classes and shard.labels.max() >= classes)):
-                raise UserError(
-                    f"{shard.path} holds labels {shard.labels.min()} to {shard.labels.max()}, but {MANIFEST} names "
-                    f"{classes} classes; tokenize again"
-                )
+                found = f"{shard.labels.min()} to {shard.labels.max()}"
+                raise UserError(f"{shard.path} holds labels {found}, {MANIFEST} has {classes} classes; tokenize again")

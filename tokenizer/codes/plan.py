@@ -28,8 +28,7 @@ PLAN = "plan.json"
 CONFIG = "config.yaml"
 # A copy of the tokenizer, so that the folder is all that training a prior needs.
 TOKENIZER = "tokenizer"
-# Fingerprint of the test images; plans of version 0.1 have none.
-_TEST = "data_test"
+_TEST = "data_test"  # fingerprint of the test images; plans of version 0.1 have none
 # Options that do not change what is written, so that they may differ when a run resumes.
 _OPERATIONAL = {"output", "overwrite", "verify", "batch_size", "device", "broken", "max_broken", "workers", "cache_mb"}
 
@@ -47,12 +46,11 @@ class ShardRange:
 
 def shard_ranges(counts: dict[Split, int], views: int, size: int) -> list[ShardRange]:
     """List the shards of all splits, `size` images each; only training images have more than one view."""
-    found: list[ShardRange] = []
-    for split, count in counts.items():
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            found.append(ShardRange(len(found), split, start, stop, views if split == "train" else 1))
-    return found
+    starts = [(split, start, count) for split, count in counts.items() for start in range(0, count, size)]
+    return [
+        ShardRange(number, split, start, min(start + size, count), views if split == "train" else 1)
+        for number, (split, start, count) in enumerate(starts)
+    ]
 
 
 @dataclass
@@ -92,21 +90,18 @@ class Job:
 
 def _with_image_size(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeConfig:
     """Set the tokenizer's image size, channels and fit. Raises `UsageError` where the options ask for others."""
-    default, images = ImageConfig(), config.images
-    trained = tokenizer.config
+    default, trained = ImageConfig(), tokenizer.config
     required = {"size": list(trained.image_size), "channels": trained.channels, "fit": trained.fit}
     for name, value in required.items():
-        asked = getattr(images, name)
+        asked = getattr(config.images, name)
         if asked not in (value, getattr(default, name)):
             raise UsageError(f"--{name}: found {asked}, but {config.tokenizer} takes {value}; leave the option out")
-        images = dataclasses.replace(images, **{name: value})
-    return dataclasses.replace(config, images=images)
+    return dataclasses.replace(config, images=dataclasses.replace(config.images, **required))
 
 
 def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     """Load the tokenizer and open the images; `--device auto` means `default_device`. Raises `UserError`."""
-    data = config.data
-    if config.tokenizer is None or data is None:
+    if config.tokenizer is None or (data := config.data) is None:
         raise UsageError(f"--{'data' if config.tokenizer else 'tokenizer'} is needed; --help lists all options")
     find_device(config.device)  # raises where CUDA is asked for and missing
     device = torch.device("cpu") if config.device == "cpu" else default_device
@@ -115,8 +110,7 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     config = _with_image_size(config, tokenizer)
     # Decoded images are cached only where they are read again.
     once = dataclasses.replace(config.images, cache_mb=0)
-    augment = config.views > 1
-    train = open_images(data, "train", config.images if augment else once, augment=augment)
+    train = open_images(data, "train", config.images if config.views > 1 else once, augment=config.views > 1)
     datasets: dict[Split, ImageDataset] = {"train": train, "heldout": open_images(data, "heldout", once)}
     if train.source.test_images:
         datasets["test"] = open_images(data, "test", once)
@@ -135,29 +129,22 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """
     output = OutputFolder(folder, (PLAN,), globs=(MANIFEST, "codes-[0-9]*.safetensors", TOKENIZER, CONFIG))
     output.refuse_foreign()
-    if output.recognised and not overwrite:
-        _compare(folder, plan)
-        output.remove(output.leftovers())
-    else:
+    if overwrite or not output.recognised:
         output.clear()
         write_json(folder / PLAN, plan)
-
-
-def _compare(folder: Path, plan: dict[str, Any]) -> None:
+        return
     before = read_json(folder / PLAN)
     for name in sorted(plan.keys() | before.keys()):
-        old, new = before.get(name), plan.get(name)
-        if old != new and not (name == _TEST and old is None):
-            option = "data" if name == _TEST else name.replace("_", "-")
+        old, new = (
+            value[:12] if isinstance(value, str) and len(value) == 64 else value  # a fingerprint by its first digits
+            for value in (before.get(name), plan.get(name))
+        )
+        if before.get(name) != plan.get(name) and not (name == _TEST and old is None):
             raise UserError(
-                f"{folder} was begun with --{option} {_short(old)}, now {_short(new)}: give the same "
-                "options to finish it, --overwrite to start anew, or another --output"
+                f"{folder} was begun with --{'data' if name == _TEST else name.replace('_', '-')} {old}, now {new}: "
+                "give the same options to finish it, --overwrite to start anew, or another --output"
             )
-
-
-def _short(value: Any) -> str:
-    """Format a value of the plan; fingerprints by their first digits."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    output.remove(output.leftovers())
 
 
 def reopen(folder: Path) -> None:

@@ -51,19 +51,12 @@ from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
 
 T = TypeVar("T")
 
-# Batches that are decoded in advance.
-_AHEAD = 4
-# Unfinished batches on a CUDA device: enough to keep it busy, few enough to bound pinned memory.
-_IN_FLIGHT = 4
+# Batches decoded in advance, and unfinished ones on a CUDA device: they keep it busy and bound pinned memory.
+_AHEAD = _IN_FLIGHT = 4
 
 
 def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, precision: str) -> Tensor:
-    """Encode uint8 images (B, C, H, W) -> int32 codes (B, h, w[, depth]) on `device`, without waiting for the device.
-
-    Args:
-        images: on the CPU or on `device`.
-        precision: fp32, bf16 or fp16.
-    """
+    """Encode uint8 images (B, C, H, W) -> int32 codes (B, h, w[, depth]) on `device`, without waiting for it."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "fp32"):
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -89,15 +82,12 @@ def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tupl
             indices = range(at, min(at + size, shard.stop))
             yield [(i, view_seed(job.config, i, view)) if view else i for i in indices]
 
-    def cached() -> bool:
-        return dataset.cached(augmented=False)
-
-    batches = dataset.read(plan, worker_count(job.config.images.workers), cached)
+    workers = worker_count(job.config.images.workers)
+    batches = dataset.read(plan, workers, cached=lambda: dataset.cached(augmented=False))
     for batch, (shard, view, _) in zip(batches, pieces):
         dataset.broken.add(batch.broken)
-        if job.device.type == "cuda":
-            batch = dataclasses.replace(batch, images=batch.images.pin_memory())
-        yield shard, view, batch
+        images = batch.images.pin_memory() if job.device.type == "cuda" else batch.images
+        yield shard, view, dataclasses.replace(batch, images=images)
 
 
 def _prefetch(items: Iterator[T], count: int) -> Iterator[T]:
@@ -125,10 +115,9 @@ def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
     codes = np.zeros((size, *job.row_shape(shard)), dtype=code_dtype(job.tokenizer.codebook_size))
     labels, views_found = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     if parts:
-        found = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device per shard
         rows = torch.cat([part.indices for part in parts]).numpy() - shard.start
         views = np.repeat([part.view for part in parts], [len(part.indices) for part in parts])
-        codes[rows, views] = found
+        codes[rows, views] = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device
         labels[rows] = torch.cat([part.labels for part in parts]).numpy()
         np.add.at(views_found, rows, 1)
     complete = views_found == shard.views
@@ -187,17 +176,14 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         shard = open_shard(job.path(planned), tokenizer.codebook_size, job.row_shape(planned))
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
-    splits = {
-        split: SplitEntry(config.views if split == "train" else 1, sum(s.count for s in shards), shards)
-        for split, shards in entries.items()
-    }
+    skip, splits = config.images.broken == "skip", dict[str, SplitEntry]()
     for split, dataset in job.datasets.items():
-        total, missing = len(dataset), len(dataset) - splits[split].count
-        allowed = config.images.max_broken * total if config.images.broken == "skip" else 0
-        if missing > allowed:
-            option = "--max-broken" if config.images.broken == "skip" else "--broken"
-            limit = getattr(config.images, option[2:].replace("-", "_"))
-            raise UserError(f"{option} {limit}: {missing} of {total} {split} images are broken; replace or remove them")
+        total, found = len(dataset), sum(shard.count for shard in entries[split])
+        splits[split] = SplitEntry(config.views if split == "train" else 1, found, entries[split])
+        if total - found > (config.images.max_broken * total if skip else 0):
+            option = f"--max-broken {config.images.max_broken}" if skip else "--broken error"
+            broken = f"{total - found} of {total} {split} images are broken"
+            raise UserError(f"{option}: {broken}; replace or remove them")
     manifest = Manifest(
         codebook_size=tokenizer.codebook_size,
         grid=list(tokenizer.grid),
@@ -241,8 +227,8 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     try:
         _encode(job, [shard for shard in missing if shard.number % state.num_processes == state.process_index])
     except torch.OutOfMemoryError as error:
-        text = f"{config.batch_size} images do not fit into the memory of {job.device}; use fewer"
-        raise UserError(f"--batch-size: {text}") from error
+        found = f"{config.batch_size} images do not fit into the memory of {job.device}"
+        raise UserError(f"--batch-size: {found}; use fewer") from error
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if main:

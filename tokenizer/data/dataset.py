@@ -4,8 +4,10 @@ The content of a batch is a pure function of the source, the configuration and t
 processes.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,8 +28,7 @@ from .sources import Source, open_source
 
 Key = int | tuple[int, int]
 REPLACEMENTS = 64
-# States of an image in the cache; 0 is unknown.
-CACHED, BROKEN = 1, 2
+CACHED, BROKEN = 1, 2  # states of an image in the cache; 0 is unknown
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a split."""
+    """Images uint8 (B, C, H, W), labels int64 (B,), -1 for none, and indices (B,), those of replacements included."""
 
     images: Tensor
-    """uint8 (B, C, H, W)."""
     labels: Tensor
-    """int64 (B,), -1 for none."""
     indices: Tensor
-    """int64 (B,): the images in the batch, replacements of broken ones included."""
     broken: list[str]
     """Names of broken images, each with the reason."""
 
@@ -77,13 +75,12 @@ class BrokenImages:
         if self.report:
             for name in new:
                 self.report(f"skipped, broken: {name}")
+        limit, total = self.config.max_broken, len(self.source)
         if new and self.config.broken == "error":
             raise UserError(f"--broken error: {new[0]}; replace or remove it")
-        if new and len(self.names) > self.config.max_broken * len(self.source):
-            share = f"{len(self.names)} of {len(self.source)} images of {self.source.name} are broken"
-            raise UserError(
-                f"--max-broken {self.config.max_broken}: {share}, the last {new[-1]}; replace or remove them"
-            )
+        if new and len(self.names) > limit * total:
+            broken = f"{len(self.names)} of {total} images of {self.source.name} are broken, the last {new[-1]}"
+            raise UserError(f"--max-broken {limit}: {broken}; replace or remove them")
 
 
 class ImageDataset(Dataset[Sample]):
@@ -175,6 +172,7 @@ class ImageDataset(Dataset[Sample]):
         return image.numpy()
 
     def _decode(self, index: int, enlarged: bool) -> Tensor:
+        """Return the resized image from its file. Raises `BrokenImage`."""
         try:
             data = self.source.read(index)
         except OSError as error:
@@ -187,15 +185,11 @@ class ImageDataset(Dataset[Sample]):
     def _make_cache(self) -> tuple[Tensor | None, Tensor | None]:
         """Allocate pixels (n, C, H, W) and states (n,) for all images; None where they do not fit into memory."""
         shape: tuple[int, ...] = (self.config.channels, *self.config.size)
-        if self.enlarged:
-            for index in range(min(len(self), REPLACEMENTS)):
-                try:
-                    shape = tuple(self._decode(index, True).shape)
-                    break
-                except BrokenImage:
-                    continue
-        size = len(self) * int(np.prod(shape))
-        shared = Path("/dev/shm")
+        for index in range(min(len(self), REPLACEMENTS) if self.enlarged else 0):
+            with suppress(BrokenImage):
+                shape = tuple(self._decode(index, True).shape)
+                break
+        size, shared = len(self) * math.prod(shape), Path("/dev/shm")
         room = shutil.disk_usage(shared).free // 2 if self.config.workers and shared.is_dir() else size
         if size > min(self.config.cache_mb << 20, room):
             return None, None
@@ -227,31 +221,18 @@ class ImageDataset(Dataset[Sample]):
 
 
 def open_images(
-    data: str,
-    split: Split,
-    config: ImageConfig,
-    augment: bool = False,
-    replace_broken: bool = False,
+    data: str, split: Split, config: ImageConfig, augment: bool = False, replace_broken: bool = False
 ) -> ImageDataset:
-    """Open one split of `data`: "demo", a folder, parquet, a `save_to_disk` folder, or a dataset's name.
+    """Open one split of `data` as an `ImageDataset`. Raises `UserError` where there is nothing to read.
 
     Args:
-        augment: see `ImageDataset`.
-        replace_broken: see `ImageDataset`.
-
-    Raises `UserError` where there is nothing to read.
+        data: "demo", a folder, parquet, a `save_to_disk` folder, or a dataset's name.
     """
     return ImageDataset(open_source(data, split, config.holdout), config, augment, replace_broken)
 
 
 def training_batches(
-    dataset: ImageDataset,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    rank: int,
-    world: int,
-    config: ImageConfig,
+    dataset: ImageDataset, batch_size: int, seed: int, first_step: int, rank: int, world: int, config: ImageConfig
 ) -> Iterator[Batch]:
     """Yield batches without end; each epoch is a new shuffle without replacement.
 
@@ -268,19 +249,13 @@ def training_batches(
     for batch in dataset.read(plan, worker_count(config.workers), dataset.cached):
         dataset.broken.add(batch.broken)
         if len(batch.indices) < batch_size:
-            reason = batch.broken[0]  # the only reason for a smaller batch
-            raise UserError(
-                f"--data: {dataset.name} has too few intact images ({reason}); replace or remove the broken ones"
-            )
+            found = f"{dataset.name} has too few intact images ({batch.broken[0]})"  # else the batch would be full
+            raise UserError(f"--data: {found}; replace or remove the broken ones")
         yield batch
 
 
 def ordered_batches(
-    dataset: ImageDataset,
-    indices: Iterable[int],
-    batch_size: int,
-    config: ImageConfig,
-    view_seed: int | None = None,
+    dataset: ImageDataset, indices: Iterable[int], batch_size: int, config: ImageConfig, view_seed: int | None = None
 ) -> Iterator[Batch]:
     """Yield the images of `indices` in order, e.g. for validation; broken ones are left out of their batch.
 
@@ -297,10 +272,8 @@ def ordered_batches(
             chosen = wanted[start : start + batch_size]
             yield [i if view_seed is None else (i, hash64("view", view_seed, i)) for i in chosen]
 
-    def cached() -> bool:
-        return dataset.cached(wanted, view_seed is not None)
-
-    for batch in dataset.read(plan, worker_count(config.workers), cached):
+    augmented = view_seed is not None
+    for batch in dataset.read(plan, worker_count(config.workers), lambda: dataset.cached(wanted, augmented)):
         dataset.broken.add(batch.broken)
         if len(batch.indices):
             yield batch

@@ -35,7 +35,7 @@ class Rows:
     """Images in one column of tables, as bytes or as {bytes, path}.
 
     Args:
-        load: returns the column; called once in each process.
+        load: returns the column.
         counts: name and number of rows of each table file.
     """
 
@@ -47,7 +47,7 @@ class Rows:
         self._column: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_column": None}
+        return {**self.__dict__, "_column": None}  # each process loads its own
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -64,10 +64,12 @@ class Rows:
         if self._column is None:
             self._column = self.load()
         value: Any = self._column[item].as_py()
-        if isinstance(value, dict) and value["bytes"] is None and value.get("path"):
+        if not isinstance(value, dict):
+            return value or b""
+        if value["bytes"] is None and value.get("path"):
             self.outside = True
             return Path(value["path"]).read_bytes()
-        return (value["bytes"] if isinstance(value, dict) else value) or b""
+        return value["bytes"] or b""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ class Loader:
             persistent_workers=True,
             multiprocessing_context="spawn",
             worker_init_fn=_obey_parent_alone,
-            # Its own generator: starting workers draws no number from the training's.
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # starting workers draws no number from the training's
         )
 
     def __iter__(self) -> Iterator[list[Any]]:

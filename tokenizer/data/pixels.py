@@ -12,10 +12,8 @@ from torch import Tensor
 from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as transforms
 
-PNG = b"\x89PNG\r\n\x1a\n"
-JPEG = b"\xff\xd8\xff"
-# Images are first cropped to this multiple of the target's aspect ratio, which bounds memory.
-MAX_ASPECT = 8
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+MAX_ASPECT = 8  # images are first cropped to this multiple of the target's aspect ratio, which bounds memory
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -41,8 +39,7 @@ def decode(data: bytes, channels: int) -> Tensor:
         raise BrokenImage("empty")
     try:
         image = _decode_torchvision(data)
-        if image is None:
-            image = _decode_pillow(data)
+        image = _decode_pillow(data) if image is None else image
     except (MemoryError, BrokenImage):
         raise
     except UnidentifiedImageError as error:
@@ -78,17 +75,15 @@ def _decode_pillow(data: bytes) -> Tensor:
     """Decode the first frame to uint8 (1, 3 or 4, h, w) or uint16 (1, h, w)."""
     with Image.open(BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
+    if image.mode == "F":
+        raise BrokenImage("float pixels have no fixed range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise BrokenImage("32-bit pixels have no fixed range; convert it to 8 or 16 bits")
         return torch.from_numpy(pixels.astype(np.uint16))[None]
-    if image.mode == "F":
-        raise BrokenImage("float pixels have no fixed range; convert it to 8 or 16 bits")
-    transparent = image.has_transparency_data
-    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
-    pixels = np.array(image)
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    mode = "RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB"
+    return transforms.pil_to_tensor(image.convert(mode)).contiguous()
 
 
 def fit(image: Tensor, size: Sequence[int], mode: Literal["crop", "pad"]) -> Tensor:

@@ -24,8 +24,7 @@ from .tables import group_by_split, load_datasets, read_dataset, read_parquet
 T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"
-# Names of validation splits; the first of these that a source has is its heldout split.
-VALIDATION = ("heldout", "validation", "valid", "val")
+VALIDATION = ("heldout", "validation", "valid", "val")  # the first of these that a source has is its heldout split
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Source:
     class_names: list[str] | None
     fingerprint: str
     test_images: int = 0
-    """Number of images in the test split of the source."""
+    """Number of images in the source's test split."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,11 +55,10 @@ class Source:
 def open_source(data: str, split: Split | Literal["all"], holdout: float) -> Source:
     """Find the images of a source and choose one split.
 
-    Splits that the source has are kept. Where it has no validation split, its training images (all images, where it has
-    no splits) are divided into train and heldout by a hash of each image's relative path or row number: round(holdout *
-    n) images, at least one, are held out, always the same. A test split is never divided, nor used for anything else.
-    "all" is the whole of a source without splits. Raises `UserError` where there is nothing to read, too little to
-    divide, or a damaged file.
+    Where the source has no validation split, its training images (without splits: all images, "all") are divided into
+    train and heldout by a hash of each image's relative path or row number: round(holdout * n) images, at least one,
+    are held out, always the same. A test split is never divided. Raises `UserError` where there is nothing to read, too
+    little to divide, or a damaged file.
     """
     splits = find_splits(data)
     divided = split in ("train", "heldout") and "heldout" not in splits
@@ -97,28 +95,27 @@ def find_splits(data: str) -> dict[str, FoundSplit]:
         if path.suffix.lower() == ".parquet":
             return {"all": read_parquet(path.parent, [path])}
         raise UserError(f"--data: {data} is a single file and not parquet; give the folder that holds the images")
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = load_datasets(data, lambda library: library.load_from_disk(str(path)), "restore or save it again")
-            return {split: read_dataset(data, one) for split, one in _name_splits(found, data).items()}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        found = load_datasets(data, lambda library: library.load_from_disk(str(path)), "restore or save it again")
+    elif path.is_dir():
         files = _list_files(path)
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
             return _image_folder(path, files)
         groups = group_by_split(path, tables)
         return {split: read_parquet(path, paths) for split, paths in _name_splits(groups, path).items()}
-    if data.startswith((".", "~", "/")) or "\\" in data or data.count("/") > 1 or path.suffix == ".parquet":
+    elif data.startswith((".", "~", "/")) or "\\" in data or data.count("/") > 1 or path.suffix == ".parquet":
         raise UserError(f"--data: {data} does not exist; give a folder, a parquet file, a dataset's name or demo")
-    advice = "no such path exists either; check the name, or the network"
-    found = load_datasets(data, lambda library: library.load_dataset(data), advice)
+    else:
+        advice = "no such path exists either; check the name, or the network"
+        found = load_datasets(data, lambda library: library.load_dataset(data), advice)
     return {split: read_dataset(data, one) for split, one in _name_splits(found, data).items()}
 
 
 def _name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
     """Map the split names of a source to train, heldout and test, or to {"all": ...} where it has but one split."""
-    if "train" in groups:
-        validation = next((word for word in VALIDATION if word in groups), "")
-        words = {"train": "train", "heldout": validation, "test": "test"}
+    if "train" in groups and len(groups) > 1:
+        words = {"train": "train", "heldout": next((w for w in VALIDATION if w in groups), ""), "test": "test"}
         found = {split: groups[word] for split, word in words.items() if word and word in groups}
         return found if len(found) > 1 else {"all": groups["train"]}
     if len(groups) == 1:
