@@ -171,13 +171,12 @@ def compare(config: ReconstructConfig) -> dict[str, Any]:
 
 
 def _in_words(values: dict[str, float]) -> str:
-    """Metrics by name as text, with the titles and units of the registry."""
     known = [(RECONSTRUCTION[name], value) for name, value in values.items() if name in RECONSTRUCTION]
     return ", ".join(f"{metric.title} {value:.4g} {metric.unit}".rstrip() for metric, value in known)
 
 
 def summary(found: dict[str, Any], config: ReconstructConfig) -> Iterator[str]:
-    """Yield what was measured as lines to print: images where they are few, all of them, and what was changed."""
+    """Yield the lines to print: images where they are few, the metrics of all, and what was changed."""
     for entry in found["pictures"] if found["images"] <= LISTED else []:
         now, before = ("x".join(map(str, entry[key])) for key in ("size", "original_size"))
         yield f"{entry['image']}: {now}{f' of {before}' if now != before else ''} pixels, {_in_words(entry)}"

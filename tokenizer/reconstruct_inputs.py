@@ -20,24 +20,19 @@ from .metrics import SMALLEST
 from .model import Tokenizer
 from .reconstruct import ReconstructConfig
 
-Location = tuple[Files | Rows, int]
-"""The items of a source, and the index of one of them."""
+Location = tuple[Files | Rows, int]  # the items of a source, and the index of one of them
 Change = Literal["", "resized", "shrunk", "cropped"]
 
 
 @dataclass(frozen=True)
 class InputImage:
-    """One image as it is reconstructed."""
+    """An image as it is reconstructed, uint8 (C, H, W), with the height and width as decoded, and what was changed."""
 
     index: int
     name: str
-    """Where it was read from."""
     image: Tensor
-    """uint8 (C, H, W)."""
     original_size: list[int]
-    """Height and width as decoded."""
     change: Change
-    """What was done to its size."""
 
 
 def find_images(config: ReconstructConfig) -> list[Location]:

@@ -18,8 +18,7 @@ from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from .metrics import ReconstructionMetrics
 from .model import Tokenizer
 
-SHOWN = 32
-"""Images in a comparison."""
+SHOWN = 32  # images in a comparison
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,7 @@ def reconstruct(
     perceptual: PerceptualDistance | None,
     accelerator: Accelerator,
 ) -> Reconstructions:
-    """Measure the reconstructions of a fixed subset of `count` images of `dataset`, divided among the processes.
-
-    The tokenizer computes in the accelerator's precision.
-    """
+    """Measure the reconstructions of a fixed subset of `count` images, divided among the processes of `accelerator`."""
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     metrics = ReconstructionMetrics(tokenizer, perceptual, device, accelerator.mixed_precision)
     none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
@@ -58,10 +54,8 @@ def reconstruct(
 
 def write_png_atomic(path: Path, image: Tensor) -> None:
     """Write a uint8 image (1 or 3, H, W) as PNG, atomically."""
-    # Encoded in memory: torchvision's `write_png` does not report a full disk.
-    data = encode_png(image.cpu()).numpy().tobytes()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    with atomic_path(path) as temporary:  # torchvision's `write_png` does not report a full disk
+        temporary.write_bytes(encode_png(image.cpu()).numpy().tobytes())
 
 
 def write_comparison(path: Path, result: Reconstructions) -> None:

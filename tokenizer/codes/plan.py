@@ -6,6 +6,7 @@ resuming with other options, another tokenizer or other images is refused.
 
 import dataclasses
 import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ class ShardRange:
 
 def shard_ranges(counts: dict[Split, int], views: int, size: int) -> list[ShardRange]:
     """List the shards of all splits, `size` images each; only training images have more than one view."""
-    starts = [(split, start, count) for split, count in counts.items() for start in range(0, count, size)]
+    number = itertools.count()
     return [
-        ShardRange(number, split, start, min(start + size, count), views if split == "train" else 1)
-        for number, (split, start, count) in enumerate(starts)
+        ShardRange(next(number), split, start, min(start + size, count), views if split == "train" else 1)
+        for split, count in counts.items()
+        for start in range(0, count, size)
     ]
 
 
@@ -60,10 +62,8 @@ class Job:
     config: TokenizeConfig
     tokenizer: Tokenizer
     device: torch.device
-    precision: str
-    """fp32, bf16 or fp16."""
-    datasets: dict[Split, ImageDataset]
-    """train, heldout and, where the source has one, test."""
+    precision: str  # fp32, bf16 or fp16
+    datasets: dict[Split, ImageDataset]  # train, heldout and, where the source has one, test
     shards: list[ShardRange]
 
     def path(self, shard: ShardRange) -> Path:

@@ -1,7 +1,7 @@
 """The work of vqgen-tokenize: encode the images of every planned shard, and write shards and manifest.
 
-The content of a shard is a function of the plan alone: its range of images is fixed, batches do not cross shards, and
-every augmented view has its own seed. It does not matter which process writes it, when, or after how many kills.
+The content of a shard is a function of the plan alone, whichever process writes it and after how many kills: its range
+of images is fixed, batches do not cross shards, and every augmented view has its own seed.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tupl
     dataset, size = job.datasets[split], job.config.batch_size
     pieces = [(s, view, at) for s in shards for view in range(s.views) for at in range(s.start, s.stop, size)]
 
-    def plan(done: int) -> Iterator[list[Key]]:
+    def plan(done: int) -> Iterator[Sequence[Key]]:
         for shard, view, at in pieces[done:]:
             indices = range(at, min(at + size, shard.stop))
             yield [(i, view_seed(job.config, i, view)) if view else i for i in indices]

@@ -1,7 +1,6 @@
 """Datasets and batches of images: one split of a source at the configured size, augmented.
 
-The content of a batch is a pure function of the source, the configuration and the keys, whatever the number of worker
-processes.
+The content of a batch is a function of source, configuration and keys alone, whatever the number of workers.
 """
 
 import math
@@ -62,8 +61,7 @@ class BrokenImages:
     def __init__(self, source: Source, config: ImageConfig):
         self.source, self.config = source, config
         self.names: dict[str, None] = {}
-        self.report: Callable[[str], None] | None = None
-        """Called with one line for each broken image when it is first found."""
+        self.report: Callable[[str], None] | None = None  # called with a line for each broken image
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report": None}  # a callback of the main process
@@ -197,7 +195,7 @@ class ImageDataset(Dataset[Sample]):
         return (pixels.share_memory_(), seen.share_memory_()) if self.config.workers else (pixels, seen)
 
     def read(
-        self, plan: Callable[[int], Iterator[list[Key]]], workers: int, cached: Callable[[], bool]
+        self, plan: Callable[[int], Iterator[Sequence[Key]]], workers: int, cached: Callable[[], bool]
     ) -> Iterator[Batch]:
         """Yield the batches of `plan(0)`; `plan(n)` yields the keys from batch n on.
 
@@ -255,25 +253,19 @@ def training_batches(
 
 
 def ordered_batches(
-    dataset: ImageDataset, indices: Iterable[int], batch_size: int, config: ImageConfig, view_seed: int | None = None
+    dataset: ImageDataset, indices: Iterable[int], batch_size: int, config: ImageConfig
 ) -> Iterator[Batch]:
-    """Yield the images of `indices` in order, e.g. for validation; broken ones are left out of their batch.
+    """Yield the images of `indices` in order, without augmentation, e.g. for validation; the last batch may be smaller.
 
-    The last batch may be smaller, and empty batches are left out. With `view_seed` each image is augmented as a
-    function of (view_seed, index); the dataset must have been opened with `augment`.
-    Raises `UserError` where too many images are broken.
+    Broken images are left out, and so are empty batches. Raises `UserError` where too many images are broken.
     """
-    if view_seed is not None and not dataset.augment:
-        raise ValueError("view_seed needs a dataset opened with augment=True")
     wanted = [int(index) for index in indices]
 
-    def plan(done: int) -> Iterator[list[Key]]:
-        for start in range(done * batch_size, len(wanted), batch_size):
-            chosen = wanted[start : start + batch_size]
-            yield [i if view_seed is None else (i, hash64("view", view_seed, i)) for i in chosen]
+    def plan(done: int) -> Iterator[Sequence[Key]]:
+        return (wanted[at : at + batch_size] for at in range(done * batch_size, len(wanted), batch_size))
 
-    augmented = view_seed is not None
-    for batch in dataset.read(plan, worker_count(config.workers), lambda: dataset.cached(wanted, augmented)):
+    workers = worker_count(config.workers)
+    for batch in dataset.read(plan, workers, lambda: dataset.cached(wanted, augmented=False)):
         dataset.broken.add(batch.broken)
         if len(batch.indices):
             yield batch

@@ -21,7 +21,7 @@ class Files:
         return len(self.names)
 
     def key(self, item: int) -> str:
-        """Text that decides the split of an item: the relative path, so that new files do not move the others."""
+        """Text that decides the split of an item, so that new files do not move the others."""
         return self.names[item]
 
     def name(self, item: int) -> str:
@@ -42,8 +42,7 @@ class Rows:
     def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]]):
         self.load, self.files = load, [name for name, _ in counts]
         self.starts = np.cumsum([0, *(count for _, count in counts)])
-        self.outside = False
-        """Whether an image that was read is in a file that the table names, not in the table."""
+        self.outside = False  # whether an image that was read is in a file that the table names, not in the table
         self._column: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +52,6 @@ class Rows:
         return int(self.starts[-1])
 
     def key(self, item: int) -> str:
-        """Text that decides the split of an item: the row number."""
         return str(item)
 
     def name(self, item: int) -> str:
@@ -81,5 +79,4 @@ class FoundSplit:
     """Lines that identify the content: names, sizes, numbers of rows."""
     raw_labels: np.ndarray | None
     """(n,) class names ("" for none) or integers (negative for none); None where the split has no labels."""
-    class_names: list[str] | None = None
-    """Names of the integer labels, where the source declares them."""
+    class_names: list[str] | None = None  # of integer labels, where the source declares them

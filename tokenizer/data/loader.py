@@ -19,7 +19,7 @@ class Loader:
     """Worker processes that persist over several passes: a DataLoader whose batches of keys can be replaced."""
 
     def __init__(self, dataset: Dataset[Any], workers: int):
-        self.plan: Iterator[list[Any]] = iter(())
+        self.plan: Iterator[Any] = iter(())
         self.loader = DataLoader(
             dataset,
             batch_sampler=self,  # pyright: ignore[reportArgumentType]
@@ -32,10 +32,10 @@ class Loader:
             generator=torch.Generator(),  # starting workers draws no number from the training's
         )
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Any]:
         return self.plan
 
-    def batches(self, plan: Iterator[list[Any]]) -> Iterator[Any]:
+    def batches(self, plan: Iterator[Any]) -> Iterator[Any]:
         """Load the batches of keys in `plan`, in order."""
         self.plan = plan
         resource_tracker.ensure_running()  # its start would unblock the signals

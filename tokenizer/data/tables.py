@@ -18,7 +18,6 @@ from vqgen.errors import UserError
 from .items import FoundSplit, Rows
 
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|heldout|validation|valid|val|test)(?![a-z])")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Parquet files up to this size together are held in memory by each process that reads them; larger ones are mapped.
 IN_MEMORY_BYTES = 1 << 30
 
@@ -36,7 +35,7 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
     """Open parquet files as one split: labels are read, images are not."""
     labels, counts, listing, columns = [], [], [], []
     for path in paths:
-        with _reading(path), pq.ParquetFile(path, memory_map=True) as file:
+        with _reading(f"{path} cannot be read"), pq.ParquetFile(path, memory_map=True) as file:
             columns.append(_find_columns(file.schema_arrow, path))
             if columns[-1] != columns[0]:
                 raise UserError(f"--data: {path} has other columns than {paths[0].name}; give each its own folder")
@@ -51,22 +50,18 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
 
 
 def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[str, Any]:
-    """Split name in lower case ("" for none) -> dataset, from a folder of `save_to_disk` or a name.
+    """Split name in lower case ("" for none) -> dataset; `load` calls the library `datasets`, which it is given.
 
-    Args:
-        load: calls the library, which it is given.
-        advice: what to do about a failure, the end of the error message.
+    `advice` is the end of the error message: what to do about a failure.
     """
     import datasets
 
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)  # retries would print a page of warnings; the error below says what failed
+    log.setLevel(logging.ERROR)  # retries would print a page of warnings; the error says what failed
     try:
-        found = load(datasets)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"--data: {data} gave no dataset ({type(error).__name__}: {reason}); {advice}") from error
+        with _reading(f"{data} gave no dataset", advice):
+            found = load(datasets)
     finally:
         log.setLevel(level)
     return {"": found} if isinstance(found, datasets.Dataset) else {k.lower(): v for k, v in found.items()}
@@ -82,21 +77,21 @@ def read_dataset(data: str, dataset: Any) -> FoundSplit:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn any error of a table reader into a `UserError` that names the file."""
+def _reading(problem: str, advice: str = "restore it or download it again") -> Iterator[None]:
+    """Turn any error of a table reader into a `UserError` of one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"--data: {path} cannot be read ({reason}); restore it or download it again") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"--data: {problem} ({reason}); {advice}") from error
 
 
 def _read_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
     chunks: list[pa.Array] = []
     for path in paths:
-        with _reading(path), pq.ParquetFile(path, memory_map=True) as file:
+        with _reading(f"{path} cannot be read"), pq.ParquetFile(path, memory_map=True) as file:
             chunks += file.read([column]).column(0).chunks
     return pa.chunked_array(chunks)
 
@@ -105,7 +100,7 @@ def _map_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
     """Memory-map a column: `datasets` converts it to Arrow in its cache once."""
     import datasets
 
-    with _reading(paths[0].parent):
+    with _reading(f"{paths[0].parent} cannot be read"):
         return datasets.Dataset.from_parquet([str(path) for path in paths], columns=[column]).data.column(column)
 
 
@@ -126,7 +121,7 @@ def _find_columns(schema: pa.Schema, where: object) -> tuple[str, str | None, li
         raise UserError(f"--data: {where} has {found}; name the image column image")
     declared = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     usable = [f.name for f in schema if pa.types.is_integer(f.type) or f.type in (pa.string(), pa.large_string())]
-    label = next((name for name in (*_LABEL_COLUMNS, *declared) if name in usable), None)
+    label = next((name for name in ("label", "labels", "fine_label", *declared) if name in usable), None)
     names = features[label].get("names") if label is not None and kinds.get(label) == "ClassLabel" else None
     return image, label, list(names) if names else None
 
