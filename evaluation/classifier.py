@@ -31,11 +31,9 @@ class ClassifierConfig:
     """Architecture and classes of a classifier, as recorded in vqgen.json."""
 
     size: list[int]
-    """Height and width of an image."""
+    """Height and width."""
     channels: int
-    """1 or 3."""
     class_names: list[str]
-    """One per output."""
     width: int = 32
     """Channels at the first level; each further level doubles them."""
 
@@ -49,9 +47,8 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config, self.fingerprint = config, ""
-        width = config.width
+        before = width = config.width
         layers: list[nn.Module] = [nn.Conv2d(config.channels, width, 4, stride=2, padding=1)]
-        before = width
         for multiplier in (1, 2, 4):
             layers += [ResidualBlock(before, width * multiplier, 8, 0.1), nn.MaxPool2d(2)]
             before = width * multiplier
@@ -67,22 +64,16 @@ class Classifier(nn.Module):
         device = next(self.parameters()).device
         return self(to_float(images.to(device))).argmax(dim=1).cpu()
 
-    def save(self, folder: Path) -> str:
-        """Write the model folder; return its fingerprint."""
-        self.fingerprint = save_artifact(folder, "classifier", {"classifier": asdict(self.config)}, self.state_dict())
-        return self.fingerprint
-
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
         """Read a model folder. Raises `UserError` if anything does not fit."""
         artifact = load_artifact(folder, "classifier")
-        described = artifact.description.get("classifier")
-        classifier = cls(from_dict(ClassifierConfig, described, str(folder / "vqgen.json")))
+        where = str(folder / "vqgen.json")
+        classifier = cls(from_dict(ClassifierConfig, artifact.description.get("classifier"), where))
         try:
             classifier.load_state_dict(artifact.tensors)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: weights and vqgen.json do not fit: {reason}") from error
+            raise UserError(f"{folder}: weights and vqgen.json do not fit: {error}") from error
         classifier.fingerprint = artifact.fingerprint
         return classifier.eval().to(device)
 
@@ -109,12 +100,9 @@ def train_classifier(config: ClassifierTraining) -> None:
     batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
     with progress(config.steps, "classifier", "step", True) as bar:
         for _, batch in zip(range(config.steps), batches):
-            labels = batch.labels.to(device)
-            each = F.cross_entropy(
-                model(to_float(batch.images.to(device))), labels, label_smoothing=0.1, ignore_index=-1, reduction="sum"
-            )
-            loss = each / (labels >= 0).sum().clamp(min=1)
-            loss.backward()
+            labels, logits = batch.labels.to(device), model(to_float(batch.images.to(device)))
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1, ignore_index=-1, reduction="sum")
+            (loss / (labels >= 0).sum().clamp(min=1)).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -124,6 +112,6 @@ def train_classifier(config: ClassifierTraining) -> None:
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
         for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
     ]
-    model.save(config.output)
+    save_artifact(config.output, "classifier", {"classifier": asdict(described)}, model.state_dict())
     shares = torch.cat(correct).float()
     print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")

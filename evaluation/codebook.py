@@ -21,22 +21,17 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .options import CodebookConfig
 
-ATLAS, SUMMARY, NEIGHBOURS = "atlas.png", "codebook.json", "neighbours.png"
-TILE = 4
-"""Rows and columns of the grid of one code in atlas.png."""
-COUNT_BATCH, DECODE_BATCH = 8192, 8
-"""Images counted, and grids decoded, at once."""
+TILE = 4  # rows and columns of the grid of one code in atlas.png
+COUNT_BATCH, DECODE_BATCH = 8192, 8  # images counted, and grids decoded, at once
 
 
 @dataclass(frozen=True)
 class Usage:
-    """How often each code occurs in code files."""
+    """How often each code occurs in code files: int64 `counts` (depth, K), over images times their views."""
 
     images: int
-    """Grids of codes counted: images times their views."""
     splits: list[str]
     counts: Tensor
-    """int64 (depth, K)."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -74,12 +69,9 @@ def find_codes(tokenizer: Tokenizer, folders: Sequence[Path]) -> Path | None:
 
 
 def tiles(tokenizer: Tokenizer, indices: Tensor, common: Tensor, side: int) -> Tensor:
-    """Decode, for each code, a grid filled with that code: uint8 (n, C, H, W).
+    """Decode, for each of `indices` (n,), depth * K + code, a grid filled with that code: uint8 (n, C, H, W).
 
-    Args:
-        indices: (n,), depth * K + code.
-        common: (depth,), the code at each other depth.
-        side: largest number of rows and columns of the grid.
+    The grid has at most `side` rows and columns; `common` (depth,) are the codes at the other depths.
     """
     size, (rows, columns) = tokenizer.codebook_size, (min(side, length) for length in tokenizer.grid)
     found = []
@@ -99,23 +91,20 @@ def code_vectors(tokenizer: Tokenizer) -> Tensor:
     for which in range(depth):
         codes = torch.zeros(size, 1, 1, depth, dtype=torch.long)
         codes[:, 0, 0, which] = torch.arange(size)
-        latents = tokenizer.quantizer.decode(codes if depth > 1 else codes[..., 0])
-        found.append(latents.flatten(1))
+        found.append(tokenizer.quantizer.decode(codes if depth > 1 else codes[..., 0]).flatten(1))
     return torch.stack(found)
 
 
 def nearest_codes(vectors: Tensor, index: int, k: int) -> list[tuple[int, float]]:
-    """The k codes nearest to `index` (depth * K + code) at the same depth, with their distances.
+    """The k codes nearest to `index` (depth * K + code) at the same depth by `vectors` (depth, K, D), nearest first.
 
-    Distances are Euclidean, between the vectors (depth, K, D); nearest first, ties by index.
+    With their Euclidean distances; ties by index.
     """
     depth, code = divmod(index, vectors.shape[1])
     distances = (vectors[depth] - vectors[depth, code]).norm(dim=1)
     distances[code] = math.inf
-    order = distances.sort(stable=True)
-    return [
-        (depth * vectors.shape[1] + int(i), float(d)) for d, i in zip(order.values[:k], order.indices[:k], strict=True)
-    ]
+    nearest, order = distances.sort(stable=True)
+    return list(zip((depth * vectors.shape[1] + order[:k]).tolist(), nearest[:k].tolist(), strict=True))
 
 
 def inspect_codebook(config: CodebookConfig) -> None:
@@ -125,37 +114,31 @@ def inspect_codebook(config: CodebookConfig) -> None:
     for index in config.neighbours:
         if not 0 <= index < depth * size:
             raise UsageError(f"--neighbours: found {index}, expected 0 to {depth * size - 1}, the codes")
-    about: dict[str, Any] = {
-        "version": __version__,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "codebook_size": size,
-        "depth": depth,
-    }
+    about: dict[str, Any] = {"version": __version__, "tokenizer_fingerprint": tokenizer.fingerprint}
+    about |= {"codebook_size": size, "depth": depth}
     common, order = torch.zeros(depth, dtype=torch.long), torch.arange(depth * size)
     if config.codes is not None:
         if find_codes(tokenizer, [config.codes]) is None:
             raise UserError(f"--codes: {config.codes} holds codes of another tokenizer than {config.tokenizer}")
         usage = count_codes(config.codes)
         common = usage.counts.argmax(1)
-        order = torch.cat(
-            [which * size + counts.argsort(descending=True, stable=True) for which, counts in enumerate(usage.counts)]
-        )
+        order = (usage.counts.argsort(descending=True, stable=True) + size * torch.arange(depth)[:, None]).flatten()
         about |= {**usage.metrics, "images": usage.images, "splits": usage.splits, "counts": usage.counts.tolist()}
         print(
             f"{about['codes_used']:.0f} of {size} codes used over {usage.images} images ({about['usage']:.1%}), "
             f"perplexity {about['perplexity']:.1f}"
         )
-    _write_sheet(config.output / ATLAS, tiles(tokenizer, order, common, TILE), math.ceil(math.sqrt(depth * size)))
+    _write_sheet(config.output / "atlas.png", tiles(tokenizer, order, common, TILE), math.ceil(math.sqrt(depth * size)))
     if config.neighbours:
         vectors = code_vectors(tokenizer)
         near = {index: nearest_codes(vectors, index, min(config.k, size - 1)) for index in config.neighbours}
         about["neighbours"] = {str(index): found for index, found in near.items()}
         rows = torch.tensor([[index, *(other for other, _ in found)] for index, found in near.items()])
-        _write_sheet(config.output / NEIGHBOURS, tiles(tokenizer, rows.flatten(), common, TILE), rows.shape[1])
+        _write_sheet(config.output / "neighbours.png", tiles(tokenizer, rows.flatten(), common, TILE), rows.shape[1])
         for index, found in near.items():
             print(f"near {index}: " + ", ".join(f"{other} ({distance:.3g})" for other, distance in found))
-    write_json(config.output / SUMMARY, about)
-    print(f"look at {config.output / ATLAS}")
+    write_json(config.output / "codebook.json", about)
+    print(f"look at {config.output / 'atlas.png'}")
 
 
 def _write_sheet(path: Path, images: Tensor, columns: int) -> None:

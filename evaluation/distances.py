@@ -77,22 +77,13 @@ class Comparison:
 
     samples: Statistics
     reference: Statistics
+    kernel = cached_property(lambda self: kernel_distance(self.samples.features, self.reference.features))
+    precision_recall = cached_property(lambda self: precision_recall(self.samples.features, self.reference.features))
+    density_coverage = cached_property(lambda self: density_coverage(self.samples.features, self.reference.features))
 
-    @cached_property
-    def frechet(self) -> float:
-        return frechet(self.samples, self.reference)
 
-    @cached_property
-    def kernel(self) -> tuple[float, float | None]:
-        return kernel_distance(self.samples.features, self.reference.features)
-
-    @cached_property
-    def precision_recall(self) -> tuple[float, float]:
-        return precision_recall(self.samples.features, self.reference.features)
-
-    @cached_property
-    def density_coverage(self) -> tuple[float, float]:
-        return density_coverage(self.samples.features, self.reference.features)
+def _frechet(pair: Comparison) -> float:
+    return frechet(pair.samples, pair.reference)
 
 
 _MANIFOLD = (
@@ -103,7 +94,7 @@ _MANIFOLD = (
 )
 DISTANCES: dict[Network, tuple[Metric, ...]] = {
     "inception": (
-        Metric("fid", "FID", "", "lower", lambda pair: pair.frechet),
+        Metric("fid", "FID", "", "lower", _frechet),
         Metric("kid", "KID", "", "lower", lambda pair: pair.kernel[0]),
         Metric("kid_std", "KID, standard deviation", "", "", lambda pair: pair.kernel[1]),
         *_MANIFOLD,
@@ -111,11 +102,11 @@ DISTANCES: dict[Network, tuple[Metric, ...]] = {
         Metric(
             "inception_score_std",
             "Inception Score, standard deviation",
-            function=lambda pair: pair.samples.inception_score[1],
+            function=lambda p: p.samples.inception_score[1],
         ),
     ),
     "fd-vgg16": (
-        Metric("fd-vgg16", "Fréchet distance (VGG16)", "", "lower", lambda pair: pair.frechet),
+        Metric("fd-vgg16", "Fréchet distance (VGG16)", "", "lower", _frechet),
         Metric("kd-vgg16", "Kernel distance (VGG16)", "", "lower", lambda pair: pair.kernel[0]),
         Metric("kd-vgg16_std", "Kernel distance (VGG16), standard deviation", function=lambda pair: pair.kernel[1]),
         *_MANIFOLD,
@@ -123,8 +114,8 @@ DISTANCES: dict[Network, tuple[Metric, ...]] = {
 }
 """Metrics by extractor; their functions take a `Comparison` and return None if they are not defined for it."""
 RECONSTRUCTION_DISTANCES: dict[Network, Metric] = {
-    "inception": Metric("rfid", "rFID", "", "lower", lambda pair: pair.frechet),
-    "fd-vgg16": Metric("rfd-vgg16", "rFD (VGG16)", "", "lower", lambda pair: pair.frechet),
+    "inception": Metric("rfid", "rFID", "", "lower", _frechet),
+    "fd-vgg16": Metric("rfd-vgg16", "rFD (VGG16)", "", "lower", _frechet),
 }
 
 

@@ -17,9 +17,6 @@ from vqgen.tokenizer.losses.lpips import convolutions
 
 from .options import Network
 
-VGG16_MIN_SIDE = 16
-"""Pixels per side that VGG16's four poolings need."""
-
 
 class Extractor(Protocol):
     """A fixed network: uint8 images (B, 3, H, W) -> features (B, size) and logits (B, classes) or None."""
@@ -64,14 +61,16 @@ class Inception:
                 try:
                     self.network = build(str(path))
                 except RuntimeError as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise UserError(f"--weights: {weights} is not the Inception network of FID ({reason})") from error
+                    raise UserError(f"--weights: {weights} is not FID's Inception network ({_short(error)})") from error
         self.fingerprint = fingerprint(self.network.state_dict())
         self.network.to(device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features, logits = self.network(images)
-        return features, logits
+        return self.network(images)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _inception_state(path: Path) -> dict[str, Tensor]:
@@ -83,8 +82,7 @@ def _inception_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"--weights: {path} cannot be read as tensors ({reason}); name another file") from error
+        raise UserError(f"--weights: {path} cannot be read as tensors ({_short(error)}); name another file") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights: {path} holds more than tensors by name; name another file")
     return state
@@ -107,21 +105,16 @@ class Vgg16:
         try:
             self.network.load_state_dict({name.removeprefix("features."): value for name, value in found.items()})
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--weights: {weights} is not VGG16 ({reason}); name another file") from error
+            raise UserError(f"--weights: {weights} is not VGG16 ({_short(error)}); name another file") from error
         self.fingerprint = fingerprint(self.network.state_dict())
         self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.mean, self.deviation = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        )
+        self.mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+        self.deviation = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        if min(images.shape[2:]) < VGG16_MIN_SIDE:
+        if min(images.shape[2:]) < 16:  # four poolings
             sides = "x".join(map(str, images.shape[2:]))
-            raise UsageError(
-                f"--extractor: fd-vgg16 needs {VGG16_MIN_SIDE} pixels per side, found {sides}; use inception"
-            )
+            raise UsageError(f"--extractor: fd-vgg16 needs 16 pixels per side, found {sides}; use inception")
         x = (images.float() / 255 - self.mean) / self.deviation
         return self.network(x.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3)), None
 

@@ -52,8 +52,7 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Add features (B, D), B at least 1."""
-        exact = features.double()
-        other = Moments(0)
+        exact, other = features.double(), Moments(0)
         other.count, other.mean = len(exact), exact.mean(0)
         centred = exact - other.mean
         other.scatter = centred.T @ centred
@@ -115,18 +114,11 @@ class InceptionScore:
 class FeatureSets:
     """Statistics of the first n images of a set, for several n.
 
-    Each process adds the features of its share of the images; moments are reduced, and only the kept features are
-    gathered, by the main process.
+    Each process adds its share of the images; moments are reduced, the kept features gathered by the main process.
     """
 
     def __init__(self, size: int, device: torch.device, counts: Sequence[int], classes: int = 0) -> None:
-        """
-        Args:
-            size: dimension D of the features.
-            device: where collectives run.
-            counts: the values of n; the largest is the whole set.
-            classes: number of logits of the extractor, 0 if it has none.
-        """
+        """`size` is D; collectives run on `device`; `counts` are the values of n, the largest the whole set."""
         self.device, self.counts = device, sorted(set(counts))
         self._moments = [Moments(size) for _ in self.counts]  # of the images between two counts
         self._bounds = torch.tensor(self.counts)

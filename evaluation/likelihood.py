@@ -33,15 +33,11 @@ _METRICS = (
 METRICS = {metric.name: metric for metric in _METRICS}
 # Colour map from dark blue over red to light yellow: (position, red, green, blue).
 COLOURS = ((0.0, 10, 10, 50), (0.35, 110, 20, 110), (0.65, 225, 80, 60), (1.0, 255, 245, 190))
-CELL = 24
-"""Pixels per side of a cell of the heat map."""
+CELL = 24  # pixels per side of a cell of the heat map
 
 
 def heat_map(grid: Tensor) -> Tensor:
-    """Values (h, w) or (depth, h, w) -> uint8 image (3, H, W), one cell each, from dark (lowest) to light (highest).
-
-    Depths are side by side.
-    """
+    """Values (h, w) or (depth, h, w) -> uint8 image (3, H, W) of cells, dark (lowest) to light; depths side by side."""
     grid = grid[None] if grid.ndim == 2 else grid
     low, high = grid.min(), grid.max()
     scaled = (grid - low) / (high - low) if high > low else torch.zeros_like(grid)
@@ -59,18 +55,15 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
     """Read the prior and the code files. Raises `UserError` if they do not belong together."""
     prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
     if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
-        raise UserError(
-            f"{config.codes} holds codes of the tokenizer {codes.tokenizer_fingerprint[:12]}, but the prior in "
-            f"{config.model} was trained on those of {prior.tokenizer_fingerprint[:12]}; give its codes"
-        )
+        theirs, ours = codes.tokenizer_fingerprint[:12], prior.tokenizer_fingerprint[:12]
+        what = f"{config.codes} holds codes of the tokenizer {theirs}"
+        raise UserError(f"{what}, but the prior in {config.model} was trained on those of {ours}; give its codes")
     classes = prior.conditioning.classes
     names = classes.names or []
     if classes.count and (codes.class_names or []) != names and not config.unconditional:
-        theirs = ", ".join(codes.class_names or []) or "none"
-        raise UserError(
-            f"{config.codes} has the classes {theirs}, the prior has {', '.join(names)}; give codes of its classes, "
-            "or --unconditional"
-        )
+        theirs, ours = ", ".join(codes.class_names or []) or "none", ", ".join(names)
+        advice = "give codes of its classes, or --unconditional"
+        raise UserError(f"{config.codes} has the classes {theirs}, the prior has {ours}; {advice}")
     if config.unconditional and classes.informative:
         prior.conditioning.check_absence("--unconditional:")
     if not len(codes):
@@ -127,6 +120,6 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
             "bits_per_dimension": mean.bits_per_dimension,
             "nats_by_class": {names[k]: (sums[k].mean() / counts[k]).item() for k in shown},
         },
-        environment(device, precision.replace("no", "fp32"), world),
+        environment(device, precision, world),
         {"images_by_class": {names[k]: int(counts[k]) for k in shown}, "nats_by_position": grid.tolist()},
     )

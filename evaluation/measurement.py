@@ -1,10 +1,10 @@
 """Result of a measurement, and what every measurement needs: fingerprints of images, and work shared by processes."""
 
 import hashlib
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -34,16 +34,12 @@ class Measurement:
 
 def measure(program: str, config: Any) -> Measurement:
     """Run the measurement of a command of `MEASUREMENTS`, without printing or writing. Raises `UserError`."""
-    return getattr(_module(program), f"measure_{program}")(config)
+    return getattr(import_module(f"vqgen.evaluation.{program}"), f"measure_{program}")(config)
 
 
 def metrics_of(program: str) -> Mapping[str, Metric]:
     """Metrics that a measurement may report, by name."""
-    return _module(program).METRICS
-
-
-def _module(program: str) -> Any:
-    return importlib.import_module(f".{program}", __package__ or "vqgen.evaluation")
+    return import_module(f"vqgen.evaluation.{program}").METRICS
 
 
 def label_of(program: str, name: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range
+from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, option_name
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split
 
@@ -14,25 +14,14 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Holdout = Annotated[float, Range(above=0, below=1)]
 
 
-def _check_weights_are_used(extractor: str, weights: str | None) -> None:
-    if extractor == "none" and weights:
-        raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+UNUSED_WEIGHTS = "--weights: found with --extractor none, which has none; name the extractor they are for"
 
 
 @dataclass
 class ReconstructionConfig(Options):
     """Options of `vqgen-eval reconstruction`."""
 
-    COMMON: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-        "data",
-        "split",
-        "n",
-        "output",
-        "perceptual_weights",
-        "extractor",
-        "weights",
-    )
+    COMMON: ClassVar = ("tokenizer", "data", "split", "n", "output", "perceptual_weights", "extractor", "weights")
 
     tokenizer: Path
     """Run or model folder of the tokenizer."""
@@ -43,15 +32,13 @@ class ReconstructionConfig(Options):
     n: CountOrZero = 0
     """Images to measure, always the same ones, spread over the split; 0 = all."""
     output: Path | None = None
-    """Receipt to write; an earlier receipt is replaced. By default reconstruction-SPLIT.json in the tokenizer's
-    folder, where vqgen-report finds it."""
+    """Receipt to write or replace; by default reconstruction-SPLIT.json in --tokenizer, where vqgen-report finds it."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     """Backbone of LPIPS."""
     perceptual_weights: str | None = None
     """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
     extractor: Literal["none"] | Network = "none"
-    """Feature extractor of the distance between originals and reconstructions (rFID with inception); none = no
-    distance."""
+    """Feature extractor of the distance of reconstructions from originals (rFID with inception); none = no distance."""
     weights: str | None = None
     """Weights of --extractor: a local file, or download."""
     holdout: Holdout = 0.05
@@ -67,7 +54,8 @@ class ReconstructionConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weights_are_used(self.extractor, self.weights)
+        if self.extractor == "none" and self.weights:
+            raise UsageError(UNUSED_WEIGHTS)
         if self.perceptual_net != "vgg" and not self.perceptual_weights:
             raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
 
@@ -76,7 +64,7 @@ class ReconstructionConfig(Options):
 class LikelihoodConfig(Options):
     """Options of `vqgen-eval likelihood`."""
 
-    COMMON: ClassVar[tuple[str, ...]] = ("model", "codes", "split", "n", "output", "map")
+    COMMON: ClassVar = ("model", "codes", "split", "n", "output", "map")
 
     model: Path
     """Run or model folder of the prior."""
@@ -89,33 +77,21 @@ class LikelihoodConfig(Options):
     unconditional: bool = False
     """Replace every class by the null class, as classifier-free guidance does."""
     output: Path | None = None
-    """Receipt to write; an earlier receipt is replaced. By default likelihood-SPLIT.json in the prior's folder, where
-    vqgen-report finds it; other options that change the result are part of the name."""
+    """Receipt to write or replace; by default likelihood-SPLIT.json in --model, where vqgen-report finds it; other
+    options that change the result are part of the name."""
     map: Path | None = None
     """PNG file for the heat map of the NLL by position."""
     batch_size: Count = 64
     """Images per batch."""
     precision: Precision = "fp32"
-    """Autocast; auto takes 16 bits if the hardware supports them, which is faster and changes the NLL by about
-    0.1 %."""
+    """Autocast; auto takes 16 bits if the hardware supports them: faster, and the NLL changes by about 0.1 %."""
 
 
 @dataclass
 class SamplesConfig(Options):
     """Options of `vqgen-eval samples`."""
 
-    COMMON: ClassVar[tuple[str, ...]] = (
-        "model",
-        "samples",
-        "data",
-        "split",
-        "n",
-        "output",
-        "extractor",
-        "weights",
-        "classifier",
-        "at",
-    )
+    COMMON: ClassVar = ("model", "samples", "data", "split", "n", "output", "extractor", "weights", "classifier", "at")
 
     data: str = ""
     """Real images to compare with: as for vqgen-train-tokenizer."""
@@ -124,8 +100,7 @@ class SamplesConfig(Options):
     model: Path | None = None
     """Prior to draw samples from; no image is written."""
     n: CountOrZero = 0
-    """Samples to measure: the first ones that vqgen-sample drew, or a fixed random subset of another folder; 0 = all of
-    --samples, 10,000 of --model."""
+    """Samples to measure: the first of vqgen-sample, a fixed subset of another folder; 0 = all, 10,000 of --model."""
     split: Split = "train"
     """Split of the real images."""
     reference_n: CountOrZero = 0
@@ -137,13 +112,11 @@ class SamplesConfig(Options):
     output: Path = Path("receipt.json")
     """Receipt to write; an earlier receipt is replaced."""
     extractor: Literal["none"] | Network = "inception"
-    """Network whose features are compared: inception for FID, fd-vgg16 if its weights are not available, or none to use
-    --classifier alone."""
+    """Network whose features are compared: inception for FID, fd-vgg16, or none to use --classifier alone."""
     weights: str | None = None
     """Weights of --extractor: a local file, or download."""
     classifier: Path | None = None
-    """Classifier trained by `vqgen-eval classifier`, to measure how many samples are of the class they were drawn
-    as."""
+    """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
     cache: Path = Path("~/.cache/vqgen/references")
     """Folder that keeps the feature statistics of real images for later evaluations."""
     seed: int = 0
@@ -168,23 +141,21 @@ class SamplesConfig(Options):
             raise UsageError("--samples or --model: give one of them, the samples or the prior to draw them from")
         if self.extractor == "none" and self.classifier is None:
             raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
-        if self.samples is not None:
-            drawing = {"seed": 0, "precision": "auto", **vars(SamplingSettings())}
-            given = {"seed": self.seed, "precision": self.precision, **vars(self.sampling)}
-            other = next((name for name in drawing if given[name] != drawing[name]), None)
-            if other:
-                option = other.replace("_", "-")
-                raise UsageError(f"--{option}: found {given[other]} with --samples, which are drawn; leave it out")
-        elif self.fit:
+        if self.extractor == "none" and self.weights:
+            raise UsageError(UNUSED_WEIGHTS)
+        if self.model is not None and self.fit:
             raise UsageError(f"--fit: found {self.fit} with --model, whose tokenizer decides; leave it out")
-        _check_weights_are_used(self.extractor, self.weights)
+        drawing = {"seed": 0, "precision": "auto", **vars(SamplingSettings())}
+        for name, value in {"seed": self.seed, "precision": self.precision, **vars(self.sampling)}.items():
+            if self.samples is not None and value != drawing[name]:
+                raise UsageError(f"{option_name(name)}: found {value} with --samples, which are drawn; leave it out")
 
 
 @dataclass
 class ClassifierTraining(Options):
     """Options of `vqgen-eval classifier`."""
 
-    COMMON: ClassVar[tuple[str, ...]] = ("data", "output", "size", "channels", "steps")
+    COMMON: ClassVar = ("data", "output", "size", "channels", "steps")
 
     data: str
     """Labelled images: as for vqgen-train-tokenizer."""
@@ -276,9 +247,5 @@ class ReplayConfig(Options):
     """Leave out the metrics of the classifier, if it is not available."""
 
 
-MEASUREMENTS: dict[str, type] = {
-    "reconstruction": ReconstructionConfig,
-    "likelihood": LikelihoodConfig,
-    "samples": SamplesConfig,
-}
+MEASUREMENTS = {"reconstruction": ReconstructionConfig, "likelihood": LikelihoodConfig, "samples": SamplesConfig}
 """Commands that write a receipt. The module of the same name has `measure_NAME` and the registry `METRICS`."""

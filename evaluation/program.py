@@ -7,14 +7,7 @@ from typing import Any
 
 from vqgen.config import commands, values_of
 
-from .options import (
-    ClassifierTraining,
-    CodebookConfig,
-    LikelihoodConfig,
-    ReconstructionConfig,
-    ReplayConfig,
-    SamplesConfig,
-)
+from . import options
 from .receipt import flatten, read_receipt, write_receipt
 
 
@@ -51,36 +44,36 @@ def receipt_path(program: str, config: Any) -> Path:
     return (config.model if program == "likelihood" else config.tokenizer) / f"{'-'.join(parts)}.json"
 
 
-def reconstruction(config: ReconstructionConfig) -> None:
+def reconstruction(config: options.ReconstructionConfig) -> None:
     """Measure a tokenizer's reconstructions: PSNR, SSIM, LPIPS, rFID, usage and perplexity of the codebook."""
     _measure_with_receipt("reconstruction", config)
 
 
-def likelihood(config: LikelihoodConfig) -> None:
+def likelihood(config: options.LikelihoodConfig) -> None:
     """Measure a prior's negative log-likelihood of code files, overall, by class and by position."""
     _measure_with_receipt("likelihood", config)
 
 
-def samples(config: SamplesConfig) -> None:
+def samples(config: options.SamplesConfig) -> None:
     """Compare samples with real images: FID, KID, Inception Score, precision, recall, density, coverage and more."""
     _measure_with_receipt("samples", config)
 
 
-def classifier(config: ClassifierTraining) -> None:
+def classifier(config: options.ClassifierTraining) -> None:
     """Train a classifier on real images, by which `vqgen-eval samples` measures the classes of samples."""
     from .classifier import train_classifier
 
     train_classifier(config)
 
 
-def codebook(config: CodebookConfig) -> None:
+def codebook(config: options.CodebookConfig) -> None:
     """Show a tokenizer's codebook: what each code decodes to, how often it is used, and its nearest codes."""
     from .codebook import inspect_codebook
 
     inspect_codebook(config)
 
 
-def replay(config: ReplayConfig) -> None:
+def replay(config: options.ReplayConfig) -> None:
     """Repeat the measurements of receipts, and say whether they come out the same, or what differs."""
     from .receipt import replay_receipts
 
@@ -92,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return commands(
         "vqgen-eval",
         {
-            "reconstruction": (ReconstructionConfig, reconstruction),
-            "likelihood": (LikelihoodConfig, likelihood),
-            "samples": (SamplesConfig, samples),
-            "classifier": (ClassifierTraining, classifier),
-            "codebook": (CodebookConfig, codebook),
-            "replay": (ReplayConfig, replay),
+            "reconstruction": (options.ReconstructionConfig, reconstruction),
+            "likelihood": (options.LikelihoodConfig, likelihood),
+            "samples": (options.SamplesConfig, samples),
+            "classifier": (options.ClassifierTraining, classifier),
+            "codebook": (options.CodebookConfig, codebook),
+            "replay": (options.ReplayConfig, replay),
         },
         arguments,
     )

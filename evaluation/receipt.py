@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from vqgen.config import build, options, values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
+from vqgen.options import option_name
 
 from .options import MEASUREMENTS, ReplayConfig
 
@@ -25,26 +27,18 @@ COMPARED = ("fingerprints", "counts", "metrics")
 
 
 def environment(device: "torch.device", precision: str, processes: int) -> dict[str, Any]:
-    """Hardware and versions behind a measurement; `precision` is fp32, bf16 or fp16."""
+    """Hardware and versions behind a measurement; `precision` is Accelerate's name or ours."""
     from vqgen.devices import describe
 
-    found = describe(device, precision, processes)
+    found = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return describe(device, precision, processes) | found
 
 
 def write_receipt(path: Path, program: str, options: Mapping[str, Any], found: "Measurement") -> None:
-    """Write a receipt.
-
-    Args:
-        program: command of vqgen-eval.
-        options: all of its options, as plain values.
-        found: the result.
-    """
+    """Write a receipt of a command of vqgen-eval, with all of its options as plain values."""
     parts = {"kind": KIND, "program": program, "options": dict(options), **vars(found)}
     write_json(path, {name: value for name, value in parts.items() if name != "details" or value})
 
@@ -82,12 +76,12 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: fl
         old, new = dict(flatten(former[part])), dict(flatten(now[part]))
         for key in dict.fromkeys([*old, *new]):
             one, two = old.get(key), new.get(key)
-            numbers = part == "metrics" and all(isinstance(v, (int, float)) for v in (one, two))
-            if numbers and math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-9):  # type: ignore[arg-type]
-                continue
-            if one != two:
-                shown = [str(v)[:12] if part == "fingerprints" else v for v in (one, two)]
-                found.append(f"{part}.{key} {shown[0]}, now {shown[1]}")
+            same = one == two
+            if part == "metrics" and isinstance(one, (int, float)) and isinstance(two, (int, float)):
+                same = same or math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-9)
+            if not same:
+                one, two = (str(v)[:12] if part == "fingerprints" else v for v in (one, two))
+                found.append(f"{part}.{key} {one}, now {two}")
     return found
 
 
@@ -118,14 +112,10 @@ def _replay(path: Path, config: ReplayConfig) -> str:
     parts = (*COMPARED, "environment")
     if config.without_classifier:
         former, now = ({part: without_classifier(side[part]) for part in parts} for side in (former, now))
-    changed = [
-        f"{key} {value}, now {found.environment.get(key)}"
-        for key, value in former["environment"].items()
-        if found.environment.get(key) != value
-    ]
+    machine = {key: (value, found.environment.get(key)) for key, value in former["environment"].items()}
+    changed = [f"{key} {value}, now {new}" for key, (value, new) in machine.items() if new != value]
     elsewhere = f" (with {'; '.join(changed)})" if changed else ""
-    differs = differences(former, now, config.tolerance)
-    if differs:
+    if differs := differences(former, now, config.tolerance):
         return f"{path} does not come out the same: {'; '.join(differs)}{elsewhere}"
     if rank_and_world()[0] == 0:
         count = len(dict(flatten(now["metrics"])))
@@ -135,16 +125,15 @@ def _replay(path: Path, config: ReplayConfig) -> str:
 
 def _options(path: Path, former: dict[str, Any], config: ReplayConfig) -> dict[str, Any]:
     """Option name -> value of the repetition: those of the receipt, and in their place those given now."""
-    program = former["program"]
-    known = {option.name: option for option in options(MEASUREMENTS[program])}
+    known = {option.name: option for option in options(MEASUREMENTS[former["program"]])}
     own = ("receipts", "tolerance", "without_classifier")
     given = {k: v for k, v in values_of(config).items() if v is not None and k not in own}
-    unknown = next((name for name in former["options"] if name not in known), None)
-    if unknown:
-        raise UserError(f"{path}: unknown option {unknown}; another version of vqgen wrote it")
-    foreign = next((name for name in given if name not in known), None)
-    if foreign:
-        raise UsageError(f"--{foreign.replace('_', '-')}: a receipt of {program} has no such option; leave it out")
+    for name in former["options"]:
+        if name not in known:
+            raise UserError(f"{path}: unknown option {name}; another version of vqgen wrote it")
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{option_name(name)}: a receipt of {former['program']} has no such option; leave it out")
     left_out = {"cache", "map", *(["classifier"] if config.without_classifier else [])}
     values = {name: value for name, value in former["options"].items() if name not in left_out} | given
     if "split" not in given and values["split"] == "heldout" and former["environment"].get("vqgen", "") < "0.2":

@@ -35,9 +35,8 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measurement:
     images.workers, images.cache_mb = config.workers, 0
     dataset = open_images(config.data, config.split, images)
     count = check_count(config.n, len(dataset), "--n", f"the {config.split} split of {config.data}")
-    perceptual = None
-    if config.perceptual_weights:
-        perceptual = PerceptualDistance(config.perceptual_net, config.perceptual_weights).to(device)
+    backbone, weights = config.perceptual_net, config.perceptual_weights
+    perceptual = PerceptualDistance(backbone, weights).to(device) if weights else None
     network = config.extractor
     extractor = None if network == "none" else extractor_for(network, config.weights, device)
     if extractor and count < 2:
@@ -71,5 +70,5 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measurement:
         },
         {"images": pixels.count},
         found,
-        environment(device, precision.replace("no", "fp32"), world),
+        environment(device, precision, world),
     )

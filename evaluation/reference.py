@@ -32,13 +32,11 @@ SETTLED_SECONDS = 2.0
 
 @dataclass
 class Reference:
-    """Real images to compare samples with."""
+    """Real images: the fingerprint of their pixels and labels; statistics are None except in the main process."""
 
     count: int
     pixels: str
-    """Fingerprint of their pixels and labels."""
     statistics: Statistics | None
-    """None in processes other than the main one."""
 
 
 def measure_reference(
@@ -80,27 +78,24 @@ def _load(folder: Path) -> Reference | None:
         return None
     try:
         kept = load_artifact(folder, "reference")
-        tensors, about = kept.tensors, kept.description
-        statistics = Statistics(int(about["count"]), tensors["mean"], tensors["covariance"], tensors["features"])
-        return Reference(statistics.count, str(about["pixels"]), statistics)
+        count, tensors = int(kept.description["count"]), kept.tensors
+        statistics = Statistics(count, tensors["mean"], tensors["covariance"], tensors["features"])
+        return Reference(count, str(kept.description["pixels"]), statistics)
     except (UserError, KeyError, ValueError, TypeError) as error:
         warn(f"{folder} is damaged and made again ({error})")
         return None
 
 
 def _save(reference: Reference, folder: Path) -> None:
-    statistics = reference.statistics
-    assert statistics is not None
-    tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "features": statistics.features}
+    tensors = {name: getattr(reference.statistics, name) for name in ("mean", "covariance", "features")}
     save_artifact(folder, "reference", {"count": reference.count, "pixels": reference.pixels}, tensors)
 
 
 def content_hash(source: Source, chosen: Sequence[int], cache: Path) -> str:
     """Fingerprint of the encoded bytes and labels of the chosen images.
 
-    Reading all of them takes long, so `cache` remembers the fingerprint by the path, size, inode and times of last
-    modification and status change of every file they are in. What is trusted: that a file whose content changes gets
-    another of these. File systems see to that, except on files younger than `SETTLED_SECONDS`, which are read again.
+    Reading them takes long, so `cache` keeps it by path, size, inode, mtime and ctime of every file they are in. A
+    changed file has another of these on every file system, unless it is younger than `SETTLED_SECONDS`: read again.
     """
     stamp = on_main(lambda: _stamp(source, chosen))
     remembered = cache / "contents" / f"{stamp}.json"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,15 +27,14 @@ from vqgen.tokenizer.data.sources import Source, open_source
 from .classifier import ACCURACY, Classifier
 from .distances import DISTANCES, compute_distances
 from .extractors import extract, extractor_for
-from .features import FeatureSets, Statistics, reduce_sum
+from .features import FeatureSets, reduce_sum
 from .measurement import Measurement, SetHash, check_count, on_main, rank_and_world, start_processes
 from .options import SamplesConfig
 from .receipt import environment
 from .reference import measure_reference
 
 METRICS = {metric.name: metric for metric in (*DISTANCES["inception"], *DISTANCES["fd-vgg16"], ACCURACY)}
-DRAWN = 10_000
-"""Samples drawn from --model unless --n says otherwise."""
+DRAWN = 10_000  # samples drawn from --model unless --n says otherwise
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]
 """Batches of positions (B,), uint8 images (B, C, H, W) and labels (B,), -1 for none."""
 
@@ -109,9 +108,10 @@ def load_classifier(folder: Path, names: list[str] | None, images: ImageConfig, 
     classifier = Classifier.load(folder, device)
     fits = classifier.config
     if [fits.class_names, fits.size, fits.channels] != [names, images.size, images.channels]:
+        theirs = f"{fits.class_names} at {fits.size}x{fits.channels}"
+        ours = f"{names} at {images.size}x{images.channels}"
         raise UserError(
-            f"--classifier: {folder} is for the classes {fits.class_names} at {fits.size}x{fits.channels}, the samples "
-            f"are {names} at {images.size}x{images.channels}; train one for them"
+            f"--classifier: {folder} is for the classes {theirs}, the samples are {ours}; train one for them"
         )
     return classifier
 
@@ -120,15 +120,14 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     """Compare samples with real images, and classify them. Raises `UserError`."""
     device = start_processes(config.device)
     rank, world = rank_and_world()
-    generator, dataset = None, None
+    generator, dataset = None, cast(ImageDataset, None)
     if config.model is not None:
         generator = Generator.load(config.model, device, config.precision)
         generator.check(config.sampling)
         about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or DRAWN
     else:
-        assert config.samples is not None
-        dataset, names = open_samples(config.samples, config)
+        dataset, names = open_samples(cast(Path, config.samples), config)
         images, count = dataset.config, check_count(config.n, len(dataset), "--n", str(config.samples))
     if count < 2:
         raise UsageError(f"--n: found {count}, but a distance needs at least 2 samples; give more")
@@ -139,19 +138,15 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     classifier = load_classifier(config.classifier, names, images, device) if config.classifier else None
     real = None
     if extractor:
-        real_images = ImageConfig(images.size, images.channels, images.fit, holdout=config.holdout, cache_mb=0)
-        real_images.workers = config.workers
-        real = measure_reference(config, real_images, extractor, device)
+        shape = (images.size, images.channels, images.fit)
+        whole = ImageConfig(*shape, holdout=config.holdout, cache_mb=0, workers=config.workers)
+        real = measure_reference(config, whole, extractor, device)
 
     counts, pixels = sorted({*config.at, count}), SetHash()
     sets = FeatureSets(extractor.size, device, counts, extractor.classes) if extractor else None
     bounds = torch.tensor(counts)
     classified = torch.zeros(len(counts), 2, dtype=torch.long)  # correct, and with a class, between two counts
-    if generator:
-        stream = draw_samples(generator, config, count)
-    else:
-        assert dataset is not None
-        stream = read_samples(dataset, config, count)
+    stream = draw_samples(generator, config, count) if generator else read_samples(dataset, config, count)
     with progress(count, "samples", "img", rank == 0) as bar:
         for positions, shown, labels in stream:
             if extractor and sets:
@@ -168,8 +163,7 @@ def measure_samples(config: SamplesConfig) -> Measurement:
 
     def metrics_of(number: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        if real and network != "none":
-            assert isinstance(real.statistics, Statistics)
+        if real and real.statistics and network != "none":
             result = compute_distances(statistics[number], real.statistics, network)
         if classifier:
             correct, labelled = classified[counts.index(number)].tolist()
@@ -180,7 +174,7 @@ def measure_samples(config: SamplesConfig) -> Measurement:
 
     def metrics_by_count() -> dict[str, Any]:
         at = {str(number): metrics_of(number) for number in sorted(config.at)}
-        return {**metrics_of(count), **({"at": at} if at else {})}
+        return metrics_of(count) | ({"at": at} if at else {})
 
     labelled = int(classified[-1, 1])
     return Measurement(

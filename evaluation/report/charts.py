@@ -4,15 +4,16 @@ Units are those of the SVG's view box; y grows downwards.
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 388, 12, 196
 BUCKETS = 240
 """Groups of neighbouring points of a longer series, each drawn by its lowest and its highest point."""
-MARKED = 12
-"""Largest number of points that are drawn as dots, too."""
+MARKED = 12  # largest number of points that are drawn as dots, too
 
 Point = tuple[float, float]
 
@@ -29,62 +30,34 @@ class Series:
     """Dashed and thin."""
 
 
-@dataclass(frozen=True)
-class Tick:
-    """A grid line at coordinate `at`, with its text."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A series as drawn."""
+class Line(NamedTuple):
+    """A series as drawn: its last value, the points of an SVG polyline, and those that are drawn as dots, too."""
 
     label: str
     last: str
-    """Its last value."""
     colour: int
     faint: bool
     points: str
-    """As the attribute of an SVG polyline."""
     dots: list[Point]
+
+
+Tick = namedtuple("Tick", ["at", "text"])
+Bar = namedtuple("Bar", ["x", "y", "width", "height", "label", "value"])
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of lines."""
+    """A chart of lines with ticks, or of bars with their texts below (`label`) and above (`value`)."""
 
     title: str
     unit: str
     about: str
     """Description for screen readers."""
     x_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[Line]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar, with the texts below (`label`) and above it (`value`)."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    label: str
-    value: str
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A chart of bars."""
-
-    title: str
-    about: str
-    x_label: str
-    bars: list[Bar]
+    x_ticks: Sequence[Tick] = ()
+    y_ticks: Sequence[Tick] = ()
+    lines: Sequence[Line] = ()
+    bars: Sequence[Bar] = ()
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -153,15 +126,13 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
     log = log and low > 0 and high / low > 8
     if log:
         low, high = low / 1.1, high * 1.1
-        ticks = log_ticks(low, high)
-        y_ticks = [(value, _tick_text(value, 10 ** math.floor(math.log10(value)))) for value in ticks]
+        labels = {value: _tick_text(value, 10 ** math.floor(math.log10(value))) for value in log_ticks(low, high)}
     else:
         size = max(abs(low), abs(high))
         # At least a hundredth of the values: finer tick labels would be too long.
         margin = max(0.06 * (high - low), 0.005 * size) if high > low else 0.1 * size or 1.0
         low, high = (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
-        ticks = linear_ticks(low, high, 5)
-        y_ticks = [(value, _tick_text(value, _nice(high - low, 5))) for value in ticks]
+        labels = {value: _tick_text(value, _nice(high - low, 5)) for value in linear_ticks(low, high, 5)}
     end = max(x for each in series for x, _ in each.points) or 1
 
     def x_at(x: float) -> float:
@@ -172,9 +143,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
         return round(BOTTOM - (BOTTOM - TOP) * share, 1)
 
     lines, described = [], []
-    for each in series:
-        if not each.points:
-            continue
+    for each in (each for each in series if each.points):
         drawn = [(x_at(x), y_at(y)) for x, y in thinned(each.points)]
         path = " ".join(f"{x:g},{y:g}" for x, y in drawn)
         dots = drawn if len(drawn) == 1 or (len(drawn) <= MARKED and not each.faint) else []
@@ -187,22 +156,17 @@ def line_chart(title: str, unit: str, series: Sequence[Series], log: bool = Fals
         f"{title}: {'; '.join(described)}.",
         x_label,
         [Tick(x_at(value), f"{value:,.0f}") for value in linear_ticks(0, end, 4) if abs(value - round(value)) < 1e-6],
-        [Tick(y_at(value), text) for value, text in y_ticks],
+        [Tick(y_at(value), text) for value, text in labels.items()],
         lines,
     )
 
 
-def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[int]) -> Bars:
+def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[int]) -> Chart:
     """A chart of one bar per value; every value above 0 is visible."""
-    most, each = max(1, *values), (RIGHT - 12) / len(values)
-    bars = []
+    most, each, bars = max(1, *values), (RIGHT - 12) / len(values), []
     for index, (label, value) in enumerate(zip(labels, values, strict=True)):
         height = max(1.5, (BOTTOM - TOP - 16) * value / most) if value else 0.0
-        left = 12 + each * index
-        bars.append(
-            Bar(
-                round(left + 2, 1), round(BOTTOM - height, 1), round(each - 4, 1), round(height, 1), label, f"{value:,}"
-            )
-        )
-    described = ", ".join(f"{label}: {value:,}" for label, value in zip(labels, values))
-    return Bars(title, f"{title}. {described}.", x_label, bars)
+        places = (round(place, 1) for place in (14 + each * index, BOTTOM - height, each - 4, height))
+        bars.append(Bar(*places, label, f"{value:,}"))
+    described = ", ".join(f"{bar.label}: {bar.value}" for bar in bars)
+    return Chart(title, "", f"{title}. {described}.", x_label, bars=bars)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +14,17 @@ from vqgen.errors import UserError
 from vqgen.evaluation.codebook import Usage, count_codes, find_codes, tiles
 from vqgen.tokenizer.model import Tokenizer
 
-from .charts import Bars, Chart, Series, bar_chart, line_chart
+from .charts import Chart, Series, bar_chart, line_chart
 from .run_folder import Png, RunFolder
 
-SHOWN = 24
-"""Codes shown of the most used, and of the least used."""
-SIDE = 8
-"""Largest number of rows and columns of the grid of one code."""
+SHOWN = 24  # codes shown of the most used, and of the least used
+SIDE = 8  # largest number of rows and columns of the grid of one code
 # Uses of a code relative to a uniform distribution: upper ends of the bars, and their labels.
 EDGES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, math.inf)
 LABELS = ("never", "<⅛", "⅛–¼", "¼–½", "½–1", "1–2", "2–4", "4–8", "≥8")
 
 
-@dataclass(frozen=True)
-class CodeImage:
+class CodeImage(NamedTuple):
     """A code, its depth, how often it was used, and the image of a grid filled with it."""
 
     code: int
@@ -41,9 +39,8 @@ class Codebook:
 
     run: RunFolder
     missing: str = ""
-    size: int = 0
     usage: Usage | None = None
-    bars: Bars | None = None
+    bars: Chart | None = None
     ranks: Chart | None = None
     most: list[CodeImage] = field(default_factory=list)
     least: list[CodeImage] = field(default_factory=list)
@@ -65,10 +62,10 @@ def codebook_of(run: RunFolder, folders: Sequence[Path]) -> Codebook:
         most, least = code_images(tokenizer, usage)
     except UserError as error:
         return Codebook(run, f"It cannot be shown: {error}.")
-    return Codebook(run, "", tokenizer.codebook_size, usage, *usage_charts(usage), most, least)
+    return Codebook(run, "", usage, *usage_charts(usage), most, least)
 
 
-def usage_charts(usage: Usage) -> tuple[Bars, Chart]:
+def usage_charts(usage: Usage) -> tuple[Chart, Chart]:
     """A histogram of the codes by their use, and the uses of the codes by rank."""
     uniform = usage.counts.sum(1, keepdim=True).double() / usage.counts.shape[1]
     relative, used = usage.counts / uniform, usage.counts > 0
@@ -85,13 +82,9 @@ def usage_charts(usage: Usage) -> tuple[Bars, Chart]:
 
 
 def code_images(tokenizer: Tokenizer, usage: Usage) -> tuple[list[CodeImage], list[CodeImage]]:
-    """The most and the least used codes, in this order.
-
-    If a position has several codes, the other depths hold their most used ones.
-    """
+    """The most and the least used codes; with several depths, the others hold their most used codes."""
     order = usage.counts.flatten().argsort(descending=True, stable=True)
-    shown = min(SHOWN, len(order) // 2)
-    common = usage.counts.argmax(1)
+    shown, common = min(SHOWN, len(order) // 2), usage.counts.argmax(1)
 
     def images_of(indices: Tensor) -> list[CodeImage]:
         found = []

@@ -1,9 +1,7 @@
 """The HTML page of a report, from run folders."""
 
 import base64
-import importlib.resources
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,40 +22,16 @@ from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit
 from vqgen.tokenizer.train import TokenizerTraining
 
 from . import charts
-from .charts import Chart, number
-from .codebook import Codebook, codebook_of
+from .charts import number
+from .codebook import codebook_of
 from .run_folder import Kind, Png, RunFolder, assign_names, open_folder
-from .series import Row, curves, different_options, final_table, format_value
+from .series import curves, different_options, final_table, format_value
 
-TEMPLATE = "report.html.j2"
 KINDS: tuple[Kind, ...] = ("samples", "tokenizer", "prior")
 """Sections of the page, in order."""
-STEPS_OF_ONE, STEPS_OF_SEVERAL = 6, 3
+STEPS_SHOWN = (6, 3)
 """Images over time that are shown of a single run, and of each of several."""
-MAX_WIDTH = 1100
-"""Wider images are shrunk to so many pixels, so that the page stays small."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """All runs of one kind."""
-
-    kind: Kind
-    runs: list[RunFolder]
-    metrics: list[Row]
-    different: list[Row]
-    curves: dict[str, list[Chart]]
-    codebooks: list[Codebook]
-
-
-@dataclass(frozen=True)
-class ReceiptTable:
-    """A receipt as shown: what was measured on what, (title, value, unit) of each metric, and the NLL by position."""
-
-    program: str
-    measured: str
-    rows: list[tuple[str, str, str]]
-    map: Png | None
+MAX_WIDTH = 1100  # pixels to which wider images are shrunk
 
 
 def render_folders(paths: Sequence[Path], code_folders: Sequence[Path]) -> str:
@@ -70,24 +44,21 @@ def render_folders(paths: Sequence[Path], code_folders: Sequence[Path]) -> str:
     for kind in KINDS:
         if same := [run for run in runs if run.kind == kind]:
             assign_names(same)
-            codebooks = [codebook_of(run, codes) for run in same] if kind == "tokenizer" else []
-            different = different_options(same) if kind != "samples" else []
-            sections.append(Section(kind, same, final_table(same), different, curves(same), codebooks))
-    return render(", ".join(dict.fromkeys(path.resolve().name for path in paths)), paths, sections)
-
-
-def render(title: str, paths: Sequence[Path], sections: Sequence[Section]) -> str:
-    """HTML of the page."""
+            section = {"kind": kind, "runs": same, "metrics": final_table(same), "curves": curves(same)}
+            section["codebooks"] = [codebook_of(run, codes) for run in same] if kind == "tokenizer" else []
+            section["different"] = different_options(same) if kind != "samples" else []
+            sections.append(section)
+    loader = jinja2.PackageLoader("vqgen.evaluation.report", "")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     filters: dict[str, Any] = {"uri": _uri, "scale": _scale, "number": number, "duration": duration, "state": state}
     environment.filters.update(filters, plain=format_value, receipt_table=receipt_table)
-    text = (importlib.resources.files(__package__ or "vqgen.evaluation.report") / TEMPLATE).read_text(encoding="utf-8")
+    title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
     given: dict[str, Any] = {"title": title, "paths": paths, "sections": sections, "version": __version__}
     given |= {"ids": partial(next, count()), "images_over_time": images_over_time, "changed": changed_options}
-    given |= {"frame": charts, "steps_shown": (STEPS_OF_ONE, STEPS_OF_SEVERAL)}
-    return environment.from_string(text).render(given).lstrip()
+    given |= {"frame": charts, "steps_shown": STEPS_SHOWN}
+    return environment.get_template("report.html.j2").render(given).lstrip()
 
 
 def _check_codes(folders: Sequence[Path], tokenizers: Sequence[RunFolder]) -> None:
@@ -124,19 +95,15 @@ def _shrink(image: Png) -> Png:
 def changed_options(run: RunFolder) -> set[str]:
     """Names of the options of a run that differ from the program's defaults."""
     program = PriorTraining if run.kind == "prior" else TokenizerTraining
+    defaults = {option.name: format_value(option.default) for option in options(program)}
     # By their last names, which occur once in a program: earlier versions had other sections.
-    defaults = {option.name: option.default for option in options(program)}
     names = {name: name.rpartition(".")[2] for name in run.options}
-    return {
-        name
-        for name, own in names.items()
-        if own not in ("output", "overwrite")
-        and (own not in defaults or format_value(defaults[own]) != format_value(run.options[name]))
-    }
+    differing = {name for name, own in names.items() if defaults.get(own) != format_value(run.options[name])}
+    return {name for name in differing if names[name] not in ("output", "overwrite")}
 
 
-def receipt_table(receipt: dict[str, Any]) -> ReceiptTable:
-    """A receipt as shown."""
+def receipt_table(receipt: dict[str, Any]) -> dict[str, Any]:
+    """A receipt as shown: what was measured on what, (title, value, unit) of each metric, and the NLL by position."""
     program, asked = receipt["program"], receipt["options"]
     rows = []
     for name, value in flatten(receipt["metrics"]):
@@ -146,7 +113,8 @@ def receipt_table(receipt: dict[str, Any]) -> ReceiptTable:
     measured += f"; split {asked['split']}" if "split" in asked else ""
     measured += "; without their classes" if asked.get("unconditional") else ""
     grid = receipt.get("details", {}).get("nats_by_position")
-    return ReceiptTable(program, measured, rows, Png.encode(heat_map(torch.tensor(grid))) if grid else None)
+    picture = Png.encode(heat_map(torch.tensor(grid))) if grid else None
+    return {"program": program, "measured": measured, "rows": rows, "map": picture}
 
 
 def _uri(image: Png) -> str:

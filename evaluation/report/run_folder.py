@@ -1,5 +1,6 @@
 """Run folders as the report reads them: what is missing or damaged becomes a note, not an error."""
 
+import itertools
 import json
 import statistics
 import struct
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import yaml
 from torch import Tensor
@@ -24,8 +25,7 @@ from vqgen.tokenizer.data.pixels import PNG
 from vqgen.training.folder import FINISHED, read_sessions
 
 Kind = Literal["tokenizer", "prior", "samples"]
-LARGEST = 1e15
-"""Bound of the numbers shown; a run logs no larger ones, and no axis has room for them."""
+LARGEST = 1e15  # bound of the numbers shown; no axis has room for larger ones
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,11 @@ class RunFolder:
     @property
     def computed(self) -> float | None:
         """Seconds spent in training steps, from the logged rates, without validations and checkpoints."""
-        batch, before, total = self.options.get("run.batch_size"), 0.0, 0.0
-        rates = self.series("train/per_second")
+        batch, rates = self.options.get("run.batch_size"), self.series("train/per_second")
         if not isinstance(batch, int) or not rates:
             return None
-        for step, rate in rates:
-            total, before = total + (step - before) * batch / rate if rate > 0 else total, step
-        return total
+        steps = itertools.pairwise([0.0, *(step for step, _ in rates)])
+        return sum(((step - before) * batch / rate for (before, step), (_, rate) in zip(steps, rates) if rate > 0), 0.0)
 
     @property
     def wall(self) -> float | None:
@@ -120,13 +118,11 @@ class RunFolder:
         return float(sum(cast(list[float], seconds)))
 
 
-@dataclass(frozen=True)
-class Found:
-    """Contents of a folder named on the command line."""
+class Found(NamedTuple):
+    """Runs in a folder named on the command line, and folders of code files next to them."""
 
     runs: list[RunFolder]
     codes: list[Path]
-    """Folders of code files next to the runs."""
 
 
 def _finite(value: Any) -> bool:
@@ -185,10 +181,8 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_run(path: Path, kind: Kind) -> RunFolder:
-    run = RunFolder(path, kind, path.name)
-    config = _config(path)
-    run.options = dict(_flat(config or {}))
-    run.rows = _rows(path / "metrics.jsonl", run.notes)
+    config, notes = _config(path), []
+    run = RunFolder(path, kind, path.name, _rows(path / "metrics.jsonl", notes), dict(_flat(config or {})), notes=notes)
     numbers = ("first_step", "last_step", "seconds")
     run.sessions = [session for session in read_sessions(path) if all(_finite(session.get(name)) for name in numbers)]
     run.finished = (path / FINISHED).is_file()
@@ -200,27 +194,22 @@ def _read_run(path: Path, kind: Kind) -> RunFolder:
     found = {file.stem[5:]: Png.read(file) for file in sorted(path.glob("images/step-*.png"))}
     run.pictures = {int(step): png for step, png in found.items() if png and step.isdecimal()}
     if config is None:
-        run.notes.append("There is no config.yaml that can be read, so the configuration is not known.")
+        notes.append("There is no config.yaml that can be read, so the configuration is not known.")
     if run.rows and not any(name.startswith("heldout/") for name in run.logged):
-        run.notes.append("It has not been validated yet, so there are no held-out metrics.")
+        notes.append("It has not been validated yet, so there are no held-out metrics.")
     if not run.pictures:
         what = "reconstructions" if kind == "tokenizer" else "samples"
-        run.notes.append(f"There are no pictures of {what} in images/ yet.")
+        notes.append(f"There are no pictures of {what} in images/ yet.")
     if not run.description:
-        run.notes.append(f"There is no {DESCRIPTION} yet: the model is written at the end of the run.")
-    _read_receipts(run)
-    return run
-
-
-def _read_receipts(run: RunFolder) -> None:
-    """Read the receipts in the folder; those of other weights than the model's become notes."""
-    for path in sorted(run.path.glob("*.json")):
+        notes.append(f"There is no {DESCRIPTION} yet: the model is written at the end of the run.")
+    for file in sorted(path.glob("*.json")):
         with suppress(UserError):
-            receipt = read_receipt(path)
-            if receipt["fingerprints"].get(run.kind) == run.description.get("fingerprint"):
+            receipt = read_receipt(file)
+            if receipt["fingerprints"].get(kind) == run.description.get("fingerprint"):
                 run.receipts.append(receipt)
             else:
-                run.notes.append(f"{path.name} is a receipt of other weights than the model's, and is not shown.")
+                notes.append(f"{file.name} is a receipt of other weights than the model's, and is not shown.")
+    return run
 
 
 def _read_samples(path: Path) -> RunFolder | None:
@@ -231,8 +220,7 @@ def _read_samples(path: Path) -> RunFolder | None:
     samples = RunFolder(path, "samples", path.name, pictures={0: picture})
     with suppress(UserError):
         found = read_json(path / SAMPLES)
-        names = found.get("class_names") or []
-        if isinstance(found.get("settings", {}), dict) and isinstance(names, list):
+        if isinstance(found.get("settings", {}), dict) and isinstance(found.get("class_names") or [], list):
             samples.description = found
     return samples
 
@@ -254,7 +242,7 @@ def open_folder(path: Path) -> Found:
     runs = [_read_run(part, kind) for part in parts if (kind := _kind(part))]
     if not runs:
         there = sorted(item.name for item in path.iterdir() if not item.name.startswith("."))
-        held = f"{', '.join(there[:3])}{' …' * (len(there) > 3)}" if there else "nothing"
+        held = ", ".join(there[:3]) + " …" * (len(there) > 3) or "nothing"
         raise UsageError(f"RUN: {path} is no run, it holds {held}; {advice}")
     samples = _read_samples(path / "samples")
     codes = path / "codes"

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vqgen.evaluation.measurement import metrics_of
 from vqgen.metric import Metric
@@ -13,7 +12,7 @@ from .run_folder import Kind, RunFolder
 
 QUALITY, LOSSES, ADVERSARIAL, TRAINING = "Validation metrics", "Losses", "Discriminator", "Training"
 GROUPS = (QUALITY, LOSSES, ADVERSARIAL, TRAINING)
-# What training logs beside the registered metrics, by the name without train/ or heldout/, in the order shown.
+# What training logs besides the registered metrics, by the name without train/ or heldout/, in the order shown.
 LOGGED: dict[str, dict[str, Metric]] = {
     group: {name: Metric(name, title, unit, "lower" if group == LOSSES else "") for name, title, unit in rows}
     for group, rows in {
@@ -51,9 +50,9 @@ SIDES = {"train": "training", "heldout": "held-out"}
 
 def logged_metrics(kind: Kind) -> dict[str, tuple[str, Metric]]:
     """Name -> group and metric of everything that runs of this kind may log, in the order shown."""
-    registered: Mapping[str, Metric] = metrics_of("likelihood" if kind == "prior" else "reconstruction")
-    found = {name: (QUALITY, metric) for name, metric in registered.items()}
-    return found | {name: (group, metric) for group, metrics in LOGGED.items() for name, metric in metrics.items()}
+    registered = metrics_of("likelihood" if kind == "prior" else "reconstruction")
+    groups: dict[str, Mapping[str, Metric]] = {QUALITY: registered, **LOGGED}
+    return {name: (group, metric) for group, metrics in groups.items() for name, metric in metrics.items()}
 
 
 def describe_metric(name: str, kind: Kind) -> tuple[str, Metric]:
@@ -81,25 +80,20 @@ def curves(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
     A single run has one colour per side; of several runs each has one, with a dashed line for training if both sides
     are logged.
     """
-    names: dict[str, set[str]] = {}
-    for run in runs:
-        for full in run.logged:
-            if run.series(full):
-                side, name = split(full, run.kind)
-                names.setdefault(name, set()).add(side)
+    kind, several = runs[0].kind, len(runs) > 1
+    logged = {split(full, kind) for run in runs for full in run.logged if run.series(full)}
     groups: dict[str, list[Chart]] = {group: [] for group in GROUPS}
-    for name in in_order(set(names), runs[0].kind):
-        (group, metric), sides, series = describe_metric(name, runs[0].kind), sorted(names[name], reverse=True), []
+    for name in in_order({name for _, name in logged}, kind):
+        group, metric = describe_metric(name, kind)
+        sides, series = sorted((side for side, of in logged if of == name), reverse=True), []
         for index, run in enumerate(runs):
             for side in sides:
-                points = [p for full in run.logged if split(full, run.kind) == (side, name) for p in run.series(full)]
+                points = [p for full in run.logged if split(full, kind) == (side, name) for p in run.series(full)]
                 if not points:
                     continue
-                label = SIDES.get(side, side)
-                if len(runs) > 1:
-                    label = f"{run.name}, {label}" if len(sides) > 1 else run.name
-                colour = index if len(runs) > 1 else int(side != "train")
-                series.append(Series(label, points, colour, len(runs) > 1 and len(sides) > 1 and side == "train"))
+                names = [run.name] * several + [SIDES.get(side, side)] * (not several or len(sides) > 1)
+                colour = index if several else int(side != "train")
+                series.append(Series(", ".join(names), points, colour, several and len(sides) > 1 and side == "train"))
         groups[group].append(line_chart(metric.title, metric.unit, series, name in LOG_SCALE))
     return {group: charts for group, charts in groups.items() if charts}
 
@@ -109,28 +103,25 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
 
     None if the run has not been validated.
     """
-    rows = [row for row in run.rows if any(name.startswith("heldout/") for name in row)]
-    key = "heldout/nats_per_token"
+    rows, key = [row for row in run.rows if any(name.startswith("heldout/") for name in row)], "heldout/nats_per_token"
     if run.kind == "prior":
         rows = [row for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
-        rows = sorted(rows, key=lambda row: row[key], reverse=True)
+        rows.sort(key=lambda row: row[key], reverse=True)
     if not rows:
         return None
     numbers = {name.partition("/")[2]: value for name, value in rows[-1].items() if name.startswith("heldout/")}
     return rows[-1]["step"], {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of a table; `best` marks the best value of its row."""
 
     text: str
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: title, unit, and one cell per run."""
+class Row(NamedTuple):
+    """A row of a table, with one cell per run."""
 
     title: str
     unit: str
@@ -142,24 +133,19 @@ def final_table(runs: Sequence[RunFolder]) -> list[Row]:
 
     The best value is marked if all runs had the same data.
     """
-    found = [final(run) for run in runs]
-    comparable = (
-        len(runs) > 1 and len({str(run.options.get("codes" if run.kind == "prior" else "data")) for run in runs}) == 1
-    )
+    found, rows = [final(run) for run in runs], []
+    sources = {str(run.options.get("codes" if run.kind == "prior" else "data")) for run in runs}
     names = {name for each in found if each for name in each[1]}
-    rows = []
     if names:
         rows.append(Row("At step", "", [Cell(f"{each[0]:,}" if each else "–") for each in found]))
     for name in in_order(names, runs[0].kind):
         _, metric = describe_metric(name, runs[0].kind)
         values = [each[1].get(name) if each else None for each in found]
         finite = [value for value in values if value is not None and math.isfinite(value)]
-        best = (max if metric.better == "higher" else min)(finite) if finite and metric.better else None
-        clear = comparable and len(set(finite)) > 1 and best is not None
-        cells = [
-            Cell("–" if value is None else number(value), clear and value is not None and value == best)
-            for value in values
-        ]
+        best = None
+        if metric.better and len(set(finite)) > 1 and len(sources) == 1:
+            best = (max if metric.better == "higher" else min)(finite)
+        cells = [Cell("–") if value is None else Cell(number(value), value == best) for value in values]
         rows.append(Row(metric.title, metric.unit, cells))
     return rows
 
