@@ -15,12 +15,8 @@ from vqgen.metric import Metric
 from .features import Statistics
 from .options import Network
 
-PRECISION_RECALL_K, DENSITY_COVERAGE_K = 3, 5
-"""k of the k-nearest-neighbour balls, as published."""
-SUBSET = 1000
-"""Images of a subset of KID."""
-SEED = 2020
-"""Seed of KID's subsets: torch-fidelity's."""
+PRECISION_RECALL_K, DENSITY_COVERAGE_K = 3, 5  # k of the k-nearest-neighbour balls, as published
+SUBSET, SEED = 1000, 2020  # images of a subset of KID, and the seed of the subsets: torch-fidelity's
 
 
 def frechet(samples: Statistics, reference: Statistics) -> float:

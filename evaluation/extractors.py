@@ -5,7 +5,6 @@ Weights are downloaded only on request, and files of weights are never unpickled
 
 import tempfile
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,21 +15,6 @@ from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.losses.lpips import convolutions
 
 from .options import Network
-
-
-class Extractor(Protocol):
-    """A fixed network: uint8 images (B, 3, H, W) -> features (B, size) and logits (B, classes) or None."""
-
-    name: str
-    """Name of the Fréchet distance in its features."""
-    size: int
-    """Dimension of the features."""
-    classes: int
-    """Number of logits, 0 if there are none."""
-    fingerprint: str
-    """sha256 of its weights."""
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Inception:
@@ -61,7 +45,8 @@ class Inception:
                 try:
                     self.network = build(str(path))
                 except RuntimeError as error:
-                    raise UserError(f"--weights: {weights} is not FID's Inception network ({_short(error)})") from error
+                    what = f"--weights: {weights} is not the Inception network of FID"
+                    raise UserError(f"{what} ({_short(error)})") from error
         self.fingerprint = fingerprint(self.network.state_dict())
         self.network.to(device)
 
@@ -117,6 +102,11 @@ class Vgg16:
             raise UsageError(f"--extractor: fd-vgg16 needs 16 pixels per side, found {sides}; use inception")
         x = (images.float() / 255 - self.mean) / self.deviation
         return self.network(x.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3)), None
+
+
+Extractor = Inception | Vgg16
+"""uint8 images (B, 3, H, W) -> features (B, size), and logits (B, classes) or None; with the name of the Fréchet
+distance in its features, and the sha256 of its weights."""
 
 
 def extractor_for(network: Network, weights: str | None, device: torch.device) -> Extractor:

@@ -13,8 +13,7 @@ from vqgen.seeding import fixed_subset
 
 KEPT = 10_000
 """Features kept of a set, spread over it: those that the kernel and nearest-neighbour metrics compare."""
-SPLITS, SEED = 10, 2020
-"""Parts of the Inception Score, and the seed that assigns images to them: torch-fidelity's."""
+SPLITS, SEED = 10, 2020  # parts of the Inception Score, and the seed that assigns images to them: torch-fidelity's
 
 
 @dataclass(frozen=True)

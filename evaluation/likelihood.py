@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -41,12 +42,9 @@ def heat_map(grid: Tensor) -> Tensor:
     grid = grid[None] if grid.ndim == 2 else grid
     low, high = grid.min(), grid.max()
     scaled = (grid - low) / (high - low) if high > low else torch.zeros_like(grid)
-    stops = torch.tensor(COLOURS, dtype=torch.float64)
-    upper = torch.searchsorted(stops[:, 0].contiguous(), scaled.double().contiguous()).clamp(1, len(stops) - 1)
-    before, after = stops[upper - 1], stops[upper]
-    share = ((scaled - before[..., 0]) / (after[..., 0] - before[..., 0]))[..., None]
-    colours = (before[..., 1:] + share * (after[..., 1:] - before[..., 1:])).round().to(torch.uint8)
-    cells = colours.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2).permute(0, 3, 1, 2)
+    stops, *channels = zip(*COLOURS, strict=True)
+    colours = np.stack([np.interp(scaled.double().numpy(), stops, channel) for channel in channels], axis=1)
+    cells = torch.from_numpy(colours).round().to(torch.uint8).repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
     bar = cells.new_full((3, cells.shape[2], CELL // 4), 255)
     return torch.cat([part for cell in cells for part in (bar, cell)][1:], dim=2)
 

@@ -205,18 +205,6 @@ class CodebookConfig(Options):
 class ReplayConfig(Options):
     """Options of `vqgen-eval replay`: receipts, and where this machine keeps what they were measured on."""
 
-    COMMON: ClassVar[tuple[str, ...]] = (
-        "receipts",
-        "data",
-        "tokenizer",
-        "model",
-        "codes",
-        "samples",
-        "weights",
-        "perceptual_weights",
-        "without_classifier",
-    )
-
     receipts: list[Path] = field(metadata={"positional": "RECEIPT"})
     """Receipts to measure again."""
     tolerance: NotNegative = 1e-3

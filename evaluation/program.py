@@ -37,9 +37,7 @@ def receipt_path(program: str, config: Any) -> Path:
     """Path of the receipt: --output, or by default a file in the folder of the model that is measured."""
     if config.output is not None:
         return config.output
-    parts = [program, config.split]
-    if program == "likelihood":
-        parts += ["unconditional"] * config.unconditional
+    parts = [program, config.split] + ["unconditional"] * getattr(config, "unconditional", False)
     parts += [str(config.n)] * bool(config.n) + [config.precision] * (config.precision != "fp32")
     return (config.model if program == "likelihood" else config.tokenizer) / f"{'-'.join(parts)}.json"
 

@@ -20,18 +20,16 @@ if TYPE_CHECKING:
 
     from .measurement import Measurement
 
-PACKAGES = ("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips")
 KIND = "vqgen receipt"
-COMPARED = ("fingerprints", "counts", "metrics")
-"""Parts that a replay compares."""
+COMPARED = ("fingerprints", "counts", "metrics")  # by a replay
 
 
 def environment(device: "torch.device", precision: str, processes: int) -> dict[str, Any]:
     """Hardware and versions behind a measurement; `precision` is Accelerate's name or ours."""
     from vqgen.devices import describe
 
-    found = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
+    found = dict.fromkeys(("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips"))
+    for package in found:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return describe(device, precision, processes) | found

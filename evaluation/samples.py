@@ -110,9 +110,7 @@ def load_classifier(folder: Path, names: list[str] | None, images: ImageConfig, 
     if [fits.class_names, fits.size, fits.channels] != [names, images.size, images.channels]:
         theirs = f"{fits.class_names} at {fits.size}x{fits.channels}"
         ours = f"{names} at {images.size}x{images.channels}"
-        raise UserError(
-            f"--classifier: {folder} is for the classes {theirs}, the samples are {ours}; train one for them"
-        )
+        raise UserError(f"--classifier: {folder} is for classes {theirs}, the samples are {ours}; train one for them")
     return classifier
 
 
@@ -120,15 +118,17 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     """Compare samples with real images, and classify them. Raises `UserError`."""
     device = start_processes(config.device)
     rank, world = rank_and_world()
-    generator, dataset = None, cast(ImageDataset, None)
+    generator = None
     if config.model is not None:
         generator = Generator.load(config.model, device, config.precision)
         generator.check(config.sampling)
         about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or DRAWN
+        stream = draw_samples(generator, config, count)
     else:
         dataset, names = open_samples(cast(Path, config.samples), config)
         images, count = dataset.config, check_count(config.n, len(dataset), "--n", str(config.samples))
+        stream = read_samples(dataset, config, count)
     if count < 2:
         raise UsageError(f"--n: found {count}, but a distance needs at least 2 samples; give more")
     for fewer in config.at:
@@ -146,7 +146,6 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     sets = FeatureSets(extractor.size, device, counts, extractor.classes) if extractor else None
     bounds = torch.tensor(counts)
     classified = torch.zeros(len(counts), 2, dtype=torch.long)  # correct, and with a class, between two counts
-    stream = draw_samples(generator, config, count) if generator else read_samples(dataset, config, count)
     with progress(count, "samples", "img", rank == 0) as bar:
         for positions, shown, labels in stream:
             if extractor and sets:
@@ -176,21 +175,13 @@ def measure_samples(config: SamplesConfig) -> Measurement:
         at = {str(number): metrics_of(number) for number in sorted(config.at)}
         return metrics_of(count) | ({"at": at} if at else {})
 
-    labelled = int(classified[-1, 1])
+    drawn = {"prior": generator.prior, "tokenizer": generator.tokenizer} if generator else {}
+    networks = {"extractor": extractor, "prior": None, "tokenizer": None, **drawn, "classifier": classifier}
+    marks = {name: network.fingerprint if network else None for name, network in networks.items()}
+    number, labelled = {"samples": pixels.count, "real images": real.count if real else 0}, int(classified[-1, 1])
     return Measurement(
-        {
-            "samples": pixels.hexdigest(),
-            "data": real.pixels if real else None,
-            "extractor": extractor.fingerprint if extractor else None,
-            "prior": generator.prior.fingerprint if generator else None,
-            "tokenizer": generator.tokenizer.fingerprint if generator else None,
-            "classifier": classifier.fingerprint if classifier else None,
-        },
-        {
-            "samples": pixels.count,
-            "real images": real.count if real else 0,
-            **({"samples of a class": labelled} if 0 < labelled < pixels.count else {}),
-        },
+        {"samples": pixels.hexdigest(), "data": real.pixels if real else None, **marks},
+        number | ({"samples of a class": labelled} if 0 < labelled < pixels.count else {}),
         on_main(metrics_by_count),
         environment(device, generator.precision if generator else "fp32", world),
     )

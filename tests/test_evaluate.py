@@ -771,7 +771,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, *own, "--extractor", "none", "--classifier", model], ["--weights: found with --extractor none"]),
         ([*data, *own, "--output", "mine.json/receipt.json"], ["mine.json is a file"]),
         ([*data, "--samples", "half"], ["half is not complete"]),
-        ([*data, *own, "--weights", "empty"], ["--weights: empty is no file; name a safetensors file, or download"]),
+        ([*data, *own, "--weights", "empty"], ["--weights: empty", "name a safetensors file, or download"]),
         ([*own, "--data", "one"], ["1 image"]),
         ([*data, *own, "--classifier", model], ["holds a prior, where a classifier is needed"]),
     ):

@@ -11,23 +11,19 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 388, 12, 196
-BUCKETS = 240
-"""Groups of neighbouring points of a longer series, each drawn by its lowest and its highest point."""
+BUCKETS = 240  # groups of neighbouring points of a long series, each drawn by its lowest and its highest point
 MARKED = 12  # largest number of points that are drawn as dots, too
 
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points (x, y) in order of x, with their label in the legend."""
+class Series(NamedTuple):
+    """Points (x, y) in order of x, their label, the index of their colour, and whether the line is dashed and thin."""
 
     label: str
     points: Sequence[Point]
     colour: int
-    """Index of the template's colours."""
     faint: bool = False
-    """Dashed and thin."""
 
 
 class Line(NamedTuple):
@@ -166,7 +162,7 @@ def bar_chart(title: str, x_label: str, labels: Sequence[str], values: Sequence[
     most, each, bars = max(1, *values), (RIGHT - 12) / len(values), []
     for index, (label, value) in enumerate(zip(labels, values, strict=True)):
         height = max(1.5, (BOTTOM - TOP - 16) * value / most) if value else 0.0
-        places = (round(place, 1) for place in (14 + each * index, BOTTOM - height, each - 4, height))
-        bars.append(Bar(*places, label, f"{value:,}"))
+        x, y, width, height = (round(place, 1) for place in (14 + each * index, BOTTOM - height, each - 4, height))
+        bars.append(Bar(x, y, width, height, label, f"{value:,}"))
     described = ", ".join(f"{bar.label}: {bar.value}" for bar in bars)
     return Chart(title, "", f"{title}. {described}.", x_label, bars=bars)

@@ -1,6 +1,5 @@
 """The HTML page of a report, from run folders."""
 
-import base64
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -52,8 +51,8 @@ def render_folders(paths: Sequence[Path], code_folders: Sequence[Path]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters: dict[str, Any] = {"uri": _uri, "scale": _scale, "number": number, "duration": duration, "state": state}
-    environment.filters.update(filters, plain=format_value, receipt_table=receipt_table)
+    filters: dict[str, Any] = {"number": number, "duration": duration, "state": state, "plain": format_value}
+    environment.filters.update(filters, receipt_table=receipt_table)
     title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
     given: dict[str, Any] = {"title": title, "paths": paths, "sections": sections, "version": __version__}
     given |= {"ids": partial(next, count()), "images_over_time": images_over_time, "changed": changed_options}
@@ -115,15 +114,6 @@ def receipt_table(receipt: dict[str, Any]) -> dict[str, Any]:
     grid = receipt.get("details", {}).get("nats_by_position")
     picture = Png.encode(heat_map(torch.tensor(grid))) if grid else None
     return {"program": program, "measured": measured, "rows": rows, "map": picture}
-
-
-def _uri(image: Png) -> str:
-    return "data:image/png;base64," + base64.b64encode(image.data).decode("ascii")
-
-
-def _scale(image: Png) -> int:
-    """Screen pixels per side of an image pixel."""
-    return max(1, min(4, 700 // max(1, image.width)))
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """Run folders as the report reads them: what is missing or damaged becomes a note, not an error."""
 
+import base64
 import itertools
 import json
 import statistics
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.receipt import read_receipt
+from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.option_types import YamlLoader
 from vqgen.sampling.output import FINISHED as SAMPLES
@@ -35,6 +35,10 @@ class Png:
     data: bytes
     width: int
     height: int
+
+    @property
+    def uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.data).decode("ascii")
 
     @classmethod
     def read(cls, path: Path) -> "Png | None":
@@ -58,7 +62,6 @@ class RunFolder:
     path: Path
     kind: Kind
     name: str
-    """Name in the report."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Readable rows of metrics.jsonl."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -112,10 +115,8 @@ class RunFolder:
     @property
     def wall(self) -> float | None:
         """Seconds of all sessions up to their last checkpoints; None if they were not recorded from step 0 on."""
-        seconds = [session.get("seconds") for session in self.sessions]
-        if not self.sessions or self.sessions[0].get("first_step") != 0 or not all(map(_finite, seconds)):
-            return None
-        return float(sum(cast(list[float], seconds)))
+        complete = self.sessions and self.sessions[0]["first_step"] == 0
+        return float(sum(session["seconds"] for session in self.sessions)) if complete else None
 
 
 class Found(NamedTuple):
@@ -128,14 +129,6 @@ class Found(NamedTuple):
 def _finite(value: Any) -> bool:
     """Return whether a value is a number that a chart can show."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def _config(path: Path) -> dict[str, Any] | None:
@@ -182,7 +175,9 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _read_run(path: Path, kind: Kind) -> RunFolder:
     config, notes = _config(path), []
-    run = RunFolder(path, kind, path.name, _rows(path / "metrics.jsonl", notes), dict(_flat(config or {})), notes=notes)
+    run = RunFolder(
+        path, kind, path.name, _rows(path / "metrics.jsonl", notes), dict(flatten(config or {})), notes=notes
+    )
     numbers = ("first_step", "last_step", "seconds")
     run.sessions = [session for session in read_sessions(path) if all(_finite(session.get(name)) for name in numbers)]
     run.finished = (path / FINISHED).is_file()
