@@ -1,7 +1,6 @@
-"""Model folders: read and write architecture and weights, with a fingerprint.
+"""Model folders: `vqgen.json` (architecture and contract) and `model.safetensors`, all that inference needs.
 
-A model folder is what inference needs and nothing else: `vqgen.json` (architecture and contract) beside
-`model.safetensors`. The fingerprint, a sha256 over the tensors, ties codes and priors to their tokenizer.
+The fingerprint, a sha256 over the tensors, ties codes and priors to their tokenizer.
 """
 
 import hashlib

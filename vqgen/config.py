@@ -1,9 +1,9 @@
 """Configuration: documented dataclasses <-> YAML files <-> command line options.
 
-In YAML the sections nest, with keys in snake_case; on the command line every option goes by its own name in kebab-case
-(`training.batch_size` is `--batch-size`), so that a name occurs once in a program. A list with
-`metadata={"positional": "FILES"}` also takes the words that belong to no option. Options given on the command line win
-over `--config FILE` wherever either stands. `options.py` has the declarations, `config_layers.py` reads the sources.
+YAML sections nest, with keys in snake_case; on the command line every option goes by its own name in kebab-case
+(`training.batch_size` is `--batch-size`), unique in a program, and wins over `--config FILE` wherever either stands.
+A list with `metadata={"positional": "FILES"}` also takes the words that belong to no option. `options.py` has the
+declarations, `config_layers.py` reads the sources.
 """
 
 import dataclasses
@@ -73,10 +73,7 @@ def as_dict(config: Any) -> Any:
 
 
 def from_dict(config: type[C], tree: Any, where: str) -> C:
-    """The dataclass from nested plain values, e.g. an architecture in `vqgen.json`; errors name `where`, the file.
-
-    Options of kinds that are not selected are ignored: version 0.1 wrote those of every kind.
-    """
+    """The dataclass from nested plain values, e.g. an architecture in `vqgen.json`; errors name `where`, the file."""
     other = "it was written by another version of vqgen"
     if not isinstance(tree, dict):
         raise UserError(f"{where}: found {tree!r} where the keys of {config.__name__} belong; {other}")
@@ -97,7 +94,7 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
                 raise UserError(f"{where}: unknown {choice.selector} {kind}; {other}")
             section = choice.kinds[kind]
             keys = {name: set(map(key_of, dataclasses.fields(cls))) for name, cls in choice.kinds.items()}
-            unused = {choice.selector}.union(*keys.values()) - keys[kind]
+            unused = {choice.selector}.union(*keys.values()) - keys[kind]  # version 0.1 wrote options of every kind
             value = {k: v for k, v in value.items() if k not in unused}
         given[fields[key].name] = from_dict(section, value, where) if is_section(section) else value
     try:

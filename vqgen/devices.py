@@ -76,8 +76,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 def keep_memory(device: torch.device) -> None:
     """Keep memory that a training step on a CPU frees for the next step (Linux with glibc; elsewhere do nothing).
 
-    glibc returns large tensors to the system as they are freed. Allocating them again costs a page fault per 4 KiB,
-    a tenth of the step of a large model; peak memory stays the same.
+    glibc returns freed tensors to the system; a page fault per 4 KiB then costs a tenth of the step of a large model.
     """
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if mallopt := getattr(libc, "mallopt", None):  # missing in other C libraries

@@ -38,10 +38,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success rename it to `path`, on failure remove it.
+    """Yield a temporary path for a file or folder; on success rename it to `path`, replacing what is there.
 
-    The temporary may become a file or a folder; an existing file or folder at `path` is replaced. Raises `UserError`
-    where it cannot be written (full disk, no permission); an existing `path` then stays as it was.
+    Raises `UserError` where it cannot be written (full disk, no permission); an existing `path` then stays as it was.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"

@@ -1,8 +1,7 @@
 """Options of a program as documented dataclasses: ranges of numbers, choices between kinds, and the list of all.
 
-A configuration is a dataclass whose fields are options, sections (dataclasses again) or choices (sections whose
-dataclass depends on an option of their own). A field `class_` is the option `--class` and the key `class`. The
-docstring below a field is its help text.
+The fields of a configuration are options, sections (dataclasses again) or choices (sections whose dataclass depends on
+an option of their own). A field `class_` is the option `--class`; the docstring below a field is its help text.
 """
 
 import ast

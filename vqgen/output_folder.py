@@ -12,10 +12,9 @@ from .files import remove, temporary_of
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that a program writes into, with the declaration of what is the program's own.
+    """A folder that a program writes into, and which paths in it (relative, with "/") are the program's own.
 
-    Paths are relative, with "/". Whatever is neither named nor matched is foreign and never replaced or removed. Raises
-    `UsageError` where `path` is a file.
+    All others are foreign and never replaced or removed. Raises `UsageError` where `path` is a file.
     """
 
     path: Path

@@ -26,9 +26,9 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
-    """Return items `start .. start + size` of an endless sequence of shuffled epochs over `count` examples.
+    """Return the indices, int64 (size,), at `start .. start + size` of an endless sequence of shuffled epochs.
 
-    Each epoch holds every example once, in its own order; a slice may cross epochs. Returns indices: int64 (size,).
+    Each epoch holds each of `count` examples once, in its own order; a slice may cross epochs.
     """
     parts: list[np.ndarray] = []
     while size > 0:
@@ -40,8 +40,5 @@ def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
 
 
 def fixed_subset(count: int, among: int) -> list[int]:
-    """Return `count` random indices below `among`, ascending and always the same; all where `among` is not more.
-
-    A prefix would not do: images in folders of classes are sorted by class.
-    """
+    """Return `count` fixed random indices below `among`, ascending (a prefix would be of the first classes only)."""
     return sorted(epoch_slice(among, 0, 0, count).tolist()) if count < among else list(range(among))

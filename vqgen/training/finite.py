@@ -30,9 +30,8 @@ class FiniteCheck:
     def record(self, step: int, terms: Mapping[str, Tensor]) -> None:
         """Record the named scalars of step `step` (1 is the first)."""
         finite = torch.isfinite(torch.stack([value.detach().float() for value in terms.values()]))
-        step_or_never = torch.where(finite, _NEVER, step)
-        names = tuple(terms)
-        self._first[names] = torch.minimum(step_or_never, self._first.get(names, step_or_never))
+        first, names = torch.where(finite, _NEVER, step), tuple(terms)
+        self._first[names] = torch.minimum(first, self._first.get(names, first))
         if self.immediate:
             self.check()
 

@@ -1,7 +1,4 @@
-"""Rules that detect failing runs and name a remedy.
-
-Each rule reads rows of `metrics.jsonl` (oldest first) and returns a `Finding`, or None for a healthy run.
-"""
+"""Rules that read rows of `metrics.jsonl` (oldest first), detect a failing run and name a remedy."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +50,6 @@ def codebook_collapse(rows: Sequence[Row], reachable: int, remedy: str, settled:
 
     Args:
         reachable: the codebook size, or the number of held-out grid positions if smaller.
-        remedy: depends on the quantizer.
         settled: validations before this step are ignored, as unused codes have not been revived yet.
     """
     late = [row for row in rows if row.get("step", 0) >= settled]

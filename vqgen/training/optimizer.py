@@ -99,9 +99,8 @@ class Muon(torch.optim.Optimizer):
 def optimizer_for(model: nn.Module, config: OptimizerConfig, plan: Plan) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """The optimizer of `model` and its schedule over the steps of `plan`.
 
-    Matrices and convolutions have weight decay, codebooks, biases and norms have none. Muon updates neither codebooks
-    nor embeddings nor output heads: their rows are used one by one and share no directions. A module names its
-    codebooks by `codebook_parameters()`, a transformers model its head by `get_output_embeddings()`.
+    Codebooks (`codebook_parameters()` of a module), biases and norms have no weight decay. Muon updates neither
+    codebooks nor embeddings nor output heads: their rows are used one by one and share no directions.
     """
     codebooks, heads = set[int](), set[int]()
     for module in model.modules():

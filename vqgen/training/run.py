@@ -1,7 +1,7 @@
 """A training run: its folder, its Accelerator, and the loop that both stages share.
 
-A trainer has `step` and `validate`; the run adds precision, logging, checkpoints, exact resume, signal handling and the
-check for non-finite numbers. A step is a function of (seed, step, state), and the state is what a checkpoint holds.
+To a trainer the run adds precision, logging, checkpoints, exact resume, signal handling and the check for non-finite
+numbers. A step is a function of (seed, step, state), and the state is what a checkpoint holds.
 """
 
 import json
@@ -113,20 +113,20 @@ class Run:
         state = load_checkpoint(found[-1], trainer.modules, self._optimizers(trainer))
         sums = state["extra"].pop("sums")
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
-        saved_plan = state["extra"].pop("plan", None)
+        saved_plan, step = state["extra"].pop("plan", None), state["step"]
         trainer.extra.update(state["extra"])
-        if state["step"] > self.settings.steps:
+        if step > self.settings.steps:
             raise UserError(f"--steps: found {self.settings.steps}, but {found[-1]} is further; use more steps")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
-        if changed := self.plan.resume(state["step"], saved_plan, schedule):
+        if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)
         history = self.folder / "metrics.jsonl"
-        self.rows += read_history(history, state["step"])
+        self.rows += read_history(history, step)
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(history, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.say(f"resuming from {found[-1]}")
-        return state["step"]
+        return step
 
     def _optimizers(self, trainer: Trainer) -> dict[str, Any]:
         """Optimizers, schedules and, under fp16, the gradient scaler."""

@@ -20,21 +20,17 @@ class JsonlTracker(GeneralTracker):
     requires_logging_directory = False
 
     def __init__(self, path: Path) -> None:
+        self.tracker = path
         super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self) -> Path:
-        return self.path
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.tracker, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **clean}) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            raise UserError(f"cannot write {self.tracker}: {error.strerror}") from error
 
 
 def further_trackers(names: Sequence[str]) -> list[str]:
