@@ -32,7 +32,8 @@ def demo(config: DemoConfig) -> None:
     from vqgen.evaluation.report.program import ReportConfig, check_output, write_report
     from vqgen.prior.train import PriorTraining
     from vqgen.prior.train import train as train_prior
-    from vqgen.sampling.sample import SampleConfig, sample
+    from vqgen.sampling.sample import SampleConfig
+    from vqgen.sampling.write_samples import write_samples
     from vqgen.tokenizer.codes.writer import tokenize
     from vqgen.tokenizer.encode import TokenizeConfig
     from vqgen.tokenizer.train import TokenizerTraining
@@ -61,7 +62,7 @@ def demo(config: DemoConfig) -> None:
         print(f"{samples} holds the samples of this prior already", file=sys.stderr)
     else:
         words = ["--config", "demo-samples", "--model", str(prior), "--output", str(samples), "--overwrite"]
-        sample(parse(SampleConfig, words))
+        write_samples(parse(SampleConfig, words))
     write_report(ReportConfig([config.output], page))
     print(f"\n{time.perf_counter() - start:.0f} s. Look at {samples / 'grid.png'}, and at all of it in {page}")
 

@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -171,8 +171,7 @@ class Classes(Part):
         """Labels of a name, an index, or several of them with commas between."""
         if not self.count:
             raise UsageError(f"--class: found {word}, but the model is unconditional; leave --class out")
-        names = self.names or []
-        folded = [name.casefold() for name in names]
+        names, folded = self.names or [], [name.casefold() for name in self.names or []]
         if word in names:
             return [names.index(word)]
         if folded.count(word.casefold()) == 1:
@@ -191,10 +190,6 @@ class Classes(Part):
             hint += f" (the classes are {', '.join(names)})"
         raise UsageError(f"--class: the model knows no class {word!r}; {hint}")
 
-    def name_of(self, label: int) -> str:
-        """Name of a class, or its index where classes have no names."""
-        return self.names[label] if self.names else str(label)
-
     def legend(self) -> str:
         null = self.absent[0]
         listed = ", ".join(f"{self.first + label} {name}" for label, name in enumerate(self.names or []))
@@ -209,9 +204,9 @@ PARTS: list[type[Part]] = [Classes]
 class Conditioning:
     """The parts of a prior's prefix over its vocabulary of codes: lengths, token ids and requests."""
 
-    def __init__(self, vocabulary: Vocabulary, parts: Sequence[Part]) -> None:
-        self.vocabulary, self.parts = vocabulary, list(parts)
-        self.length = sum(part.length for part in parts)
+    def __init__(self, vocabulary: Vocabulary, parts: Iterable[Part | None]) -> None:
+        self.vocabulary, self.parts = vocabulary, [part for part in parts if part is not None]
+        self.length = sum(part.length for part in self.parts)
         """Tokens in the prefix."""
         self.size = vocabulary.size
         """Number of all token ids, those of the codes included."""
@@ -225,14 +220,12 @@ class Conditioning:
     ) -> "Conditioning":
         """The conditioning of a prior trained on code files."""
         vocabulary = Vocabulary(files.codebook_size, files.depth, files.grid, order)
-        found = [kind.for_files(files, options or ObjectiveConfig()) for kind in PARTS]
-        return cls(vocabulary, [part for part in found if part is not None])
+        return cls(vocabulary, [kind.for_files(files, options or ObjectiveConfig()) for kind in PARTS])
 
     @classmethod
     def from_description(cls, vocabulary: Vocabulary, about: Mapping[str, Any]) -> "Conditioning":
         """The inverse of `describe`."""
-        found = [kind.from_description(about) for kind in PARTS]
-        return cls(vocabulary, [part for part in found if part is not None])
+        return cls(vocabulary, [kind.from_description(about) for kind in PARTS])
 
     def describe(self) -> dict[str, Any]:
         """The keys of the conditioning in `vqgen.json`."""
@@ -260,12 +253,11 @@ class Conditioning:
 
     def part(self, sequences: Tensor, name: str) -> Tensor:
         """Token ids (B, length of the part) of one part."""
-        before = 0
-        for part in self.parts:
-            if part.name == name:
-                return sequences[:, before : before + part.length]
-            before += part.length
-        raise KeyError(name)
+        return next(ids for part, ids in self._by_part(sequences) if part.name == name)
+
+    def _by_part(self, sequences: Tensor) -> Iterable[tuple[Part, Tensor]]:
+        ids = sequences[:, : self.length].split([part.length for part in self.parts], 1)
+        return zip(self.parts, ids, strict=True)
 
     def of_rows(self, rows: Rows) -> Tensor:
         """Prefixes (B, length) of images in training."""
@@ -273,20 +265,16 @@ class Conditioning:
 
     def dropped(self, sequences: Tensor) -> Tensor:
         """Sequences in which each part is absent in a random share of the rows, its `dropout`."""
-        prefix, codes = self.split(sequences)
-        ids = prefix.split([part.length for part in self.parts], 1)
-        return torch.cat([*(part.dropped(own) for part, own in zip(self.parts, ids, strict=True)), codes], 1)
+        prefix = [part.dropped(ids) for part, ids in self._by_part(sequences)]
+        return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
     def without(self, sequences: Tensor) -> Tensor:
         """Sequences with every part absent that has been dropped in training: guidance compares with these."""
-        prefix, codes = self.split(sequences)
-        ids = list(prefix.split([part.length for part in self.parts], 1))
-        for number, part in enumerate(self.parts):
-            if part.dropout or not part.informative:
-                ids[number] = torch.tensor(part.absent, device=codes.device).expand_as(ids[number])
-        return torch.cat([*ids, codes], 1)
-
-    # Requests: which condition each image of a series has.
+        prefix = [
+            ids.new_tensor(part.absent).expand_as(ids) if part.dropout or not part.informative else ids
+            for part, ids in self._by_part(sequences)
+        ]
+        return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
     def conditions(self, given: Conditions | None = None) -> dict[str, list[Any]]:
         """The values of every part, defaults where none are given. Raises `UsageError` for unknown ones."""
@@ -312,12 +300,7 @@ class Conditioning:
         return torch.cat([part.of_values([values[i % len(values)] for i in indices]) for part, values in each], 1)
 
     def check_absence(self, option: str, conditions: Conditions | None = None) -> None:
-        """Raise `UsageError` where leaving the conditions out changes nothing or was not learned.
-
-        Args:
-            option: begins the message.
-            conditions: of the series that is drawn.
-        """
+        """Raise `UsageError`, beginning with `option`, where absent conditions change nothing or were not learned."""
         informative = [part for part in self.parts if part.informative]
         if not informative:
             raise UsageError(f"{option} the model is unconditional; leave it at its default")
@@ -325,18 +308,13 @@ class Conditioning:
             options = ", ".join(f"--{part.name}" for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
         if not any(part.dropout for part in informative):
-            part = informative[-1]
-            raise UsageError(
-                f"{option} the prior was trained with {part.dropout_option} 0 and never saw an image without its "
-                f"{part.name}; leave it at its default"
-            )
-
-    # Groups of images whose likelihood is reported separately: the classes, then those without one.
+            trained = f"the prior was trained with {informative[-1].dropout_option} 0, always with its condition"
+            raise UsageError(f"{option} {trained}; leave it at its default")
 
     @property
     def group_names(self) -> list[str]:
-        """Names of the groups; the last one is of images without a class."""
-        return [*(self.classes.name_of(label) for label in range(self.classes.count)), "no class"]
+        """Names of the groups whose likelihood is reported separately: the classes, then images without one."""
+        return [*(self.classes.names or map(str, range(self.classes.count))), "no class"]
 
     def groups(self, sequences: Tensor) -> Tensor:
         """Group (B,) of each sequence, as an index into `group_names`."""

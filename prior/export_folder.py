@@ -1,6 +1,5 @@
 """Write the folder and the model card of vqgen-export."""
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -16,49 +15,6 @@ from vqgen.output_folder import OutputFolder
 from .export import ExportConfig
 from .model import Prior
 
-CARD = """---
-library_name: transformers
-pipeline_tag: unconditional-image-generation
-tags: [vqgen, image-generation, autoregressive, vq]
----
-
-# A prior of image codes
-
-An autoregressive model of the codes of an image tokenizer, exported by vqgen {version}.
-`AutoModelForCausalLM.from_pretrained` loads this folder; `tokenizer/` holds the image tokenizer
-(`vqgen.Tokenizer.load`), which makes images of the codes.
-
-| | |
-|---|---|
-| backbone | {backbone}, {parameters:.1f} M parameters, {dtype} |
-| images | {image} |
-| codes | {grid}, of a codebook of {codebook_size} |
-| sequence | prefix of {prefix} tokens ({parts}), then {length} codes in {order} order{depth} |
-| prior | sha256 {prior} |
-| tokenizer | sha256 {tokenizer} |
-
-Token ids: {ids}.
-To sample, start from a prefix and generate exactly {length} tokens, each among the ids of codes{ranges}.
-{guidance}
-
-```python
-import torch
-from transformers import AutoModelForCausalLM
-from vqgen import Tokenizer
-
-prior = AutoModelForCausalLM.from_pretrained("FOLDER").eval()
-tokenizer = Tokenizer.load("FOLDER/tokenizer")
-prefix = torch.tensor([{example}] * 4)
-def allowed(row, ids):  # ids of the next position
-    first = (len(ids) - {prefix}) % {each} * {codebook_size}
-    return list(range(first, first + {codebook_size}))
-
-tokens = prior.generate(prefix, do_sample=True, top_k=0, prefix_allowed_tokens_fn=allowed)
-codes = tokens[:, {prefix}:]{reorder}.reshape(4, {shape}){unshift}
-images = tokenizer.decode(codes)  # float (4, C, H, W) in [-1, 1]
-```
-"""
-
 
 def card(prior: Prior, dtype: str) -> str:
     """Text of the model card, README.md."""
@@ -67,7 +23,8 @@ def card(prior: Prior, dtype: str) -> str:
     example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
     absent = conditioning.without(torch.tensor([example]))[0].tolist()
     channels, height, width = prior.image_shape
-    return CARD.format(
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    return template.format(
         version=__version__,
         backbone=prior.config.backbone,
         parameters=sum(p.numel() for p in prior.backbone.parameters()) / 1e6,
@@ -95,7 +52,7 @@ def card(prior: Prior, dtype: str) -> str:
         example=example,
         reorder=f"[:, {positions}]" if vocabulary.order != "raster" else "",
         each=depth,
-        shape=", ".join(map(str, [*vocabulary.grid, *([depth] if depth > 1 else [])])),
+        shape=", ".join(map(str, vocabulary.shape)),
         unshift=f" % {vocabulary.codebook_size}" if depth > 1 else "",
     )
 
@@ -125,14 +82,13 @@ def export_prior(config: ExportConfig) -> None:
         print(f"exported to {config.output}: vqgen.Generator.load({str(config.output)!r}) loads it")
         return
     prior.fingerprint = fingerprint(prior.backbone.state_dict())
-    settings = prior.backbone.config.to_diff_dict()
-    settings |= {"architectures": [type(prior.backbone).__name__], "dtype": config.dtype}
+    length = prior.vocabulary.length
     generation = {"bos_token_id": prior.conditioning.null, "do_sample": True, "top_k": 0}
-    exact = {"max_new_tokens": prior.vocabulary.length, "min_new_tokens": prior.vocabulary.length}
+    generation |= {"max_new_tokens": length, "min_new_tokens": length}
     with atomic_path(config.output) as folder:
         folder.mkdir(parents=True)
-        write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        write_json(folder / "generation_config.json", generation | exact)
+        prior.write_config(folder / "config.json")
+        write_json(folder / "generation_config.json", generation)
         write_tensors(folder / "model.safetensors", prior.backbone.state_dict())
         write_text(folder / "README.md", card(prior, config.dtype))
         copy_artifact(config.model / "tokenizer", folder / "tokenizer")

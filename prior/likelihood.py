@@ -45,8 +45,7 @@ def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) 
         Their sums by group and code position, (groups, length), and the number of sequences of each group, (groups,),
         float64 on the CPU; the groups are those of `Conditioning.group_names`.
     """
-    conditioning, device = prior.conditioning, accelerator.device
-    length = prior.vocabulary.length
+    conditioning, device, length = prior.conditioning, accelerator.device, prior.vocabulary.length
     dtype = torch.float64 if device.type != "mps" else torch.float32
     table = torch.zeros(len(conditioning.group_names), 1 + length, dtype=dtype, device=device)
     further = 0
@@ -62,8 +61,7 @@ def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) 
         table.index_add_(0, conditioning.groups(tokens), torch.cat([torch.ones_like(nats[:, :1]), nats], 1))
     for _ in range(further):
         prior(torch.zeros(1, conditioning.length + length - 1, dtype=torch.long, device=device))
-    total: Tensor = accelerator.reduce(table, "sum")  # type: ignore[assignment]
-    total = total.double().cpu()
+    total: Tensor = accelerator.reduce(table, "sum").double().cpu()  # type: ignore[union-attr]
     return total[:, 1:], total[:, 0]
 
 

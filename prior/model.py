@@ -7,15 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vqgen.artifact import copy_artifact, load_artifact, save_artifact
 from vqgen.config import from_dict
@@ -28,42 +20,27 @@ from .options import PriorConfig
 from .vocabulary import Vocabulary
 
 
-def backbone_config(config: PriorConfig, conditioning: Conditioning) -> LlamaConfig | Qwen3Config | GPT2Config:
+def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:
     """The transformers configuration of a prior of this size."""
-    positions = conditioning.length + conditioning.vocabulary.length
-    share = 4 if config.backbone == "gpt2" else 8 / 3
-    hidden = config.hidden_dim or -(-int(config.dim * share) // 64) * 64
-    # There is no end token: every sequence has the same length.
-    common: dict[str, Any] = {
-        "vocab_size": conditioning.size,
-        "bos_token_id": conditioning.null,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    if config.backbone == "gpt2":
-        return GPT2Config(
-            n_embd=config.dim,
-            n_layer=config.layers,
-            n_head=config.heads,
-            n_inner=hidden,
-            n_positions=positions,
-            embd_pdrop=config.dropout,
-            resid_pdrop=config.dropout,
-            attn_pdrop=0.0,
-            **common,
-        )
-    shape: dict[str, Any] = {
-        "hidden_size": config.dim,
-        "intermediate_size": hidden,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
-        "head_dim": config.dim // config.heads,
-        "max_position_embeddings": positions,
-        **common,
-    }
-    return LlamaConfig(**shape) if config.backbone == "llama" else Qwen3Config(**shape)
+    gpt2, heads, dropout = config.backbone == "gpt2", config.heads, config.dropout
+    hidden = config.hidden_dim or -(-int(config.dim * (4 if gpt2 else 8 / 3)) // 64) * 64
+    if gpt2:
+        own = {"n_inner": hidden, "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
+    else:
+        own = {"intermediate_size": hidden, "num_key_value_heads": heads, "head_dim": config.dim // heads}
+    return AutoConfig.for_model(
+        config.backbone,
+        vocab_size=conditioning.size,
+        hidden_size=config.dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=heads,
+        max_position_embeddings=conditioning.length + conditioning.vocabulary.length,
+        bos_token_id=conditioning.null,
+        eos_token_id=None,  # every sequence has the same length
+        pad_token_id=None,
+        tie_word_embeddings=False,
+        **own,
+    )
 
 
 def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
@@ -83,10 +60,9 @@ def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
 
 def _compare(path: Path, own: PreTrainedConfig) -> None:
     """Raise `UserError` where `config.json` describes another network than `vqgen.json`, `own`."""
+    written = read_json(path)
     try:
-        stated = AutoConfig.for_model(**read_json(path)).to_dict()
-    except UserError:
-        raise
+        stated = AutoConfig.for_model(**written).to_dict()
     except Exception as error:  # transformers raises errors of several types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
@@ -115,11 +91,7 @@ class Prior(nn.Module):
     """
 
     def __init__(
-        self,
-        config: PriorConfig,
-        conditioning: Conditioning,
-        image_shape: tuple[int, int, int],
-        tokenizer_fingerprint: str,
+        self, config: PriorConfig, conditioning: Conditioning, image_shape: tuple[int, ...], tokenizer_fingerprint: str
     ) -> None:
         super().__init__()
         self.config, self.conditioning, self.vocabulary = config, conditioning, conditioning.vocabulary
@@ -150,11 +122,12 @@ class Prior(nn.Module):
     def load_tokenizer(self, folder: Path) -> Tokenizer:
         """Load the tokenizer in `folder`. Raises `UserError` where it is not the one whose codes this prior learned."""
         tokenizer = Tokenizer.load(folder)
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise UserError(
-                f"{folder} has fingerprint {str(tokenizer.fingerprint)[:12]}, but this prior was trained on codes of "
-                f"{self.tokenizer_fingerprint[:12]}; give the tokenizer that made the codes"
+        found, wanted = str(tokenizer.fingerprint), self.tokenizer_fingerprint
+        if found != wanted:
+            text = (
+                f"has fingerprint {found[:12]}, this prior needs {wanted[:12]}; give the tokenizer that made the codes"
             )
+            raise UserError(f"{folder} {text}")
         return tokenizer
 
     def save(self, folder: Path, tokenizer_folder: Path) -> str:
@@ -165,9 +138,7 @@ class Prior(nn.Module):
         folder = Path(folder)
         self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
-        settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
-        settings["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
-        write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        self.write_config(folder / "config.json")
         # Priors in raster order keep the description of version 0.1.
         options = {name: value for name, value in vars(self.config).items() if (name, value) != ("order", "raster")}
         description = {
@@ -181,6 +152,12 @@ class Prior(nn.Module):
         }
         self.fingerprint = save_artifact(folder, "prior", description, self.backbone.state_dict())
         return self.fingerprint
+
+    def write_config(self, path: Path) -> None:
+        """Write the configuration of the backbone, as transformers reads it."""
+        settings = self.backbone.config.to_diff_dict() | {"architectures": [type(self.backbone).__name__]}
+        settings["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
+        write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":

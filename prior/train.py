@@ -18,18 +18,9 @@ class PriorTraining(Options):
     """Codes, output, model, objective and optimization of a prior run."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
-        "codes",
-        "output",
-        "overwrite",
-        "dim",
-        "layers",
-        "dropout",
-        "steps",
-        "batch_size",
-        "lr",
-        "patience",
+        "codes", "output", "overwrite", "dim", "layers", "dropout", "steps", "batch_size", "lr", "patience",
         "precision",
-    )
+    )  # fmt: skip
 
     codes: Path
     """Folder of code files, as vqgen-tokenize writes it."""

@@ -20,14 +20,15 @@ class Vocabulary:
     order: str = "raster"
     """Name in `ORDERS`."""
 
-    def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise UserError(f"order: found {self.order!r}, expected one of {', '.join(ORDERS)}")
-
     @property
     def length(self) -> int:
         """Code tokens an image."""
         return self.grid[0] * self.grid[1] * self.depth
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the codes of an image, (h, w[, depth])."""
+        return (*self.grid, self.depth) if self.depth > 1 else self.grid
 
     @property
     def size(self) -> int:
@@ -41,21 +42,16 @@ class Vocabulary:
 
     def to_sequence(self, values: Tensor) -> Tensor:
         """Values on the grid (B, h, w[, depth]) -> (B, length), in drawing order, depth innermost."""
-        shape = (*self.grid, self.depth) if self.depth > 1 else self.grid
-        if values.shape[1:] != torch.Size(shape):
-            raise UserError(f"codes have shape {tuple(values.shape[1:])}, this prior was made for {tuple(shape)}")
-        values = values.reshape(len(values), self.length // self.depth, self.depth)
-        if self.order != "raster":
-            values = values[:, torch.tensor(ORDERS[self.order](*self.grid), device=values.device)]
-        return values.flatten(1)
+        if values.shape[1:] != torch.Size(self.shape):
+            raise UserError(f"codes have shape {tuple(values.shape[1:])}, this prior was made for {tuple(self.shape)}")
+        order = torch.tensor(ORDERS[self.order](*self.grid), device=values.device)
+        return values.reshape(len(values), len(order), self.depth)[:, order].flatten(1)
 
     def to_grid(self, values: Tensor) -> Tensor:
         """The inverse of `to_sequence`."""
-        values = values.reshape(len(values), self.length // self.depth, self.depth)
-        if self.order != "raster":
-            values = values[:, torch.tensor(ORDERS[self.order](*self.grid), device=values.device).argsort()]
-        values = values.reshape(len(values), *self.grid, self.depth)
-        return values if self.depth > 1 else values.squeeze(-1)
+        order = torch.tensor(ORDERS[self.order](*self.grid), device=values.device)
+        values = values.reshape(len(values), len(order), self.depth)[:, order.argsort()]
+        return values.reshape(len(values), *self.shape)
 
     def to_tokens(self, codes: Tensor) -> Tensor:
         """Codes int64 (B, h, w[, depth]) -> token ids (B, length)."""

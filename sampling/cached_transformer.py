@@ -132,40 +132,25 @@ def _joined(*modules: nn.Module) -> Linear:
     return Linear(weight)
 
 
-def _transposed(module: nn.Module) -> Linear:
-    """A linear layer from one of GPT-2, whose weights are (in, out)."""
-    return Linear(module.weight.data.t(), module.bias.data)  # type: ignore[operator, union-attr, arg-type]
+def _gpt2_block(layer: Any) -> Block:
+    """A block from one of GPT-2, whose weights are (in, out)."""
+    modules = layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj
+    qkv, out, up, down = (Linear(module.weight.data.t(), module.bias.data) for module in modules)
+    return Block(_norm(layer.ln_1), qkv, None, out, _norm(layer.ln_2), up, down)
 
 
-def _blocks(model: Any) -> list[Block]:
-    if model.config.model_type == "gpt2":
-        return [
-            Block(
-                _norm(layer.ln_1),
-                _transposed(layer.attn.c_attn),
-                None,
-                _transposed(layer.attn.c_proj),
-                _norm(layer.ln_2),
-                _transposed(layer.mlp.c_fc),
-                _transposed(layer.mlp.c_proj),
-            )
-            for layer in model.transformer.h
-        ]
-    blocks = []
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        blocks.append(
-            Block(
-                _norm(layer.input_layernorm),
-                _joined(attention.q_proj, attention.k_proj, attention.v_proj),
-                (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
-                Linear(attention.o_proj.weight.data),
-                _norm(layer.post_attention_layernorm),
-                _joined(mlp.gate_proj, mlp.up_proj),
-                Linear(mlp.down_proj.weight.data),
-            )
-        )
-    return blocks
+def _llama_block(layer: Any) -> Block:
+    """A block from one of Llama or Qwen3."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return Block(
+        _norm(layer.input_layernorm),
+        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+        Linear(attention.o_proj.weight.data),
+        _norm(layer.post_attention_layernorm),
+        _joined(mlp.gate_proj, mlp.up_proj),
+        Linear(mlp.down_proj.weight.data),
+    )
 
 
 class CachedTransformer:
@@ -185,17 +170,18 @@ class CachedTransformer:
         if getattr(config, "num_key_value_heads", self.heads) != self.heads:
             raise ValueError("no decoder for grouped heads; num_key_value_heads must equal num_attention_heads")
         inner: Any = model  # its submodules have no declared types
-        self._blocks = _blocks(inner)
         self._head: Tensor = inner.get_output_embeddings().weight.data
         self._heads_of: dict[tuple[int, int], Linear] = {}
         ids = torch.arange(positions, device=model.device)[None]
         if config.model_type == "gpt2":
             self.gated, self._activation = False, ACT2FN[config.activation_function]
+            self._blocks = [_gpt2_block(layer) for layer in inner.transformer.h]
             self._tokens: Tensor = inner.transformer.wte.weight.data
             self._positions: Tensor | None = inner.transformer.wpe(ids[0]).detach()
             self._last_norm, self._rotations = _norm(inner.transformer.ln_f), None
         else:
             self.gated, self._activation = True, ACT2FN[config.hidden_act]
+            self._blocks = [_llama_block(layer) for layer in inner.model.layers]
             self._tokens, self._positions = inner.model.embed_tokens.weight.data, None
             self._last_norm = _norm(inner.model.norm)
             cos, sin = (part[0, :, None] for part in inner.model.rotary_emb(self._head, ids))
@@ -215,11 +201,9 @@ class CachedTransformer:
         self._rows, self._fed = rows, 0
 
     def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
-        """Feed the next tokens (rows, T).
+        """Feed the next tokens (rows, T); return the logits after the last one, float32 (rows, V).
 
-        Returns:
-            Logits after the last token, float32 (rows, V); with `allowed` only of the ids from its first to before its
-            second.
+        With `allowed` only those of the ids from its first to before its second.
         """
         rows, count = tokens.shape
         first, last = self._fed, self._fed + count
@@ -230,16 +214,16 @@ class CachedTransformer:
         if self._positions is not None:
             x = x + self._positions[first:last]
         x = x.view(rows * count, -1)
+        mask = None  # a single token sees all
+        if count > 1:
+            mask = torch.ones(count, last, dtype=torch.bool, device=x.device).tril(first)
         for block, (keys, values) in zip(self._blocks, self._cache, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
             q, k, v = self._heads(block, qkv, first, last)
             keys[:, first:last] = k
             values[:, first:last] = v
             seen = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                keys[:, :last].transpose(1, 2),
-                values[:, :last].transpose(1, 2),
-                self._mask(first, last, q),
+                q.transpose(1, 2), keys[:, :last].transpose(1, 2), values[:, :last].transpose(1, 2), mask
             )
             x = block.out.added(x, seen.transpose(1, 2).reshape(x.shape))
             inner = block.up(block.before_mlp(x))
@@ -249,14 +233,10 @@ class CachedTransformer:
             else:
                 inner = self._activation(inner)
             x = block.down.added(x, inner)
-        head = self._head_of(allowed or (0, len(self._head)))
-        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
-
-    def _head_of(self, allowed: tuple[int, int]) -> Linear:
-        """The rows of the output layer for these ids; there is one range for each depth of codes."""
-        if allowed not in self._heads_of:
-            self._heads_of[allowed] = Linear(self._head[slice(*allowed)])
-        return self._heads_of[allowed]
+        ids = allowed or (0, len(self._head))
+        if ids not in self._heads_of:  # the rows of the output layer; there is one range for each depth of codes
+            self._heads_of[ids] = Linear(self._head[slice(*ids)])
+        return self._heads_of[ids](self._last_norm(x.view(rows, count, -1)[:, -1])).float()
 
     def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), with rotary positions."""
@@ -268,9 +248,3 @@ class CachedTransformer:
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k = qk.chunk(2, 2)
         return q, k, v
-
-    def _mask(self, first: int, last: int, like: Tensor) -> Tensor | None:
-        """Causal mask (T, last) of tokens fed together; None for a single token, which sees all."""
-        if last - first == 1:
-            return None
-        return torch.ones(last - first, last, dtype=torch.bool, device=like.device).tril(first)

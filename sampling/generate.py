@@ -27,10 +27,10 @@ def image_uniforms(seed: int, indices: Sequence[int], length: int) -> Tensor:
     Row i is a pure function of (seed, indices[i]): each pair keys a counter-based generator of its own (Philox,
     Salmon et al. 2011), so it depends on no batch, no process and no earlier draw. Both lie in 0..2^64-1.
     """
-    rows = [np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(length) for index in indices]
-    if not rows:
-        return torch.empty(0, length, dtype=torch.float64)
-    return torch.from_numpy((np.stack(rows) >> np.uint64(11)) * 2.0**-53)
+    numbers = np.empty((len(indices), length), np.uint64)
+    for row, index in zip(numbers, indices, strict=True):
+        row[:] = np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(length)
+    return torch.from_numpy((numbers >> np.uint64(11)) * 2.0**-53)
 
 
 def prefill(decoder: CachedTransformer, prompt: Tensor, allowed: tuple[int, int]) -> Tensor:
@@ -54,18 +54,15 @@ class Drawn:
 def decode_one(
     logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token an image.
+    """Draw one token an image: token ids (B,), and the NLL of each, float32 (B,).
 
     Args:
         logits: of the allowed ids, which begin at `start`: (B, K), or with a `scale` (2B, K): B rows with the
             condition, then the same without it.
         uniforms: (B,).
         scale: of the guidance; None = none.
-
-    Returns:
-        Token ids (B,), and the NLL of each, float32 (B,).
     """
-    conditional, wanted = logits, logits
+    conditional = wanted = logits
     if scale is not None:
         conditional, unconditional = logits.chunk(2)
         wanted = guide(conditional, unconditional, scale)

@@ -20,7 +20,7 @@ from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 
 from .cached_transformer import CachedTransformer
-from .generate import Drawn, generate, image_uniforms
+from .generate import generate, image_uniforms
 from .known import Known
 from .oversample import batches, selected_rows, with_candidates
 from .settings import SamplingSettings
@@ -95,19 +95,11 @@ class Generator:
         folder, place = find_model(None if model is None else Path(model)), find_device(device)
         prior = Prior.load(folder)
         tokenizer = prior.load_tokenizer(folder / "tokenizer")
-        own, vocabulary = (tokenizer.codebook_size, tokenizer.depth, tokenizer.grid), prior.vocabulary
-        stated = (vocabulary.codebook_size, vocabulary.depth, vocabulary.grid)
+        stated, own = ((m.codebook_size, m.depth, m.grid) for m in (prior.vocabulary, tokenizer))
         if own != stated:
-            raise UserError(
-                f"{folder / DESCRIPTION} says codebook size, depth and grid {stated}, its tokenizer has {own}; "
-                "restore the file"
-            )
+            text = f"says codebook size, depth and grid {stated}, its tokenizer has {own}; restore the file"
+            raise UserError(f"{folder / DESCRIPTION} {text}")
         return cls(prior, tokenizer, place, precision)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 where the prior is unconditional."""
-        return self.conditioning.classes.count
 
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
@@ -168,10 +160,8 @@ class Generator:
                 raise UsageError(f"mask_rows: found {mask_rows}, expected 1 to {rows}, the rows of codes")
             mask = (torch.arange(rows) >= rows - mask_rows)[:, None].expand(rows, columns)
         if mask.dtype != torch.bool or mask.shape not in ((rows, columns), (len(codes), rows, columns)):
-            raise UsageError(
-                f"mask: found {mask.dtype} {tuple(mask.shape)}, expected bool {(rows, columns)}, or one for each of "
-                f"{len(codes)} images"
-            )
+            wanted = f"bool {(rows, columns)}, or one for each of {len(codes)} images"
+            raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
         known = Known(codes, ~mask.cpu().expand(len(codes), rows, columns), self.vocabulary)
         chosen = {"class": [ABSENT] if classes is None else self.conditioning.classes.parse(classes)}
         indices = range(len(codes) if n is None else n)
@@ -206,16 +196,12 @@ class Generator:
     def encode(self, images: Tensor) -> Tensor:
         """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU."""
         if not isinstance(images, Tensor):
-            raise UserError(
-                f"images are of type {type(images).__name__}, expected a tensor; torch.from_numpy makes one"
-            )
+            raise UserError(f"images are of type {type(images).__name__}, expected a tensor; use torch.from_numpy")
         images = images[None] if images.ndim == 3 else images
-        config = self.tokenizer.config
-        size = config.image_size
+        config, size = self.tokenizer.config, self.tokenizer.config.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != config.channels:
-            raise UserError(
-                f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (B, {config.channels}, H, W)"
-            )
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"images: found {found}, expected uint8 (B, {config.channels}, H, W)")
         codes = []
         for part in images.split(max(1, ENCODE_PIXELS // (size[0] * size[1]))):
             if images.shape[-2:] != torch.Size(size):
@@ -249,9 +235,8 @@ class Generator:
         indices, settings = list(indices), settings or SamplingSettings()
         chosen = self.conditioning.conditions(conditions)
         codes, nats = self.draw_codes(indices, chosen, settings, seed, batch_size, on_token, known)
-        labels = chosen["class"]
-        drawn = torch.tensor([labels[index % len(labels)] for index in indices], dtype=torch.long)
-        return Samples(indices, drawn, codes, nats, self.decode(codes))
+        labels = [chosen["class"][index % len(chosen["class"])] for index in indices]
+        return Samples(indices, torch.tensor(labels, dtype=torch.long), codes, nats, self.decode(codes))
 
     def draw_codes(
         self,
@@ -270,53 +255,32 @@ class Generator:
             raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
         if not 0 <= seed < 2**64:
             raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
-        known = known or Known.nothing(self.vocabulary)
-        cycle = lcm(self.conditioning.cycle(conditions), len(known))
-        tokens: dict[int, Tensor] = {}
-        nats: dict[int, Tensor] = {}
-        for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
-            candidates, groups = with_candidates(batch, cycle, settings.oversample)
-            parts = [
-                self._draw_batch(part, conditions, settings, seed, batch_size, on_token, known)
-                for part in batches(candidates, cycle, 1, batch_size)
-            ]
-            found = Drawn(torch.cat([part.tokens for part in parts]), torch.cat([part.nats for part in parts]))
-            rows = selected_rows(found.nats, groups) if groups else {index: row for row, index in enumerate(batch)}
-            tokens |= {index: found.tokens[rows[index]] for index in batch}
-            nats |= {index: found.nats[rows[index]] for index in batch}
-        empty = torch.empty(0, self.vocabulary.length, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
-        drawn = torch.stack([tokens[index] for index in indices]) if indices else empty[0]
-        costs = torch.stack([nats[index] for index in indices]) if indices else empty[1]
-        return self.vocabulary.to_codes(drawn), costs
-
-    def _draw_batch(
-        self,
-        indices: Sequence[int],
-        conditions: Conditions,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None,
-        known: Known,
-    ) -> Drawn:
-        """The code tokens of one batch, on the CPU."""
-        length, prefix = self.vocabulary.length, self.conditioning.prefixes(conditions, indices)
+        cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
+        length = self.vocabulary.length
+        allowed = [self.vocabulary.allowed(position) for position in range(length)]
         rows = CPU_ROWS if self.precision == "fp32" else 1
         if self.device.type == "cuda":
             rows = batch_size  # the last batch, too, is computed as a full one
-        found = generate(
-            self._decoder,
-            prefix,
-            [self.vocabulary.allowed(position) for position in range(length)],
-            image_uniforms(seed, indices, length),
-            settings,
-            self.conditioning.without(prefix),
-            known.rows(indices),
-            known.leading,
-            rows,
-            on_token,
-        )
-        return Drawn(found.tokens.cpu(), found.nats.cpu())
+        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
+            candidates, groups = with_candidates(batch, cycle, settings.oversample)
+            found = []
+            for part in batches(candidates, cycle, 1, batch_size):
+                prefix, uniforms = self.conditioning.prefixes(conditions, part), image_uniforms(seed, part, length)
+                absent, given, leading = self.conditioning.without(prefix), None, 0
+                if known:
+                    given, leading = known.rows(part), known.leading
+                found.append(
+                    generate(self._decoder, prefix, allowed, uniforms, settings, absent, given, leading, rows, on_token)
+                )
+            tokens = torch.cat([part.tokens for part in found]).cpu()
+            nats = torch.cat([part.nats for part in found]).cpu()
+            chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
+            drawn |= {index: (tokens[chosen[index]], nats[chosen[index]]) for index in batch}
+        if not drawn:
+            return self.vocabulary.to_codes(torch.empty(0, length, dtype=torch.long)), torch.zeros(0).double()
+        codes = self.vocabulary.to_codes(torch.stack([drawn[index][0] for index in indices]))
+        return codes, torch.stack([drawn[index][1] for index in indices])
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:

@@ -24,12 +24,6 @@ class Known:
     mask: Tensor
     vocabulary: Vocabulary
 
-    @classmethod
-    def nothing(cls, vocabulary: Vocabulary) -> "Known":
-        """No code is known."""
-        shape = (1, *vocabulary.grid, *([vocabulary.depth] if vocabulary.depth > 1 else []))
-        return cls(torch.zeros(shape, dtype=torch.long), torch.zeros(1, *vocabulary.grid, dtype=torch.bool), vocabulary)
-
     def __len__(self) -> int:
         """Number of rows m."""
         return len(self.codes)
@@ -38,7 +32,7 @@ class Known:
     def tokens(self) -> Tensor:
         """Code tokens in drawing order (m, length), -1 where none is known."""
         mask = self.mask[..., None].expand(*self.mask.shape, self.vocabulary.depth)
-        mask = self.vocabulary.to_sequence(mask if self.vocabulary.depth > 1 else mask[..., 0])
+        mask = self.vocabulary.to_sequence(mask.reshape(len(mask), *self.vocabulary.shape))
         return torch.where(mask, self.vocabulary.to_tokens(self.codes), -1)
 
     @cached_property

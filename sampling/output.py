@@ -38,8 +38,8 @@ class Names:
     def label(self, index: int) -> int:
         return self.labels[index % len(self.labels)]
 
-    def class_name(self, index: int) -> str | None:
-        label = self.label(index)
+    def class_name(self, label: int) -> str | None:
+        """Name of a class, or its index where classes have no names; None for -1."""
         if label < 0:
             return None
         return self.class_names[label] if self.class_names else str(label)
@@ -49,8 +49,7 @@ class Names:
         """Path component of each class: its name without characters that file systems forbid, unique without case."""
         found: dict[int, str] = {}
         for label in sorted(set(self.labels)):
-            name = self.class_name(self.labels.index(label)) or "none"
-            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)
+            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", self.class_name(label) or "none")
             # File systems limit bytes, not characters.
             name = name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or str(label)
             taken = {other.casefold() for other in found.values()}
@@ -105,34 +104,29 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     Raises `UsageError` where the folder holds files of something else or of another run.
     """
     folder = samples_folder(output)
-    present = folder.present
-    if not present:
+    if not folder.present:
         return "new"
     own = {path.relative_to(output).as_posix() for path in folder.own_files()}
     written = [*map(names.file, range(about["n"])), GRID, FINISHED, UNFINISHED]
     foreign = [name for name in written if name not in own and (output / name).exists()]
     if overwrite:
         if foreign:
-            raise UsageError(
-                f"--output: {output} holds {foreign[0]}, which is no sample of a former run; choose another"
-            )
+            raise UsageError(f"--output: {output} holds {foreign[0]}, no sample of a former run; choose another folder")
         return "new"
-    lists = [output / name for name in (UNFINISHED, FINISHED) if name in present]
+    what, advice = f"--output: {output} holds", "choose another folder or add --overwrite"
+    lists = [output / name for name in (UNFINISHED, FINISHED) if name in folder.present]
     if not lists:
-        raise UsageError(
-            f"--output: {output} holds other files ({present[0]}); choose another folder or add --overwrite"
-        )
-    former = read_json(lists[0])
-    if former.get("former") and not _difference(former, about):
-        return "new"  # it was killed while it removed the images of an earlier run
-    unfinished = lists[0].name == UNFINISHED
+        raise UsageError(f"{what} other files ({folder.present[0]}); {advice}")
+    former, unfinished = read_json(lists[0]), lists[0].name == UNFINISHED
     differs = _difference(former, about)
+    if former.get("former") and not differs:
+        return "new"  # it was killed while it removed the images of an earlier run
     if not differs and unfinished and former["n"] > about["n"]:
         differs = f"n {former['n']}, now {about['n']}"
     if differs or foreign:
-        what = "the samples of a run that did not end" if unfinished else "the samples of another run"
-        reason = f" ({differs})" if differs else f" and {foreign[0]}, which is not of that run"
-        raise UsageError(f"--output: {output} holds {what}{reason}; choose another folder or add --overwrite")
+        run = "a run that did not end" if unfinished else "another run"
+        reason = f"({differs})" if differs else f"and {foreign[0]}, which is not of that run"
+        raise UsageError(f"{what} the samples of {run} {reason}; {advice}")
     complete = all((output / names.file(index)).is_file() for index in range(about["n"]))
     return "on" if unfinished or former["n"] < about["n"] or not complete else "done"
 
@@ -159,6 +153,7 @@ def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
     folder = samples_folder(output)
     folder.remove(folder.leftovers())
-    images = [{"file": names.file(i), "label": names.label(i), "class": names.class_name(i)} for i in range(about["n"])]
+    labels = map(names.label, range(about["n"]))
+    images = [{"file": names.file(i), "label": k, "class": names.class_name(k)} for i, k in enumerate(labels)]
     write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
     folder.remove([output / UNFINISHED])

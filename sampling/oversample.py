@@ -7,7 +7,7 @@ index and settings alone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -16,27 +16,16 @@ GROUP = 16
 EXTRA = 2**63
 
 
-@dataclass(frozen=True)
-class Group:
-    """Images of one group and its candidates, both as indices; candidates[:GROUP] are the images themselves."""
+def candidates_of(index: int, cycle: int, oversample: float) -> list[int]:
+    """Candidates of the group of image `index`, the images of the group first, then further indices.
 
-    images: list[int]
-    candidates: list[int]
-
-
-def group_of(index: int, cycle: int, oversample: float) -> Group:
-    """The group of image `index` where conditions (and known codes) repeat after `cycle` images."""
+    `cycle` is the number of images after which conditions and known codes repeat.
+    """
     kind, number = index % cycle, index // cycle // GROUP
     images = [(number * GROUP + member) * cycle + kind for member in range(GROUP)]
     more = math.ceil(GROUP * (oversample - 1))
     first = EXTRA - EXTRA % cycle + kind  # the same condition as the images of the group
-    extra = [first + (number * more + member) * cycle for member in range(more)]
-    return Group(images, images + extra)
-
-
-def most_likely(nats: Tensor) -> Tensor:
-    """The `GROUP` candidates of the lowest NLL, in ascending order: nats (candidates,) -> indices (GROUP,)."""
-    return nats.argsort(stable=True)[:GROUP].sort().values
+    return images + [first + (number * more + member) * cycle for member in range(more)]
 
 
 def batches(indices: Sequence[int], cycle: int, oversample: float, batch_size: int) -> list[list[int]]:
@@ -45,28 +34,31 @@ def batches(indices: Sequence[int], cycle: int, oversample: float, batch_size: i
         return [list(indices[first : first + batch_size]) for first in range(0, len(indices), batch_size)]
     groups: dict[int, list[int]] = {}
     for index in indices:
-        groups.setdefault(group_of(index, cycle, oversample).images[0], []).append(index)
-    per_batch = max(1, batch_size // len(group_of(0, cycle, oversample).candidates))
+        groups.setdefault(candidates_of(index, cycle, oversample)[0], []).append(index)
+    per_batch = max(1, batch_size // len(candidates_of(0, cycle, oversample)))
     members = list(groups.values())
-    parts = [members[first : first + per_batch] for first in range(0, len(members), per_batch)]
-    return [[index for group in part for index in group] for part in parts]
+    return [list(chain(*members[first : first + per_batch])) for first in range(0, len(members), per_batch)]
 
 
-def with_candidates(indices: Sequence[int], cycle: int, oversample: float) -> tuple[list[int], list[Group]]:
-    """All candidates of the groups of `indices`, and those groups in that order; without oversampling the images
-    themselves and no groups."""
+def with_candidates(indices: Sequence[int], cycle: int, oversample: float) -> tuple[list[int], list[list[int]]]:
+    """All candidates of the groups of `indices`, and those of each group; without oversampling the images themselves
+    and no groups."""
     if oversample == 1:
         return list(indices), []
-    groups = {group.images[0]: group for group in (group_of(index, cycle, oversample) for index in indices)}
-    return [candidate for group in groups.values() for candidate in group.candidates], list(groups.values())
+    found = (candidates_of(index, cycle, oversample) for index in indices)
+    groups = list({group[0]: group for group in found}.values())
+    return list(chain(*groups)), groups
 
 
-def selected_rows(nats: Tensor, groups: Sequence[Group]) -> dict[int, int]:
-    """Image -> row of the candidate selected for it, from the NLL of all candidates of the groups, in order."""
+def selected_rows(nats: Tensor, groups: Sequence[list[int]]) -> dict[int, int]:
+    """Image -> row of the candidate selected for it, from the NLL of all candidates of the groups, in order.
+
+    The `GROUP` candidates of the lowest NLL are selected and given to the images in ascending order.
+    """
     found: dict[int, int] = {}
     first = 0
     for group in groups:
-        rows = first + most_likely(nats[first : first + len(group.candidates)])
-        found |= dict(zip(group.images, rows.tolist(), strict=True))
-        first += len(group.candidates)
+        best = nats[first : first + len(group)].argsort(stable=True)[:GROUP].sort().values
+        found |= dict(zip(group[:GROUP], (first + best).tolist(), strict=True))
+        first += len(group)
     return found

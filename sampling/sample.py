@@ -22,18 +22,9 @@ class SampleConfig(Options):
     """Model, images, conditions and output of vqgen-sample."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
-        "model",
-        "n",
-        "class",
-        "output",
-        "overwrite",
-        "init_image",
-        "seed",
-        "temperature",
-        "top_k",
-        "top_p",
+        "model", "n", "class", "output", "overwrite", "init_image", "seed", "temperature", "top_k", "top_p",
         "guidance_scale",
-    )
+    )  # fmt: skip
 
     model: Path | None = None
     """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
@@ -91,20 +82,12 @@ def sample(config: SampleConfig) -> None:
     """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are."""
     from .write_samples import write_samples
 
-    write_samples(config)
-
-
-def run(config: SampleConfig) -> None:
-    """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are."""
-    sample(config)
-    from vqgen.devices import find_device, processes
-
-    processes(cpu=find_device(config.device).type == "cpu").destroy_process_group()
+    write_samples(config).destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console entry point."""
-    return command("vqgen-sample", SampleConfig, run, arguments)
+    return command("vqgen-sample", SampleConfig, sample, arguments)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ class SamplingSettings(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.guidance_schedule not in SCHEDULES:
-            raise UsageError(
-                f"--guidance-schedule: found {self.guidance_schedule}, expected one of {', '.join(SCHEDULES)}"
-            )
+            expected = ", ".join(SCHEDULES)
+            raise UsageError(f"--guidance-schedule: found {self.guidance_schedule}, expected one of {expected}")
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2 or not interval[0] < interval[1]:
             raise UsageError(f"--guidance-interval: found {interval}, expected two ascending shares, as 0.2 0.8")

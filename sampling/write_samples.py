@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.utils import make_grid
@@ -55,9 +56,7 @@ def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
     rows = generator.tokenizer.grid[0]
     kept = rows // 2 if config.keep_rows is None else config.keep_rows
     if not 0 < kept < rows:
-        raise UsageError(
-            f"--keep-rows: found {kept}, but an image has {rows} rows of codes; keep at least 1 and not all"
-        )
+        raise UsageError(f"--keep-rows: found {kept}, expected 1 to {rows - 1}: an image has {rows} rows of codes")
     channels = generator.tokenizer.config.channels
     codes = torch.cat([generator.encode(read_image(path, channels)) for path in paths])
     mask = torch.zeros(codes.shape[:3], dtype=torch.bool)
@@ -91,18 +90,12 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, classes:
 
 
 def describe(
-    config: SampleConfig,
-    folder: Path,
-    generator: Generator,
-    names: Names,
-    n: int,
-    conditions: Conditions,
-    known: Known | None,
+    config: SampleConfig, generator: Generator, names: Names, n: int, conditions: Conditions, known: Known | None
 ) -> dict[str, Any]:
     """The description of a run: enough to draw every image again, together with the --init-image files."""
     about = {
         "version": __version__,
-        "model": str(folder),
+        "model": str(find_model(config.model)),
         "prior_fingerprint": generator.prior.fingerprint,
         "tokenizer_fingerprint": generator.tokenizer.fingerprint,
         "settings": as_dict(config.sampling),
@@ -126,15 +119,14 @@ def describe(
     return about
 
 
-def write_samples(config: SampleConfig) -> None:
-    """Draw images into a folder; see `sample.py`. Raises `UserError`."""
-    folder, output = find_model(config.model), config.output
-    device = find_device(config.device)
+def write_samples(config: SampleConfig) -> PartialState:
+    """Draw images into a folder, see `sample.py`; return the state of the processes. Raises `UserError`."""
+    output, device = config.output, find_device(config.device)
     state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))
     if state.num_processes > 1 and device.type == "cuda":
         device = torch.device(state.device or device)
     # Every process checks everything before any of them writes, so that all stop together.
-    generator = Generator.load(folder, device, config.precision)
+    generator = Generator.load(config.model, device, config.precision)
     conditions = chosen_conditions(config, generator)
     generator.check(config.sampling, conditions)
     classes = conditions["class"]
@@ -146,57 +138,55 @@ def write_samples(config: SampleConfig) -> None:
         raise UsageError("--num-per-class: --class names a class twice; name each once")
     names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
     known = known_codes(config, generator)
-    about = describe(config, folder, generator, names, n, conditions, known)
+    about = describe(config, generator, names, n, conditions, known)
     status = check_output(output, names, about, config.overwrite)
     if status == "done":
         if state.is_main_process:
             if config.columns:
                 write_grid(output, names, n, config.columns, len(classes))
             print(f"{output} holds these {n} images already; --overwrite draws them again")
-        return
+        return state
     state.wait_for_everyone()
     if state.is_main_process:
         begin(output, about, anew=status == "new")
         if config.model is None:
-            print(f"drawing from {folder}")
+            print(f"drawing from {about['model']}")
     state.wait_for_everyone()
     missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
     state.wait_for_everyone()  # no process draws before all have listed the missing images
 
     start = time.perf_counter()
-    cycle = math.lcm(generator.conditioning.cycle(conditions), 1 if known is None else len(known))
+    cycle = math.lcm(generator.conditioning.cycle(conditions), len(known) if known else 1)
     batch_size = min(config.batch_size, max(1, math.ceil(len(missing) / state.num_processes)))
-    own = batches(missing, cycle, config.sampling.oversample, batch_size)
-    own = own[state.process_index :: state.num_processes]
+    oversample = config.sampling.oversample
+    own = batches(missing, cycle, oversample, batch_size)[state.process_index :: state.num_processes]
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
         for index, image in zip(indices, generator.decode(codes), strict=True):
             write_png_atomic(output / names.file(index), image)
 
-    length = generator.vocabulary.length - (0 if known is None else known.leading)
-    total = sum(len(with_candidates(batch, cycle, config.sampling.oversample)[0]) for batch in own) * length
-    written: list[Future[None]] = []
+    length = generator.vocabulary.length - (known.leading if known else 0)
+    total = sum(len(with_candidates(batch, cycle, oversample)[0]) for batch in own) * length
+    written: Future[None] | None = None
     # One batch is decoded and written while the next one is drawn.
     with progress(total, "drawing", "code", state.is_main_process) as bar, ThreadPoolExecutor(1) as writer:
+
+        def advance(tokens: Tensor) -> None:
+            bar.update(len(tokens))
+
         for indices in own:
             try:
                 codes, _ = generator.draw_codes(
-                    indices,
-                    conditions,
-                    config.sampling,
-                    config.seed,
-                    config.batch_size,
-                    lambda tokens: bar.update(len(tokens)),
-                    known,
+                    indices, conditions, config.sampling, config.seed, config.batch_size, advance, known
                 )
             except torch.OutOfMemoryError as error:
                 text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"
                 raise UserError(f"--batch-size: {text}") from error
             if written:
-                written.pop().result()
-            written.append(writer.submit(write, indices, codes))
-        for last in written:
-            last.result()
+                written.result()
+            written = writer.submit(write, indices, codes)
+        if written:
+            written.result()
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
@@ -207,3 +197,4 @@ def write_samples(config: SampleConfig) -> None:
         print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{present}")
         print(f"look at {output / GRID}")
     state.wait_for_everyone()
+    return state

@@ -25,7 +25,7 @@ from vqgen.prior.train import train as train_prior
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.known import Known
 from vqgen.sampling.sample import SampleConfig
-from vqgen.sampling.sample import sample as draw_samples
+from vqgen.sampling.write_samples import write_samples as draw_samples
 from vqgen.tokenizer import encode, train
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, write_shard
 from vqgen.tokenizer.convert import program as convert
