@@ -1,6 +1,7 @@
 """Code files -> sequences of token ids."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -37,14 +38,11 @@ class Sequences:
     def training(self, batch_size: int, seed: int, first_step: int, rank: int, world: int) -> Iterator[Tensor]:
         """Endless shuffled batches of this process; the batch of step s depends on (seed, s) alone.
 
-        Args:
-            batch_size: sequences a step on one process; the processes take neighbouring slices of a global batch.
+        `batch_size` is of one process; the processes take neighbouring slices of a global batch.
         """
-        step = first_step
-        while True:
+        for step in count(first_step):
             global_batch = epoch_slice(len(self), seed, step * batch_size * world, batch_size * world)
             random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
             views = random.integers(self.codes.views, size=len(global_batch))
             local = slice(rank * batch_size, (rank + 1) * batch_size)
             yield self.rows(global_batch[local], views[local])
-            step += 1

@@ -39,11 +39,10 @@ def rated(nats_per_token: float, prior: Prior) -> Likelihood:
 
 @torch.no_grad()
 def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Sum the nats of the codes of sequences, given their prefixes, over all processes.
+    """Sum the nats of the codes of sequences, given their prefixes, over all processes: float64 on the CPU.
 
-    Returns:
-        Their sums by group and code position, (groups, length), and the number of sequences of each group, (groups,),
-        float64 on the CPU; the groups are those of `Conditioning.group_names`.
+    Returns the sums by group of `Conditioning.group_names` and code position, (groups, length), and the number of
+    sequences of each group, (groups,).
     """
     conditioning, device, length = prior.conditioning, accelerator.device, prior.vocabulary.length
     dtype = torch.float64 if device.type != "mps" else torch.float32

@@ -131,10 +131,7 @@ class Prior(nn.Module):
         return tokenizer
 
     def save(self, folder: Path, tokenizer_folder: Path) -> str:
-        """Write a model folder with a copy of the tokenizer inside, and return the fingerprint.
-
-        `config.json` and `model.safetensors` are what `AutoModelForCausalLM.from_pretrained` reads.
-        """
+        """Write a model folder, which transformers reads too, with a copy of the tokenizer; return the fingerprint."""
         folder = Path(folder)
         self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
@@ -172,8 +169,7 @@ class Prior(nn.Module):
             conditioning = Conditioning.from_description(vocabulary, about)
             prior = cls(config, conditioning, tuple(about["image_shape"]), about["tokenizer_fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
-            path = folder / "vqgen.json"
-            raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
+            raise UserError(f"{folder}/vqgen.json does not describe a prior ({error!r}); restore the file") from error
         _compare(folder / "config.json", prior.backbone.config)
         try:
             prior.backbone.load_state_dict(artifact.tensors)

@@ -123,7 +123,7 @@ def generate(
     rows: int = 1,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Drawn:
-    """Draw the code tokens of images.
+    """Draw the code tokens of images, on the model's device.
 
     Args:
         decoder: with a cache of at least P + len(allowed) - 1 positions (the last token is never fed).
@@ -138,12 +138,7 @@ def generate(
             rows; padding to numbers that agree keeps an image independent of its batch.
         on_token: called with the tokens (B,) of each position from `leading` on, on the device.
 
-    Returns:
-        Tokens (B, len(allowed)) and the NLL of those drawn, on the model's device.
-
-    Raises:
-        UserError: the logits are not finite.
-        ValueError: the model is in training mode.
+    Raises `UserError` where the logits are not finite, `ValueError` where the model is in training mode.
     """
     if decoder.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs decoding; call eval() first")

@@ -88,10 +88,7 @@ class Generator:
     def load(
         cls, model: str | Path | None = None, device: str | torch.device = "auto", precision: str = "auto"
     ) -> "Generator":
-        """Read a prior's folder and the tokenizer inside it; by default those that `find_model` finds.
-
-        Raises `UserError` where they do not belong together.
-        """
+        """Read a prior's folder with its tokenizer, by default that of `find_model`. Raises `UserError`."""
         folder, place = find_model(None if model is None else Path(model)), find_device(device)
         prior = Prior.load(folder)
         tokenizer = prior.load_tokenizer(folder / "tokenizer")
@@ -115,14 +112,12 @@ class Generator:
         conditions: Conditions | None = None,
         **settings: Any,
     ) -> Samples:
-        """Draw images 0..n-1 of the endless series of this seed.
+        """Draw images 0..n-1 of the endless series of this seed. Raises `UsageError` for what does not fit.
 
         Args:
             classes: names or indices, given to the images in turn; by default every class.
             conditions: values of further parts of the prefix, given to the images in turn.
             settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
-
-        Raises `UsageError` for a class or a setting that does not fit.
         """
         if n < 0:
             raise UsageError(f"--n: found {n}, expected at least 0")
@@ -142,14 +137,14 @@ class Generator:
     ) -> Samples:
         """Draw a part of images anew, given the codes of the rest that come before it in drawing order.
 
+        Raises `UsageError` for a class, a mask or a setting that does not fit.
+
         Args:
             images: uint8 (C, H, W) or (B, C, H, W), of any size: they are fitted as in training.
             mask_rows: rows of codes, from the bottom, that are drawn.
             n: how many completions, the images in turn; by default one each.
             classes: as in `sample`, but by default none.
             mask: in place of `mask_rows`, bool (h, w) or (B, h, w) on the grid of codes, True where they are drawn.
-
-        Raises `UsageError` for a class or a setting that does not fit.
         """
         codes, (rows, columns) = self.encode(images), self.tokenizer.grid
         if (mask_rows is None) == (mask is None):
@@ -229,8 +224,6 @@ class Generator:
             batch_size: images drawn at once.
             on_token: called with the tokens (b,) of each position as they are drawn, e.g. for a progress bar.
             known: codes that are given, not drawn.
-
-        Raises `UsageError` for a condition that the model does not know.
         """
         indices, settings = list(indices), settings or SamplingSettings()
         chosen = self.conditioning.conditions(conditions)

@@ -12,16 +12,12 @@ from vqgen.prior.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a series of images, per position; image i goes by row i % m.
-
-    Attributes:
-        codes: int64 (m, h, w[, depth]); where `mask` is False any value.
-        mask: bool (m, h, w), True where the codes are known.
-        vocabulary: of the prior that draws the others.
-    """
+    """What is known of a series of images, per position; image i goes by row i % m."""
 
     codes: Tensor
+    """int64 (m, h, w[, depth]); where `mask` is False any value."""
     mask: Tensor
+    """bool (m, h, w), True where the codes are known."""
     vocabulary: Vocabulary
 
     def __len__(self) -> int:

@@ -53,14 +53,9 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a token a row by inverse transform sampling.
+    """Draw a token a row by inverse transform sampling: ids int64 (B,), each of positive probability.
 
-    Args:
-        logits: (B, V); at least one finite a row.
-        uniforms: float64 (B,) in [0, 1), one a row.
-
-    Returns:
-        Token ids int64 (B,), each of positive probability.
+    Each row of logits (B, V) has a finite one; uniforms are float64 (B,) in [0, 1).
     """
     # Summed in float64: in float32 the target can round up to the total and pass every token.
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -69,19 +64,10 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:
-    """Choose one token a row by temperature, top-k, top-p and min-p.
-
-    Args:
-        logits: (B, V) float32, after guidance.
-        uniforms: float64 (B,) in [0, 1).
-
-    Returns:
-        Token ids int64 (B,).
-    """
+    """Choose one token a row, int64 (B,), of logits (B, V) after guidance by all filters and uniforms (B,)."""
     if settings.temperature == 0:
         return logits.argmax(-1)
     if settings.temperature != 1:
         logits = apply_temperature(logits, settings.temperature)
-    logits = keep_top_k(logits, settings.top_k)
-    logits = keep_top_p(logits, settings.top_p)
+    logits = keep_top_p(keep_top_k(logits, settings.top_k), settings.top_p)
     return draw(keep_min_p(logits, settings.min_p), uniforms)

@@ -23,16 +23,12 @@ MAY_DIFFER = ("n", "former", "version", "model", "init_images", "images", "grid"
 
 @dataclass(frozen=True)
 class Names:
-    """File names of a series.
-
-    Attributes:
-        layout: flat = 00000.png; folders = images/cat/00000.png, a folder of labelled images; labels = 00000-cat.png.
-        labels: the classes that the series goes through in turn.
-        class_names: of all classes; without them a class is named by its index.
-    """
+    """File names of a series."""
 
     layout: Layout
+    """flat = 00000.png; folders = images/cat/00000.png, a folder of labelled images; labels = 00000-cat.png."""
     labels: Sequence[int]
+    """The classes that the series goes through in turn."""
     class_names: Sequence[str] | None
 
     def label(self, index: int) -> int:

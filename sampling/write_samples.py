@@ -56,7 +56,7 @@ def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
     rows = generator.tokenizer.grid[0]
     kept = rows // 2 if config.keep_rows is None else config.keep_rows
     if not 0 < kept < rows:
-        raise UsageError(f"--keep-rows: found {kept}, expected 1 to {rows - 1}: an image has {rows} rows of codes")
+        raise UsageError(f"--keep-rows: found {kept}, but an image has {rows} rows of codes; keep 1 to {rows - 1}")
     channels = generator.tokenizer.config.channels
     codes = torch.cat([generator.encode(read_image(path, channels)) for path in paths])
     mask = torch.zeros(codes.shape[:3], dtype=torch.bool)
