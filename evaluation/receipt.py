@@ -68,11 +68,14 @@ def without_classifier(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> list[str]:
-    """Describe what differs: counts and fingerprints must be equal, metrics within a relative `tolerance`."""
+    """Describe what differs: counts and fingerprints must be equal, metrics of `former` within a relative `tolerance`.
+
+    Metrics that `former` lacks are no difference: a later version added them.
+    """
     found = []
     for part in COMPARED:
         old, new = dict(flatten(former[part])), dict(flatten(now[part]))
-        for key in dict.fromkeys([*old, *new]):
+        for key in old if part == "metrics" else dict.fromkeys([*old, *new]):
             one, two = old.get(key), new.get(key)
             same = one == two
             if part == "metrics" and isinstance(one, (int, float)) and isinstance(two, (int, float)):
@@ -116,8 +119,10 @@ def _replay(path: Path, config: ReplayConfig) -> str:
     if differs := differences(former, now, config.tolerance):
         return f"{path} does not come out the same: {'; '.join(differs)}{elsewhere}"
     if rank_and_world()[0] == 0:
-        count = len(dict(flatten(now["metrics"])))
-        print(f"same: {count} metrics within {config.tolerance:g} of {path}{elsewhere}", flush=True)
+        compared, measured = (dict(flatten(side["metrics"])) for side in (former, now))
+        new = ", ".join(key for key in measured if key not in compared)
+        added = f"; new, not in the receipt: {new}" if new else ""
+        print(f"same: {len(compared)} metrics within {config.tolerance:g} of {path}{added}{elsewhere}", flush=True)
     return ""
 
 

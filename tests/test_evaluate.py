@@ -716,6 +716,20 @@ def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, dra
         result = cli(evaluate.main, "replay", tmp_path / "changed.json")
         assert result.code == 1 and part in result.err and "does not come out the same" in result.err
         assert len(result.err.strip().splitlines()) == 1
+    # A metric that the receipt lacks came later; one that is measured no more is a difference.
+    for drop in (True, False):
+        found = receipt(path)
+        if drop:
+            del found["metrics"]["kd-vgg16"]
+        else:
+            found["metrics"]["former"] = 1.0
+        (tmp_path / "changed.json").write_text(json.dumps(found))
+        result = cli(evaluate.main, "replay", tmp_path / "changed.json")
+        if drop:
+            assert result.code == 0 and result.out.startswith("same: 6 metrics"), result.err
+            assert "new, not in the receipt: kd-vgg16" in result.out
+        else:
+            assert result.code == 1 and "metrics.former 1.0, now None" in result.err
     write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "moved" / "00003.png"))
     result = cli(evaluate.main, "replay", path, *elsewhere)
     assert result.code == 1 and "fingerprints.samples" in result.err and "metrics.fd-vgg16" in result.err
