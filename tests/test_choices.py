@@ -105,7 +105,7 @@ def test_the_selector_decides_the_dataclass(words: str, expected: Any) -> None:
     ("words", "facts"),
     [
         ("--levels 4 4", ("--levels: ", "--code-kind rounded", "found --code-kind lookup")),
-        ("--code-kind rounded --decay 0.5", ("--decay: ", "lookup and stacked", "found --code-kind rounded")),
+        ("--code-kind rounded --decay 0.5", ("--decay: ", "lookup or stacked", "found --code-kind rounded")),
         ("--code-kind round", ("--code-kind: found round, expected lookup | rounded | stacked",)),
         ("--code-kind rounded --level 4", ("unknown option --level", "--levels")),
         ("--code-kind rounded --levels 1", ("--levels: found [1]",)),
@@ -218,7 +218,46 @@ def test_help_lists_the_kinds_and_the_options_of_each() -> None:
     assert "rounded  Rounding to levels." in text
     assert "--levels INT ...  (only rounded; default 8 5)" in text
     assert "--decay NUMBER  (only lookup, stacked; default 0.99)" in text
-    assert "--size INT  (at least 1; default 8)" in text
+
+
+def test_help_shows_an_option_as_each_kind_declares_it() -> None:
+    text = " ".join(help_text("vqgen-x", "Do.", Program, everything=True).split())
+    assert "--size INT (only lookup; at least 1; default 8) How many codes. --size" in text
+    assert "--size INT (only rounded; at least 1; default 16) How many codes, about. --size" in text
+    assert "--size INT (only stacked; at least 1; default 4) How many codes at each depth. --decay" in text
+    assert text.count("--decay NUMBER") == 1  # two kinds declare it alike
+
+
+def test_sections_that_share_an_option_name_are_an_error_of_the_program() -> None:
+    @dataclass
+    class Deep(Options):
+        """A section with the name of an option that one kind has."""
+
+        depth: Count = 3
+        """Layers."""
+
+    @dataclass
+    class Clash(Program):
+        """A program with both."""
+
+        network: Deep = field(default_factory=Deep)
+        """Network."""
+
+    with pytest.raises(ValueError, match=r"^--depth .*Stacked \(code\.depth\) and Deep \(network\.depth\)"):
+        parse(Clash, ["--output", "o"])
+
+
+def test_a_literal_of_a_description_is_checked() -> None:
+    @dataclass
+    class Fitted:
+        """A description with a literal."""
+
+        fit: Literal["crop", "pad"] = "crop"
+        """How images are fitted."""
+
+    assert from_dict(Fitted, {"fit": "pad"}, "vqgen.json").fit == "pad"
+    message = refusal(from_dict, Fitted, {"fit": "stretch"}, "vqgen.json")
+    assert message.startswith("vqgen.json: fit: found 'stretch', expected crop | pad")
 
 
 def test_a_default_of_another_kind_than_the_first(tmp_path: Path) -> None:

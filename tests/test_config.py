@@ -386,10 +386,10 @@ def test_an_option_on_the_line_that_equals_the_default_still_wins(tmp_path: Path
 
 
 def test_presets_are_found_by_name_and_files_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refusal(example, "--config", "no-such-preset")
-    assert message.startswith("--config: no file and no preset 'no-such-preset'; presets: ")
-    for preset in ROOT.joinpath("configs").glob("*.yaml"):
-        assert preset.stem in message
+    presets = sorted(file.stem for file in ROOT.joinpath("configs").glob("*.yaml"))
+    message = refusal(example, "--config", presets[-1] + "x")
+    assert message.startswith(f"--config: no file and no preset '{presets[-1]}x'; closest presets: {presets[-1]}, ")
+    assert message.endswith(f"(of {len(presets)} in configs/)") and len(message) < 200
     assert refusal(example, "--config", "none.yaml") == "--config: none.yaml does not exist"
     (tmp_path / "folder.yaml").mkdir()
     assert refusal(example, "--config", str(tmp_path / "folder.yaml")).startswith(f"--config: {tmp_path}")

@@ -23,7 +23,7 @@ from . import __version__
 from .config_layers import merged, read_arguments, read_file, was_removed
 from .errors import UsageError, UserError
 from .files import write_text
-from .option_types import YamlDumper
+from .option_types import YamlDumper, type_name
 from .options import choice_of, is_section, key_of, options
 
 C = TypeVar("C")
@@ -96,7 +96,11 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             keys = {name: set(map(key_of, dataclasses.fields(cls))) for name, cls in choice.kinds.items()}
             unused = {choice.selector}.union(*keys.values()) - keys[kind]  # version 0.1 wrote options of every kind
             value = {k: v for k, v in value.items() if k not in unused}
-        given[fields[key].name] = from_dict(section, value, where) if is_section(section) else value
+        if is_section(section):
+            value = from_dict(section, value, where)
+        elif typing.get_origin(section) is typing.Literal and value not in typing.get_args(section):
+            raise UserError(f"{where}: {key}: found {value!r}, expected {type_name(section)}; {other}")
+        given[fields[key].name] = value
     try:
         return config(**given)
     except TypeError as error:

@@ -50,7 +50,9 @@ def find_preset(name: str) -> tuple[str, str]:
     if preset := presets.get(f"{name}.yaml"):
         return preset.name, preset.read_text(encoding="utf-8")
     known = sorted(file[:-5] for file in presets if file.endswith(".yaml"))
-    raise UsageError(f"--config: no file and no preset {name!r}; presets: {', '.join(known)}")
+    closest = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0))
+    among = f"closest presets: {closest} (of {len(known)} in configs/)"
+    raise UsageError(f"--config: no file and no preset {name!r}; {among}")
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def merged(config: type, layers: Sequence[Layer]) -> dict[str, Any]:
             elif not layer.written_by_us:
                 choice = typing.cast(Choice, option.choice)
                 flag, found = option_name(choice.selector), selected.get(choice.selector, choice.default)
-                only = f"only {flag} {' and '.join(option.kinds)} has this option"
+                *first, last = option.kinds
+                only = f"only {flag} {', '.join(first)}{' or ' if first else ''}{last} has this option"
                 raise UsageError(f"{where}: {only}, found {flag} {found}; leave it out")
     return values

@@ -28,7 +28,7 @@ def help_text(program: str, description: str, config: type, everything: bool = F
         lines += ["", "options:"]
         of_name = {option.name: option for option in known}
         for name in common:
-            lines += _entry(of_name[name])
+            lines += _entries(of_name[name])
         hidden = len(known) - len(common)
         lines += ["", f"--help-all shows {hidden} more options." if hidden else ""]
     section: tuple[str, ...] | None = None
@@ -36,10 +36,20 @@ def help_text(program: str, description: str, config: type, everything: bool = F
         if option.path[:-1] != section:
             section = option.path[:-1]
             lines += ["", f"{'.'.join(section) or 'options'}:"]
-        lines += _entry(option)
+        lines += _entries(option)
     lines += ["", "anywhere:", "  --config FILE or preset name; the later of several wins, options over all"]
     lines += ["  --help, --help-all", "  --version"]
     return "\n".join(lines)
+
+
+def _entries(option: Option) -> Iterator[str]:
+    """The lines of an option, once for each of the ways in which kinds of a choice declare it."""
+    alike: dict[tuple[str, ...], list[Option]] = {}
+    for each in option.variants or (option,):
+        alike.setdefault((_syntax(each), str(each.ranges), _default(each), each.help), []).append(each)
+    for same in alike.values():
+        kinds = {kind for each in same for kind in each.kinds}
+        yield from _entry(dataclasses.replace(same[0], kinds=tuple(kind for kind in option.kinds if kind in kinds)))
 
 
 def _entry(option: Option) -> Iterator[str]:

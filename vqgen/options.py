@@ -138,6 +138,8 @@ class Option:
     """The choice that it belongs to."""
     kinds: tuple[str, ...] = ()
     """Kinds of the choice that have it; all of them for the selector."""
+    variants: tuple["Option", ...] = ()
+    """The option as each of these kinds declares it; `kinds` of each is that kind."""
     available: bool = True
     """Whether the selected kind has it."""
 
@@ -175,17 +177,28 @@ def field_docs(config: type) -> dict[str, str]:
     return found
 
 
-def options(
-    config: type, selected: Mapping[str, Any] | None = None, path: Place = (), defaults: Any = dataclasses.MISSING
-) -> Iterator[Option]:
+def options(config: type, selected: Mapping[str, Any] | None = None) -> list[Option]:
     """List every option of a configuration, in order, sections flattened.
 
     Args:
         selected: selector -> kind, for choices that are not at their default. Options of the other kinds are listed
             too, as not available; an option of several kinds is listed once, as the selected kind declares it.
-        path: the section that `config` is.
-        defaults: an instance of `config` whose values replace the defaults of the class.
+
+    Raises `ValueError` where two sections have an option of the same name: the command line could not tell which.
     """
+    found: dict[str, Option] = {}
+    for option in _options(config, selected or {}):
+        other = found.setdefault(option.name, option)
+        if other is not option:
+            places = (f"{each.owner.__name__} ({'.'.join(each.path)})" for each in (other, option))
+            raise ValueError(f"{option.flag} is an option of both {' and '.join(places)}; rename one of them")
+    return list(found.values())
+
+
+def _options(
+    config: type, selected: Mapping[str, Any], path: Place = (), defaults: Any = dataclasses.MISSING
+) -> Iterator[Option]:
+    """Options of the section `config` at `path`; values of the instance `defaults` replace those of the class."""
     hints, plain = _hints(config), typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -196,9 +209,9 @@ def options(
             every = tuple(declared.kinds)
             place, hint = (*here, declared.selector), Literal[every]  # type: ignore[valid-type]
             yield Option(config, field.name, place, hint, default.kind, choice=declared, kinds=every)
-            yield from _options_of_kinds(declared, here, default, selected or {})
+            yield from _options_of_kinds(declared, here, default, selected)
         elif is_section(hint):
-            yield from options(hint, selected, here, default)
+            yield from _options(hint, selected, here, default)
         else:
             ranges = tuple(ranges_of(hints[field.name]))
             yield Option(config, field.name, here, hint, default, ranges, field.metadata.get("positional", ""))
@@ -208,11 +221,11 @@ def _options_of_kinds(declared: Choice, path: Place, default: Any, selected: Map
     """Options of the selected kind of a choice, then those that only other kinds have."""
     kind = selected.get(declared.selector, default.kind)
     kind = kind if kind in declared.kinds else default.kind  # the type check names a kind that does not exist
-    found: dict[Place, list[tuple[str, Option]]] = {}  # kind and option; the first is listed
+    found: dict[Place, list[Option]] = {}  # one a kind; the first is listed
     for name in sorted(declared.kinds, key=lambda name: name != kind):
         defaults = default if name == default.kind else dataclasses.MISSING
-        for option in options(declared.kinds[name], selected, path, defaults):
-            found.setdefault(option.path, []).append((name, option))
+        for option in _options(declared.kinds[name], selected, path, defaults):
+            found.setdefault(option.path, []).append(dataclasses.replace(option, choice=declared, kinds=(name,)))
     for same in found.values():
-        kinds = tuple(sorted((name for name, _ in same), key=list(declared.kinds).index))
-        yield dataclasses.replace(same[0][1], choice=declared, kinds=kinds, available=kind in kinds)
+        kinds = tuple(sorted((each.kinds[0] for each in same), key=list(declared.kinds).index))
+        yield dataclasses.replace(same[0], kinds=kinds, variants=tuple(same), available=kind in kinds)
