@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.toy_network import StridedConfig
 
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig, register
 from vqgen.tokenizer.train import TokenizerTraining, main
 from vqgen.tokenizer.trainer import TokenizerTrainer, build
 
@@ -69,6 +71,16 @@ def test_other_sizes_are_refused_by_the_first_that_differs(source: Path, tmp_pat
     result = cli(main, *words)
     assert result.code == 1
     assert f"--init: {source} has decoder.last.weight as (1, 8, 3, 3), this run has (1, 16, 3, 3)" in result.err
+
+
+def test_another_network_is_refused_by_name(source: Path, tmp_path: Path, cli, monkeypatch) -> None:
+    monkeypatch.setitem(NETWORKS, "strided", NetworkConfig)
+    register("strided", "helpers.toy_network")(StridedConfig)
+    words = "--data demo --channels 1 --size 16 16 --latent-dim 6 --network strided --steps 2".split()
+    result = cli(main, *words, *SHORT, "--init", source, "--output", tmp_path / "run")
+    assert result.code == 1
+    assert f"--init: {source} has --network vqgan, this run has --network strided" in result.err
+    assert len([line for line in result.err.splitlines() if "--init" in line]) == 1
 
 
 def test_a_resumed_run_keeps_what_it_learned(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
-from vqgen.tokenizer.quantizers.base import Quantizer
+from vqgen.tokenizer.quantizers.base import QuantizedVectors, Quantizer
+from vqgen.tokenizer.quantizers.options import SimVQConfig
 from vqgen.tokenizer.quantizers.product import ProductQuantizer
 from vqgen.tokenizer.quantizers.residual import ResidualQuantizer
 from vqgen.tokenizer.quantizers.simvq import SimVQ
@@ -249,6 +251,26 @@ def test_impossible_options_are_named(option: str, options: dict[str, Any]) -> N
     with pytest.raises(UsageError, match=f"^--{option}: ") as caught:
         quantizer_options(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_too_many_codes_name_the_option_that_sets_them() -> None:
+    for option, options in (
+        ("codebook-size", {"codebook_size": 2**25}),
+        ("levels", {"quantizer": "fsq", "levels": [1000] * 3}),
+    ):
+        with pytest.raises(UsageError, match=f"^--{option}: found .* codes, expected at most 2\\^24$"):
+            quantizer_options(**options)
+
+
+def test_counts_of_a_wrong_shape_are_named() -> None:
+    class Flat(SimVQ):
+        def quantize(self, flat: torch.Tensor) -> QuantizedVectors:
+            found = super().quantize(flat)
+            return replace(found, counts=found.counts[0])
+
+    quantizer = Flat(6, SimVQConfig(codebook_size=64, code_dim=4))
+    with pytest.raises(ValueError, match=r"^Flat: counts have shape \(64,\), expected .* \(1, 64\)$"):
+        quantizer(latents(1, 6, 2, 2))
 
 
 def test_a_kind_has_only_its_own_options(cli: Any) -> None:

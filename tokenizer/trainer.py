@@ -100,8 +100,11 @@ class TokenizerTrainer:
 
     def _load_weights(self, folder: Path) -> bool:
         """Load the weights of another tokenizer; return False where its quantizer has other sizes and was left out."""
-        given = Tokenizer.load(folder).state_dict()
-        own = self.tokenizer.state_dict()
+        other = Tokenizer.load(folder)
+        theirs, ours = other.config.model.kind, self.tokenizer.config.model.kind
+        if theirs != ours:
+            raise UserError(f"--init: {folder} has --network {theirs}, this run has --network {ours}; use the same")
+        given, own = other.state_dict(), self.tokenizer.state_dict()
         parts = {key: key.partition(".")[0] for key in {**own, **given}}
         different = [k for k in sorted(parts) if k not in own or k not in given or own[k].shape != given[k].shape]
         for key in different:

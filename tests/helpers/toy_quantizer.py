@@ -1,7 +1,7 @@
 """A further quantizer: each dimension rounded to 0 or 1."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from vqgen.tokenizer.quantizers.search import histogram
 @dataclass
 class BinaryConfig(QuantizerConfig):
     """Binary rounding."""
+
+    codes_option: ClassVar[str] = "--bits"
 
     bits: Annotated[int, Range(least=1, most=16)] = 4
     """Dimensions, each rounded to 0 or 1."""

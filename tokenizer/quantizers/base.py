@@ -117,6 +117,9 @@ class Quantizer(nn.Module):
         """Quantize latents (B, D, h, w); in training mode also update the codebook."""
         with torch.autocast(z.device.type, enabled=False):
             result = self.quantize(self.vectors(z))
+            found, expected = tuple(result.counts.shape), (self.depth, self.codebook_size)
+            if found != expected:
+                raise ValueError(f"{type(self).__name__}: counts have shape {found}, expected (depth, K) = {expected}")
             z_q = self.project_out(self._grid(result.vectors, z.shape)).to(z.dtype)
         stats = {**_histogram_stats(result.counts), **result.stats}
         return Quantized(z_q, self._codes(result.codes, z.shape), result.loss, stats)

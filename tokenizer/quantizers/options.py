@@ -22,6 +22,8 @@ class QuantizerConfig(Options):
     builder: ClassVar[str]
     fixed_codes: ClassVar[bool] = False
     """Whether codes exist without data, so that no codebook can be too large for the images."""
+    codes_option: ClassVar[str] = "--codebook-size"
+    """The option that determines `codes`, for errors."""
 
     codebook_size: Annotated[int, Range(least=2)] = 1024
     """Number of codes K of each codebook; a power of two for lfq; fsq takes the levels nearest to it."""
@@ -29,7 +31,7 @@ class QuantizerConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.codes > 2**24:
-            raise UsageError(f"--codebook-size (for fsq: --levels): found {self.codes} codes, expected at most 2^24")
+            raise UsageError(f"{self.codes_option}: found {self.codes} codes, expected at most 2^24")
 
     @property
     def codes(self) -> int:
@@ -43,7 +45,7 @@ class QuantizerConfig(Options):
 
     def collapse_remedy(self) -> str:
         """Return what helps against a collapse of the codebook and is not done yet."""
-        return "use a smaller --codebook-size"
+        return f"use a smaller {self.codes_option}"
 
 
 QUANTIZERS: dict[str, type[QuantizerConfig]] = {}
@@ -140,7 +142,7 @@ class CodebookConfig(GradientEstimator, Commitment, CodeDim, QuantizerConfig):
 
     def collapse_remedy(self) -> str:
         missing = [option for option, wanted in self.missing_remedies().items() if wanted]
-        smaller = "a smaller --codebook-size"
+        smaller = f"a smaller {self.codes_option}"
         return (
             f"use {' '.join(missing)}, or {smaller}"
             if missing
@@ -204,6 +206,7 @@ class FSQConfig(QuantizerConfig):
     """Rounding to a grid of levels (Mentzer et al. 2023)."""
 
     fixed_codes: ClassVar[bool] = True
+    codes_option: ClassVar[str] = "--levels"
 
     levels: list[Annotated[int, Range(least=3, most=1000)]] = field(default_factory=list)
     """Levels of each dimension; empty = those of the paper nearest to --codebook-size."""
