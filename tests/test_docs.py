@@ -142,6 +142,14 @@ def test_python_of_code_blocks_parses(path: Path) -> None:
             ast.parse(content)
 
 
+def test_tests_that_the_guide_to_extending_names_exist() -> None:
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\|.*\| `(test_\w+)` \|$", text, re.MULTILINE)
+    source = (ROOT / "tests/test_extending.py").read_text(encoding="utf-8")
+    assert len(named) == 5
+    assert [name for name in named if f"\ndef {name}(" not in source] == []
+
+
 def test_every_program_and_preset_is_documented(project: dict[str, Any]) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in project["project"]["scripts"] if f"| `{name}` |" not in readme] == []
