@@ -80,7 +80,10 @@ class Part(ABC):
 
     @abstractmethod
     def parse(self, given: Any) -> list[Any]:
-        """Values from what was given on the command line or in Python. Raises `UsageError`."""
+        """Values from what was given on the command line or in Python. Raises `UsageError`.
+
+        Values are JSON-able: numbers, strings or lists, not tuples. Values and `ABSENT` are parsed to themselves.
+        """
 
     def legend(self) -> str:
         """The meaning of the ids, for the model card."""
@@ -156,15 +159,11 @@ class Classes(Part):
         return list(range(self.count)) or [ABSENT]
 
     def parse(self, given: Any) -> list[int]:
-        """Labels of classes by name or index: numbers are indices, words names first; None = every class in turn."""
-        if given is None:
-            return self.default()
+        """Labels of classes by name or index: numbers are indices, words names first."""
         single = isinstance(given, str) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
         found: list[int] = []
         for each in [given] if single else given:
             found += self._find(each) if isinstance(each, str) else [operator.index(each)]
-        if not found:
-            raise UsageError("--class: found no class; name at least one")
         return found
 
     def _find(self, word: str) -> list[int]:
@@ -276,17 +275,22 @@ class Conditioning:
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
-    def conditions(self, given: Conditions | None = None) -> dict[str, list[Any]]:
-        """The values of every part, defaults where none are given. Raises `UsageError` for unknown ones."""
-        given = given or {}
+    def conditions(self, given: Mapping[str, Any] | None = None, absent: bool = False) -> dict[str, list[Any]]:
+        """The values of every part from those given by name, parsed or not. Raises `UsageError`.
+
+        A part that is not given, or is None, has its default values, or none where `absent` is set.
+        """
+        given = {name: values for name, values in (given or {}).items() if values is not None}
         for name in given:
             if name not in [part.name for part in self.parts]:
                 raise UsageError(f"--{name}: the model has no such condition; leave it out")
-            if not len(given[name]):
-                raise ValueError(f"no values for the condition {name}; give at least one, or leave it out for all")
-        found = {part.name: list(given.get(part.name, part.default())) for part in self.parts}
+        found: dict[str, list[Any]] = {}
         for part in self.parts:
-            part.of_values(found[part.name])  # raises for values that the model does not know
+            default = [ABSENT] if absent else part.default()
+            values = found[part.name] = part.parse(given[part.name]) if part.name in given else default
+            if not values:
+                raise UsageError(f"--{part.name}: found no values; give at least one, or leave it out")
+            part.of_values(values)  # raises for values that the model does not know
         return found
 
     @staticmethod
@@ -308,7 +312,8 @@ class Conditioning:
             options = ", ".join(f"--{part.name}" for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
         if not any(part.dropout for part in informative):
-            trained = f"the prior was trained with {informative[-1].dropout_option} 0, always with its condition"
+            options = ", ".join(f"{part.dropout_option or f'dropout of {part.name}'} 0" for part in informative)
+            trained = f"the prior was trained with {options}, always with its condition"
             raise UsageError(f"{option} {trained}; leave it at its default")
 
     @property

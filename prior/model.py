@@ -17,6 +17,7 @@ from vqgen.tokenizer.model import Tokenizer
 
 from .conditioning import Conditioning
 from .options import PriorConfig
+from .orders import ORDERS
 from .vocabulary import Vocabulary
 
 
@@ -136,9 +137,15 @@ class Prior(nn.Module):
         self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
         self.write_config(folder / "config.json")
+        self.fingerprint = save_artifact(folder, "prior", self.description, self.backbone.state_dict())
+        return self.fingerprint
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `vqgen.json` holds besides kind, version and fingerprint."""
         # Priors in raster order keep the description of version 0.1.
         options = {name: value for name, value in vars(self.config).items() if (name, value) != ("order", "raster")}
-        description = {
+        return {
             "prior": options,
             "codebook_size": self.vocabulary.codebook_size,
             "depth": self.vocabulary.depth,
@@ -147,8 +154,6 @@ class Prior(nn.Module):
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             **self.conditioning.describe(),
         }
-        self.fingerprint = save_artifact(folder, "prior", description, self.backbone.state_dict())
-        return self.fingerprint
 
     def write_config(self, path: Path) -> None:
         """Write the configuration of the backbone, as transformers reads it."""
@@ -160,16 +165,22 @@ class Prior(nn.Module):
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
         """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
         folder = Path(folder)
-        artifact = load_artifact(folder, "prior")
+        artifact, path = load_artifact(folder, "prior"), folder / "vqgen.json"
         about = artifact.description
         try:
             _check_description(about)
-            config = from_dict(PriorConfig, about["prior"], str(folder / "vqgen.json"))
+            if (order := dict(about["prior"]).get("order", "raster")) not in ORDERS:
+                text = f"has the order {order!r}, this installation knows {', '.join(ORDERS)}"
+                raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
+            config = from_dict(PriorConfig, about["prior"], str(path))
             vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), config.order)
             conditioning = Conditioning.from_description(vocabulary, about)
             prior = cls(config, conditioning, tuple(about["image_shape"]), about["tokenizer_fingerprint"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}/vqgen.json does not describe a prior ({error!r}); restore the file") from error
+            raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
+        if unknown := sorted(set(about) - set(prior.description)):
+            text = f"has {', '.join(map(repr, unknown))}, which this installation does not know"
+            raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
         _compare(folder / "config.json", prior.backbone.config)
         try:
             prior.backbone.load_state_dict(artifact.tensors)

@@ -20,6 +20,12 @@ class Vocabulary:
     order: str = "raster"
     """Name in `ORDERS`."""
 
+    def __post_init__(self) -> None:
+        count = self.grid[0] * self.grid[1]
+        if self.order != "raster" and sorted(ORDERS[self.order](*self.grid)) != list(range(count)):
+            text = f"order {self.order!r} of a {self.grid[0]}x{self.grid[1]} grid is no permutation of 0 to {count - 1}"
+            raise UserError(f"prior/orders.py: {text}; correct its function")
+
     @property
     def length(self) -> int:
         """Code tokens an image."""

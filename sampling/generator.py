@@ -1,7 +1,7 @@
 """A prior's model folder as one object that draws images: conditions to codes to pixels."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from vqgen.devices import find_device, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
-from vqgen.prior.conditioning import ABSENT, Conditions
+from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
@@ -109,19 +109,19 @@ class Generator:
         classes: Classes = None,
         seed: int = 0,
         batch_size: int = 64,
-        conditions: Conditions | None = None,
+        conditions: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images 0..n-1 of the endless series of this seed. Raises `UsageError` for what does not fit.
 
         Args:
             classes: names or indices, given to the images in turn; by default every class.
-            conditions: values of further parts of the prefix, given to the images in turn.
+            conditions: values by name of the part, given to the images in turn, as {"class": "cat"}.
             settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
         """
         if n < 0:
             raise UsageError(f"--n: found {n}, expected at least 0")
-        chosen = {**(conditions or {}), "class": self.conditioning.classes.parse(classes)}
+        chosen = self._conditions(classes, conditions)
         return self.draw(range(n), chosen, SamplingSettings(**settings), seed, batch_size)
 
     def complete(
@@ -133,6 +133,7 @@ class Generator:
         seed: int = 0,
         batch_size: int = 64,
         mask: Tensor | None = None,
+        conditions: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw a part of images anew, given the codes of the rest that come before it in drawing order.
@@ -145,6 +146,7 @@ class Generator:
             n: how many completions, the images in turn; by default one each.
             classes: as in `sample`, but by default none.
             mask: in place of `mask_rows`, bool (h, w) or (B, h, w) on the grid of codes, True where they are drawn.
+            conditions: as in `sample`, but by default none.
         """
         codes, (rows, columns) = self.encode(images), self.tokenizer.grid
         if (mask_rows is None) == (mask is None):
@@ -158,24 +160,36 @@ class Generator:
             wanted = f"bool {(rows, columns)}, or one for each of {len(codes)} images"
             raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
         known = Known(codes, ~mask.cpu().expand(len(codes), rows, columns), self.vocabulary)
-        chosen = {"class": [ABSENT] if classes is None else self.conditioning.classes.parse(classes)}
+        chosen = self._conditions(classes, conditions, absent=True)
         indices = range(len(codes) if n is None else n)
         return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size, known=known)
 
-    def log_likelihood(self, images: Tensor, classes: Classes = None) -> Tensor:
+    def _conditions(
+        self, classes: Classes, conditions: Mapping[str, Any] | None, absent: bool = False
+    ) -> dict[str, list[Any]]:
+        """`Conditioning.conditions` with the classes as an argument of their own."""
+        given = dict(conditions or {})
+        if classes is not None and given.get("class") is not None:
+            raise UsageError("classes: conditions has 'class', too; give one of them")
+        return self.conditioning.conditions(given if classes is None else {**given, "class": classes}, absent)
+
+    def log_likelihood(
+        self, images: Tensor, classes: Classes = None, conditions: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """log p of the codes of images (B, C, H, W) or (C, H, W), in nats, float64 (B,), among all ids and in the
         generator's precision: load it with fp32 for exact values.
 
         Args:
             images: uint8, of any size: they are fitted as in training.
             classes: names or indices, one an image or one for all; by default no class.
+            conditions: values by name of the part, one an image or one for all; by default none.
         """
         tokens = self.vocabulary.to_tokens(self.encode(images))
-        labels = [ABSENT] if classes is None else self.conditioning.classes.parse(classes)
-        conditions = self.conditioning.conditions({"class": labels})
-        if len(labels) not in (1, len(tokens)):
-            raise ValueError(f"{len(labels)} classes for {len(tokens)} images")
-        prefixes = self.conditioning.prefixes(conditions, range(len(tokens)))
+        chosen = self._conditions(classes, conditions, absent=True)
+        for name, values in chosen.items():
+            if len(values) not in (1, len(tokens)):
+                raise UsageError(f"{name}: found {len(values)} values for {len(tokens)} images; give one an image")
+        prefixes = self.conditioning.prefixes(chosen, range(len(tokens)))
         return -self.nats(torch.cat([prefixes, tokens], 1))
 
     @torch.inference_mode()

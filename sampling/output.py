@@ -4,6 +4,7 @@ A finished run has samples.json, an unfinished one samples.partial.json. Either 
 is continued where it was interrupted, and no other file is ever replaced or removed.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     folder = samples_folder(output)
     if not folder.present:
         return "new"
+    lists = [output / name for name in (UNFINISHED, FINISHED) if name in folder.present]
+    if not lists:
+        raise UsageError(f"--output: {output} holds other files ({folder.present[0]}); choose another folder")
     own = {path.relative_to(output).as_posix() for path in folder.own_files()}
     written = [*map(names.file, range(about["n"])), GRID, FINISHED, UNFINISHED]
     foreign = [name for name in written if name not in own and (output / name).exists()]
@@ -109,12 +113,8 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
         if foreign:
             raise UsageError(f"--output: {output} holds {foreign[0]}, no sample of a former run; choose another folder")
         return "new"
-    what, advice = f"--output: {output} holds", "choose another folder or add --overwrite"
-    lists = [output / name for name in (UNFINISHED, FINISHED) if name in folder.present]
-    if not lists:
-        raise UsageError(f"{what} other files ({folder.present[0]}); {advice}")
     former, unfinished = read_json(lists[0]), lists[0].name == UNFINISHED
-    differs = _difference(former, about)
+    differs = _difference(former, json.loads(json.dumps(about)))  # JSON turns tuples into lists
     if former.get("former") and not differs:
         return "new"  # it was killed while it removed the images of an earlier run
     if not differs and unfinished and former["n"] > about["n"]:
@@ -122,7 +122,8 @@ def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite
     if differs or foreign:
         run = "a run that did not end" if unfinished else "another run"
         reason = f"({differs})" if differs else f"and {foreign[0]}, which is not of that run"
-        raise UsageError(f"{what} the samples of {run} {reason}; {advice}")
+        text = f"{output} holds the samples of {run} {reason}"
+        raise UsageError(f"--output: {text}; choose another folder or add --overwrite")
     complete = all((output / names.file(index)).is_file() for index in range(about["n"]))
     return "on" if unfinished or former["n"] < about["n"] or not complete else "done"
 

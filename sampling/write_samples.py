@@ -66,11 +66,7 @@ def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
 
 def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions have no condition."""
-    chosen = {name: words for name, words in config.conditions.items() if words}
-    for part in generator.conditioning.parts:
-        given = chosen.get(part.name)
-        chosen[part.name] = [ABSENT] if config.init_image and not given else part.parse(given)
-    return generator.conditioning.conditions(chosen)
+    return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int) -> None:

@@ -12,7 +12,7 @@ from helpers.toy_network import StridedConfig
 from helpers.toy_quantizer import BinaryConfig
 from processes import write_images
 
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
 from vqgen.metric import Metric
@@ -173,7 +173,7 @@ class Brightness(Part):
         return [self.first + value]
 
     def parse(self, given: Any) -> list[Any]:
-        return self.default() if given is None else [int(word) for word in given]
+        return [int(word) for word in given]
 
 
 @dataclass
@@ -216,6 +216,100 @@ def test_another_kind_of_conditioning(cli, tmp_path, monkeypatch):
     assert run_card(tmp_path / "export")["codes"].shape == (4, 2, 3)
 
 
+class Corners(Part):
+    """The first and the last code of an image, as one pair in words such as 3,15."""
+
+    name, length, ids, dropout_option = "corners", 2, 17, "--corners-dropout"
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Corners":
+        return cls()
+
+    @classmethod
+    def from_description(cls, about) -> "Corners | None":
+        return cls() if "corners" in about else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"corners": 16}
+
+    def of_rows(self, rows: Rows) -> torch.Tensor:
+        return self.first + rows.codes.flatten(1)[:, [0, -1]]
+
+    def of_value(self, value: Any) -> list[int]:
+        return [self.first + code for code in value]
+
+    def parse(self, given: Any) -> list[Any]:
+        return [tuple(map(int, each.split(","))) if isinstance(each, str) else each for each in given]
+
+
+@dataclass
+class CornersSampleConfig(SampleConfig):
+    corners: list[str] | None = None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return {**super().conditions, "corners": self.corners}
+
+
+@pytest.fixture
+def with_corners(tmp_path, monkeypatch) -> Path:
+    """A prior with a part of two tokens, hardly trained."""
+    monkeypatch.setattr(conditioning, "PARTS", [Corners, Classes])
+    trained(write_dark_and_light(tmp_path / "codes"), tmp_path / "prior", 2)
+    return tmp_path / "prior"
+
+
+def test_a_part_of_two_tokens(with_corners, tmp_path, monkeypatch):
+    generator = Generator.load(with_corners, "cpu", "fp32")
+    found, part = generator.conditioning, generator.conditioning.parts[0]
+    assert found.length == 3 and part.absent == [part.first + 16] * 2
+    assert found.prefixes(found.conditions({"corners": ["3,15"], "class": "b"}), [0]).tolist() == [
+        [part.first + 3, part.first + 15, found.classes.first + 1]
+    ]
+    # A run whose values become lists in samples.json is continued, and its values are compared.
+    config = CornersSampleConfig(with_corners, n=2, output=tmp_path / "samples", corners=["3,15"], device="cpu")
+    draw_samples(config)
+    config.n = 4
+    draw_samples(config)
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text())["conditions"] == {"corners": [[3, 15]]}
+    config.corners = ["3,14"]
+    with pytest.raises(UsageError, match="the samples of another run"):
+        draw_samples(config)
+    # Another installation names the keys that it does not know.
+    monkeypatch.setattr(conditioning, "PARTS", [Classes])
+    with pytest.raises(UserError, match=r"prior.vqgen\.json has 'corners'"):
+        Generator.load(with_corners, "cpu")
+
+
+def test_conditions_in_python_are_parsed_as_on_the_command_line(with_corners):
+    generator = Generator.load(with_corners, "cpu", "fp32")
+    words, values = {"corners": ["3,15", "0,1"]}, {"corners": [(3, 15), (0, 1)], "class": [1]}
+    drawn = generator.sample(4, "b", conditions=words)
+    for again in (
+        generator.sample(4, conditions={**words, "class": ["b"]}),
+        generator.sample(4, conditions=values),
+        generator.draw(range(4), values),
+        generator.complete(torch.zeros(1, 3, 4, 6, dtype=torch.uint8), 2, 4, "b", conditions=words),
+    ):
+        assert torch.equal(again.nats, drawn.nats) and again.labels.tolist() == [1] * 4
+    images = torch.randint(256, (3, 3, 4, 6), dtype=torch.uint8)
+    nothing = generator.log_likelihood(images)
+    assert torch.equal(nothing, generator.log_likelihood(images, conditions={"corners": [-1], "class": -1}))
+    assert not torch.equal(nothing, generator.log_likelihood(images, conditions={"corners": ["3,15"]}))
+    for call, named in (
+        (lambda: generator.sample(1, "b", conditions={"class": ["a"]}), "class"),
+        (lambda: generator.sample(1, conditions={"corners": []}), "--corners: found no values"),
+        (lambda: generator.complete(images, 1, conditions={"class": []}), "--class: found no values"),
+        (lambda: generator.complete(images, 1, conditions={"colour": [1]}), "--colour"),
+        (lambda: generator.log_likelihood(images, conditions=words), "corners: found 2 values for 3 images"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            call()
+    generator.conditioning.classes.dropout = 0.0
+    with pytest.raises(UsageError, match="--corners-dropout 0, --label-dropout 0"):
+        generator.sample(1, guidance_scale=2.0)
+
+
 def run_card(folder: Path) -> dict[str, Any]:
     """What the program in the model card of a folder computes."""
     program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -246,3 +340,11 @@ def test_another_order_of_drawing(cli, tmp_path, monkeypatch):
     assert cli(export.main, "--model", model, "--output", tmp_path / "export").code == 0
     drawn = run_card(tmp_path / "export")["codes"]
     assert drawn.shape == (4, 2, 3) and (drawn // 4 == drawn[:, :1, :1] // 4).float().mean() > 0.8
+    # What is no permutation is refused, and so is a prior whose order this installation lacks.
+    for wrong in ([0, 3, 1, 4, 2, 2], [0, 1, 2], [1, 2, 3, 4, 5, 6]):
+        monkeypatch.setitem(ORDERS, "columns", lambda h, w, wrong=wrong: wrong)
+        with pytest.raises(UserError, match=r"prior/orders\.py: order 'columns'"):
+            Generator.load(model, "cpu")
+    monkeypatch.delitem(ORDERS, "columns")
+    with pytest.raises(UserError, match=r"prior.vqgen\.json has the order 'columns'"):
+        Generator.load(model, "cpu")

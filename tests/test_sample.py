@@ -147,8 +147,9 @@ def test_labels_are_checked(model):
     generator = Generator.load(model, "cpu")
     with pytest.raises(UsageError, match="--class: found 3, but the model has 3 classes"):
         generator.draw([0], {"class": [3]})
-    with pytest.raises(ValueError, match="no values for the condition class"):
-        generator.draw([0], {"class": []})
+    for call in (lambda: generator.draw([0], {"class": []}), lambda: generator.sample(1, classes=[])):
+        with pytest.raises(UsageError, match="--class: found no values"):
+            call()
     assert generator.draw([]).images.shape == (0, 3, 4, 6)
 
 
@@ -259,7 +260,6 @@ def test_an_unconditional_model(cli, unconditional, tmp_path):
 
 def test_names_come_before_indices():
     assert Classes(3, ["2", "0", "1"]).parse(["2", "1"]) == [0, 2]
-    assert Classes(3, ["2", "0", "1"]).parse(None) == [0, 1, 2]
     classes = Classes(3, ["cats, dogs", "#1", "[a"])
     assert classes.parse(["cats, dogs", "#1", "[a"]) == [0, 1, 2]
     assert classes.parse(["[a,1"]) == [2, 1]
@@ -328,8 +328,11 @@ def test_other_files_are_refused_and_survive(sample, tmp_path):
     (folder / "00001.png").write_bytes(b"a photograph")
     result = sample("--n", 1)
     assert result.code == 2 and "other files (00001.png)" in result.err
-    assert sample("--n", 1, "--overwrite").code == 0
-    assert (folder / "00001.png").read_bytes() == b"a photograph"
+    (folder / "00001.png").rename(folder / "vqgen.json")
+    for words in ([], ["--overwrite"]):
+        result = sample("--n", 1, *words)
+        assert result.code == 2 and "other files (vqgen.json)" in result.err and "--overwrite" not in result.err
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("vqgen.json", b"a photograph")]
 
 
 def test_an_output_that_is_a_file(cli, model, tmp_path):
@@ -701,5 +704,5 @@ def test_likelihood_of_images_is_that_of_a_full_softmax(model):
                 total += (logits[token] - torch.logsumexp(logits, 0)).item()
                 sequence.append(token)
             assert found[i].item() == pytest.approx(total, abs=1e-4)
-    with pytest.raises(ValueError, match="2 classes for 5 images"):
+    with pytest.raises(UsageError, match="class: found 2 values for 5 images"):
         generator.log_likelihood(images, [0, 1])
