@@ -18,9 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vqgen.devices import find_device, matrix_rate, precision_of
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.cached_transformer import CachedTransformer
 from vqgen.sampling.generate import generate, image_uniforms

@@ -10,7 +10,8 @@ from torch import Tensor
 from vqgen.seeding import epoch_slice, step_seed
 from vqgen.tokenizer.codes.format import CodeFiles
 
-from .conditioning import Conditioning, Rows
+from .conditioning import Conditioning
+from .parts import Rows
 
 
 class Sequences:

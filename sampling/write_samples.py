@@ -19,7 +19,8 @@ from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.conditioning import ABSENT, Conditions
+from vqgen.prior.conditioning import Conditions
+from vqgen.prior.parts import ABSENT
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES

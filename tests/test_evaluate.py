@@ -38,9 +38,10 @@ from vqgen.evaluation.extractors import Inception, Vgg16, extract, extractor_for
 from vqgen.evaluation.features import FeatureSets, InceptionScore, Statistics
 from vqgen.evaluation.measurement import SetHash
 from vqgen.evaluation.receipt import flatten, read_receipt
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches

@@ -17,9 +17,9 @@ from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
 from vqgen.metric import Metric
 from vqgen.prior import conditioning, export
-from vqgen.prior.conditioning import Classes, Part, Rows
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.orders import ORDERS
+from vqgen.prior.parts import Classes, Part, Rows
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.train import train as train_prior
 from vqgen.sampling.generator import Generator

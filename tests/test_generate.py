@@ -6,9 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.cached_transformer import CachedTransformer, Linear
 from vqgen.sampling.generate import decode_n, generate, image_uniforms, prefill

@@ -10,9 +10,10 @@ from helpers.quantizers import quantizer_options
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.preview import preview_codes
+from vqgen.prior.parts import Classes
 from vqgen.prior.train import PriorTraining
+from vqgen.prior.trainer import preview_codes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import CodeFiles, code_shape
 from vqgen.tokenizer.model import Tokenizer

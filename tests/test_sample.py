@@ -19,9 +19,10 @@ from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import SHIPPED, Generator, find_model
 from vqgen.sampling.known import Known

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vqgen.prior.conditioning import Classes, Conditioning
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
+from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,

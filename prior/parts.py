@@ -1,0 +1,194 @@
+"""The parts that a prefix may have, each a kind of conditioning with token ids of its own.
+
+Another kind is a subclass of `Part`, listed in `PARTS`; `Conditioning` puts the parts of a prior together.
+"""
+
+import difflib
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError
+from vqgen.tokenizer.codes.format import CodeFiles
+
+from .options import ObjectiveConfig
+
+ABSENT = -1
+"""The value that leaves a part out, as -1 is the label of an image without a class."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images of code files, from which a part takes its ids in training."""
+
+    files: CodeFiles
+    indices: np.ndarray
+    codes: Tensor
+    """int64 (B, h, w[, depth])."""
+
+
+class Part(ABC):
+    """One kind of conditioning: a fixed number of tokens, with token ids of its own."""
+
+    name: ClassVar[str]
+    """Key in conditions."""
+    length: int = 1
+    """Tokens in the prefix."""
+    ids: int
+    """Number of own ids; the last one says that the part is absent."""
+    first: int
+    """The first own id; set by `Conditioning`."""
+    dropout: float = 0.0
+    """Share of the training sequences without this part; at 0 there is no guidance on it."""
+    dropout_option: str = ""
+    """The option that sets it."""
+
+    @classmethod
+    @abstractmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Part | None":
+        """The part of a prior trained on code files; None where it has none."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "Part | None":
+        """The inverse of `describe`. Raises `KeyError`, `TypeError` or `ValueError` for a damaged description."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The keys of this part in `vqgen.json`."""
+
+    @abstractmethod
+    def of_rows(self, rows: Rows) -> Tensor:
+        """Token ids of images in training, (B, length)."""
+
+    @abstractmethod
+    def of_value(self, value: Any) -> list[int]:
+        """Token ids of one value other than `ABSENT`. Raises `UsageError` for one that the prior does not know."""
+
+    @abstractmethod
+    def parse(self, given: Any) -> list[Any]:
+        """Values from what was given on the command line or in Python. Raises `UsageError`.
+
+        Values are JSON-able: numbers, strings or lists, not tuples. Values and `ABSENT` are parsed to themselves.
+        """
+
+    def legend(self) -> str:
+        """The meaning of the ids, for the model card."""
+        return f"{self.first} to {self.first + self.ids - 1} {self.name}"
+
+    @property
+    def informative(self) -> bool:
+        """Whether the part ever says anything; the class part of an unconditional prior does not."""
+        return self.ids > 1
+
+    @property
+    def absent(self) -> list[int]:
+        """Token ids of the part where it is left out."""
+        return [self.first + self.ids - 1] * self.length
+
+    def default(self) -> list[Any]:
+        """Values of a series that asks for nothing."""
+        return [ABSENT]
+
+    def of_values(self, values: Sequence[Any]) -> Tensor:
+        """Token ids (B, length) of values."""
+        found = [self.absent if isinstance(v, int) and v == ABSENT else self.of_value(v) for v in values]
+        return torch.tensor(found, dtype=torch.long).reshape(len(found), self.length)
+
+    def dropped(self, ids: Tensor) -> Tensor:
+        """Token ids (B, length), absent in a random share `dropout` of the rows."""
+        chosen = torch.rand(len(ids), device=ids.device) < self.dropout
+        return torch.where(chosen[:, None], torch.tensor(self.absent, device=ids.device), ids)
+
+
+class Classes(Part):
+    """The class of an image: one id a class, then the null id, the start token of an unconditional prior."""
+
+    name = "class"
+    dropout_option = "--label-dropout"
+
+    def __init__(self, count: int, names: list[str] | None = None, dropout: float = 0.1) -> None:
+        self.count, self.names, self.dropout, self.ids = count, names, dropout, count + 1
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Classes":
+        return cls(len(files.class_names or []), files.class_names, options.label_dropout)
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "Classes":
+        count, names, dropout = about["classes"], about["class_names"], about["label_dropout"]
+        if type(count) is not int or not isinstance(dropout, (int, float)):
+            raise ValueError("classes has to be a whole number, and label_dropout a number")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names have to be a list of names")
+        if names and len(names) != count:
+            raise ValueError(f"{len(names)} class_names for {count} classes")
+        return cls(count, names, dropout)
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": self.count, "class_names": self.names, "label_dropout": self.dropout}
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        return self.of_labels(torch.from_numpy(rows.files.labels[rows.indices]))[:, None]
+
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """Labels (B,), -1 for none -> token ids (B,); null for all where the prior is unconditional."""
+        null = self.absent[0]
+        return torch.where(labels < 0, null, labels + self.first) if self.count else torch.full_like(labels, null)
+
+    def of_value(self, value: Any) -> list[int]:
+        if not 0 <= value < self.count:
+            raise UsageError(f"--class: found {value}, but the model has {self.count} classes")
+        return [self.first + value]
+
+    def default(self) -> list[int]:
+        """Every class in turn."""
+        return list(range(self.count)) or [ABSENT]
+
+    def parse(self, given: Any) -> list[int]:
+        """Labels of classes by name or index: numbers are indices, words names first."""
+        single = isinstance(given, str) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
+        found: list[int] = []
+        for each in [given] if single else given:
+            found += self._find(each) if isinstance(each, str) else [operator.index(each)]
+        return found
+
+    def _find(self, word: str) -> list[int]:
+        """Labels of a name, an index, or several of them with commas between."""
+        if not self.count:
+            raise UsageError(f"--class: found {word}, but the model is unconditional; leave --class out")
+        names, folded = self.names or [], [name.casefold() for name in self.names or []]
+        if word in names:
+            return [names.index(word)]
+        if folded.count(word.casefold()) == 1:
+            return [folded.index(word.casefold())]
+        if re.fullmatch(r"-?\d+", word):
+            if not 0 <= int(word) < self.count:
+                raise UsageError(f"--class: found {word}, expected an index from 0 to {self.count - 1} or a name")
+            return [int(word)]
+        if "," in word.strip(","):
+            return [label for each in word.split(",") for label in self._find(each.strip())]
+        close = difflib.get_close_matches(word.casefold(), folded, n=1)
+        hint = f"give an index from 0 to {self.count - 1}"
+        if close:
+            hint = f"did you mean {names[folded.index(close[0])]!r}?"
+        elif names and self.count <= 20:
+            hint += f" (the classes are {', '.join(names)})"
+        raise UsageError(f"--class: the model knows no class {word!r}; {hint}")
+
+    def legend(self) -> str:
+        null = self.absent[0]
+        listed = ", ".join(f"{self.first + label} {name}" for label, name in enumerate(self.names or []))
+        classes = f"{self.first} to {null - 1} classes{f' ({listed})' if listed else ''}, " if self.count else ""
+        return f"{classes}{null} no class"
+
+
+PARTS: list[type[Part]] = [Classes]
+"""Every kind of conditioning, in the order of the sequence; the class is the last."""
