@@ -272,6 +272,7 @@ def test_underscores_are_read_as_hyphens() -> None:
         ("-n 3", "unexpected argument '-n': options begin with --"),
         ("--stepz 3", "unknown option --stepz; did you mean --steps?"),
         ("--ste 3", "unknown option --ste; did you mean --steps?"),
+        ("--hepl", "unknown option --hepl; did you mean --help?"),
         ("--no-steps", "unknown option --no-steps; did you mean --steps?"),
         ("--zzzzzzz 1", "unknown option --zzzzzzz"),
         ("--steps 0", "--steps: found 0, expected at least 1"),

@@ -121,7 +121,8 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
             bare.append(word)  # as it is: a comma in it is no list
             continue
         if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
-            raise UsageError(f"unknown option {flag}{_suggest(flag, [*known, '--config'])}")
+            every = [*known, "--config", "--help", "--help-all", "--version"]
+            raise UsageError(f"unknown option {flag}{_suggest(flag, every)}")
         option = known.get(flag) or known.get(negated or "")
         if option and option.type is bool:  # `--flip`, `--no-flip`, `--flip=false`
             chosen = checked(bool, value if has_value else True, flag)
