@@ -256,6 +256,11 @@ def test_no_file_is_over_350_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
 
 
+def test_no_folder_has_over_14_source_files() -> None:
+    counts = Counter(name_of(path.parent) for path in SOURCES)
+    assert not {folder: count for folder, count in counts.items() if count > 14}
+
+
 def dangers(tree: ast.AST) -> list[str]:
     """Reading that can run code, and weights loaded by name only where they happen to fit."""
     runs_code = ("pickle", "dill", "shelve", "marshal", "joblib", "cloudpickle")
