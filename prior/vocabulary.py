@@ -1,6 +1,8 @@
 """Token ids of codes, and the order in which the codes of an image stand in a sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -8,6 +10,12 @@ from torch import Tensor
 from vqgen.errors import UserError
 
 from .orders import ORDERS
+
+
+@cache
+def _permutation(order: Callable[[int, int], list[int]], height: int, width: int) -> Tensor:
+    """Raster indices of a grid in the order of drawing; made once, since every training batch needs them."""
+    return torch.tensor(order(height, width))
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,12 @@ class Vocabulary:
         """Values on the grid (B, h, w[, depth]) -> (B, length), in drawing order, depth innermost."""
         if values.shape[1:] != torch.Size(self.shape):
             raise UserError(f"codes have shape {tuple(values.shape[1:])}, this prior was made for {tuple(self.shape)}")
-        order = torch.tensor(ORDERS[self.order](*self.grid), device=values.device)
+        order = _permutation(ORDERS[self.order], *self.grid).to(values.device)
         return values.reshape(len(values), len(order), self.depth)[:, order].flatten(1)
 
     def to_grid(self, values: Tensor) -> Tensor:
         """The inverse of `to_sequence`."""
-        order = torch.tensor(ORDERS[self.order](*self.grid), device=values.device)
+        order = _permutation(ORDERS[self.order], *self.grid).to(values.device)
         values = values.reshape(len(values), len(order), self.depth)[:, order.argsort()]
         return values.reshape(len(values), *self.shape)
 

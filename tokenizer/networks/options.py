@@ -1,5 +1,6 @@
 """Options of the networks: each kind of encoder and decoder by name, and the discriminator's size check."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -9,7 +10,7 @@ from vqgen.options import Count, Fraction, Options
 
 
 @dataclass
-class NetworkConfig(Options):
+class NetworkConfig(Options, ABC):
     """Options that every kind of network has. Add a kind with `register`."""
 
     kind: ClassVar[str]
@@ -19,9 +20,9 @@ class NetworkConfig(Options):
     """Channels between the encoder and the quantizer."""
 
     @property
+    @abstractmethod
     def factor(self) -> int:
         """Downsampling factor: pixels a side of one code."""
-        raise NotImplementedError
 
     @property
     def factor_options(self) -> str:

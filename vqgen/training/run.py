@@ -280,5 +280,7 @@ class Run:
         """The signal received, or 0; several processes agree on it in steps in which they wait for each other."""
         if self.accelerator.num_processes == 1:
             return self._signal
+        if not waits:
+            return 0
         number = torch.tensor([self._signal], device=self.device)
-        return int(cast(Tensor, self.accelerator.gather(number)).max()) if waits else 0
+        return int(cast(Tensor, self.accelerator.gather(number)).max())
