@@ -12,8 +12,8 @@ from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import check_writable
+from vqgen.files.output_folder import OutputFolder
 from vqgen.metric import Metric
-from vqgen.output_folder import OutputFolder
 from vqgen.progress import progress
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig

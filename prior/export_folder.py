@@ -10,7 +10,7 @@ from vqgen import __version__
 from vqgen.artifact import copy_artifact, fingerprint, write_tensors
 from vqgen.errors import UsageError
 from vqgen.files import atomic_path, write_json, write_text
-from vqgen.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder
 
 from .export import ExportConfig
 from .model import Prior

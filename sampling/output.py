@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1

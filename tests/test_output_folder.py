@@ -7,7 +7,7 @@ import pytest
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.training.folder import MACHINE, Session, check_folder, prepare_folder, read_sessions
 

@@ -14,7 +14,7 @@ from vqgen import __version__
 from vqgen.devices import find_device, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import center_crop
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights

@@ -17,7 +17,7 @@ from vqgen.config import values_of
 from vqgen.devices import find_device, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
-from vqgen.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images
 from vqgen.tokenizer.data.options import ImageConfig, Split
 from vqgen.tokenizer.encode import TokenizeConfig

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
+from vqgen.files.output_folder import OutputFolder
 from vqgen.options import Options
-from vqgen.output_folder import OutputFolder
 
 
 @dataclass

@@ -11,8 +11,8 @@ from vqgen import config as configuration
 from vqgen.config_layers import MARK
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
+from vqgen.files.output_folder import OutputFolder
 from vqgen.options import option_name
-from vqgen.output_folder import OutputFolder
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writing of text, JSON and folders. Needs no torch."""
+"""Files that are either complete or absent: atomic writing of text, JSON and folders."""
 
 import json
 import os
@@ -12,11 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import UserError
-
-# The files of a model folder, see `artifact.py`.
-DESCRIPTION = "vqgen.json"
-WEIGHTS = "model.safetensors"
+from vqgen.errors import UserError
 
 
 def _sync(path: Path) -> None:
@@ -101,16 +97,3 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented for people."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `UserError` where the file is missing, unreadable or malformed."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); restore or remove it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object belongs; restore or remove it")
-    return value

@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .errors import UsageError, UserError
-from .files import remove, temporary_of
+from vqgen.errors import UsageError, UserError
+
+from .write import remove, temporary_of
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Input files: regular ones only, bounded, with checked types."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from annotated_types import Ge
+
+from vqgen.errors import UserError
+from vqgen.files import open_regular, read_bytes, read_json, read_record, read_text
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for name in ("fifo", "socket", "dangling", "nothing", "nul\0", "x" * 300, "."):
+        with pytest.raises(OSError):
+            open_regular(tmp_path / name)
+    with pytest.raises(OSError, match="regular"):
+        read_bytes("/dev/zero")
+    assert read_bytes(tmp_path / "link") == b"content"
+    with pytest.raises(OSError, match="7 bytes"):
+        read_bytes(tmp_path / "file", limit=6)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"\xff{}", b'{"a":' * 20_000 + b"1" + b"}" * 20_000, b'{"a": ' + b"9" * 5000 + b"}", b"\0"],
+    ids=["empty", "truncated", "list", "no UTF-8", "deep", "digits", "NUL"],
+)
+def test_malformed_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a\.json"):
+        read_record(tmp_path / "a.json", dict)
+
+
+def test_text_must_be_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("a\r\né".encode())
+    assert read_text(tmp_path / "text") == "a\né"
+    (tmp_path / "text").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="text"):
+        read_text(tmp_path / "text")
+
+
+@dataclass(frozen=True)
+class Part:
+    count: Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True)
+class Whole:
+    parts: dict[str, Part]
+    side: tuple[int, int]
+    rate: float = 1.0
+
+
+def test_a_record_has_exactly_the_types_of_its_fields(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text('{"parts": {"a": {"count": 2}}, "side": [1, 2], "rate": 1, "later": null}')
+    assert read_record(path, Whole) == Whole({"a": Part(2)}, (1, 2))
+    for text, key in [
+        ('{"parts": {"a": {"count": -1}}, "side": [1, 2]}', "parts.a.count"),
+        ('{"parts": {"a": {"count": true}}, "side": [1, 2]}', "parts.a.count"),
+        ('{"parts": {"a": {"count": "2"}}, "side": [1, 2]}', "parts.a.count"),
+        ('{"parts": {"a": {"count": 2.5}}, "side": [1, 2]}', "parts.a.count"),
+        ('{"parts": [], "side": [1, 2]}', "parts"),
+        ('{"parts": {}, "side": [1, 2, 3]}', "side"),
+        ('{"parts": {}}', "side"),
+        ('{"parts": {}, "side": [1, 2], "rate": null}', "rate"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"record\.json.*{key}"):
+            read_record(path, Whole)

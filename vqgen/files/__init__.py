@@ -1,0 +1,24 @@
+"""Files: reading what a user hands in, writing what is complete or absent, and output folders. Needs no torch."""
+
+from .read import open_regular, read_bytes, read_json, read_record, read_text
+from .write import atomic_path, check_writable, remove, temporary_of, write_json, write_text
+
+# The files of a model folder, see `artifact.py`.
+DESCRIPTION = "vqgen.json"
+WEIGHTS = "model.safetensors"
+
+__all__ = [
+    "DESCRIPTION",
+    "WEIGHTS",
+    "atomic_path",
+    "check_writable",
+    "open_regular",
+    "read_bytes",
+    "read_json",
+    "read_record",
+    "read_text",
+    "remove",
+    "temporary_of",
+    "write_json",
+    "write_text",
+]

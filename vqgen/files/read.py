@@ -1,0 +1,91 @@
+"""Input files: regular files only (a FIFO or a device can block for ever), of bounded size, with checked types."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from vqgen.errors import UserError
+
+T = TypeVar("T")
+
+MAX_BYTES = 2**31
+"""Largest file that is read into memory as a whole, in bytes."""
+MAX_TEXT = 2**28
+"""Largest text file, in bytes: samples.json of three million images."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, links followed. Raises `OSError`, also for FIFOs, devices, sockets and folders.
+
+    A path that no file can have, e.g. with a NUL, raises `OSError` as well.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: that alone has effects on a device
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        # Without O_NONBLOCK a FIFO that took the file's place in between would block.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises `OSError`."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read", str(path))
+        return file.read(limit)
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
+    """Read a UTF-8 text file. Raises `UserError`, naming it, where it is missing, too large or no UTF-8."""
+    return _user_bytes(path, limit, "text").decode("utf-8").replace("\r\n", "\n")
+
+
+def _user_bytes(path: str | Path, limit: int, what: str) -> bytes:
+    """Read a file that must be UTF-8. Raises `UserError`."""
+    try:
+        data = read_bytes(path, limit)
+        data.decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read as {what} ({reason}); restore or remove it") from error
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `UserError` where the file is missing, unreadable, malformed or nested too deeply."""
+    try:
+        value = json.loads(_user_bytes(path, MAX_TEXT, "JSON"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} cannot be read as JSON ({reason}); restore or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object belongs; restore or remove it")
+    return value
+
+
+def read_record(path: Path, record: type[T]) -> T:
+    """Read a JSON object as the dataclass or type `record`; values must have exactly the types of its fields.
+
+    Bounds of numbers are declared as `Annotated[int, annotated_types.Ge(0)]`; unknown keys are ignored. Raises
+    `UserError` naming the file, the key and what was found.
+    """
+    from pydantic import TypeAdapter, ValidationError  # not needed by --help
+
+    try:
+        return TypeAdapter(record).validate_json(_user_bytes(path, MAX_TEXT, "JSON"), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        found = f", found {str(first['input'])[:80]!r}" if key and first["type"] != "missing" else ""
+        problem = f"{f'{key}: ' if key else ''}{first['msg'][:1].lower()}{first['msg'][1:]}{found}"
+        raise UserError(f"{path} is malformed ({problem}); restore or remove it") from error
