@@ -7,7 +7,7 @@ import torch
 from helpers.models import SIZE, make_prior
 from transformers import AutoModelForCausalLM
 
-import vqgen.prior.export as exporting
+import vqgen.prior.export.program as exporting
 from vqgen.prior.model import Prior
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings

@@ -16,7 +16,8 @@ from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
 from vqgen.metric import Metric
-from vqgen.prior import conditioning, export
+from vqgen.prior import conditioning
+from vqgen.prior.export import program as export
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.orders import ORDERS
 from vqgen.prior.parts import Classes, Part, Rows

@@ -1,4 +1,4 @@
-"""Write the folder and the model card of vqgen-export."""
+"""Write the folder and the model card of vqgen-export; the options are in `program.py`."""
 
 import tempfile
 from pathlib import Path
@@ -11,9 +11,9 @@ from vqgen.artifact import copy_artifact, fingerprint, write_tensors
 from vqgen.errors import UsageError
 from vqgen.files import atomic_path, write_json, write_text
 from vqgen.files.output_folder import OutputFolder
+from vqgen.prior.model import Prior
 
-from .export import ExportConfig
-from .model import Prior
+from .program import ExportConfig
 
 
 def card(prior: Prior, dtype: str) -> str:
@@ -66,7 +66,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def export_prior(config: ExportConfig) -> None:
-    """Write the folder; see `export.py`. Raises `UserError`."""
+    """Write the folder; see `program.py`. Raises `UserError`."""
     OutputFolder(config.output).refuse_foreign()
     prior = Prior.load(config.model)
     tokenizer = prior.load_tokenizer(config.model / "tokenizer")

@@ -31,7 +31,7 @@ class ExportConfig(Options):
 
 def export(config: ExportConfig) -> None:
     """Write a prior as a folder that transformers loads, with a card, and its image tokenizer beside it."""
-    from .export_folder import export_prior
+    from .folder import export_prior
 
     export_prior(config)
 

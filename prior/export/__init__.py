@@ -1,0 +1,1 @@
+"""vqgen-export: a prior and its tokenizer as a folder for other programs, with a model card."""
