@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vqgen.artifact import fingerprint, read_tensors
+from vqgen.artifact import fingerprint, read_tensors, refuse_non_finite
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.losses.lpips import convolutions
 
@@ -38,6 +38,7 @@ class Inception:
                 raise UserError(f"--weights: the download failed ({error}); name a local file instead") from error
         else:
             state = _inception_state(Path(weights).expanduser())
+            refuse_non_finite(state, f"--weights: {weights}")
             # torch-fidelity unpickles its file, so it gets one written here, which holds only tensors.
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "inception.pth"

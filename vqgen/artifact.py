@@ -17,17 +17,32 @@ from torch import Tensor
 
 from . import __version__
 from .errors import UserError
-from .files import DESCRIPTION, WEIGHTS, atomic_path, read_json, write_json
+from .files import DESCRIPTION, WEIGHTS, atomic_path, open_regular, read_json, write_json
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises `UserError` where it is missing or damaged."""
+    """Read a safetensors file. Raises `UserError` where it is missing, damaged or no regular file."""
     try:
+        open_regular(path).close()
         return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or train again") from error
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise `UserError`, naming the tensor, where one holds NaN or infinity; `where` names their file.
+
+    Reads each tensor once, at memory speed, without a copy.
+    """
+    for name, tensor in tensors.items():
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if values.is_floating_point() and values.numel():
+            # NaN and infinity reach the minimum or the maximum; types of 8 bits have neither operation.
+            bounds = (values if values.itemsize > 1 else values.float()).aminmax()
+            if not all(bound.isfinite() for bound in bounds):
+                raise UserError(f"{where}: {name} holds NaN or infinity; take weights of before the divergence")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -68,7 +83,10 @@ def save_artifact(folder: Path, kind: str, description: Mapping[str, Any], tenso
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:
-    """Read a model folder. Raises `UserError` where it is of another kind or its weights have another fingerprint."""
+    """Read a model folder.
+
+    Raises `UserError` where it is of another kind, or its weights have another fingerprint or hold NaN or infinity.
+    """
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         state = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}"
@@ -82,6 +100,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     if found != description.get("fingerprint"):
         named = str(description.get("fingerprint"))[:12]
         raise UserError(f"{folder / WEIGHTS} has fingerprint {found[:12]}, {DESCRIPTION} names {named}; restore it")
+    refuse_non_finite(tensors, folder / WEIGHTS)
     rest = {k: v for k, v in description.items() if k not in ("kind", "version", "fingerprint")}
     return Artifact(rest, tensors, found)
 

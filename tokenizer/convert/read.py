@@ -9,9 +9,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from vqgen.artifact import DESCRIPTION, read_tensors
+from vqgen.artifact import DESCRIPTION, read_tensors, refuse_non_finite
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json
+from vqgen.files import open_regular, read_json
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.options import TokenizerConfig
 
@@ -70,11 +70,20 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
+    found = read_tensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    refuse_non_finite(found, path)
+    return found
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a file of `torch.save`; see `read_checkpoint`."""
     try:
-        with torch.serialization.safe_globals([(kind, name) for name, kind in _REPLACED_CLASSES.items()]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        file = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        with file, torch.serialization.safe_globals([(kind, name) for name, kind in _REPLACED_CLASSES.items()]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any error
         text = str(error)
         if refused := re.search(r"GLOBAL (\S+)", text):
@@ -90,7 +99,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.nbytes > _stored(value):
+            raise UserError(f"{path}: {name} is sparse, quantized or expanded; save it as a plain tensor")
     return {str(name): value for name, value in found.items()}
+
+
+def _stored(tensor: Tensor) -> int:
+    """Bytes of a tensor in its file: a stride of 0 makes it larger, without bound."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _agree(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

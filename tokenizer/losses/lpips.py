@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vqgen.artifact import read_tensors, refuse_non_finite
 from vqgen.errors import UserError
 
 from .lpips_kernels import FixedConvolution, difference, with_cached_gradient
@@ -159,4 +159,6 @@ def convolutions(
         }, "torchvision"
     check_weights(net, weights, option, download)
     path = Path(weights).expanduser()
-    return {key: value.to(torch.float32) for key, value in load_file(path).items()}, str(path)
+    found = read_tensors(path)
+    refuse_non_finite(found, f"{option}: {path}")
+    return {key: value.to(torch.float32) for key, value in found.items()}, str(path)
