@@ -62,7 +62,7 @@ class Loop:
         self.conditioning = Conditioning.for_files(codes)
         sequences = Sequences(codes, self.conditioning)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.data = torch.cat(list(sequences.ordered(range(min(len(sequences), 20000)), 1000)))
+        self.data = torch.cat([batch.tokens for batch in sequences.ordered(range(min(len(sequences), 20000)), 1000)])
         self.model: nn.Module = Prior(self.config.model, self.conditioning, (3, 32, 32), "").to(self.device)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]

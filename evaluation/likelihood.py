@@ -1,5 +1,6 @@
 """Negative log-likelihood of code files under a prior: overall, by class and by position."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -72,8 +73,8 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
 def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
     """Fingerprint of the codes and classes of images, of all processes together."""
     conditioning, seen = Conditioning.for_files(codes), SetHash()
-    for tokens in Sequences(codes, conditioning).ordered(chosen, 1000):
-        seen.add_images(conditioning.split(tokens)[1], conditioning.part(tokens, "class")[:, 0])
+    for batch in Sequences(codes, conditioning).ordered(chosen, 1000):
+        seen.add_images(conditioning.split(batch.tokens)[1], conditioning.part(batch.tokens, "class")[:, 0])
     return seen.over_processes().hexdigest()
 
 
@@ -91,12 +92,13 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
 
     def batches():
         with progress(count, "measuring", "img", accelerator.is_main_process) as bar:
-            for tokens in sequences.ordered(chosen, config.batch_size):
-                yield conditioning.without(tokens) if config.unconditional else tokens
-                bar.update(len(tokens) * world)
+            for batch in sequences.ordered(chosen, config.batch_size):
+                without = batch.layout.without(batch.tokens) if config.unconditional else batch.tokens
+                yield dataclasses.replace(batch, tokens=without)
+                bar.update(len(batch) * world)
 
     sums, counts = tabulate(prior, batches(), accelerator)
-    by_position = sums.sum(0) / counts.sum()
+    by_position, counts = sums.sum(0) / counts.sum(0), counts[:, 0]  # every code of an image is wanted
     mean = rated(by_position.mean().item(), prior)
     grid = prior.vocabulary.to_grid(by_position[None])[0]
     grid = grid.permute(2, 0, 1) if grid.ndim == 3 else grid

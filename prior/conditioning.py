@@ -1,10 +1,11 @@
 """What a sequence is conditioned on: the tokens in front of the codes, called the prefix.
 
-A prefix has parts of fixed length in the order of `PARTS`, the class last: `[class or null][codes]`. A prior may
-lack any part but the class. Token ids are assigned from the last part to the first, so that those of the class
-follow the codes whatever else there is.
+A prefix has parts of fixed length in the order of `PARTS`, the class last: `[source][class or null][codes]`. A prior
+may lack any part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last
+part to the first, so that those of the class follow the codes whatever else there is.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,12 @@ from vqgen.errors import UsageError
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import ObjectiveConfig
-from .parts import ABSENT, PARTS, Classes, Part, Rows
+from .parts import ABSENT, Classes, Part, Rows, is_absent
+from .source import Source
 from .vocabulary import Vocabulary
+
+PARTS: list[type[Part]] = [Source, Classes]
+"""Every kind of conditioning, in the order of the sequence; the class is the last."""
 
 Conditions = Mapping[str, Sequence[Any]]
 """Name of a part -> the values that the images of a series have in turn: image i has value i % len."""
@@ -28,13 +33,30 @@ class Conditioning:
 
     def __init__(self, vocabulary: Vocabulary, parts: Iterable[Part | None]) -> None:
         self.vocabulary, self.parts = vocabulary, [part for part in parts if part is not None]
-        self.length = sum(part.length for part in self.parts)
-        """Tokens in the prefix."""
         self.size = vocabulary.size
         """Number of all token ids, those of the codes included."""
         for part in reversed(self.parts):
-            part.first = self.size
+            part.join(vocabulary, self.size)
             self.size += part.ids
+
+    @property
+    def length(self) -> int:
+        """Tokens in the prefix."""
+        return sum(part.length for part in self.parts)
+
+    @property
+    def plain(self) -> "Conditioning":
+        """The layout without the parts that may be missing; token ids are the same."""
+        layout = copy.copy(self)
+        layout.parts = [part for part in self.parts if not part.omissible]
+        return layout
+
+    def layout(self, conditions: Conditions) -> "Conditioning":
+        """The layout of sequences with these conditions: parts that may be missing are, where they have no values."""
+        layout = copy.copy(self)
+        given = {name for name, values in conditions.items() if any(not is_absent(value) for value in values)}
+        layout.parts = [part for part in self.parts if part.name in given or not part.omissible]
+        return layout
 
     @classmethod
     def for_files(
@@ -57,6 +79,11 @@ class Conditioning:
     def classes(self) -> Classes:
         """The class part, which every prior has."""
         return next(part for part in self.parts if isinstance(part, Classes))
+
+    @property
+    def source(self) -> Source | None:
+        """The source part, where there is one."""
+        return next((part for part in self.parts if isinstance(part, Source)), None)
 
     @property
     def null(self) -> int:
@@ -131,7 +158,7 @@ class Conditioning:
         informative = [part for part in self.parts if part.informative]
         if not informative:
             raise UsageError(f"{option} the model is unconditional; leave it at its default")
-        if conditions and all(conditions[p.name] == [ABSENT] * len(conditions[p.name]) for p in informative):
+        if conditions and all(is_absent(value) for part in informative for value in conditions[part.name]):
             options = ", ".join(f"--{part.name}" for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
         if not any(part.dropout for part in informative):

@@ -1,6 +1,7 @@
 """Code files -> sequences of token ids."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -12,10 +13,26 @@ from vqgen.tokenizer.codes.format import CodeFiles
 
 from .conditioning import Conditioning
 from .parts import Rows
+from .source import random_masks
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Sequences of one layout, int64 (B, layout.length + codes)."""
+
+    tokens: Tensor
+    layout: Conditioning
+    wanted: Tensor | None = None
+    """Codes that are to be predicted, bool (B, codes); None for all."""
+    share: float = 1.0
+    """Share of the codes of the global batch that are to be predicted."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Sequences:
-    """Code files as token sequences, prefix and then codes: int64 (n, conditioning.length + vocabulary.length)."""
+    """Code files as token sequences, prefix and then codes."""
 
     def __init__(self, codes: CodeFiles, conditioning: Conditioning) -> None:
         self.codes, self.conditioning = codes, conditioning
@@ -24,20 +41,29 @@ class Sequences:
         """Number of images."""
         return len(self.codes)
 
-    def rows(self, indices: np.ndarray, views: np.ndarray) -> Tensor:
-        """Sequences of the given images and views."""
-        codes = self.codes.gather(indices, views)
-        prefix = self.conditioning.of_rows(Rows(self.codes, indices, codes))
-        return torch.cat([prefix, self.conditioning.vocabulary.to_tokens(codes)], dim=1)
+    def rows(self, indices: np.ndarray, views: np.ndarray, unknown: Tensor | None = None) -> Examples:
+        """Sequences of the given images and views.
 
-    def ordered(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        """Batches of the given images in order, view 0."""
+        With `unknown`, bool (B, h, w), the source is the images' own codes less those, and those are wanted.
+        """
+        codes = self.codes.gather(indices, views)
+        layout = self.conditioning.plain if unknown is None else self.conditioning
+        prefix = layout.of_rows(Rows(self.codes, indices, codes, unknown))
+        tokens = torch.cat([prefix, layout.vocabulary.to_tokens(codes)], dim=1)
+        if unknown is None:
+            return Examples(tokens, layout)
+        cells = unknown[..., None].expand(*unknown.shape, layout.vocabulary.depth).reshape(codes.shape)
+        return Examples(tokens, layout, layout.vocabulary.to_sequence(cells))
+
+    def ordered(self, indices: Sequence[int], batch_size: int, masks: Tensor | None = None) -> Iterator[Examples]:
+        """Batches of the given images in order, view 0; masks of unknown cells are bool (len(indices), h, w)."""
         for start in range(0, len(indices), batch_size):
             part = np.asarray(indices[start : start + batch_size])
-            yield self.rows(part, np.zeros_like(part))
+            unknown = None if masks is None else masks[start : start + batch_size]
+            yield self.rows(part, np.zeros_like(part), unknown)
 
-    def training(self, batch_size: int, seed: int, first_step: int, rank: int, world: int) -> Iterator[Tensor]:
-        """Endless shuffled batches of this process; the batch of step s depends on (seed, s) alone.
+    def training(self, batch_size: int, seed: int, first_step: int, rank: int, world: int) -> Iterator[Examples]:
+        """Endless shuffled batches of this process; the batch of step s, its layout included, depends on (seed, s).
 
         `batch_size` is of one process; the processes take neighbouring slices of a global batch.
         """
@@ -46,4 +72,9 @@ class Sequences:
             random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
             views = random.integers(self.codes.views, size=len(global_batch))
             local = slice(rank * batch_size, (rank + 1) * batch_size)
-            yield self.rows(global_batch[local], views[local])
+            if self.conditioning.source and random.random() < self.conditioning.source.inpainting:
+                masks = random_masks(len(global_batch), self.codes.grid, random)
+                found = self.rows(global_batch[local], views[local], masks[local])
+                yield Examples(found.tokens, found.layout, found.wanted, masks.float().mean().item())
+            else:
+                yield self.rows(global_batch[local], views[local])

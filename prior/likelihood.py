@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqgen.training.fsdp import is_sharded
 
+from .dataset import Examples
 from .model import Prior
 
 
@@ -38,33 +39,34 @@ def rated(nats_per_token: float, prior: Prior) -> Likelihood:
 
 
 @torch.no_grad()
-def tabulate(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Sum the nats of the codes of sequences, given their prefixes, over all processes: float64 on the CPU.
+def tabulate(prior: Prior, batches: Iterable[Examples], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Sum the nats of the wanted codes of sequences, given their prefixes, over all processes: float64 on the CPU.
 
-    Returns the sums by group of `Conditioning.group_names` and code position, (groups, length), and the number of
-    sequences of each group, (groups,).
+    Returns the sums and the numbers of wanted codes by group of `Conditioning.group_names` and code position, both
+    (groups, length).
     """
     conditioning, device, length = prior.conditioning, accelerator.device, prior.vocabulary.length
     dtype = torch.float64 if device.type != "mps" else torch.float32
-    table = torch.zeros(len(conditioning.group_names), 1 + length, dtype=dtype, device=device)
+    table = torch.zeros(len(conditioning.group_names), 2 * length, dtype=dtype, device=device)
     further = 0
     if is_sharded(accelerator):  # all processes take part in every forward pass, with or without a batch left
         batches = list(batches)
         most = accelerator.gather(torch.tensor([len(batches)], device=device)).max()  # type: ignore[union-attr]
         further = int(most) - len(batches)
-    for tokens in batches:
-        tokens = tokens.to(device)
+    for batch in batches:
+        tokens, layout = batch.tokens.to(device), batch.layout
         with accelerator.autocast():
             logits = prior(tokens[:, :-1])
-        nats = token_nats(conditioning.of_codes(logits), conditioning.split(tokens)[1]).to(dtype)
-        table.index_add_(0, conditioning.groups(tokens), torch.cat([torch.ones_like(nats[:, :1]), nats], 1))
+        nats = token_nats(layout.of_codes(logits), layout.split(tokens)[1]).to(dtype)
+        wanted = torch.ones_like(nats) if batch.wanted is None else batch.wanted.to(device, dtype)
+        table.index_add_(0, layout.groups(tokens), torch.cat([nats * wanted, wanted], 1))
     for _ in range(further):
         prior(torch.zeros(1, conditioning.length + length - 1, dtype=torch.long, device=device))
     total: Tensor = accelerator.reduce(table, "sum").double().cpu()  # type: ignore[union-attr]
-    return total[:, 1:], total[:, 0]
+    return total[:, :length], total[:, length:]
 
 
-def likelihood(prior: Prior, batches: Iterable[Tensor], accelerator: Accelerator) -> Likelihood:
-    """Likelihood of the codes of sequences given their prefixes, over all processes."""
+def likelihood(prior: Prior, batches: Iterable[Examples], accelerator: Accelerator) -> Likelihood:
+    """Likelihood of the wanted codes of sequences given their prefixes, over all processes."""
     sums, counts = tabulate(prior, batches, accelerator)
-    return rated((sums.sum() / (counts.sum() * prior.vocabulary.length)).item(), prior)
+    return rated((sums.sum() / counts.sum()).item(), prior)

@@ -117,7 +117,7 @@ class Prior(nn.Module):
         the products of attention with all positions."""
         embeddings = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         weights = sum(p.numel() for p in self.backbone.parameters() if p.ndim > 1 and id(p) not in embeddings)
-        positions = self.conditioning.length + self.vocabulary.length - 1
+        positions = self.conditioning.plain.length + self.vocabulary.length - 1
         return 2 * weights + 4 * self.config.layers * self.config.dim * positions
 
     def load_tokenizer(self, folder: Path) -> Tokenizer:

@@ -20,21 +20,25 @@ def corrupted(sequences: Tensor, share: float, conditioning: Conditioning) -> Te
     return torch.cat([prefix, torch.where(chosen, random, codes)], 1)
 
 
-def objective(logits: Tensor, targets: Tensor, config: ObjectiveConfig) -> tuple[dict[str, Tensor], Tensor]:
+def objective(
+    logits: Tensor, targets: Tensor, config: ObjectiveConfig, weights: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """Logits (B, T, V), targets (B, T) -> the terms, all of them logged, and their sum, which is minimised.
 
-    `cross-entropy` is that of the targets themselves, so that runs are comparable whatever their smoothing.
+    `cross-entropy` is that of the targets themselves, so that runs are comparable whatever their smoothing. `weights`
+    (B, T) multiply the terms of each target; their mean is 1 over the whole batch.
     """
     nats = token_nats(logits, targets)
-    terms = {"cross-entropy": nats.mean()}
+    weights = torch.ones_like(nats) if weights is None else weights
+    terms = {"cross-entropy": (nats * weights).mean()}
     total = terms["cross-entropy"]
     if config.label_smoothing or config.z_loss:
         # float32, as the cross-entropy is.
         normaliser = logits.float().logsumexp(-1)
         if config.label_smoothing:
-            uniform = (normaliser - logits.float().mean(-1)).mean()
+            uniform = ((normaliser - logits.float().mean(-1)) * weights).mean()
             terms["smoothing"] = config.label_smoothing * (uniform - total)
         if config.z_loss:
-            terms["z-loss"] = config.z_loss * normaliser.square().mean()
+            terms["z-loss"] = config.z_loss * (normaliser.square() * weights).mean()
         total = torch.stack(list(terms.values())).sum()
     return terms, total

@@ -44,6 +44,9 @@ class ObjectiveConfig(Options):
 
     label_dropout: Fraction = 0.1
     """Share of sequences trained without their class, which guidance needs."""
+    inpainting: Fraction = 0.0
+    """Share of the steps that learn to fill in images: the sequence begins with the image's own codes, some of them
+    unknown, and these are predicted. The other steps are plain."""
     token_corruption: Share = 0.0
     """Share of the input codes that are replaced by random ones, against overfitting; the targets stay (1 - pkeep of
     Esser et al. 2021)."""

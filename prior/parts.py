@@ -19,9 +19,15 @@ from vqgen.errors import UsageError
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import ObjectiveConfig
+from .vocabulary import Vocabulary
 
 ABSENT = -1
 """The value that leaves a part out, as -1 is the label of an image without a class."""
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value of a part is `ABSENT`."""
+    return isinstance(value, int) and value == ABSENT
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Rows:
     indices: np.ndarray
     codes: Tensor
     """int64 (B, h, w[, depth])."""
+    unknown: Tensor | None = None
+    """Cells that the source does not tell, bool (B, h, w), where it is the image's own codes; None for none at all."""
 
 
 class Part(ABC):
@@ -44,7 +52,11 @@ class Part(ABC):
     ids: int
     """Number of own ids; the last one says that the part is absent."""
     first: int
-    """The first own id; set by `Conditioning`."""
+    """The first own id; set by `join`, as is `vocabulary`."""
+    vocabulary: Vocabulary
+    """Ids of the codes."""
+    omissible: bool = False
+    """Whether sequences may have no tokens of this part at all: training has sequences of both layouts."""
     dropout: float = 0.0
     """Share of the training sequences without this part; at 0 there is no guidance on it."""
     dropout_option: str = ""
@@ -79,6 +91,14 @@ class Part(ABC):
         Values are JSON-able: numbers, strings or lists, not tuples. Values and `ABSENT` are parsed to themselves.
         """
 
+    def join(self, vocabulary: Vocabulary, first: int) -> None:
+        """Take a place in a prior with these codes, with own ids from `first` on."""
+        self.vocabulary, self.first = vocabulary, first
+
+    def record(self, values: Sequence[Any]) -> Any:
+        """What samples.json holds of the values of a series, JSON-able."""
+        return list(values)
+
     def legend(self) -> str:
         """The meaning of the ids, for the model card."""
         return f"{self.first} to {self.first + self.ids - 1} {self.name}"
@@ -99,7 +119,7 @@ class Part(ABC):
 
     def of_values(self, values: Sequence[Any]) -> Tensor:
         """Token ids (B, length) of values."""
-        found = [self.absent if isinstance(v, int) and v == ABSENT else self.of_value(v) for v in values]
+        found = [self.absent if is_absent(value) else self.of_value(value) for value in values]
         return torch.tensor(found, dtype=torch.long).reshape(len(found), self.length)
 
     def dropped(self, ids: Tensor) -> Tensor:
@@ -188,7 +208,3 @@ class Classes(Part):
         listed = ", ".join(f"{self.first + label} {name}" for label, name in enumerate(self.names or []))
         classes = f"{self.first} to {null - 1} classes{f' ({listed})' if listed else ''}, " if self.count else ""
         return f"{classes}{null} no class"
-
-
-PARTS: list[type[Part]] = [Classes]
-"""Every kind of conditioning, in the order of the sequence; the class is the last."""

@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -25,6 +26,7 @@ from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
 from .objective import corrupted, objective
+from .source import random_masks
 from .train import PriorTraining
 
 
@@ -34,7 +36,7 @@ def preview_codes(prior: Prior, count: int, seed: int) -> Tensor:
 
     By the `generate` of transformers: vqgen's own sampler is a later layer.
     """
-    conditioning, vocabulary, device = prior.conditioning, prior.vocabulary, next(prior.parameters()).device
+    conditioning, vocabulary, device = prior.conditioning.plain, prior.vocabulary, next(prior.parameters()).device
     prefixes = conditioning.prefixes(conditioning.conditions(), range(count)).to(device)
 
     def allowed(_row: int, ids: Tensor) -> Tensor:
@@ -96,24 +98,30 @@ class PriorTrainer:
         self.batches = self.train_codes.training(share, seed, first_step, rank, world)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        tokens = next(self.batches).to(self.run.device, non_blocking=True)
-        settings = self.config.objective
-        tokens = self.conditioning.dropped(tokens)
-        inputs = corrupted(tokens[:, :-1], settings.token_corruption, self.conditioning)
-        targets = self.conditioning.split(tokens)[1]
+        batch, settings = next(self.batches), self.config.objective
+        layout = batch.layout
+        tokens = layout.dropped(batch.tokens.to(self.run.device, non_blocking=True))
+        inputs = corrupted(tokens[:, :-1], settings.token_corruption, layout)
+        targets = layout.split(tokens)[1]
         count = self.config.run.accumulate
+        weights: list[Tensor | None] = [None] * count
+        if batch.wanted is not None:
+            weights[:] = (batch.wanted.to(self.run.device) / batch.share).chunk(count)
         logged: dict[str, Tensor] = {}
-        for index, (part, wanted) in enumerate(zip(inputs.chunk(count), targets.chunk(count), strict=True)):
+        for index, part in enumerate(zip(inputs.chunk(count), targets.chunk(count), weights, strict=True)):
             with self.run.part(self.model, index):
-                self.last_tokens = part
-                terms, loss = objective(self.conditioning.of_codes(self.model(part)), wanted, settings)
+                self.last_tokens, wanted, weight = part
+                terms, loss = objective(layout.of_codes(self.model(self.last_tokens)), wanted, settings, weight)
                 self.run.backward(terms, loss)
             for name, term in terms.items():
                 logged[name] = logged.get(name, 0) + term.detach() / count
         norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
         self.optimizer.zero_grad()
         update_average(self.average, self.prior, self.config.optimizer.ema_decay, step)
-        logged["loss"] = logged.pop("cross-entropy")
+        if batch.wanted is not None:  # other terms, as the cross-entropy, are logged for plain steps alone
+            logged = {"inpainting_loss": logged["cross-entropy"]}
+        else:
+            logged["loss"] = logged.pop("cross-entropy")
         return {**logged, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
 
     def rates(self, per_second: float) -> dict[str, float]:
@@ -126,18 +134,23 @@ class PriorTrainer:
         count = len(self.heldout_codes)
         chosen = fixed_subset(self.config.validation_images or count, count)
         rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
-        batches = self.heldout_codes.ordered(chosen[rank::world], max(1, self.run.micro_batch))
-        average = cast(Prior, self.average.module)
-        found = likelihood(average, batches, self.run.accelerator)
-        if found.nats_per_token < self.extra["best"]:
-            self.extra.update(best=found.nats_per_token, stale=0)
+        own, size, average = chosen[rank::world], max(1, self.run.micro_batch), cast(Prior, self.average.module)
+        found = vars(likelihood(average, self.heldout_codes.ordered(own, size), self.run.accelerator))
+        mean = found["nats_per_token"]
+        if source := self.conditioning.source:
+            masks = random_masks(len(chosen), self.vocabulary.grid, np.random.default_rng(0))[rank::world]
+            filled = likelihood(average, self.heldout_codes.ordered(own, size, masks), self.run.accelerator)
+            found["inpainting_nats_per_token"] = filled.nats_per_token
+            mean += source.inpainting * (filled.nats_per_token - mean)  # in the shares of training
+        if mean < self.extra["best"]:
+            self.extra.update(best=mean, stale=0)
             self.best.load_state_dict(full_tensors(average.state_dict()))
         else:
             self.extra["stale"] += 1
         if self.config.preview_images and (self.run.main or self.run.sharded):
             self._preview(step, average)
         reshard(average)
-        return vars(found)
+        return found
 
     def _preview(self, step: int, prior: Prior) -> None:
         """Write samples of the averaged weights to `images/step-N.png`, the classes in columns."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditioning
-from vqgen.prior.dataset import Sequences
+from vqgen.prior.dataset import Examples, Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
@@ -390,7 +390,7 @@ def test_rows_are_condition_and_codes(tmp_path, depth):
     found = sequences(tmp_path)
     vocabulary = found.conditioning.vocabulary
     assert vocabulary == Vocabulary(300, depth, (2, 3)) and len(found) == 9
-    rows = found.rows(np.array([7, 0, 4]), np.array([1, 0, 1]))
+    rows = found.rows(np.array([7, 0, 4]), np.array([1, 0, 1])).tokens
     assert rows.shape == (3, 1 + vocabulary.length) and rows.dtype == torch.int64
     assert rows[:, 0].tolist() == [300 * depth + label for label in (1, 0, 1)]
     assert np.array_equal(vocabulary.to_codes(rows[:, 1:]).numpy(), codes[[7, 0, 4], [1, 0, 1]])
@@ -401,7 +401,7 @@ def test_unlabelled_images_get_the_null_id(tmp_path):
     write_codes(tmp_path, labels=labels)
     found = sequences(tmp_path)
     null = found.conditioning.null
-    rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64))
+    rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64)).tokens
     assert rows[:, 0].tolist() == [null if label < 0 else 300 + label for label in labels]
 
 
@@ -410,7 +410,7 @@ def test_without_class_names_every_condition_is_null(tmp_path, labels):
     write_codes(tmp_path, labels=labels, names=None)
     found = sequences(tmp_path)
     assert found.conditioning.classes.count == 0 and found.conditioning.null == 300
-    rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64))
+    rows = found.rows(np.arange(9), np.zeros(9, dtype=np.int64)).tokens
     assert rows[:, 0].tolist() == [300] * 9
 
 
@@ -419,12 +419,12 @@ def test_ordered_batches_are_plain_views_in_order(tmp_path):
     found = sequences(tmp_path)
     batches = list(found.ordered(range(1, 9, 2), 3))
     assert [len(batch) for batch in batches] == [3, 1]
-    rows = found.conditioning.vocabulary.to_codes(torch.cat(batches)[:, 1:])
+    rows = found.conditioning.vocabulary.to_codes(torch.cat([batch.tokens for batch in batches])[:, 1:])
     assert np.array_equal(rows.numpy(), codes[1:9:2, 0])
 
 
 def take(batches, count: int) -> list[torch.Tensor]:
-    return [next(batches) for _ in range(count)]
+    return [next(batches).tokens for _ in range(count)]
 
 
 def test_training_batches_are_a_function_of_seed_and_step(tmp_path):
@@ -484,7 +484,7 @@ def test_likelihood_is_that_of_a_naive_loop(backbone):
             total -= scores[row[position]] - math.log(sum(math.exp(score) for score in scores))
             count += 1
     assert count == 3 * 6
-    found = likelihood(prior, [tokens], Accelerator(cpu=True))
+    found = likelihood(prior, [Examples(tokens, prior.conditioning)], Accelerator(cpu=True))
     assert found.nats_per_token == pytest.approx(total / count, rel=1e-4)
     # Bits for the 6 codes of an image, over its 3 x 4 x 6 values.
     assert found.bits_per_dimension == pytest.approx(total / 3 / math.log(2) / (3 * 4 * 6), rel=1e-4)
@@ -493,7 +493,7 @@ def test_likelihood_is_that_of_a_naive_loop(backbone):
 def test_bits_per_dimension_of_a_uniform_prior_by_hand():
     prior = small_prior(depth=3, classes=0, codebook_size=5).eval()  # 15 codes and the null id: 16 ids, 4 bits each
     torch.nn.init.zeros_(prior.backbone.lm_head.weight)
-    found = likelihood(prior, [tokens_for(prior)], Accelerator(cpu=True))
+    found = likelihood(prior, [Examples(tokens_for(prior), prior.conditioning)], Accelerator(cpu=True))
     assert found.nats_per_token == pytest.approx(math.log(16), rel=1e-5)
     assert found.bits_per_dimension == pytest.approx(18 * 4 / 72, rel=1e-5)
 
@@ -501,9 +501,10 @@ def test_bits_per_dimension_of_a_uniform_prior_by_hand():
 def test_likelihood_does_not_depend_on_the_batch_size():
     prior = small_prior().eval()
     tokens = tokens_for(prior, batch=7)
-    whole = likelihood(prior, [tokens], Accelerator(cpu=True))
+    whole = likelihood(prior, [Examples(tokens, prior.conditioning)], Accelerator(cpu=True))
     for size in (1, 3):
-        found = likelihood(prior, tokens.split(size), Accelerator(cpu=True))
+        parts = [Examples(part, prior.conditioning) for part in tokens.split(size)]
+        found = likelihood(prior, parts, Accelerator(cpu=True))
         assert found.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-5)
 
 

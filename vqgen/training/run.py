@@ -235,7 +235,7 @@ class Run:
                     rate = (done - logged) * settings.batch_size / seconds
                     means |= {"per_second": rate, **trainer.rates(rate)}
                     self.log({f"train/{n}": v for n, v in means.items()}, done)
-                    bar.set_postfix({"loss": f"{means['loss']:.3f}"})
+                    bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss",) if name in means})
                     sums.clear()
                     logged, seconds = done, 0.0
                 if validate:

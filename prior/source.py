@@ -1,0 +1,117 @@
+"""The source of an image: codes of another image, or its own with unknown cells, in front of the sequence.
+
+Inpainting is a source of the image's own codes (Bavarian et al. 2022 move the context of a hole in front of it, for
+text): `[s_0 ... s_N-1][class][x_0 ... x_N-1]`, where s_i is x_i or `unknown`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError
+from vqgen.tokenizer.codes.format import CodeFiles
+
+from .options import ObjectiveConfig
+from .parts import Part, Rows, is_absent
+from .vocabulary import Vocabulary
+
+UNKNOWN = -1
+"""The code of an unknown cell."""
+ALL_UNKNOWN = 0.1
+"""Share of the masked sequences in training that know nothing of their source."""
+
+
+def random_masks(count: int, grid: tuple[int, int], random: np.random.Generator) -> Tensor:
+    """Masks of unknown cells for training, bool (count, h, w), at least one cell each.
+
+    A tenth is all unknown. Half of the others are a random share of the cells, drawn evenly from 0 to 1, and half a
+    rectangle of random sides and place.
+    """
+    height, width = grid
+    masks = np.zeros((count, height, width), bool)
+    for mask in masks:
+        kind = random.random()
+        if kind < ALL_UNKNOWN:
+            mask[:] = True
+        elif kind < (1 + ALL_UNKNOWN) / 2:
+            mask[:] = random.random((height, width)) < random.random()
+        else:
+            rows, columns = random.integers(1, height + 1), random.integers(1, width + 1)
+            top, left = random.integers(height - rows + 1), random.integers(width - columns + 1)
+            mask[top : top + rows, left : left + columns] = True
+        if not mask.any():
+            mask[random.integers(height), random.integers(width)] = True
+    return torch.from_numpy(masks)
+
+
+class Source(Part):
+    """Codes of a source image in drawing order, under the ids of the codes; one further id is `unknown`."""
+
+    name, ids = "source", 1
+
+    def __init__(self, inpainting: float) -> None:
+        self.inpainting, self.omissible = inpainting, True
+
+    def join(self, vocabulary: Vocabulary, first: int) -> None:
+        super().join(vocabulary, first)
+        self.length = vocabulary.length
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Source | None":
+        return cls(options.inpainting) if options.inpainting else None
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "Source | None":
+        if "inpainting" not in about:
+            return None
+        share = about["inpainting"]
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError("inpainting has to be a share between 0 and 1")
+        return cls(share)
+
+    def describe(self) -> dict[str, Any]:
+        return {"inpainting": self.inpainting}
+
+    @property
+    def informative(self) -> bool:
+        return True
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        """Token ids (B, length) of codes int64 (B, h, w[, depth]), `UNKNOWN` where a cell is unknown."""
+        unknown = self.vocabulary.to_sequence(codes) < 0
+        return torch.where(unknown, self.absent[0], self.vocabulary.to_tokens(codes))
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        if rows.unknown is None:
+            return torch.tensor(self.absent).expand(len(rows.codes), -1)
+        return self.of_codes(masked(rows.codes, rows.unknown))
+
+    def of_value(self, value: Any) -> list[int]:
+        codes = torch.as_tensor(value, dtype=torch.long)
+        if codes.shape != torch.Size(self.vocabulary.shape) or int(codes.max()) >= self.vocabulary.codebook_size:
+            wanted = f"codes {self.vocabulary.shape} below {self.vocabulary.codebook_size}"
+            raise UsageError(f"source: found {tuple(codes.shape)} up to {int(codes.max())}, expected {wanted}")
+        return self.of_codes(codes[None])[0].tolist()
+
+    def parse(self, given: Any) -> list[Any]:
+        if isinstance(given, Tensor):
+            return list(given)
+        return [each if is_absent(each) else torch.as_tensor(each) for each in given]
+
+    def record(self, values: Sequence[Any]) -> Any:
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(torch.as_tensor(value, dtype=torch.long).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def legend(self) -> str:
+        return f"{self.first} an unknown code of the source"
+
+
+def masked(codes: Tensor, unknown: Tensor) -> Tensor:
+    """Codes (B, h, w[, depth]) with `UNKNOWN` at the cells of a mask, bool (B, h, w)."""
+    return codes.masked_fill(unknown[..., None].expand_as(codes) if codes.ndim == 4 else unknown, UNKNOWN)
