@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, option_name
+from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, Seed, Size, option_name
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split
 
@@ -43,9 +43,9 @@ class ReconstructionConfig(Options):
     """Weights of --extractor: a local file, or download."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images per batch."""
-    workers: Annotated[int, Range(least=-1)] = 0
+    workers: Annotated[int, Range(least=-1, most=1024)] = 0
     """Processes that decode images; -1 = one per free core."""
     precision: Precision = "fp32"
     """Autocast of the tokenizer; metrics are computed in float32."""
@@ -81,7 +81,7 @@ class LikelihoodConfig(Options):
     options that change the result are part of the name."""
     map: Path | None = None
     """PNG file for the heat map of the NLL by position."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images per batch."""
     precision: Precision = "fp32"
     """Autocast; auto takes 16 bits if the hardware supports them: faster, and the NLL changes by about 0.1 %."""
@@ -119,13 +119,13 @@ class SamplesConfig(Options):
     """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
     cache: Path = Path("~/.cache/vqgen/references")
     """Folder that keeps the feature statistics of real images for later evaluations."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples of --model."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images per batch."""
-    workers: Annotated[int, Range(least=-1)] = 0
+    workers: Annotated[int, Range(least=-1, most=1024)] = 0
     """Processes that decode images; -1 = one per free core."""
     precision: Precision = "auto"
     """Arithmetic of --model; features are computed in float32."""
@@ -167,15 +167,15 @@ class ClassifierTraining(Options):
     """3 for colour, 1 for grey."""
     steps: Count = 3000
     """Optimizer steps."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images per step."""
     lr: Positive = 4e-3
     """Peak learning rate of AdamW under a one-cycle schedule."""
-    width: Count = 32
+    width: Size = 32
     """Channels at the first level."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order of the images and the flips."""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, Fraction, NotNegative, Options, Share
+from vqgen.options import Few, Fraction, NotNegative, Options, Share, Size
 
 from .orders import ORDERS
 
@@ -15,13 +15,13 @@ class PriorConfig(Options):
 
     backbone: Literal["llama", "qwen3", "gpt2"] = "llama"
     """Architecture, by its name in transformers."""
-    dim: Count = 512
+    dim: Size = 512
     """Width of the residual stream."""
-    layers: Count = 8
+    layers: Few = 8
     """Transformer blocks."""
-    heads: Count = 8
+    heads: Size = 8
     """Attention heads; must divide --dim."""
-    hidden_dim: Count | None = None
+    hidden_dim: Size | None = None
     """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2, rounded up to 64."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention output and feed-forward output."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Count, Options
+from vqgen.options import Count, Options, Seed, Size
 
 from .settings import SamplingSettings
 
@@ -45,13 +45,13 @@ class SampleConfig(Options):
     init_image: list[Path] | None = None
     """Image files, or folders of them, to complete: image i keeps codes of the i-th of them, in turn; its class is
     that of the i-th --class, or none without --class."""
-    keep_rows: Count | None = None
+    keep_rows: Size | None = None
     """Rows of codes that are kept of each --init-image, from the top; by default half of them."""
-    seed: int = 0
+    seed: Seed = 0
     """Image i depends on the seed, i, its class and the settings below, not on the other images."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images drawn at once by each process."""
-    columns: Count | None = None
+    columns: Size | None = None
     """Images a row of grid.png, which shows the first 100; by default one column a class, or a square."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the prior; auto takes 16 bits where the hardware computes in them."""
@@ -63,8 +63,6 @@ class SampleConfig(Options):
         super().__post_init__()
         if self.n is not None and self.num_per_class is not None:
             raise UsageError("--num-per-class: --n is given too; give one of them")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"--seed: found {self.seed}, expected 0 to 2^64-1")
         if self.keep_rows is not None and not self.init_image:
             raise UsageError("--keep-rows: needs --init-image, the image to keep rows of")
 

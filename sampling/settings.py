@@ -8,7 +8,7 @@ from vqgen.errors import UsageError
 from vqgen.options import CountOrZero, Options, Range, Share
 
 SCHEDULES = ("constant", "linear", "cosine", "interval")
-NotNegative = Annotated[float, Range(least=0, below=math.inf)]
+NotNegative = Annotated[float, Range(least=0, most=1e6)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Count, Options
+from vqgen.options import Count, Few, Options, Seed, Size
 from vqgen.tokenizer.data.options import ImageConfig
 
 
@@ -30,13 +30,13 @@ class TokenizeConfig(Options):
     """Remove the code files in --output, finished or not, and start anew; leave it out to resume."""
     verify: bool = False
     """Only check the code files in --output: every checksum, every code, every label."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images encoded at once by each process."""
-    views: Count = 1
+    views: Few = 1
     """Grids of codes per training image: one of the image as it is, further ones of augmented copies."""
     shard_size: Count = 8192
     """Images per file; a killed run loses at most the files it was writing."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the augmented views."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast; auto takes bf16 where the hardware has it."""

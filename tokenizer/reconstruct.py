@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Range
+from vqgen.options import CountOrZero, NotNegative, Options, Range, Size
 
 
 @dataclass
@@ -45,7 +45,7 @@ class ReconstructConfig(Options):
     """Number of side-by-side pictures, of the first images."""
     amplify: NotNegative = 4.0
     """Factor of the difference, the third image in a picture; 0 leaves it out."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Images of the training size reconstructed at once; correspondingly fewer larger ones."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     """Backbone of LPIPS."""

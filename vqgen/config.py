@@ -7,7 +7,9 @@ declarations, `config_layers.py` reads the sources.
 """
 
 import dataclasses
+import io
 import os
+import re
 import select
 import sys
 import traceback
@@ -17,13 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from . import __version__
 from .config_layers import merged, read_arguments, read_file, was_removed
 from .errors import UsageError, UserError
 from .files import write_text
-from .option_types import YamlDumper, type_name
+from .files.yaml_text import dump_yaml
+from .option_types import type_name
 from .options import choice_of, is_section, key_of, options
 
 C = TypeVar("C")
@@ -125,7 +126,7 @@ def read_saved(path: Path, config: type) -> dict[str, Any]:
 
 def save(config: Any, path: Path, heading: str = "") -> None:
     """Write the resolved configuration as YAML under a comment line; `--config path` reads it back."""
-    write_text(path, heading + yaml.dump(as_dict(config), Dumper=YamlDumper, sort_keys=False))
+    write_text(path, heading + dump_yaml(as_dict(config)))
 
 
 def command(program: str, config: type[C], run: Callable[[C], None], arguments: Sequence[str] | None = None) -> int:
@@ -135,6 +136,8 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
     exception is a defect of vqgen: its traceback is printed and 1 returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr does so anyway
     finished = "--version" in words or bool(_HELP & set(words))
     try:
         if "--version" in words:
@@ -153,15 +156,24 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail as well
             return 0 if finished else 1
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+            print(f"{program}: not enough memory ({one_line(str(error))[:300]}); ask for less", file=sys.stderr)
+            return 1
         traceback.print_exc()
         print(f"{program}: this is a defect of vqgen; please report it with the lines above", file=sys.stderr)
         return 1
+
+
+def one_line(text: str) -> str:
+    """A message as one line of printable characters: names in it may hold escape sequences of a terminal."""
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[:4000])
 
 
 def _stdout_has_no_reader() -> bool:

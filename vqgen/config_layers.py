@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from .errors import UsageError, UserError
-from .option_types import YamlLoader, checked, from_words, kinds
+from .files import read_text
+from .files.yaml_text import MAX_YAML, parse_yaml
+from .option_types import checked, from_words, kinds
 from .options import Choice, Option, option_name, options
 
 # First line of the config.yaml of a run.
@@ -38,14 +40,12 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def find_preset(name: str) -> tuple[str, str]:
     """The name and text of a configuration file: a path, or a preset of `configs/` by name."""
-    path = Path(name)
+    path = checked(Path, name, "--config")
     if path.suffix in (".yaml", ".yml") or path.is_file():
         try:
-            return str(path), path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UsageError(f"--config: {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--config: {path} cannot be read ({error})") from error
+            return str(path), read_text(path, MAX_YAML)
+        except UserError as error:
+            raise UsageError(f"--config: {error}") from error
     presets = {item.name: item for item in importlib.resources.files("vqgen.configs").iterdir()}
     if preset := presets.get(f"{name}.yaml"):
         return preset.name, preset.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def read_file(config: type, name: str) -> Layer:
     """Options of a YAML file or preset."""
     file, text = find_preset(name)
     try:
-        tree = yaml.load(text, YamlLoader)
+        tree = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     known = {option.path: option for option in options(config)}

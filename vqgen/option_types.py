@@ -1,7 +1,4 @@
-"""Conversion of a value from YAML or the command line to the type that its option declares.
-
-YAML 1.1 reads `no` as false, `1:30` as 90 and `1e-4` as text. Here the type of the option decides.
-"""
+"""Conversion of a value from YAML or the command line to the type that its option declares."""
 
 import operator
 import re
@@ -14,42 +11,9 @@ from typing import Any
 import yaml
 
 from .errors import UsageError
+from .files.yaml_text import parse_yaml
 
 _SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML where `no` and `1:30` are text and 1e-4 is a number; a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, str) and keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-YamlLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0].rpartition(":")[2] in ("null", "merge")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _first, _pattern in (
-    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-    ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-    ("float", "-+.0123456789", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
-    ("float", "-+.", r"[-+]?\.inf|\.nan"),
-):
-    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
-class YamlDumper(yaml.SafeDumper):
-    """Quotes text that `YamlLoader` or another YAML reader would read as something else."""
-
-
-YamlDumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + YamlLoader.yaml_implicit_resolvers.get(first, [])
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *YamlLoader.yaml_implicit_resolvers}
-}
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
@@ -84,7 +48,7 @@ def from_words(hint: Any, words: list[str]) -> Any:
         text = list[str] in members or list[Path] in members
         if len(words) == 1 and words[0].startswith("["):
             with suppress(yaml.YAMLError):
-                return yaml.load(words[0], yaml.BaseLoader if text else YamlLoader)
+                return parse_yaml(words[0], as_text=text)
         if text:
             return words
         return [_from_word(word) for word in (words[0].split(",") if len(words) == 1 else words)]
@@ -95,7 +59,7 @@ def from_words(hint: Any, words: list[str]) -> Any:
 
 def _from_word(word: str) -> Any:
     with suppress(yaml.YAMLError):
-        return yaml.load(word, YamlLoader) if word.strip() else word
+        return parse_yaml(word) if word.strip() else word
     return word  # not YAML: kept as text for the message of the type check
 
 
@@ -144,10 +108,27 @@ def _converted(hint: Any, value: Any) -> Any:
     raise ValueError
 
 
+def _problem(value: Any) -> str:
+    """Why a text cannot be used anywhere, or a path not be a file's; empty where it can."""
+    text = str(value)
+    if re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+        return "which has a control character"
+    if re.search(r"[\ud800-\udfff]", text):
+        return "which is not UTF-8; rename it"
+    longest = max((len(part.encode()) for part in value.parts), default=0) if isinstance(value, Path) else 0
+    if longest > 255 or (isinstance(value, Path) and len(text.encode()) > 4095):
+        return "which is longer than the name of a file can be"
+    return ""
+
+
 def checked(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint`, or a `UsageError` that says where it stands, what it is and what belongs there."""
     try:
-        return _converted(hint, value)
-    except (ValueError, TypeError, OverflowError):
-        found = value if isinstance(value, str) and value.strip() else repr(value)
-        raise UsageError(f"{where}: found {found}, expected {type_name(hint)}") from None
+        found = _converted(hint, value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        shown = value if isinstance(value, str) and value.strip() else repr(value)
+        raise UsageError(f"{where}: found {shown[:200]}, expected {type_name(hint)}") from None
+    for each in found if isinstance(found, list) else [found]:
+        if isinstance(each, (str, Path)) and (problem := _problem(each)):
+            raise UsageError(f"{where}: found {str(each)[:200]!r}, {problem}")
+    return found

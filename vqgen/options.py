@@ -34,18 +34,35 @@ class Range:
 
     def __str__(self) -> str:
         words = {"at least": self.least, "more than": self.above, "at most": self.most, "less than": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        return " and ".join(f"{word} {_written(bound)}" for word, bound in words.items() if bound is not None)
+
+
+def _written(bound: float) -> str:
+    """A bound as a person writes it: powers of two as such."""
+    for value, text in ((bound, ""), (bound + 1, " - 1")):
+        if isinstance(value, int) and value >= 2**12 and not value & (value - 1):
+            return f"2^{value.bit_length() - 1}{text}"
+    return f"{bound:g}"
 
 
 Count = Annotated[int, Range(least=1)]
 """A number of things of which there must be one."""
 CountOrZero = Annotated[int, Range(least=0)]
+Size = Annotated[int, Range(least=1, most=2**20)]
+"""A side of a tensor: channels, dimensions, examples in a batch."""
+Few = Annotated[int, Range(least=1, most=1000)]
+"""A number of things that are built one by one, e.g. layers."""
+Seed = Annotated[int, Range(least=0, most=2**64 - 1)]
+"""A seed as torch takes it."""
 NotNegative = Annotated[float, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Fraction = Annotated[float, Range(least=0, below=1)]
 """A share that may be 0 but not 1, e.g. a dropout or a decay."""
 
+
+# What torch and NumPy take where no range is declared.
+_INTEGERS, _NUMBERS = Range(-(2**63), 2**64 - 1), Range(-3.4e38, 3.4e38)
 
 Place = tuple[str, ...]
 """Keys that lead to an option or a section, e.g. ("run", "steps")."""
@@ -68,18 +85,21 @@ def ranges_of(hint: Any) -> list[Range]:
 
 
 class Options:
-    """Base of every dataclass of options: values outside of their declared ranges raise `UsageError`."""
+    """Base of every dataclass of options: values outside of their declared ranges raise `UsageError`.
+
+    So do, of any option, integers of more than 64 bits and numbers that float32 does not have, NaN and infinity too.
+    """
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for field in dataclasses.fields(typing.cast(Any, self)):
             value = getattr(self, field.name)
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            for bounds in ranges_of(hints[field.name]):
-                for number in numbers:
-                    # Other types are for the type check, which has a message of its own.
-                    if isinstance(number, (int, float)) and not bounds.contains(number):
-                        raise UsageError(f"{option_name(field.name)}: found {number}, expected {bounds}")
+            # Other types are for the type check, which has a message of its own.
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                general = _INTEGERS if isinstance(number, int) else _NUMBERS
+                for bounds in (*ranges_of(hints[field.name]), general) if isinstance(number, (int, float)) else ():
+                    if not bounds.contains(number):
+                        raise UsageError(f"{option_name(field.name)}: found {number:.15g}, expected {bounds}")
 
 
 @functools.cache

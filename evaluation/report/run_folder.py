@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import yaml
 from torch import Tensor
 from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.files import DESCRIPTION, read_json
-from vqgen.option_types import YamlLoader
+from vqgen.files.yaml_text import read_yaml
 from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID
 from vqgen.tokenizer.codes.format import MANIFEST
@@ -133,8 +132,8 @@ def _finite(value: Any) -> bool:
 
 def _config(path: Path) -> dict[str, Any] | None:
     """Read config.yaml; None if it is missing or unreadable."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        tree = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), YamlLoader)
+    with suppress(UserError):
+        tree = read_yaml(path / "config.yaml")
         return tree if isinstance(tree, dict) else None
     return None
 

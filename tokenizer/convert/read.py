@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from vqgen.artifact import DESCRIPTION, read_tensors, refuse_non_finite
 from vqgen.errors import UsageError, UserError
 from vqgen.files import open_regular, read_json
+from vqgen.files.yaml_text import read_yaml
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.options import TokenizerConfig
 
@@ -122,11 +122,11 @@ def _agree(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -
 def _taming_config(path: Path) -> dict[str, Any]:
     """Read `ddconfig` of a taming configuration, with `dropout`, and with `n_embed` and `embed_dim` of the model."""
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        params = read_yaml(path)["model"]["params"]
         codebook = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
         return {**params["ddconfig"], **codebook, "dropout": float(params["ddconfig"].get("dropout", 0))}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--taming-config: {path} cannot be read ({' '.join(str(error).split())})") from error
+    except UserError as error:
+        raise UserError(f"--taming-config: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--taming-config: {path} has no readable model.params.ddconfig ({error})") from error
 

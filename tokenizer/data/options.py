@@ -17,7 +17,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", "
 class ImageConfig(Options):
     """How images are read."""
 
-    size: list[int] = field(default_factory=lambda: [32, 32])
+    size: list[Annotated[int, Range(least=1, most=2**16)]] = field(default_factory=lambda: [32, 32])
     """Height and width in pixels; one number means a square."""
     channels: int = 3
     """3 for colour, 1 for grey. Transparent pixels become white."""
@@ -34,7 +34,7 @@ class ImageConfig(Options):
     """A broken image is named and skipped, or ends the run with an error."""
     max_broken: Share = 0.01
     """Largest share of broken images that is skipped; more end the run."""
-    workers: Annotated[int, Range(least=-1)] = 0
+    workers: Annotated[int, Range(least=-1, most=1024)] = 0
     """Processes that decode images; 0 decodes in the training process, -1 takes one per free core."""
     cache_mb: CountOrZero = 512
     """Keep the decoded images in memory when all of them fit into this many megabytes."""

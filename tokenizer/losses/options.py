@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Range
+from vqgen.options import CountOrZero, NotNegative, Options, Range, Size
 
 Augmentation = Literal["color", "translation", "cutout"]
 PerceptualNet = Literal["vgg", "alex"]
@@ -72,9 +72,9 @@ class GanConfig(Options):
     """DiffAugment (Zhao et al. 2020) of the discriminator's inputs; [] = off."""
     gan_spectral_norm: bool = False
     """Spectral norm of the discriminator's convolutions (Miyato et al. 2018)."""
-    gan_width: Count = 64
+    gan_width: Size = 64
     """Channels of the discriminator's first layer."""
-    gan_layers: Count = 3
+    gan_layers: Annotated[int, Range(least=1, most=16)] = 3
     """Strided layers of the discriminator; each doubles the patch size."""
     gan_lr: NotNegative = 1e-4
     """Peak learning rate of the discriminator; it follows the schedule of --lr."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, Fraction, Options
+from vqgen.options import Few, Fraction, Options, Size
 
 
 @dataclass
@@ -16,7 +16,7 @@ class NetworkConfig(Options, ABC):
     kind: ClassVar[str]
     module: ClassVar[str]
 
-    latent_dim: Count = 128
+    latent_dim: Size = 128
     """Channels between the encoder and the quantizer."""
 
     @property
@@ -55,28 +55,28 @@ def register(kind: str, module: str) -> Callable[[N], N]:
 class VQGANConfig(NetworkConfig):
     """The convolutional network of VQGAN (Esser et al. 2021)."""
 
-    width: Count = 64
+    width: Size = 64
     """Channels of the finest level; level i has width x multipliers[i]."""
-    multipliers: list[Count] = field(default_factory=lambda: [1, 2, 4])
+    multipliers: list[Few] = field(default_factory=lambda: [1, 2, 4])
     """Channel multiplier of each level; each level after the first halves height and width."""
-    patch: Count = 1
+    patch: Few = 1
     """Pixels a side folded into channels before the first convolution and unfolded after the last: 2 or 4 saves the
     costly work at full resolution."""
-    blocks: Count = 2
+    blocks: Few = 2
     """Residual blocks a level in the encoder; the decoder has one more a level."""
     attention: bool = True
     """Self-attention at the lowest resolution, between the encoder's last two blocks and the decoder's first two."""
     attention_levels: list[int] = field(default_factory=list)
     """Further levels (0 is the finest) with self-attention after each block."""
-    groups: Count = 32
+    groups: Size = 32
     """Groups of the group norm; must divide the channels of every level."""
     dropout: Fraction = 0.0
     """Dropout inside the residual blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.multipliers:
-            raise UsageError("--multipliers: found none, expected one a level")
+        if not 1 <= len(self.multipliers) <= 16:
+            raise UsageError(f"--multipliers: found {len(self.multipliers) or 'none'}, expected one a level, 1 to 16")
         if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise UsageError(
                 f"--attention-levels: found {self.attention_levels}, expected numbers from 0 to "

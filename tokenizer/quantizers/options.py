@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, Share
+from vqgen.options import CountOrZero, NotNegative, Options, Positive, Range, Share, Size
 
 # Levels of FSQ for about 2^8 ... 2^16 codes (Mentzer et al. 2023, table 1).
 FSQ_LEVELS = ([8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5])
@@ -75,7 +75,7 @@ def register(kind: str, builder: str) -> Callable[[Q], Q]:
 class CodeDim:
     """Dimension of the codes."""
 
-    code_dim: Count = 8
+    code_dim: Size = 8
     """Dimension of a code; a linear map leads from the latents to it and back."""
 
 
@@ -245,7 +245,7 @@ class LFQConfig(SoftEntropy, Commitment, QuantizerConfig):
 class ResidualConfig(CodebookConfig):
     """Vector quantization of what remains, --depth times (Lee et al. 2022)."""
 
-    depth: Annotated[int, Range(least=2)] = 2
+    depth: Annotated[int, Range(least=2, most=256)] = 2
     """Codes a position."""
     shared_codebook: bool = False
     """One codebook for all depths (Lee et al. 2022, section 3.1.2)."""
@@ -256,5 +256,5 @@ class ResidualConfig(CodebookConfig):
 class ProductConfig(DirectionCodebookConfig):
     """Vector quantization of --depth parts of the vector (Jegou et al. 2011)."""
 
-    depth: Annotated[int, Range(least=2)] = 2
+    depth: Annotated[int, Range(least=2, most=256)] = 2
     """Codes a position."""

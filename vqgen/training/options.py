@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqgen.options import Count, CountOrZero, Fraction, NotNegative, Options
+from vqgen.options import Count, CountOrZero, Fraction, NotNegative, Options, Seed, Size
 
 
 @dataclass
@@ -12,11 +12,11 @@ class RunConfig(Options):
 
     steps: Count = 10_000
     """Optimizer steps; a run resumed with another number moves to the new learning-rate schedule without a jump."""
-    batch_size: Count = 64
+    batch_size: Size = 64
     """Examples per step, over all processes and accumulation parts."""
-    accumulate: Count = 1
+    accumulate: Size = 1
     """Parts into which each process splits its share of a step, to save memory; a codebook learns after each part."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, data order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; auto is bf16 where the hardware supports it, else fp16 on CUDA, else fp32."""
