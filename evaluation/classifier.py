@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.artifact import load_artifact, save_artifact
+from vqgen.artifact import load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import check_writable
 from vqgen.files.output_folder import OutputFolder
 from vqgen.metric import Metric
+from vqgen.options import Options, Size
 from vqgen.progress import progress
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
@@ -27,15 +28,20 @@ ACCURACY = Metric("classifier_accuracy", "Classifier accuracy", "share of the sa
 
 
 @dataclass
-class ClassifierConfig:
+class ClassifierConfig(Options):
     """Architecture and classes of a classifier, as recorded in vqgen.json."""
 
-    size: list[int]
+    size: list[Size]
     """Height and width."""
-    channels: int
+    channels: Size
     class_names: list[str]
-    width: int = 32
-    """Channels at the first level; each further level doubles them."""
+    width: Size = 32
+    """Channels at the first level, divisible by 8; each further level doubles them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 8:
+            raise UsageError(f"--width: found {self.width}, expected a multiple of 8, the groups of its norms")
 
 
 class Classifier(nn.Module):
@@ -69,11 +75,12 @@ class Classifier(nn.Module):
         """Read a model folder. Raises `UserError` if anything does not fit."""
         artifact = load_artifact(folder, "classifier")
         where = str(folder / "vqgen.json")
-        classifier = cls(from_dict(ClassifierConfig, artifact.description.get("classifier"), where))
-        try:
-            classifier.load_state_dict(artifact.tensors)
-        except RuntimeError as error:
-            raise UserError(f"{folder}: weights and vqgen.json do not fit: {error}") from error
+        config = from_dict(ClassifierConfig, artifact.description.get("classifier"), where)
+        with torch.device("meta"):
+            promised = cls(config).state_dict()
+        refuse_others(artifact.tensors, promised, folder)
+        classifier = cls(config)
+        classifier.load_state_dict(artifact.tensors)
         classifier.fingerprint = artifact.fingerprint
         return classifier.eval().to(device)
 

@@ -1,18 +1,20 @@
 """The prior: a transformers causal LM over sequences of a prefix (see `conditioning.py`) and codes."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from vqgen.artifact import copy_artifact, load_artifact, save_artifact
+from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.errors import UserError
-from vqgen.files import read_json, write_text
+from vqgen.files import read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
 
 from .conditioning import Conditioning
@@ -59,28 +61,44 @@ def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
             layer.mlp.register_forward_hook(hook)
 
 
+_WRITER = {"architectures", "dtype", "transformers_version"}
+"""Keys of `config.json` that describe its writer, not the network."""
+
+
 def _compare(path: Path, own: PreTrainedConfig) -> None:
     """Raise `UserError` where `config.json` describes another network than `vqgen.json`, `own`."""
     written = read_json(path)
+    expected = own.to_dict()
+    # First what is written: transformers makes lists as long as numbers in it say.
+    for key in expected.keys() & written.keys() - _WRITER:
+        _refuse_unequal(path, key, written[key], expected[key])
     try:
         stated = AutoConfig.for_model(**written).to_dict()
     except Exception as error:  # transformers raises errors of several types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
-    for key, value in own.to_dict().items():
-        # These describe the writer, not the network.
-        if key not in ("architectures", "dtype", "transformers_version") and stated.get(key) != value:
-            raise UserError(f"{path} has {key} {stated.get(key)!r}, vqgen.json needs {value!r}; restore the file")
+    for key in expected.keys() - _WRITER:
+        _refuse_unequal(path, key, stated.get(key), expected[key])
 
 
-def _check_description(about: dict[str, Any]) -> None:
-    """Raise `ValueError` for wrong types in `vqgen.json`, which would be misread or fail later."""
-    grid, shape = about["grid"], about["image_shape"]
-    numbers = [about["codebook_size"], about["depth"], *grid, *shape]
-    if not all(type(number) is int for number in numbers) or (len(grid), len(shape)) != (2, 3):
-        raise ValueError("codebook_size, depth, grid and image_shape have to be whole numbers")
-    if not isinstance(about["tokenizer_fingerprint"], str):
-        raise ValueError("tokenizer_fingerprint has to be text")
+def _refuse_unequal(path: Path, key: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise UserError(f"{path} has {key} {found!r}, vqgen.json needs {wanted!r}; restore the file")
+
+
+_Side = Annotated[int, Interval(ge=1, le=2**16)]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What every prior's `vqgen.json` holds beside the keys of its conditioning."""
+
+    prior: dict[str, Any]
+    codebook_size: Annotated[int, Interval(ge=1, le=2**24)]
+    depth: Annotated[int, Interval(ge=1, le=256)]
+    grid: tuple[_Side, _Side]
+    image_shape: tuple[_Side, _Side, _Side]
+    tokenizer_fingerprint: str
 
 
 class Prior(nn.Module):
@@ -168,24 +186,24 @@ class Prior(nn.Module):
         artifact, path = load_artifact(folder, "prior"), folder / "vqgen.json"
         about = artifact.description
         try:
-            _check_description(about)
-            if (order := dict(about["prior"]).get("order", "raster")) not in ORDERS:
+            known = read_record(path, _Description)
+            if (order := known.prior.get("order", "raster")) not in ORDERS:
                 text = f"has the order {order!r}, this installation knows {', '.join(ORDERS)}"
                 raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
-            config = from_dict(PriorConfig, about["prior"], str(path))
-            vocabulary = Vocabulary(about["codebook_size"], about["depth"], tuple(about["grid"]), config.order)
+            config = from_dict(PriorConfig, known.prior, str(path))
+            vocabulary = Vocabulary(known.codebook_size, known.depth, known.grid, config.order)
             conditioning = Conditioning.from_description(vocabulary, about)
-            prior = cls(config, conditioning, tuple(about["image_shape"]), about["tokenizer_fingerprint"])
+            shape, mark = known.image_shape, known.tokenizer_fingerprint
+            with torch.device("meta"):
+                prior = cls(config, conditioning, shape, mark)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
         if unknown := sorted(set(about) - set(prior.description)):
             text = f"has {', '.join(map(repr, unknown))}, which this installation does not know"
             raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
         _compare(folder / "config.json", prior.backbone.config)
-        try:
-            prior.backbone.load_state_dict(artifact.tensors)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: weights and vqgen.json do not fit: {reason}") from error
+        refuse_others(artifact.tensors, prior.backbone.state_dict(), folder)
+        prior = cls(config, conditioning, shape, mark)
+        prior.backbone.load_state_dict(artifact.tensors)
         prior.fingerprint = artifact.fingerprint
         return prior.eval().to(device)

@@ -144,8 +144,10 @@ class Classes(Part):
     @classmethod
     def from_description(cls, about: Mapping[str, Any]) -> "Classes":
         count, names, dropout = about["classes"], about["class_names"], about["label_dropout"]
-        if type(count) is not int or not isinstance(dropout, (int, float)):
-            raise ValueError("classes has to be a whole number, and label_dropout a number")
+        if type(count) is not int or not 0 <= count <= 2**24:
+            raise ValueError("classes has to be a whole number of at most 2^24")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError("label_dropout has to be a share")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError("class_names have to be a list of names")
         if names and len(names) != count:

@@ -10,7 +10,7 @@ import pytest
 from annotated_types import Ge
 
 from vqgen.errors import UserError
-from vqgen.files import open_regular, read_bytes, read_json, read_record, read_text
+from vqgen.files import is_file, open_regular, read_bytes, read_json, read_record, read_text
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -80,3 +80,30 @@ def test_a_record_has_exactly_the_types_of_its_fields(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=rf"record\.json.*{key}"):
             read_record(path, Whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is given twice"),
+        (r'{"a": "x\u0000y"}', "is no text"),
+        (r'{"a": ["\ud800"]}', "is no text"),
+        (r'{"\udfff": 1}', "is no text"),
+    ],
+)
+def test_what_readers_of_json_disagree_about_is_refused(tmp_path: Path, text: str, found: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    for read in (read_json, lambda path: read_record(path, dict)):
+        with pytest.raises(UserError, match=r"a\.json") as refused:
+            read(path)
+        assert found in str(refused.value)
+    path.write_text(r'{"a": "\ud83d\ude00 \\u0000 \\ud800"}')  # a pair of surrogates, and backslashes
+    assert read_json(path) == {"a": "\U0001f600 \\u0000 \\ud800"} == read_record(path, dict)
+
+
+def test_a_name_that_no_file_can_have_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo")
+    assert is_file(tmp_path / "file") and is_file(str(tmp_path / "file"))
+    assert not any(is_file(tmp_path / name) for name in ("nothing", "fifo", "x" * 300, "nul\0", ".", "\ud800"))

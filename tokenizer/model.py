@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqgen.artifact import load_artifact, save_artifact
+from vqgen.artifact import load_artifact, refuse_others, save_artifact
 from vqgen.config import as_dict, from_dict
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
@@ -204,14 +204,13 @@ class Tokenizer(nn.Module):
         folder = Path(folder)
         artifact = load_artifact(folder, "tokenizer")
         architecture = artifact.description.get("architecture")
-        tokenizer = cls(from_dict(TokenizerConfig, architecture, str(folder / "vqgen.json")))
+        config = from_dict(TokenizerConfig, architecture, str(folder / "vqgen.json"))
+        with torch.device("meta"):
+            promised = cls(config).inference_state()
+        refuse_others(artifact.tensors, promised, folder)
+        tokenizer = cls(config)
         own = tokenizer.state_dict()
-        tensors = {**artifact.tensors, **{name: own[name] for name in tokenizer._training_names()}}
-        try:
-            tokenizer.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder}: the weights do not match vqgen.json: {reason}") from error
+        tokenizer.load_state_dict({**artifact.tensors, **{name: own[name] for name in tokenizer._training_names()}})
         tokenizer.fingerprint = artifact.fingerprint
         return tokenizer.eval().to(device)
 

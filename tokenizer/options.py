@@ -1,21 +1,21 @@
 """The architecture of a tokenizer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import choice
+from vqgen.options import Few, Options, Range, choice
 from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig
 from vqgen.tokenizer.quantizers.options import QUANTIZERS, QuantizerConfig
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Options):
     """The architecture, as stored in `vqgen.json`."""
 
-    image_size: list[int]
+    image_size: list[Annotated[int, Range(least=1, most=2**16)]]
     """Height and width of the training images, in pixels."""
-    channels: int
+    channels: Few
     """1 for grey, 3 for RGB."""
     model: NetworkConfig = choice("network", NETWORKS, default="vqgan")
     quantizer: QuantizerConfig = choice("quantizer", QUANTIZERS, default="vq")
@@ -23,6 +23,9 @@ class TokenizerConfig:
     """How training images of another aspect ratio were fitted; tokenizing does the same."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.image_size) != 2:
+            raise UsageError(f"--size: found {self.image_size}, expected height and width")
         factor = self.model.factor
         if any(side < factor or side % factor for side in self.image_size):
             height, width = self.image_size

@@ -45,6 +45,22 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
                 raise UserError(f"{where}: {name} holds NaN or infinity; take weights of before the divergence")
 
 
+def refuse_others(tensors: Mapping[str, Tensor], promised: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise `UserError` where names or shapes of tensors are not those that a description promises.
+
+    Args:
+        promised: of a model built with `torch.device("meta")`, which takes no memory, however large it is.
+        where: the folder, for errors.
+    """
+    for name in sorted(promised.keys() | tensors.keys()):
+        found, wanted = (tuple(each[name].shape) if name in each else None for each in (tensors, promised))
+        if found != wanted:
+            texts = (f"has shape {shape}" if shape is not None else "is missing" for shape in (found, wanted))
+            raise UserError(
+                f"{where}: in {WEIGHTS}, {name} {next(texts)}, by {DESCRIPTION} it {next(texts)}; restore both"
+            )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically as safetensors (contiguous CPU copies are made where needed)."""
     with atomic_path(path) as temporary:

@@ -91,7 +91,7 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             if not isinstance(value, dict):
                 raise UserError(f"{where}: found {value!r} where the keys of {key} belong; {other}")
             kind = value.get(choice.selector, choice.default)
-            if kind not in choice.kinds:
+            if not isinstance(kind, str) or kind not in choice.kinds:
                 raise UserError(f"{where}: unknown {choice.selector} {kind}; {other}")
             section = choice.kinds[kind]
             keys = {name: set(map(key_of, dataclasses.fields(cls))) for name, cls in choice.kinds.items()}
@@ -99,13 +99,24 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
             value = {k: v for k, v in value.items() if k not in unused}
         if is_section(section):
             value = from_dict(section, value, where)
-        elif typing.get_origin(section) is typing.Literal and value not in typing.get_args(section):
-            raise UserError(f"{where}: {key}: found {value!r}, expected {type_name(section)}; {other}")
+        elif not _is(section, value):
+            raise UserError(f"{where}: {key}: found {value!r:.200}, expected {type_name(section)}; {other}")
         given[fields[key].name] = value
     try:
         return config(**given)
-    except TypeError as error:
+    except (TypeError, UsageError) as error:  # a field that is missing, or a value out of range
         raise UserError(f"{where}: {error}; {other}") from error
+
+
+def _is(hint: Any, value: Any) -> bool:
+    """Whether a value has exactly this type, an int that of float too."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # not needed by --help
+
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def values_of(config: Any) -> dict[str, Any]:

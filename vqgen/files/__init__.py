@@ -1,6 +1,6 @@
 """Files: reading what a user hands in, writing what is complete or absent, and output folders. Needs no torch."""
 
-from .read import open_regular, read_bytes, read_json, read_record, read_text
+from .read import is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
 from .write import atomic_path, check_writable, remove, temporary_of, write_json, write_text
 
 # The files of a model folder, see `artifact.py`.
@@ -12,7 +12,9 @@ __all__ = [
     "WEIGHTS",
     "atomic_path",
     "check_writable",
+    "is_file",
     "open_regular",
+    "parse_json",
     "read_bytes",
     "read_json",
     "read_record",

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import re
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -35,6 +38,14 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a path is a regular file; False where no file can have it, e.g. a name of more than 255 bytes."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes. Raises `OSError`."""
     with open_regular(path) as file:
@@ -61,10 +72,40 @@ def _user_bytes(path: str | Path, limit: int, what: str) -> bytes:
     return data
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text. Raises `ValueError` or `RecursionError`, also for what only some readers accept.
+
+    Those are keys given twice, and strings that are no text: with NUL, or not valid Unicode.
+    """
+    value = json.loads(data, object_pairs_hook=_unique)
+    text = data.decode() if isinstance(data, bytes) else data
+    odd = (each for each in _strings(value) if re.search("[\0\ud800-\udfff]", each))
+    if re.search(r"\\u(0000|[dD][89a-fA-F])", text) and (found := next(odd, None)) is not None:
+        raise ValueError(f"{found[:80]!r} is no text")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"{keys.most_common(1)[0][0][:80]!r} is given twice")
+    return found
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value if isinstance(value, list) else [*value.keys(), *value.values()]:
+            yield from _strings(each)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `UserError` where the file is missing, unreadable, malformed or nested too deeply."""
+    """Read a JSON object. Raises `UserError` where the file is missing, unreadable or refused by `parse_json`."""
     try:
-        value = json.loads(_user_bytes(path, MAX_TEXT, "JSON"))
+        value = parse_json(_user_bytes(path, MAX_TEXT, "JSON"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path} cannot be read as JSON ({reason}); restore or remove it") from error
@@ -81,6 +122,7 @@ def read_record(path: Path, record: type[T]) -> T:
     """
     from pydantic import TypeAdapter, ValidationError  # not needed by --help
 
+    read_json(path)
     try:
         return TypeAdapter(record).validate_json(_user_bytes(path, MAX_TEXT, "JSON"), strict=True)
     except ValidationError as error:
