@@ -3,13 +3,11 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
@@ -20,6 +18,7 @@ from vqgen.sampling.output import FINISHED, UNFINISHED
 from vqgen.sampling.oversample import batches
 from vqgen.seeding import epoch_slice
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
+from vqgen.tokenizer.data.decoding import BrokenImage, read_size
 from vqgen.tokenizer.data.items import Files
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Source, open_source
@@ -70,19 +69,17 @@ def open_samples(folder: Path, config: SamplesConfig) -> tuple[ImageDataset, lis
             name = source.item_name(index)
             raise UserError(f"--samples: {name} has {found} pixels, others {first}; give images of one size")
         grey &= other_grey
-    images = ImageConfig([size[1], size[0]], 1 if grey else 3, config.fit or "crop", broken="error", cache_mb=0)
+    images = ImageConfig(size, 1 if grey else 3, config.fit or "crop", broken="error", cache_mb=0)
     images.workers = config.workers
     return ImageDataset(source, images), source.class_names
 
 
-def _size_and_grey(source: Source, index: int) -> tuple[tuple[int, int], bool]:
-    """Displayed width and height of an image, and whether it is grey, from its header alone."""
+def _size_and_grey(source: Source, index: int) -> tuple[list[int], bool]:
+    """Height and width of an image, and whether it is grey."""
     try:
-        with Image.open(BytesIO(source.read(index))) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            width, height = image.size
-            return (height, width) if turned else (width, height), image.mode in ("1", "L", "I;16")
-    except (OSError, UnidentifiedImageError) as error:
+        height, width, grey = read_size(source.read(index))
+        return [height, width], grey
+    except (OSError, BrokenImage) as error:
         raise UserError(f"--samples: {source.item_name(index)} cannot be read ({error}); remove it") from error
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import read_bytes
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.parts import ABSENT
 from vqgen.progress import progress
-from vqgen.tokenizer.data.pixels import BrokenImage, decode
+from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
@@ -38,7 +38,7 @@ GRID_IMAGES = 100
 def read_image(path: Path, channels: int) -> Tensor:
     """Read an image file as uint8 (channels, h, w). Raises `UserError`."""
     try:
-        return decode(path.read_bytes(), channels)
+        return decode(read_bytes(path), channels)
     except (OSError, BrokenImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--init-image: {path} cannot be read ({reason}); name image files") from error
@@ -70,7 +70,7 @@ def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, l
     return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
 
 
-def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int) -> None:
+def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int, channels: int) -> None:
     """Write grid.png from the first images on disk: whole rows of at most `GRID_IMAGES` images."""
     shown = min(n, GRID_IMAGES)
     if columns is None:
@@ -80,8 +80,8 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, classes:
     images = []
     for path in (output / names.file(index) for index in range(shown)):
         try:
-            images.append(decode_image(str(path), ImageReadMode.UNCHANGED))
-        except RuntimeError as error:
+            images.append(decode(read_bytes(path), channels))
+        except (OSError, BrokenImage) as error:
             raise UserError(f"{path} is damaged; remove it and run the same command to have it drawn again") from error
     write_png_atomic(output / GRID, make_grid(images, nrow=columns, padding=2, pad_value=255))
 
@@ -133,6 +133,7 @@ def write_samples(config: SampleConfig) -> PartialState:
         raise UsageError("--num-per-class: these images have no classes; use --n")
     if config.num_per_class and len(set(classes)) < len(classes):
         raise UsageError("--num-per-class: --class names a class twice; name each once")
+    channels = generator.tokenizer.config.channels
     names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
     known = known_codes(config, generator)
     about = describe(config, generator, names, n, conditions, known)
@@ -140,7 +141,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     if status == "done":
         if state.is_main_process:
             if config.columns:
-                write_grid(output, names, n, config.columns, len(classes))
+                write_grid(output, names, n, config.columns, len(classes), channels)
             print(f"{output} holds these {n} images already; --overwrite draws them again")
         return state
     state.wait_for_everyone()
@@ -187,7 +188,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        write_grid(output, names, n, config.columns, len(classes))
+        write_grid(output, names, n, config.columns, len(classes), channels)
         finish(output, names, about)
         place = f"{device} in {generator.precision}"
         present = f" ({n - len(missing)} were there)" if len(missing) < n else ""

@@ -18,8 +18,9 @@ from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import train
 from vqgen.tokenizer.data import sources, tables
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.options import ImageConfig
-from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit, to_float, to_uint8
+from vqgen.tokenizer.data.pixels import fit, to_float, to_uint8
 
 DEMO = sources.DEMO
 SMALL = ImageConfig(size=[16, 16], channels=1)

@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.items import Files, Rows
 from vqgen.tokenizer.data.options import SUFFIXES
-from vqgen.tokenizer.data.pixels import BrokenImage, center_crop, decode, fit
+from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.data.sources import find_splits, open_source
 from vqgen.tokenizer.losses.options import check_size
 

@@ -17,7 +17,8 @@ from vqgen.evaluation.measurement import label_of
 from vqgen.evaluation.receipt import flatten
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.codes.format import Manifest
-from vqgen.tokenizer.data.pixels import BrokenImage, decode, fit
+from vqgen.tokenizer.data.decoding import BrokenImage, decode
+from vqgen.tokenizer.data.pixels import fit
 from vqgen.tokenizer.train import TokenizerTraining
 
 from . import charts

@@ -15,12 +15,12 @@ from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.receipt import flatten, read_receipt
-from vqgen.files import DESCRIPTION, read_json
+from vqgen.files import DESCRIPTION, read_bytes, read_json
 from vqgen.files.yaml_text import read_yaml
 from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID
 from vqgen.tokenizer.codes.format import MANIFEST
-from vqgen.tokenizer.data.pixels import PNG
+from vqgen.tokenizer.data.decoding import PNG
 from vqgen.training.folder import FINISHED, read_sessions
 
 Kind = Literal["tokenizer", "prior", "samples"]
@@ -43,7 +43,7 @@ class Png:
     def read(cls, path: Path) -> "Png | None":
         """Read a file; None if it does not exist or is not a complete PNG."""
         with suppress(OSError, struct.error):
-            data = path.read_bytes()
+            data = read_bytes(path)
             if data.startswith(PNG) and data.rstrip(b"\0").endswith(b"IEND\xaeB`\x82"):
                 return cls(data, *struct.unpack(">II", data[16:24]))
         return None

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 from vqgen.errors import UserError
 from vqgen.seeding import epoch_slice, hash64
 
+from .decoding import BrokenImage, decode
 from .loader import Loader, worker_count
 from .options import ImageConfig, Split
-from .pixels import BrokenImage, center_crop, decode, fit
+from .pixels import center_crop, fit
 from .sources import Source, open_source
 
 Key = int | tuple[int, int]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vqgen.files import read_bytes
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -28,7 +30,7 @@ class Files:
         return str(self.root / self.names[item])
 
     def read(self, item: int) -> bytes:
-        return (self.root / self.names[item]).read_bytes()
+        return read_bytes(self.root / self.names[item])
 
 
 class Rows:
