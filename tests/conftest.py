@@ -24,6 +24,7 @@ settings.register_profile("vqgen", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("vqgen")
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for `benchmarks.campaign`, wherever pytest is called from
 
 
 @dataclass(frozen=True)
