@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow campaign lint types clean
 
 demo: $(READY)
 	$(BIN)/vqgen-demo $(DEMO)
@@ -18,6 +18,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow $(TESTS)
+
+# Damaged inputs, kills and full disks; about half an hour on two cores (docs/robustness.md).
+campaign: $(READY)
+	$(BIN)/python -m benchmarks.campaign $(CAMPAIGN)
 
 lint: $(READY) types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import pickle
 import signal
 import socket
 import time
@@ -18,7 +19,17 @@ import yaml
 from safetensors.numpy import save_file
 
 from benchmarks.campaign import kills, stock, zygote
-from benchmarks.campaign.mutations import KINDS, REGISTRY, Change, NotApplicable, choices, load, mutation, words
+from benchmarks.campaign.mutations import (
+    KINDS,
+    REGISTRY,
+    Change,
+    NotApplicable,
+    choices,
+    load,
+    mutation,
+    tensors,
+    words,
+)
 from benchmarks.campaign.oracles import Run, same
 from benchmarks.campaign.place import Place, lay_out, outside, plant, snapshot
 from benchmarks.campaign.runner import Ended
@@ -267,3 +278,10 @@ def test_registering_needs_a_kind():
 
     assert REGISTRY["json"].pop() is mine
     assert socket.AF_UNIX  # sockets are among the mutations
+
+
+def test_the_code_in_pickles_would_run(tmp_path):
+    for state_dict in (False, True):
+        mark = tmp_path / f"mark-{state_dict}"
+        pickle.loads(tensors.pickled_code(mark, state_dict))
+        assert mark.exists()

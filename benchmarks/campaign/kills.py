@@ -4,11 +4,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import stock
 from .cases import Campaign
@@ -26,7 +27,7 @@ class Job:
     """A command that writes into `out`."""
 
     name: str
-    words: list[str]
+    words: Sequence[str]
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     begun: str = ""
@@ -131,7 +132,7 @@ class Kills:
         return own
 
     def _call(
-        self, job: Job, place: Place, output: Path, kill: Kill | None = None, count: bool = False, **limits: int
+        self, job: Job, place: Place, output: Path, kill: Kill | None = None, count: bool = False, **limits: Any
     ) -> Ended:
         words = [*job.words, "--output", str(output.relative_to(place.work))]
         return self.campaign.run.run(words, place.work, place.home, kill, count, **limits)
@@ -241,7 +242,7 @@ class Kills:
         with full_disk(output.parent, begun + 8192 + room) as grow:
             own = self._begin(job, output)
             before = snapshot(place)
-            limits = {} if grow else {"RLIMIT_FSIZE": random.randint(1, max(reference.bytes // 2, 2))}
+            limits: dict[str, Any] = {} if grow else {"RLIMIT_FSIZE": random.randint(1, max(reference.bytes // 2, 2))}
             ended = self._call(job, place, output, **limits)
             how = f"a disk with {room} bytes of room" if grow else f"files of at most {limits['RLIMIT_FSIZE']} bytes"
             if grow:
@@ -261,7 +262,7 @@ def _size(folder: Path) -> int:
 
 
 @contextmanager
-def full_disk(folder: Path, size: int) -> Iterator[object]:
+def full_disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
     """Mount a tmpfs of `size` bytes on `folder`, if this process may; yield a function that makes room, or None."""
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(words, capture_output=True).returncode == 0

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +36,7 @@ class Run:
     reference: Results
     reference_output: Path
     """What the program wrote for the unmutated input."""
-    words: list[str] = field(default_factory=list)
+    words: Sequence[str] = ()
 
 
 Oracle = Callable[[Run], str]

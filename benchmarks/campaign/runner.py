@@ -13,7 +13,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from .zygote import ROOT
+
 LIMIT = 30.0
 """Seconds after which a program hangs."""
 MEMORY = 4 << 30

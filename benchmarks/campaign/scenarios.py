@@ -1,5 +1,6 @@
 """Which program reads which input, and what its result must equal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +18,7 @@ class Scenario:
 
     kind: str
     """Row of the table."""
-    words: list[str]
+    words: Sequence[str]
     inputs: tuple[str, ...]
     """Paths in the stock that the program reads, its output included where it continues one."""
     targets: tuple[str, ...]
@@ -48,11 +49,11 @@ class Scenario:
         return self.output in self.inputs
 
 
-def _to(words: list[str] | str, output: str = "out", *more: str) -> list[str]:
+def _to(words: Sequence[str], output: str = "out", *more: str) -> list[str]:
     return [*(words.split() if isinstance(words, str) else words), "--output", output, *more]
 
 
-def _short(words: list[str], steps: int = 2) -> list[str]:
+def _short(words: Sequence[str], steps: int = 2) -> list[str]:
     return [*words, "--steps", str(steps)]
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ def _row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def markdown(outcomes: Sequence[Outcome], tried: dict[str, Sequence[Tried]]) -> str:
+def markdown(outcomes: Sequence[Outcome], tried: Mapping[str, Sequence[Tried]]) -> str:
     """Tables of cases by kind, and of kills by mode."""
     lines = [_row(["input", "tried", *HEADINGS]), _row(["---", *["--:"] * (len(HEADINGS) + 1)])]
     kinds = list(dict.fromkeys(each.kind for each in outcomes))
@@ -49,14 +49,18 @@ def markdown(outcomes: Sequence[Outcome], tried: dict[str, Sequence[Tried]]) -> 
     return "\n".join(lines)
 
 
-def failures(outcomes: Sequence[Outcome], tried: dict[str, Sequence[Tried]]) -> list[Outcome | Tried]:
+def failures(outcomes: Sequence[Outcome], tried: Mapping[str, Sequence[Tried]]) -> list[Outcome | Tried]:
     """Everything that must not happen."""
     bad: list[Outcome | Tried] = [each for each in outcomes if each.verdict in FAILURES]
     return bad + [each for rows in tried.values() for each in rows if not each.identical]
 
 
 def write(
-    path: Path, options: dict[str, Any], outcomes: Sequence[Outcome], tried: dict[str, Sequence[Tried]], seconds: float
+    path: Path,
+    options: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    tried: Mapping[str, Sequence[Tried]],
+    seconds: float,
 ) -> None:
     """Write the result as JSON, with every case that did not end well."""
     kinds = {}

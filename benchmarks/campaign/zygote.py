@@ -17,28 +17,30 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-MODULES = {
-    "vqgen-train-tokenizer": "vqgen.tokenizer.train",
-    "vqgen-tokenize": "vqgen.tokenizer.encode",
-    "vqgen-convert": "vqgen.tokenizer.convert.program",
-    "vqgen-train-prior": "vqgen.prior.train",
-    "vqgen-reconstruct": "vqgen.tokenizer.reconstruct",
-    "vqgen-export": "vqgen.prior.export",
-    "vqgen-eval": "vqgen.evaluation.program",
-    "vqgen-sample": "vqgen.sampling.sample",
-    "vqgen-report": "vqgen.evaluation.report.program",
-}
-_WORK = (
-    "accelerate datasets lpips pyarrow.parquet safetensors.torch torch torchvision transformers.models.llama "
-    "vqgen.evaluation.measurement vqgen.evaluation.likelihood vqgen.evaluation.reconstruction vqgen.evaluation.samples "
-    "vqgen.evaluation.report.page vqgen.prior.export_folder vqgen.prior.trainer vqgen.sampling.write_samples "
-    "vqgen.tokenizer.codes.writer vqgen.tokenizer.comparison vqgen.tokenizer.convert.read "
-    "vqgen.tokenizer.convert.write vqgen.tokenizer.losses.lpips vqgen.tokenizer.trainer"
+ROOT = Path(__file__).parents[2]
+_SCRIPT = re.compile(r'^(vqgen-[a-z-]+) = "([\w.]+):main"$', re.MULTILINE)
+MODULES = dict(_SCRIPT.findall((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+"""Program -> the module of its `main`."""
+_LIBRARIES = (
+    "accelerate datasets lpips pyarrow.parquet pydantic safetensors.torch torch torchvision transformers.models.llama"
 ).split()
+_FOLDERS = ("vqgen", "tokenizer", "prior", "sampling", "evaluation")
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+def _own_modules() -> list[str]:
+    """Every module of the project but those of the page, which programs would import late."""
+    found = []
+    for folder in _FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found.append(".".join(parts if folder == "vqgen" else ("vqgen", *parts)))
+    return found
 
 
 def _drop_override() -> None:
@@ -151,7 +153,7 @@ def serve() -> None:
     """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in (*MODULES.values(), *_WORK):
+    for name in (*_LIBRARIES, *_own_modules()):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()

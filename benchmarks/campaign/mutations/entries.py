@@ -137,7 +137,7 @@ def hostile_name(path: Path, random: Random, place: Place) -> str:
     here = os.path.join(os.fsencode(path.parent), name)
     if random.random() < 0.3 and path.parent != place.work:  # the folder, e.g. a class
         here = os.path.join(os.fsencode(path.parent.parent), name)
-        shutil.copytree(os.fsencode(path.parent), here, symlinks=True)
+        shutil.copytree(path.parent, os.fsdecode(here), symlinks=True)
         return f"its folder is also there as {name!r}"
     shutil.copyfile(os.fsencode(path), here)
     return f"also there as {name!r}"

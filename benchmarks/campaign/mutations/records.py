@@ -187,7 +187,7 @@ def no_text(path: Path, random: Random, place: Place) -> str:
 @mutation("json", "jsonl")
 def endless_number(path: Path, random: Random, place: Place) -> str:
     """An integer of more digits than Python converts, and a fraction beyond float64."""
-    tree = _read(path) if path.suffix == ".json" else {"step": 1}
+    tree: Any = _read(path) if path.suffix == ".json" else {"step": 1}
     keys = sorted(tree) if isinstance(tree, dict) else []
     if not keys:
         raise NotApplicable

@@ -1,6 +1,7 @@
 """Values on the command line. The `path` of these mutations is a file of the words, one a line, which they change."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -94,7 +95,7 @@ def read(path: Path) -> list[str]:
     return os.fsdecode(path.read_bytes()).split("\x01")
 
 
-def write(path: Path, words: list[str]) -> None:
+def write(path: Path, words: Sequence[str]) -> None:
     path.write_bytes(os.fsencode("\x01".join(words)))
 
 
