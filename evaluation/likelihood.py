@@ -67,6 +67,7 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
         prior.conditioning.check_absence("--unconditional:")
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
+    codes.check()
     return prior, codes
 
 

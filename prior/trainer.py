@@ -191,4 +191,7 @@ def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
     train, heldout = (CodeFiles(config.codes, split) for split in ("train", "heldout"))
     if not len(heldout):
         raise UserError(f"{config.codes} holds no held-out codes; tokenize again with --holdout above 0")
+    if run.main:
+        train.check()
+        heldout.check()
     return run, PriorTrainer(run, config, train, heldout)

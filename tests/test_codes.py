@@ -68,8 +68,8 @@ def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1,
         shards.append(ShardEntry(path.name, count, checksum(path)))
         start += count
     splits = {"train": SplitEntry(views, sum(counts), shards), "heldout": SplitEntry(1, 0, [])}
-    names = ["a", "b", "c", "d"]
-    Manifest(size, list(grid), depth, [8, 12], 3, names, "f" * 64, "d" * 64, "fp32", "0", splits).write(folder)
+    names, image = ["a", "b", "c", "d"], [4 * side for side in grid]
+    Manifest(size, list(grid), depth, image, 3, names, "f" * 64, "d" * 64, "fp32", "0", splits).write(folder)
     return codes
 
 
@@ -272,11 +272,11 @@ def test_verify_finds_codes_outside_the_codebook_and_labels_outside_the_classes(
     dataclasses.replace(manifest, codebook_size=290).write(tmp_path)
     with pytest.raises(UserError) as error:
         CodeFiles(tmp_path, "train").verify()
-    one_line(error, "codes-0000", "the codebook has 290")
+    one_line(error, "codes-0000", "the code 29", "0 to 289")
     dataclasses.replace(manifest, class_names=["a", "b"]).write(tmp_path)
     with pytest.raises(UserError) as error:
         CodeFiles(tmp_path, "train").verify()
-    one_line(error, "codes-0000", "labels")
+    one_line(error, "codes-0000", "the label", "-1 to 1")
 
 
 def test_used_codes_counts_each_depth_by_itself(tmp_path):
@@ -602,7 +602,7 @@ def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_pat
     one_line(error, str(folder / shard_name(2)), "delete it")
 
 
-@pytest.mark.parametrize("where", ["artifact.save_file", "files.os.fsync"])
+@pytest.mark.parametrize("where", ["artifact.save_file", "files.write.os.fsync"])
 def test_a_full_disk_is_one_line_and_loses_no_finished_shard(make, reference, tmp_path, monkeypatch, where):
     folder = tmp_path / "codes"
     real = artifact.save_file if where == "artifact.save_file" else os.fsync
