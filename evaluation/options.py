@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from vqgen.errors import UsageError
 from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, Seed, Size, option_name
 from vqgen.sampling.settings import SamplingSettings
-from vqgen.tokenizer.data.options import Split
+from vqgen.tokenizer.data.options import Split, Workers
 
 Network = Literal["inception", "fd-vgg16"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -45,7 +45,7 @@ class ReconstructionConfig(Options):
     """Share of the images held out if the source has no validation split."""
     batch_size: Size = 64
     """Images per batch."""
-    workers: Annotated[int, Range(least=-1, most=1024)] = 0
+    workers: Workers = 0
     """Processes that decode images; -1 = one per free core."""
     precision: Precision = "fp32"
     """Autocast of the tokenizer; metrics are computed in float32."""
@@ -125,7 +125,7 @@ class SamplesConfig(Options):
     """Share of the images held out if the source has no validation split."""
     batch_size: Size = 64
     """Images per batch."""
-    workers: Annotated[int, Range(least=-1, most=1024)] = 0
+    workers: Workers = 0
     """Processes that decode images; -1 = one per free core."""
     precision: Precision = "auto"
     """Arithmetic of --model; features are computed in float32."""

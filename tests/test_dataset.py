@@ -1,8 +1,16 @@
 """Sources, decoding, fitting, augmentation and batches, on the demo images and odd files made from them."""
 
+import datetime
+import decimal
 import io
 import itertools
+import json
+import multiprocessing
+import os
 import shutil
+import signal
+import socket
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +25,7 @@ from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import train
 from vqgen.tokenizer.data import sources, tables
-from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import fit, to_float, to_uint8
@@ -452,7 +460,7 @@ def test_bad_sources_are_one_line(rows, tmp_path):
         "two.parquet": "2 columns of encoded images",
         "noname": "no train",
         "note.txt": "single file",
-        "disk": "gave no dataset",
+        "disk": "JSON",
         "missing/folder": "does not exist",
     }.items():
         with pytest.raises(UserError, match=words) as caught:
@@ -645,3 +653,243 @@ def test_a_file_that_vanishes_is_broken_and_a_row_is_named(rows, tmp_path):
     list(ordered_batches(dataset, range(2), 2, config))
     assert all("train.parquet row " in name and "(empty)" in name for name in dataset.broken.names)
     assert dataset.broken.names
+
+
+# Hostile sources
+
+
+def image_column(values, kind=None):
+    kind = kind or pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.array([{"bytes": None, **value} if isinstance(value, dict) else value for value in values], kind)
+
+
+def label_error(folder: Path, labels: pa.Array, name: str = "label") -> str:
+    images = image_column([{"bytes": b"x", "path": None}] * len(labels))
+    path = folder / "train.parquet"
+    pq.write_table(pa.table({"image": images, name: labels}), path)
+    with pytest.raises(UserError) as caught:
+        open_images(str(path), "train", SMALL)
+    assert str(path) in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("double", [0.0, 1.0, 2.0]),
+        ("bool", [True, False, True]),
+        ("date32[day]", [datetime.date(2020, 1, day) for day in (1, 2, 3)]),
+        ("decimal128(2, 1)", [decimal.Decimal("1.0")] * 3),
+        ("list<element: int64>", [[1], [2], [1, 2]]),
+    ],
+)
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_a_label_of_another_type_is_refused(tmp_path, kind, values, name):
+    assert kind in label_error(tmp_path, pa.array(values), name)
+
+
+@pytest.mark.parametrize("value", [10**9, 2**16, -2, 2**63])
+def test_a_number_that_is_no_class_is_refused(tmp_path, value):
+    kind = pa.uint64() if value > 0 else pa.int64()
+    assert str(value) in label_error(tmp_path, pa.array([0, 1, value], kind))
+
+
+def test_a_caption_is_no_label(tmp_path):
+    assert "5000" in label_error(tmp_path, pa.array(["a", "b", "c" * 5000]))
+
+
+def test_integers_and_text_of_any_width_are_labels(tmp_path, rows):
+    images = image_column([{"bytes": data, "path": None} for data in rows[0][:4]])
+    labels = [2, None, -1, 1]
+    text = pa.array(["c", None, "", "b"])
+    columns = [pa.array(labels, kind) for kind in (pa.int8(), pa.int32(), pa.int64())]
+    columns += [pa.array([2, None, None, 1], kind) for kind in (pa.uint8(), pa.uint64())]
+    columns += [text, text.cast(pa.large_string()), text.dictionary_encode(), columns[0].dictionary_encode()]
+    for column in columns:
+        pq.write_table(pa.table({"image": images, "label": column}), tmp_path / "all.parquet")
+        found = sources.find_splits(str(tmp_path / "all.parquet"))["all"].raw_labels
+        assert found is not None and found.tolist() in ([2, -1, -1, 1], ["c", "", "", "b"]), column.type
+    pq.write_table(pa.table({"image": images, "label": pa.nulls(4)}), tmp_path / "all.parquet")
+    assert sources.find_splits(str(tmp_path / "all.parquet"))["all"].raw_labels is None
+
+
+def test_paths_in_a_table_stay_in_its_folder(rows, tmp_path):
+    inside, outside = tmp_path / "data", tmp_path / "secret.png"
+    write_files(["images/0.png"], rows[0], inside)
+    outside.write_bytes(rows[0][1])
+    (inside / "link.png").symlink_to(outside)
+    (inside / "good.png").symlink_to(inside / "images/0.png")
+    os.mkfifo(inside / "fifo.png")
+    paths = ["images/0.png", "good.png", str(outside), "../secret.png", "link.png", "fifo.png", "a\0b", "missing.png"]
+    pq.write_table(pa.table({"image": image_column([{"path": path} for path in paths])}), inside / "all.parquet")
+    config = replace(SMALL, max_broken=1.0)
+    dataset = ImageDataset(sources.open_source(str(inside / "all.parquet"), "all", 0.1), config)
+    kept = torch.cat([batch.indices for batch in ordered_batches(dataset, range(len(paths)), 3, config)])
+    assert kept.tolist() == [0, 1] and len(dataset.broken.names) == 6
+    assert sum("outside" in name for name in dataset.broken.names) == 3
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.struct({"bytes": pa.large_binary(), "path": pa.string()})])
+def test_tables_of_one_split_have_the_same_columns(rows, tmp_path, kind):
+    write_table(tmp_path / "a.parquet", rows)
+    data = rows[0][0] if pa.types.is_large_binary(kind) else {"bytes": rows[0][0], "path": None}
+    other = {"image": pa.array([data] * 3, kind), "label": pa.array([1, 2, 3])}
+    pq.write_table(pa.table(other), tmp_path / "b.parquet")
+    with pytest.raises(UserError) as caught:
+        open_images(str(tmp_path), "train", SMALL)
+    assert all(word in str(caught.value) for word in ("a.parquet", "b.parquet", "large_binary"))
+
+
+def test_a_table_that_claims_too_many_rows_is_refused(tmp_path):
+    nulls = pa.array([None] * 10**6, pa.binary())
+    pq.write_table(pa.table({"image": nulls}), tmp_path / "all.parquet")
+    with pytest.raises(UserError, match=r"all\.parquet.*1000000 rows"):
+        open_images(str(tmp_path), "train", SMALL)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.list_(pa.uint8()), pa.struct({"bytes": pa.string()})])
+def test_images_that_are_no_bytes_are_refused(tmp_path, kind):
+    values = {pa.string(): ["x"], pa.list_(pa.uint8()): [[1]]}.get(kind, [{"bytes": "x"}])
+    features = {"info": {"features": {"image": {"_type": "Image"}}}}
+    table = pa.table({"image": pa.array(values * 3, kind)}).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
+    pq.write_table(table, tmp_path / "all.parquet")
+    with pytest.raises(UserError, match=r"all\.parquet.*image"):
+        open_images(str(tmp_path), "train", SMALL)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [[], {"features": []}, {"features": {"label": 3, "image": {"_type": ["Image"]}}}, {"features": {"label": {}}}],
+)
+def test_metadata_of_another_shape_is_ignored(rows, tmp_path, info):
+    path = write_table(tmp_path / "all.parquet", rows)
+    table = pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps({"info": info})})
+    pq.write_table(table, path)
+    assert len(open_images(str(path), "train", SMALL)) == 57
+
+
+def test_class_names_must_be_text(rows, tmp_path):
+    path = write_table(tmp_path / "all.parquet", rows)
+    features = {"label": {"_type": "ClassLabel", "names": [1, 2]}}
+    info = json.dumps({"info": {"features": features}})
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": info}), path)
+    with pytest.raises(UserError, match=r"all\.parquet.*label"):
+        open_images(str(path), "train", SMALL)
+
+
+@pytest.fixture
+def saved(rows, tmp_path) -> Path:
+    """A `save_to_disk` folder."""
+    import datasets
+
+    features = datasets.Features(image=datasets.Image())
+    images = [{"bytes": data, "path": None} for data in rows[0][:6]]
+    datasets.Dataset.from_dict({"image": images}, features=features).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_data_files": [{"filename": "../other.arrow"}]},
+        {"_data_files": [{"filename": "/etc/passwd"}]},
+        {"_data_files": [{"filename": 3}]},
+        {"_data_files": 3},
+        {"_data_files": []},
+        {"_split": 7},
+        {"_format_type": "nothing"},
+        {"_format_columns": ["missing"]},
+    ],
+)
+def test_a_saved_folder_with_a_wrong_state_is_one_line(saved, change):
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | change))
+    shutil.copy(saved / "data-00000-of-00001.arrow", saved.parent / "other.arrow")
+    with pytest.raises(UserError) as caught:
+        open_images(str(saved), "train", SMALL)
+        if "_split" in change:
+            raise UserError(str(saved))  # the name of a split means nothing here
+    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_saved_folder_stays_in_itself(saved, rows):
+    data = next(saved.glob("*.arrow"))
+    data.rename(saved.parent / "outside.arrow")
+    data.symlink_to(saved.parent / "outside.arrow")
+    with pytest.raises(UserError, match="outside"):
+        open_images(str(saved), "train", SMALL)
+    (saved / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
+    with pytest.raises(UserError, match="other"):
+        open_images(str(saved), "train", SMALL)
+
+
+def test_damaged_offsets_of_a_saved_folder_do_not_reach_memory(saved):
+    """Arrow trusts the offsets of a memory-mapped file, which a damaged one sends anywhere."""
+    path = next(saved.glob("*.arrow"))
+    data = bytearray(path.read_bytes())
+    first = len(open_images(str(saved), "train", SMALL).source.items.read(0))
+    at = data.index(struct.pack("<ii", 0, first))
+    data[at + 4 : at + 8] = struct.pack("<i", 2**30)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_images(str(saved), "train", SMALL)[0]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "fifo", "loop", "~nobody/such", "fifo.parquet"])
+def test_what_is_no_source_is_refused_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    os.mkfifo("fifo.parquet")
+    Path("loop").symlink_to("loop")
+    for data in (name, str(tmp_path / name)):
+        if data == "x" * 300:
+            continue  # the name of a dataset
+        with pytest.raises(UserError):
+            open_images(data, "train", SMALL)
+
+
+def test_odd_files_in_a_folder_are_broken_images(rows, tmp_path, monkeypatch):
+    folder = flat(rows, tmp_path / "images", 6)
+    os.mkfifo(folder / "fifo.png")
+    (folder / "dangling.png").symlink_to("nowhere")
+    (folder / "cycle.png").symlink_to("cycle.png")
+    monkeypatch.chdir(folder)  # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+    config = replace(SMALL, max_broken=1.0)
+    dataset = ImageDataset(sources.open_source(str(folder), "all", 0.1), config)
+    assert len(dataset) == 10
+    assert sum(len(batch.indices) for batch in ordered_batches(dataset, range(10), 4, config)) == 6
+    assert len(dataset.broken.names) == 4
+
+
+def test_names_that_are_not_utf8_are_classes(rows, tmp_path):
+    root = os.fsencode(tmp_path)
+    for place, name in enumerate([b"\xff", b"line\nbreak", "ä".encode()]):
+        os.mkdir(root + b"/" + name)
+        for i in range(3):
+            with open(root + b"/" + name + b"/\xfe%d.png" % i, "wb") as file:
+                file.write(rows[0][3 * place + i])
+    dataset = open_images(str(tmp_path), "train", SMALL)
+    assert dataset.class_names == ["line\nbreak", "ä", "\udcff"] and dataset[0].image.shape == (1, 16, 16)
+
+
+def test_errors_and_death_of_a_worker_are_one_line(rows, tmp_path):
+    path = write_table(tmp_path / "all.parquet", (rows[0] * 10, rows[1] * 10))
+    config = replace(SMALL, workers=1, cache_mb=0)
+    dataset = open_images(str(path), "train", config)
+    handler, before = signal.getsignal(signal.SIGCHLD), {child.pid for child in multiprocessing.active_children()}
+    path.rename(tmp_path / "away")
+    with pytest.raises(UserError) as caught:
+        next(ordered_batches(dataset, range(4), 1, config))
+    assert "all.parquet" in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "away").rename(path)
+    batches = ordered_batches(dataset, range(len(dataset)), 1, config)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == handler, "torch's would raise in the middle of a step"
+    (worker,) = (child.pid for child in multiprocessing.active_children() if child.pid not in before)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match="--workers"):
+        list(batches)

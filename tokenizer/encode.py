@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Count, Few, Options, Seed, Size
+from vqgen.options import Few, Options, Range, Seed, Size
 from vqgen.tokenizer.data.options import ImageConfig
 
 
@@ -34,7 +34,7 @@ class TokenizeConfig(Options):
     """Images encoded at once by each process."""
     views: Few = 1
     """Grids of codes per training image: one of the image as it is, further ones of augmented copies."""
-    shard_size: Count = 8192
+    shard_size: Annotated[int, Range(least=1, most=2**31)] = 8192
     """Images per file; a killed run loses at most the files it was writing."""
     seed: Seed = 0
     """Seed of the augmented views."""

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.config import one_line
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.items import Files, Rows
@@ -93,7 +94,7 @@ def read_images(
             image, change = prepare(decoded, tokenizer, config)
         except (BrokenImage, OSError) as error:
             skipped.append(f"{items.name(row)} ({error})")
-            tqdm.write(f"skipped: {skipped[-1]}", file=sys.stderr)
+            tqdm.write(one_line(f"skipped: {skipped[-1]}"), file=sys.stderr)
             continue
         yield InputImage(index, items.name(row), image, list(decoded.shape[-2:]), change)
 

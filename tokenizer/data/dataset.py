@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqgen.config import one_line
 from vqgen.errors import UserError
 from vqgen.seeding import epoch_slice, hash64
 
@@ -73,7 +74,7 @@ class BrokenImages:
         self.names.update(dict.fromkeys(new))
         if self.report:
             for name in new:
-                self.report(f"skipped, broken: {name}")
+                self.report(one_line(f"skipped, broken: {name}"))
         limit, total = self.config.max_broken, len(self.source)
         if new and self.config.broken == "error":
             raise UserError(f"--broken error: {new[0]}; replace or remove it")

@@ -1,5 +1,7 @@
 """Encoded images by position: files of a folder, or rows of tables."""
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vqgen.errors import UserError
 from vqgen.files import read_bytes
 
 if TYPE_CHECKING:
@@ -39,10 +42,11 @@ class Rows:
     Args:
         load: returns the column.
         counts: name and number of rows of each table file.
+        roots: folders that files named by `path` may lie in, the first also where relative ones begin.
     """
 
-    def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]]):
-        self.load, self.files = load, [name for name, _ in counts]
+    def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]], roots: Sequence[Path]):
+        self.load, self.files, self.roots = load, [name for name, _ in counts], roots
         self.starts = np.cumsum([0, *(count for _, count in counts)])
         self.outside = False  # whether an image that was read is in a file that the table names, not in the table
         self._column: Any = None
@@ -61,15 +65,29 @@ class Rows:
         return f"{self.files[file]} row {item - int(self.starts[file])}"
 
     def read(self, item: int) -> bytes:
+        """Return the encoded bytes; empty where the row has none. Raises `OSError`, `UserError`."""
         if self._column is None:
             self._column = self.load()
+            if len(self._column) != len(self):
+                found = f"{self.files[0]} has {len(self._column)} rows of images where {len(self)} were counted"
+                raise UserError(f"--data: {found}; restore it or download it again")
         value: Any = self._column[item].as_py()
         if not isinstance(value, dict):
             return value or b""
         if value["bytes"] is None and value.get("path"):
             self.outside = True
-            return Path(value["path"]).read_bytes()
+            return read_bytes(self._resolved(value["path"]))
         return value["bytes"] or b""
+
+    def _resolved(self, path: str) -> str:
+        """The file that a row names: only below `roots`, after links are followed. Raises `OSError`."""
+        try:
+            full = os.path.realpath(self.roots[0] / path)
+        except ValueError as error:  # a NUL
+            raise OSError(errno.EINVAL, str(error), path) from error
+        if not any(Path(full).is_relative_to(os.path.realpath(root)) for root in self.roots):
+            raise OSError(errno.EACCES, f"it names a file outside of {self.roots[0]}", path)
+        return full
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,34 @@
 """Worker processes that decode images."""
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vqgen.errors import UserError
+
 # Signals to a whole process group that the training process answers by saving: its workers must outlive them.
 # Without `sigwaitinfo` (macOS) a worker cannot tell its parent's SIGTERM, so it keeps obeying every one.
 _HELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else {signal.SIGINT}
+
+
+class _Reporting(Dataset[Any]):
+    """A dataset that returns a `UserError`: raised in a worker, it would reach the parent wrapped in a traceback."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            return self.dataset.__getitems__(keys)
+        except UserError as error:
+            return error
 
 
 class Loader:
@@ -21,7 +37,7 @@ class Loader:
     def __init__(self, dataset: Dataset[Any], workers: int):
         self.plan: Iterator[Any] = iter(())
         self.loader = DataLoader(
-            dataset,
+            _Reporting(dataset),
             batch_sampler=self,  # pyright: ignore[reportArgumentType]
             collate_fn=_unchanged,
             num_workers=workers,
@@ -36,13 +52,31 @@ class Loader:
         return self.plan
 
     def batches(self, plan: Iterator[Any]) -> Iterator[Any]:
-        """Load the batches of keys in `plan`, in order."""
+        """Load the batches of keys in `plan`, in order. Raises `UserError`, also where a worker was killed."""
         self.plan = plan
+        try:
+            for batch in self._start():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (RuntimeError, EOFError, OSError) as error:
+            # The death of a worker is the RuntimeError, or an error of the connection that its batches came through.
+            told, passed_on = r"DataLoader worker \(pid", "in DataLoader worker process"
+            if passed_on in str(error) or (isinstance(error, RuntimeError) and not re.match(told, str(error))):
+                raise
+            found = "a process that decodes images was killed, perhaps for want of memory"
+            raise UserError(f"--workers: {found}; use fewer, or 0 to decode in the main process") from error
+
+    def _start(self) -> Iterator[Any]:
         resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # workers inherit the mask
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
             return iter(self.loader)
         finally:
+            if threading.current_thread() is threading.main_thread():
+                # torch's handler would raise the death of a worker anywhere, e.g. in the middle of a training step.
+                signal.signal(signal.SIGCHLD, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

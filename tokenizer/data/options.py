@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import CountOrZero, Options, Range, Share
+from vqgen.options import Options, Range, Share
 
 Split = Literal["train", "heldout", "test"]
 """train is learned from, heldout validates and selects models, test is only evaluated on."""
@@ -12,12 +12,15 @@ Split = Literal["train", "heldout", "test"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 """Endings of image files, in lower case."""
 
+Workers = Annotated[int, Range(least=-1, most=256)]
+"""A number of processes; each has Python and torch in memory."""
+
 
 @dataclass
 class ImageConfig(Options):
     """How images are read."""
 
-    size: list[Annotated[int, Range(least=1, most=2**16)]] = field(default_factory=lambda: [32, 32])
+    size: list[Annotated[int, Range(least=1, most=2**14)]] = field(default_factory=lambda: [32, 32])
     """Height and width in pixels; one number means a square."""
     channels: int = 3
     """3 for colour, 1 for grey. Transparent pixels become white."""
@@ -34,9 +37,9 @@ class ImageConfig(Options):
     """A broken image is named and skipped, or ends the run with an error."""
     max_broken: Share = 0.01
     """Largest share of broken images that is skipped; more end the run."""
-    workers: Annotated[int, Range(least=-1, most=1024)] = 0
+    workers: Workers = 0
     """Processes that decode images; 0 decodes in the training process, -1 takes one per free core."""
-    cache_mb: CountOrZero = 512
+    cache_mb: Annotated[int, Range(least=0, most=2**24)] = 512
     """Keep the decoded images in memory when all of them fit into this many megabytes."""
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from vqgen.seeding import hash64
 
 from .items import Files, FoundSplit, Rows
 from .options import SUFFIXES, Split
-from .tables import group_by_split, load_datasets, read_dataset, read_parquet
+from .tables import download_folders, group_by_split, load_datasets, load_folder, read_dataset, read_parquet
 
 T = TypeVar("T")
 
@@ -90,26 +90,29 @@ def find_splits(data: str) -> dict[str, FoundSplit]:
     """Find the splits of a source: train with heldout, test or both; {"all": ...} where it has but one."""
     if not data.strip():
         raise UserError("--data: found nothing; give a folder, a parquet file, a dataset's name or demo")
-    path = DEMO if data == "demo" else Path(data).expanduser()
-    if path.is_file():
+    path = DEMO if data == "demo" else Path(os.path.expanduser(data))
+    roots = [path]
+    if os.path.isfile(path):
         if path.suffix.lower() == ".parquet":
             return {"all": read_parquet(path.parent, [path])}
         raise UserError(f"--data: {data} is a single file and not parquet; give the folder that holds the images")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        found = load_datasets(data, lambda library: library.load_from_disk(str(path)), "restore or save it again")
-    elif path.is_dir():
+    if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
+        found = load_folder(path)
+    elif os.path.isdir(path):
         files = _list_files(path)
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
             return _image_folder(path, files)
         groups = group_by_split(path, tables)
         return {split: read_parquet(path, paths) for split, paths in _name_splits(groups, path).items()}
+    elif os.path.lexists(path):
+        raise UserError(f"--data: {data} is neither a folder nor a regular file; give one of these")
     elif data.startswith((".", "~", "/")) or "\\" in data or data.count("/") > 1 or path.suffix == ".parquet":
         raise UserError(f"--data: {data} does not exist; give a folder, a parquet file, a dataset's name or demo")
     else:
         advice = "no such path exists either; check the name, or the network"
-        found = load_datasets(data, lambda library: library.load_dataset(data), advice)
-    return {split: read_dataset(data, one) for split, one in _name_splits(found, data).items()}
+        found, roots = load_datasets(data, lambda library: library.load_dataset(data), advice), download_folders()
+    return {split: read_dataset(data, one, roots) for split, one in _name_splits(found, data).items()}
 
 
 def _name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:

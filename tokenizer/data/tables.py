@@ -2,24 +2,32 @@
 
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqgen.errors import UserError
+from vqgen.files import open_regular, read_json
 
 from .items import FoundSplit, Rows
 
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|heldout|validation|valid|val|test)(?![a-z])")
 # Parquet files up to this size together are held in memory by each process that reads them; larger ones are mapped.
 IN_MEMORY_BYTES = 1 << 30
+MAX_CLASSES = 2**16
+"""Labels are below this number; larger ones are keys of another kind, not classes."""
+MAX_NAME = 1000
+"""Longest text that is a label, in bytes."""
 
 
 def group_by_split(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -35,18 +43,25 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
     """Open parquet files as one split: labels are read, images are not."""
     labels, counts, listing, columns = [], [], [], []
     for path in paths:
-        with _reading(f"{path} cannot be read"), pq.ParquetFile(path, memory_map=True) as file:
+        size = path.stat().st_size
+        with _open_parquet(path) as file:
+            rows = file.metadata.num_rows
+            if not 0 <= rows <= 1000 + size:  # an image takes a byte at least, but a few may be repeated
+                raise UserError(f"--data: {path} claims {rows} rows in {size} bytes; restore it or download it again")
             columns.append(_find_columns(file.schema_arrow, path))
             if columns[-1] != columns[0]:
-                raise UserError(f"--data: {path} has other columns than {paths[0].name}; give each its own folder")
-            label = columns[0][1]
-            counts.append((str(path), file.metadata.num_rows))
-            listing.append(f"{path.relative_to(root).as_posix()}\t{path.stat().st_size}\t{file.metadata.num_rows}")
-            if label is not None:
-                labels.append(_raw_labels(file.read([label]).column(0)))
+                found = f"{path} has {columns[-1]}, but {paths[0]} {columns[0]}"
+                raise UserError(f"--data: {found}; make them alike, or give each its own folder")
+            counts.append((str(path), rows))
+            listing.append(f"{path.relative_to(root).as_posix()}\t{size}\t{rows}")
+            if (label := columns[0].label) is not None:
+                labels.append(_raw_labels(file.read([label]).column(0), f"{path}: column {label}"))
+                if len(labels[-1]) != rows:
+                    raise UserError(f"--data: {path} has {len(labels[-1])} labels for {rows} rows; restore it")
     small = sum(path.stat().st_size for path in paths) <= IN_MEMORY_BYTES
-    load = partial(_read_column if small else _map_column, list(paths), columns[0][0])
-    return FoundSplit(Rows(load, counts), listing, np.concatenate(labels) if labels else None, columns[0][2])
+    load = partial(_read_column if small else _map_column, list(paths), columns[0].image)
+    raw = np.concatenate(labels) if labels else None
+    return FoundSplit(Rows(load, counts, [root]), listing, raw, columns[0].class_names)
 
 
 def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[str, Any]:
@@ -67,23 +82,78 @@ def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[st
     return {"": found} if isinstance(found, datasets.Dataset) else {k.lower(): v for k, v in found.items()}
 
 
-def read_dataset(data: str, dataset: Any) -> FoundSplit:
-    """One dataset of `load_datasets` as a split."""
-    image, label, names = _find_columns(dataset.features.arrow_schema, data)
-    files = [Path(entry["filename"]) for entry in dataset.cache_files]
-    listing = [f"{len(dataset)} {dataset.features}", *(f"{file.name}\t{file.stat().st_size}" for file in files)]
-    raw = None if label is None else _raw_labels(dataset.data.column(label))
-    return FoundSplit(Rows(partial(dataset.data.column, image), [(data, len(dataset))]), listing, raw, names)
+def load_folder(folder: Path) -> dict[str, Any]:
+    """`load_datasets` of a `save_to_disk` folder, whose JSON files may name no file outside. Raises `UserError`."""
+    path = folder / "dataset_dict.json"
+    splits = read_json(path).get("splits") if path.is_file() else [""]
+    for part in [folder / name for name in _plain_names(splits, path, "splits")]:
+        path = part / "state.json"
+        files = read_json(path).get("_data_files")
+        if isinstance(files, list):
+            files = [each.get("filename") if isinstance(each, dict) else each for each in files]
+        for name in ("dataset_info.json", *_plain_names(files, path, "_data_files")):
+            with _reading(f"{part / name} cannot be read"):
+                open_regular(part / name).close()
+            if not Path(os.path.realpath(part / name)).is_relative_to(os.path.realpath(folder)):
+                raise UserError(f"--data: {part / name} is a link that leads outside of {folder}; put the file there")
+    return load_datasets(str(folder), lambda library: library.load_from_disk(str(folder)), "restore or save it again")
+
+
+def _plain_names(names: Any, path: Path, key: str) -> list[str]:
+    """`names` as a list of names without a folder. Raises `UserError`."""
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str) or name in (".", "..") or re.search(r"[/\\\0:]", name):
+            raise UserError(f"--data: {path}: found {str(name)[:80]!r} in {key}, expected names of this folder")
+    return list(names)
+
+
+def download_folders() -> list[Path]:
+    """Folders that the library `datasets` keeps downloaded files in."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(config.DOWNLOADED_DATASETS_PATH), Path(HF_HUB_CACHE)]
+
+
+def read_dataset(data: str, dataset: Any, roots: Sequence[Path]) -> FoundSplit:
+    """One dataset of `load_datasets` as a split; files that rows name lie in one of `roots`."""
+    with _reading(f"{data} cannot be read"):
+        columns = _find_columns(dataset.features.arrow_schema, data)
+        files = [Path(entry["filename"]) for entry in dataset.cache_files]
+        listing = [f"{len(dataset)} {dataset.features}", *(f"{file.name}\t{file.stat().st_size}" for file in files)]
+        label = columns.label
+        raw = None if label is None else _raw_labels(dataset.data.column(label), f"{data}: column {label}")
+    load = partial(_dataset_column, dataset, columns.image, data)
+    return FoundSplit(Rows(load, [(data, len(dataset))], roots), listing, raw, columns.class_names)
+
+
+def _dataset_column(dataset: Any, column: str, data: str) -> pa.ChunkedArray:
+    with _reading(f"{data} cannot be read"):
+        found = dataset.data.column(column)
+        found.validate(full=True)  # offsets in a damaged file point anywhere in memory
+    return found
+
+
+# What pyarrow and `datasets` raise; pyarrow's own exceptions are also among these.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
+_DAMAGED += (ImportError, EOFError, AssertionError, pa.ArrowException)
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a parquet file; errors of reading inside raise `UserError`."""
+    with _reading(f"{path} cannot be read"):
+        open_regular(path).close()
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
 
 
 @contextmanager
 def _reading(problem: str, advice: str = "restore it or download it again") -> Iterator[None]:
-    """Turn any error of a table reader into a `UserError` of one line."""
+    """Turn the errors of table readers into a `UserError` of one line."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
+    except _DAMAGED as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(f"--data: {problem} ({reason}); {advice}") from error
 
@@ -91,7 +161,7 @@ def _reading(problem: str, advice: str = "restore it or download it again") -> I
 def _read_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
     chunks: list[pa.Array] = []
     for path in paths:
-        with _reading(f"{path} cannot be read"), pq.ParquetFile(path, memory_map=True) as file:
+        with _open_parquet(path) as file:
             chunks += file.read([column]).column(0).chunks
     return pa.chunked_array(chunks)
 
@@ -104,29 +174,79 @@ def _map_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
         return datasets.Dataset.from_parquet([str(path) for path in paths], columns=[column]).data.column(column)
 
 
-def _find_columns(schema: pa.Schema, where: object) -> tuple[str, str | None, list[str] | None]:
-    """Return the image column, the label column and the class names: by the features of `datasets`, type, then name."""
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a table that are used; all files of a split have the same."""
+
+    image: str
+    image_type: pa.DataType
+    label: str | None
+    label_is_text: bool
+    class_names: list[str] | None
+
+    def __str__(self) -> str:
+        kind = "text" if self.label_is_text else "integers"
+        labels = f"labels in {self.label} ({kind})" if self.label else "no labels"
+        return f"images in {self.image} ({self.image_type}), {labels}, {len(self.class_names or [])} names of classes"
+
+
+def _find_columns(schema: pa.Schema, where: object) -> _Columns:
+    """Find the columns of images and labels: by the features of `datasets`, type, then name. Raises `UserError`."""
     try:
-        features: Mapping[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+        features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError, RecursionError):
         features = {}
     kinds = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict) and n in schema.names}
     declared = [name for name, kind in kinds.items() if kind == "Image"]
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+    plain = [f.name for f in schema if _is_binary(f.type)]
     images = declared or structs or plain
     image = next((n for n in ("image", "img") if n in images), images[0] if len(images) == 1 else None)
-    if image is None:
-        found = f"{len(images) or 'no'} columns of encoded images among {', '.join(schema.names)}"
+    if image is None or schema.get_field_index(image) < 0:  # also where two columns have that name
+        found = f"{len(images) or 'no'} columns of encoded images among {', '.join(schema.names)[:500]}"
         raise UserError(f"--data: {where} has {found}; name the image column image")
+    image_type = schema.field(image).type
+    if not _is_binary(image_type.field("bytes").type if image in structs else image_type):
+        raise UserError(f"--data: {where}: column {image} is of type {image_type}, expected encoded images as bytes")
     declared = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    usable = [f.name for f in schema if pa.types.is_integer(f.type) or f.type in (pa.string(), pa.large_string())]
-    label = next((name for name in ("label", "labels", "fine_label", *declared) if name in usable), None)
+    present = [n for n in ("label", "labels", "fine_label", *declared) if schema.get_field_index(n) >= 0]
+    types = {name: _value_type(schema.field(name).type) for name in present}
+    label = next((n for n, t in types.items() if pa.types.is_integer(t) or _is_text(t)), None)
+    for name, other in types.items() if label is None else ():
+        if not pa.types.is_null(other):
+            advice = "cast it to integers or text, or rename it"
+            raise UserError(f"--data: {where}: column {name} is of type {other}, which is no class; {advice}")
     names = features[label].get("names") if label is not None and kinds.get(label) == "ClassLabel" else None
-    return image, label, list(names) if names else None
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"--data: {where}: the names of the classes in {label} are no list of text; correct them")
+    return _Columns(image, image_type, label, label is not None and _is_text(types[label]), names or None)
 
 
-def _raw_labels(column: pa.ChunkedArray) -> np.ndarray:
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _raw_labels(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Labels as integers, -1 for none, or as text, "" for none. Raises `UserError` where they cannot be classes."""
+    column.validate(full=True)
+    column = column.cast(_value_type(column.type))
     if pa.types.is_integer(column.type):
-        return column.fill_null(-1).to_numpy().astype(np.int64)
+        bounds = pc.call_function("min_max", [column]).as_py()  # None where all are null
+        for value in bounds.values():
+            if value is not None and not -1 <= value < MAX_CLASSES:
+                expected = f"classes from 0 to {MAX_CLASSES - 1}, or -1 for none"
+                raise UserError(f"--data: {where} holds {value}, expected {expected}; rename it if it is no class")
+        return column.cast(pa.int64()).fill_null(-1).to_numpy()
+    longest = pc.call_function("max", [pc.call_function("binary_length", [column])]).as_py() or 0
+    if longest > MAX_NAME:
+        found = f"a text of {longest} bytes, and names of classes have at most {MAX_NAME}"
+        raise UserError(f"--data: {where} holds {found}; rename it if it is no class")
     return np.array([value or "" for value in column.to_pylist()], dtype=str)
