@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import pytest
 from annotated_types import Ge
 
 from vqgen.errors import UserError
-from vqgen.files import is_file, open_regular, read_bytes, read_json, read_record, read_text
+from vqgen.files import is_file, open_regular, read_bytes, read_json, read_record, read_text, write_json
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -28,6 +29,20 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert read_bytes(tmp_path / "link") == b"content"
     with pytest.raises(OSError, match="7 bytes"):
         read_bytes(tmp_path / "file", limit=6)
+
+
+def test_reading_takes_the_memory_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "file") == b"content"
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < 2**20
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": os.fsdecode(b"\xffä.png")})
+    assert read_json(tmp_path / "a.json") == {"name": os.fsdecode(b"\xffä.png")}
 
 
 @pytest.mark.parametrize(

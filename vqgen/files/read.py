@@ -51,7 +51,7 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, at most {limit} are read", str(path))
-        return file.read(limit)
+        return file.read(size)  # `limit` would be allocated, whatever the size
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
