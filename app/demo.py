@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqgen.config import command, parse
-from vqgen.files import read_json
+from vqgen.files import is_file, read_json
 from vqgen.options import Options
 
 
@@ -23,8 +23,8 @@ class DemoConfig(Options):
 
 def samples_are_drawn(samples: Path, prior: Path) -> bool:
     """Return whether `samples` holds a finished run of vqgen-sample with the weights in `prior`."""
-    path = samples / "samples.json"
-    return path.is_file() and read_json(path).get("prior_fingerprint") == read_json(prior / "vqgen.json")["fingerprint"]
+    path, fingerprint = samples / "samples.json", read_json(prior / "vqgen.json").get("fingerprint")
+    return is_file(path) and fingerprint is not None and read_json(path).get("prior_fingerprint") == fingerprint
 
 
 def demo(config: DemoConfig) -> None:

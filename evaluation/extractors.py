@@ -3,6 +3,7 @@
 Weights are downloaded only on request, and files of weights are never unpickled.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vqgen.artifact import fingerprint, read_tensors, refuse_non_finite
 from vqgen.errors import UsageError, UserError
+from vqgen.files import is_file
 from vqgen.tokenizer.losses.lpips import convolutions
 
 from .options import Network
@@ -37,7 +39,7 @@ class Inception:
             except OSError as error:
                 raise UserError(f"--weights: the download failed ({error}); name a local file instead") from error
         else:
-            state = _inception_state(Path(weights).expanduser())
+            state = _inception_state(Path(os.path.expanduser(weights)))
             refuse_non_finite(state, f"--weights: {weights}")
             # torch-fidelity unpickles its file, so it gets one written here, which holds only tensors.
             with tempfile.TemporaryDirectory() as scratch:
@@ -61,7 +63,7 @@ def _short(error: Exception) -> str:
 
 def _inception_state(path: Path) -> dict[str, Tensor]:
     """Read weights from a .safetensors file, or from a .pth file that holds only tensors. Raises `UserError`."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--weights: {path} does not exist; name a file, or download")
     if path.suffix == ".safetensors":
         return read_tensors(path)

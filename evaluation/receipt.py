@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     if "figures" in found:
         found["metrics"] = found.pop("figures")
     complete = all(isinstance(found.get(part), dict) for part in ("options", "environment", *COMPARED))
+    complete = complete and all(type(count) is int for count in found["counts"].values())
     if found.get("kind") != KIND or not complete or not isinstance(found.get("program"), str):
         raise UserError(f"{path} is no receipt of vqgen-eval; name one that it wrote")
     return found
@@ -107,7 +109,7 @@ def _replay(path: Path, config: ReplayConfig) -> str:
     values = _options(path, former, config)
     found = measure(program, build(MEASUREMENTS[program], values))
     now: dict[str, Any] = vars(found)
-    if program == "likelihood" and values["split"] != former["options"]["split"]:
+    if program == "likelihood" and values.get("split") != former["options"].get("split"):
         # The data fingerprint of code files covers all splits; that of the codes shows whether these are the same.
         former["fingerprints"]["data"] = now["fingerprints"]["data"]
     parts = (*COMPARED, "environment")
@@ -139,9 +141,16 @@ def _options(path: Path, former: dict[str, Any], config: ReplayConfig) -> dict[s
             raise UsageError(f"{option_name(name)}: a receipt of {former['program']} has no such option; leave it out")
     left_out = {"cache", "map", *(["classifier"] if config.without_classifier else [])}
     values = {name: value for name, value in former["options"].items() if name not in left_out} | given
-    if "split" not in given and values["split"] == "heldout" and former["environment"].get("vqgen", "") < "0.2":
+    values = {name: checked(known[name].type, value, f"{path}: {name}") for name, value in values.items()}
+    if missing := next((name for name, o in known.items() if o.default is MISSING and name not in values), None):
+        raise UserError(f"{path}: it has no option {missing}; measure again")
+    if (
+        "split" not in given
+        and values.get("split") == "heldout"
+        and str(former["environment"].get("vqgen", "")) < "0.2"
+    ):
         values["split"] = _split_of_version_0_1(former, values)
-    return {name: checked(known[name].type, value, f"{path}: {name}") for name, value in values.items()}
+    return values
 
 
 def _split_of_version_0_1(former: dict[str, Any], values: dict[str, Any]) -> str:
@@ -150,8 +159,8 @@ def _split_of_version_0_1(former: dict[str, Any], values: dict[str, Any]) -> str
     from vqgen.tokenizer.data.sources import find_splits
 
     if former["program"] == "likelihood":
-        manifest = Manifest.read(Path(values["codes"]))
-        unchanged = manifest.data_fingerprint == former["fingerprints"]["data"]
+        manifest = Manifest.read(values["codes"])
+        unchanged = manifest.data_fingerprint == former["fingerprints"].get("data")
         return "test" if "test" in manifest.splits and not unchanged else "heldout"
-    splits = find_splits(values["data"]) if values["data"] else {}
+    splits = find_splits(values["data"]) if values.get("data") else {}
     return "test" if "test" in splits and "heldout" not in splits else "heldout"

@@ -80,6 +80,9 @@ def _load(folder: Path) -> Reference | None:
         kept = load_artifact(folder, "reference")
         count, tensors = int(kept.description["count"]), kept.tensors
         statistics = Statistics(count, tensors["mean"], tensors["covariance"], tensors["features"])
+        (size,) = statistics.mean.shape
+        if statistics.covariance.shape != (size, size) or statistics.features.shape[1:] != (size,):
+            raise ValueError("its tensors do not fit each other")
         return Reference(count, str(kept.description["pixels"]), statistics)
     except (UserError, KeyError, ValueError, TypeError) as error:
         warn(f"{folder} is damaged and made again ({error})")

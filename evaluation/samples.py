@@ -2,16 +2,17 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json
+from vqgen.files import read_record
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.output import FINISHED, UNFINISHED
@@ -38,19 +39,35 @@ Batches = Iterator[tuple[Tensor, Tensor, Tensor]]
 """Batches of positions (B,), uint8 images (B, C, H, W) and labels (B,), -1 for none."""
 
 
+@dataclass(frozen=True)
+class _Image:
+    file: str
+    label: Annotated[int, Interval(ge=-1, lt=2**31)]
+
+    def __post_init__(self) -> None:
+        if not self.file or Path(self.file).is_absolute() or ".." in Path(self.file).parts:
+            raise ValueError(f"{self.file[:80]!r} is no file of the folder")
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What an evaluation reads of samples.json."""
+
+    images: list[_Image]
+    class_names: list[str] | None
+
+
 def open_samples(folder: Path, config: SamplesConfig) -> tuple[ImageDataset, list[str] | None]:
     """Open the images of a folder, all of one size, with the names of their classes. Raises `UserError`."""
     if not folder.is_dir():
         raise UserError(f"--samples: {folder} is no folder; name one that vqgen-sample wrote, or one of images")
     path = folder / FINISHED
     if path.is_file():
-        about = read_json(path)
-        try:
-            names = [str(image["file"]) for image in about["images"]]
-            labels = np.array([int(image["label"]) for image in about["images"]], dtype=np.int64)
-            classes = about["class_names"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no list of samples ({error!r}); draw them again") from error
+        about = read_record(path, _Samples)
+        names, classes = [image.file for image in about.images], about.class_names
+        labels = np.array([image.label for image in about.images], dtype=np.int64)
+        if classes and labels.max(initial=-1) >= len(classes):
+            raise UserError(f"{path} has the label {labels.max()} of {len(classes)} classes; draw the samples again")
         mark = hashlib.sha256("\n".join(names).encode()).hexdigest()
         source = Source(str(folder), Files(folder, names), np.arange(len(names)), labels, classes, mark)
     elif (folder / UNFINISHED).is_file():

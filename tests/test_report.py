@@ -337,7 +337,7 @@ def test_numbers_that_no_run_writes_are_left_out(show, tmp_path):
     picture(samples / "grid.png", 1)
     for odd in ({"settings": [1]}, {"class_names": 3}, {"n": {}}):
         (samples / "samples.json").write_text(json.dumps({"settings": {}, "n": 1, **odd}))
-        assert "One line of metrics.jsonl" in show(run).text and show(samples).named("img")
+        assert "4 lines of metrics.jsonl" in show(run).text and show(samples).named("img")
 
 
 def test_a_finished_run_without_its_history_says_how_far_it_went(show, tmp_path):

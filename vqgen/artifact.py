@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import __version__
 from .errors import UserError
-from .files import DESCRIPTION, WEIGHTS, atomic_path, open_regular, read_json, write_json
+from .files import DESCRIPTION, WEIGHTS, atomic_path, is_file, open_regular, read_json, write_json
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     Raises `UserError` where it is of another kind, or its weights have another fingerprint or hold NaN or infinity.
     """
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file():
+    if not is_file(folder / DESCRIPTION):
         state = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}"
         hint = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder} is not a {kind} folder: it {state}{hint}")

@@ -112,9 +112,19 @@ def receipt_table(receipt: dict[str, Any]) -> dict[str, Any]:
     measured = ", ".join(f"{number(n, 9)} {what}" for what, n in receipt["counts"].items())
     measured += f"; split {asked['split']}" if "split" in asked else ""
     measured += "; without their classes" if asked.get("unconditional") else ""
-    grid = receipt.get("details", {}).get("nats_by_position")
-    picture = Png.encode(heat_map(torch.tensor(grid))) if grid else None
-    return {"program": program, "measured": measured, "rows": rows, "map": picture}
+    details = receipt.get("details")
+    grid = details.get("nats_by_position") if isinstance(details, dict) else None
+    return {"program": program, "measured": measured, "rows": rows, "map": _map(grid) if grid else None}
+
+
+def _map(grid: Any) -> Png | None:
+    """The NLL by position of a receipt, [depth,] h, w; None where that is not what the receipt has."""
+    try:
+        values = torch.tensor(grid, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    plausible = values.ndim in (2, 3) and 0 < values.numel() <= 2**16 and values.isfinite().all()
+    return Png.encode(heat_map(values)) if plausible else None
 
 
 def duration(seconds: float) -> str:

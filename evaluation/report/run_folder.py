@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import json
 import statistics
 import struct
 from contextlib import suppress
@@ -14,14 +13,16 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
+from vqgen.evaluation.options import MEASUREMENTS
 from vqgen.evaluation.receipt import flatten, read_receipt
-from vqgen.files import DESCRIPTION, read_bytes, read_json
+from vqgen.files import DESCRIPTION, is_file, read_bytes, read_json
 from vqgen.files.yaml_text import read_yaml
 from vqgen.sampling.output import FINISHED as SAMPLES
 from vqgen.sampling.output import GRID
 from vqgen.tokenizer.codes.format import MANIFEST
 from vqgen.tokenizer.data.decoding import PNG
 from vqgen.training.folder import FINISHED, read_sessions
+from vqgen.training.trackers import read_rows
 
 Kind = Literal["tokenizer", "prior", "samples"]
 LARGEST = 1e15  # bound of the numbers shown; no axis has room for larger ones
@@ -152,18 +153,10 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not is_file(path):
         notes.append("There is no metrics.jsonl, so there are no curves.")
         return []
-    rows, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        row = None
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and 0 <= row["step"] < LARGEST:
-            rows.append(row)
-        else:
-            damaged += bool(line.strip())
+    rows, damaged = read_rows(path)
     if damaged:
         lines = "One line" if damaged == 1 else f"{damaged} lines"
         notes.append(f"{lines} of metrics.jsonl cannot be read; a run that was killed while writing leaves one.")
@@ -199,7 +192,9 @@ def _read_run(path: Path, kind: Kind) -> RunFolder:
     for file in sorted(path.glob("*.json")):
         with suppress(UserError):
             receipt = read_receipt(file)
-            if receipt["fingerprints"].get(kind) == run.description.get("fingerprint"):
+            if receipt["program"] not in MEASUREMENTS:
+                notes.append(f"{file.name} is a receipt of another version of vqgen, and is not shown.")
+            elif receipt["fingerprints"].get(kind) == run.description.get("fingerprint"):
                 run.receipts.append(receipt)
             else:
                 notes.append(f"{file.name} is a receipt of other weights than the model's, and is not shown.")

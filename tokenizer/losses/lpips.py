@@ -1,6 +1,7 @@
 """LPIPS (Zhang et al. 2018): the `lpips` library's networks and heads with explicitly loaded backbone weights."""
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vqgen.artifact import read_tensors, refuse_non_finite
 from vqgen.errors import UserError
+from vqgen.files import is_file
 
 from .lpips_kernels import FixedConvolution, difference, with_cached_gradient
 from .options import PerceptualNet, check_size
@@ -124,9 +126,9 @@ def check_weights(net: str, weights: str, option: str = "--perceptual-weights", 
     """
     if weights == download:
         return
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
+    path = Path(os.path.expanduser(weights))
+    if not is_file(path):
+        state = "is not a file" if os.path.lexists(path) else "does not exist"
         raise UserError(f"{option}: {path} {state}; name a safetensors file, or {download}")
     try:
         with safe_open(path, "pt") as file:
@@ -158,7 +160,7 @@ def convolutions(
             key: value for key, value in model.state_dict().items() if key in _convolution_names(net)
         }, "torchvision"
     check_weights(net, weights, option, download)
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     found = read_tensors(path)
     refuse_non_finite(found, f"{option}: {path}")
     return {key: value.to(torch.float32) for key, value in found.items()}, str(path)

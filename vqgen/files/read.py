@@ -75,14 +75,20 @@ def _user_bytes(path: str | Path, limit: int, what: str) -> bytes:
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text. Raises `ValueError` or `RecursionError`, also for what only some readers accept.
 
-    Those are keys given twice, and strings that are no text: with NUL, or not valid Unicode.
+    Those are keys given twice, integers of more than 64 bits, and strings with NUL or not valid Unicode.
     """
-    value = json.loads(data, object_pairs_hook=_unique)
+    value = json.loads(data, object_pairs_hook=_unique, parse_int=_integer)
     text = data.decode() if isinstance(data, bytes) else data
     odd = (each for each in _strings(value) if re.search("[\0\ud800-\udfff]", each))
     if re.search(r"\\u(0000|[dD][89a-fA-F])", text) and (found := next(odd, None)) is not None:
         raise ValueError(f"{found[:80]!r} is no text")
     return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"{text[:40]} has more than 64 bits")
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from vqgen import config as configuration
 from vqgen.config_layers import MARK
@@ -68,6 +71,13 @@ def _is_marked(saved: Path) -> bool:
         return saved.read_text(encoding="utf-8").startswith(MARK)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Content of `finished.json`."""
+
+    steps: Annotated[int, Ge(0)] = 0
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:

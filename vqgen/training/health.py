@@ -104,6 +104,7 @@ def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
     real, fake = (_last(adversarial, f"train/discriminator_{name}", 5) for name in ("real", "fake"))
     validations = [row for row in rows if _last([row], "heldout/psnr", 1)]
     best: Row = max(validations[:-2], key=lambda row: row["heldout/psnr"], default={})
+    lpips = max(_last([best], "heldout/lpips", 1), default=-math.inf)
     risen = _risen(rows, "train/reconstruction")
     if len(real) == len(fake) == 5 and all(f - r > 0.02 for r, f in zip(real, fake)):
         text = f"the discriminator rates reconstructions ({fake[-1]:.2f}) as more real than originals ({real[-1]:.2f})"
@@ -111,7 +112,7 @@ def adversary_dominates(rows: Sequence[Row]) -> Finding | None:
         text = f"the reconstruction loss rose from {risen[0]:.3g} to {risen[1]:.3g}"
     elif best and all(
         row["heldout/psnr"] < best["heldout/psnr"] - 1.5
-        and row.get("heldout/lpips", math.inf) >= best.get("heldout/lpips", -math.inf)
+        and max(_last([row], "heldout/lpips", 1), default=math.inf) >= lpips
         for row in validations[-2:]
     ):
         text = f"held-out PSNR fell from {best['heldout/psnr']:.1f} dB to {validations[-1]['heldout/psnr']:.1f} dB"

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from vqgen.devices import describe, keep_memory, precision_of, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json, write_json, write_text
+from vqgen.files import is_file, read_record, write_json, write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
 
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import FINISHED, Session, check_folder, prepare_folder
+from .folder import FINISHED, Finished, Session, check_folder, prepare_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
@@ -97,7 +97,7 @@ class Run:
     def completed(self) -> bool:
         """Whether the folder holds the finished run with at least the steps that are asked for."""
         path = self.folder / FINISHED
-        done = path.is_file() and not self.overwrite and read_json(path).get("steps", 0) >= self.settings.steps
+        done = is_file(path) and not self.overwrite and read_record(path, Finished).steps >= self.settings.steps
         return done and (self.folder / "vqgen.json").is_file()
 
     def _restore(self, trainer: Trainer) -> int:
@@ -121,7 +121,10 @@ class Run:
         if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)
         history = self.folder / "metrics.jsonl"
-        self.rows += read_history(history, step)
+        rows, damaged = read_history(history, step)
+        self.rows += rows
+        if damaged:
+            self.say(f"{history}: left out {damaged} line{'s' * (damaged > 1)} that cannot be read")
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(history, "".join(json.dumps(row) + "\n" for row in self.rows))

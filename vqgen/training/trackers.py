@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from vqgen.errors import UsageError, UserError
+from vqgen.files import parse_json, read_bytes
 
 
 class JsonlTracker(GeneralTracker):
@@ -44,10 +46,39 @@ def further_trackers(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def read_history(path: Path, last: int) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl` up to step `last`; an incomplete line of a killed run is skipped."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= last]
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of `metrics.jsonl`, oldest first, and the number of lines that are none; ([], 0) where there is no file.
+
+    A row is an object of numbers and text with a `step`. Its numbers are small enough for arithmetic: health checks
+    square them. Raises `UserError` where the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return [], 0
+    try:
+        lines = read_bytes(path).split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); restore or remove it") from error
+    rows, damaged = [], 0
+    for line in lines:
+        row = None
+        with suppress(ValueError, RecursionError):  # of UTF-8, too
+            row = parse_json(line)
+        if isinstance(row, dict) and _is_count(row.get("step")) and all(map(_is_plain, row.values())):
+            rows.append(row)
+        else:
+            damaged += bool(line.strip())
+    return rows, damaged
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1e15
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 1e100)
+
+
+def read_history(path: Path, last: int) -> tuple[list[dict[str, Any]], int]:
+    """Rows of `metrics.jsonl` up to step `last`, and the number of lines that were skipped; see `read_rows`."""
+    rows, damaged = read_rows(path)
+    return [row for row in rows if row["step"] <= last], damaged
