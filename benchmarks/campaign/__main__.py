@@ -1,6 +1,7 @@
 """`python -m benchmarks.campaign`: see the docstring of the package and docs/robustness.md."""
 
 import argparse
+import logging
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def main(words: list[str] | None = None) -> int:
     """Run the campaign; 1 where anything happened that must not."""
     given = options(words)
     warnings.simplefilter("ignore")  # of decoders, about images that are damaged on purpose
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     own = [each for file in given.mutations for each in load(file)]
     scratch = given.scratch or Path(tempfile.mkdtemp(prefix="vqgen-campaign-"))
     (scratch / "stock").mkdir(parents=True)

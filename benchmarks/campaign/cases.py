@@ -117,13 +117,9 @@ class Campaign:
         before = snapshot(place)
         ended = self.run.run(line, place.work, place.home)
         after = snapshot(place)
-        moved = [] if not scenario.targets and random else outside(place, scenario.output, before, own, after)
-        if not scenario.targets and random:
-            moved = [
-                text
-                for text in outside(place, scenario.output, before, own, after)
-                if not text.startswith("created work/")
-            ]
+        moved = outside(place, scenario.output, before, own, after)
+        if not scenario.targets:  # the line may have named any output
+            moved = [text for text in moved if not text.startswith("created") or "pwned" in text]
         try:
             found = digests(inside, scenario.results) if ended.code == 0 else {}
         except (OSError, ValueError) as error:

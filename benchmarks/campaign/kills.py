@@ -62,7 +62,6 @@ def jobs() -> list[Job]:
     sources, model, taming = ("images", "tokenizer"), ("model.safetensors", "*.json"), "foreign/taming.safetensors"
     fewer = [*stock.RECONSTRUCT_RUN, "--n", "4", "--overwrite"]
     codebook = "vqgen-eval codebook --tokenizer tokenizer --codes codes"
-    classifier = "vqgen-eval classifier --data images --size 16 --steps 3 --batch-size 4 --width 8"
     return [
         *found,
         Job("tokenize, new", stock.CODES_RUN, sources, codes),
@@ -78,7 +77,7 @@ def jobs() -> list[Job]:
         Job("convert to diffusers", "vqgen-convert --input tokenizer --to diffusers".split(), ("tokenizer",), ("*",)),
         Job("export", "vqgen-export --model prior".split(), ("prior",), ("*", "tokenizer/*")),
         Job("codebook", codebook.split(), ("tokenizer", "codes"), ("*",)),
-        Job("classifier", classifier.split(), ("images",), ("*",)),
+        Job("classifier", stock.CLASSIFIER, ("images",), ("*",)),
     ]
 
 

@@ -17,8 +17,8 @@ from .zygote import ROOT
 
 LIMIT = 30.0
 """Seconds after which a program hangs."""
-MEMORY = 4 << 30
-"""Bytes of data that a program may allocate."""
+MEMORY = 6 << 30
+"""Bytes of data that a program may allocate; two thirds of these are left after its imports."""
 # One file may not fill the disk of the machine that runs this; no valid output of the campaign comes near it.
 FILE_SIZE = 1 << 30
 

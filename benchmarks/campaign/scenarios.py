@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from . import stock
-from .oracles import Oracle, codes_of_images, damage_is_found, finite, nothing, rows_of_table, same, same_or_said
+from .oracles import (
+    Oracle,
+    codes_of_images,
+    damage_is_found,
+    finite,
+    nothing,
+    rows_of_table,
+    same,
+    same_but_shards,
+    same_or_said,
+)
 
 WEIGHTS = ("model.safetensors", "*/model.safetensors")
 SHARDS = ("codes-*.safetensors",)
@@ -69,6 +79,7 @@ def _images() -> list[Scenario]:
         Scenario("images", _to(_short(stock.TOKENIZER_RUN)), ("images",), targets, WEIGHTS, nothing),
         Scenario("images", _to(pictures), both, targets, PNG, nothing),
         Scenario("images", _to(drawn), ("images", "prior"), (one,), PNG, nothing),
+        Scenario("images", _to(stock.CLASSIFIER), ("images",), targets, (), nothing),
     ]
 
 
@@ -116,7 +127,7 @@ def _codes() -> list[Scenario]:
         codes(_to(_short(stock.PRIOR_RUN)), ("codes",), targets, WEIGHTS, weight=4),
         codes(_to(MEASURED, "r.json"), ("prior", "codes"), targets, (".",)),
         codes(_to("vqgen-tokenize --verify", "codes"), ("codes",), targets, (), damage_is_found, 2),
-        codes(_to(stock.CODES_RUN, stopped), (*sources, stopped), (f"{stopped}/*",), SHARDS, same, 2),
+        codes(_to(stock.CODES_RUN, stopped), (*sources, stopped), (f"{stopped}/*",), SHARDS, same_but_shards, 2),
         codes(_to(stock.CODES_RUN, "codes", "--overwrite"), (*sources, "codes"), targets, SHARDS, same),
     ]
 
@@ -125,16 +136,16 @@ def _runs() -> list[Scenario]:
     """Run folders: resumed, replaced, lengthened, shown."""
     found = []
     for words, name, other in ((stock.TOKENIZER_RUN, "tokenizer", "images"), (stock.PRIOR_RUN, "prior", "codes")):
-        stopped, model = f"{name}-stopped", ("model.safetensors",)
+        stopped = f"{name}-stopped"
         targets = (f"{stopped}/*", f"{stopped}/checkpoints/*/*", f"{stopped}/checkpoints/step-00000004/*")
-        resumed, both = (*model, "checkpoints/step-00000006/*.safetensors"), (other, name)
+        resumed, both = ("model.safetensors", "checkpoints/step-00000006/*.safetensors"), (other, name)
         done = (f"{name}/*", f"{name}/checkpoints/*/*")
         run = partial(Scenario, "run folders")
         found += [
             Scenario("checkpoints", _to(words, stopped), (other, stopped), targets, resumed, same, 5),
             run(_to(words, name, "--overwrite"), both, done, resumed, same, 2),
-            run(_to(words, name), both, done, model, nothing),
-            run(_to(_short(words, 8), name), both, done, model, nothing),
+            run(_to(words, name), both, done, (), nothing),
+            run(_to(_short(words, 8), name), both, done, (), nothing),
             run(_to(f"vqgen-report {name}", "report.html"), (name,), done, (), nothing),
         ]
     return found
@@ -222,6 +233,6 @@ def scenarios() -> list[Scenario]:
     lines: dict[str, Scenario] = {}
     for each in found:
         if each.kind != "foreign weights":
-            fresh = replace(each, kind="command lines", targets=(), oracle=nothing, weight=2)
+            fresh = replace(each, kind="command lines", targets=(), oracle=nothing, weight=1)
             lines.setdefault(each.program, fresh)
     return [*found, *lines.values()]

@@ -48,6 +48,7 @@ PRIOR_RUN = ["vqgen-train-prior", "--codes", "codes", *PRIOR]
 SAMPLES_RUN = "vqgen-sample --model prior --n 8 --batch-size 4 --precision fp32 --seed 3".split()
 RECONSTRUCT_RUN = "vqgen-reconstruct images --tokenizer tokenizer --split heldout --precision fp32".split()
 LIKELIHOOD = "vqgen-eval likelihood --model prior --codes codes".split()
+CLASSIFIER = "vqgen-eval classifier --data images --size 16 --steps 3 --batch-size 4 --width 8".split()
 FOREIGN = {"taming": "32", "llamagen": "16"}
 """Weights of other projects and the image size to give."""
 
@@ -166,7 +167,7 @@ def _configs(folder: Path) -> None:
 
 def _options(folder: Path, run: Runner) -> None:
     """The options of each program, one a line."""
-    measured = [f"vqgen-eval {name}" for name in ("reconstruction", "likelihood", "samples", "codebook", "replay")]
+    measured = [f"vqgen-eval {name}" for name in "reconstruction likelihood samples classifier codebook replay".split()]
     for program in (*(name for name in MODULES if name != "vqgen-eval"), *measured):
         shown = run.run([*program.split(), "--help-all"], folder, folder / ".home").out
         found = sorted(set(re.findall(r"^  (--[a-z][a-z-]*)", shown, re.MULTILINE)))
@@ -200,6 +201,6 @@ def make(folder: Path, run: Runner) -> None:
     do(LIKELIHOOD, "receipts/likelihood.json")
     words = "vqgen-eval reconstruction --tokenizer tokenizer --data images --precision fp32".split()
     do(words, "receipts/reconstruction.json")
-    do("vqgen-eval classifier --data images --size 16 --steps 2 --batch-size 4 --width 8".split(), "classifier")
+    do(CLASSIFIER, "classifier")
     _configs(folder / "configs")
     _options(folder, run)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from .oracles import Run, same
+from .oracles import Run, same, same_or_said
 from .scenarios import Scenario
 
 Verdict = Literal["ok", "refused", "clumsy", "crash", "hang", "unhandled", "outside", "silent"]
@@ -52,8 +52,8 @@ def of_error(run: Run) -> tuple[Verdict, str]:
     if len(said) != 1 or said[0] != last:
         return "unhandled", f"{len(said)} lines of error; {last}"
     # The line names an option, or a file or folder that the user knows.
-    known = {name for part in (run.target, *run.words[1:]) for name in part.split("/") if len(name) > 3}
-    if not (re.search(r"--\w|\w+/|\.\w{2,}|RUN\b|RECEIPT\b", last) or any(name in last for name in known)):
+    known = {name for part in (run.target, *run.words[1:]) for name in part.split("/") if len(name) > 1}
+    if not (re.search(r"--|\w+/|\.\w{2,}|'.+'|RUN\b|RECEIPT\b", last) or any(name in last for name in known)):
         return "clumsy", last
     if len(last) > 600 or re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", last):
         return "clumsy", f"{len(last)} characters, or control characters: {last}"
@@ -66,7 +66,8 @@ def verdict(case: str, scenario: Scenario, mutation: str, run: Run, moved: list[
     if run.ended.code == 0 and not run.ended.hang:
         found, detail = "ok", ""
         if same(run):
-            wrong = scenario.oracle(run)
+            honest = run.change.honest and scenario.oracle in (same, same_or_said)
+            wrong = "" if honest else scenario.oracle(run)
             if run.change.invalid and not wrong:
                 wrong = f"invalid content was accepted; {same(run)}"
             if wrong:

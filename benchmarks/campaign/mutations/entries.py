@@ -90,16 +90,19 @@ def linked_file(path: Path, random: Random, place: Place) -> str:
 @mutation("entry")
 def linked_folder(path: Path, random: Random, place: Place) -> str:
     """The folder that holds the file is a link to where somebody else keeps the same and more."""
-    if path.parent == place.work:
+    # Not the first level: an output that is itself a link is written to.
+    folders = [folder for folder in path.parents if place.work in folder.parents and folder.parent != place.work]
+    if not folders:
         raise NotApplicable
-    kept = place.elsewhere / path.parent.name
+    folder = random.choice(folders)
+    kept = place.elsewhere / folder.name
     if kept.exists():
         raise NotApplicable
-    shutil.move(path.parent, kept)
+    shutil.move(folder, kept)
     (kept / "step-00000001").mkdir()
     (kept / "step-00000001" / "thesis.txt").write_text("not yours\n")
-    path.parent.symlink_to(kept)
-    return f"{path.parent.relative_to(place.work)} is a link elsewhere"
+    folder.symlink_to(kept)
+    return f"{folder.relative_to(place.work)} is a link elsewhere"
 
 
 @mutation("entry")

@@ -7,75 +7,17 @@ from random import Random
 
 from ..place import Place
 from . import NotApplicable, mutation
+from .yaml_ import BOMB
 
 VALUES = [
-    "",
-    "0",
-    "-1",
-    "1",
-    "2",
-    "abc",
-    "1e30",
-    "1e3",
-    "1e999",
-    "nan",
-    "inf",
-    "-inf",
-    str(2**31),
-    str(2**63),
-    str(2**64),
-    str(2**70),
-    str(-(2**70)),
-    str(10**18),
-    "9" * 5000,
-    "0x10",
-    "1_000",
-    "1.5",
-    "true",
-    "null",
-    "~",
-    "[1, 2]",
-    "[" * 1000,
-    "{a: 1}",
-    "*a",
-    "&a [*a]",
-    "!!int abc",
-    "!!python/object/apply:os.system ['touch pwned']",
-    "é" * 200,
-    "x" * 300,
-    "x" * 100_000,
-    "../victim.txt",
-    "/dev/zero",
-    "/dev/null",
-    "/",
-    ".",
-    "..",
-    "~nobody/x",
-    "a\tb",
-    "\x1b[31m",
-    "\udcff\udcfe",
-    "-",
-    "--",
-    "--help=",
-    "=",
-    "١",
-    "1 2",
-    "'",
-    '"',
-    "%s",
-    "$HOME",
-    "demo",
-    "auto",
-    "cuda",
-    "cuda:99",
-    "mps",
-    "meta",
-    "none",
-    "../elsewhere",
-    "victim.txt/x",
-    "images/train",
-    "http://localhost/x",
-]
+    "", "0", "-1", "1", "2", "abc", "1e30", "1e3", "1e999", "nan", "inf", "-inf", str(2**31), str(2**63), str(2**64),
+    str(2**70), str(-(2**70)), str(10**18), "9" * 5000, "0x10", "1_000", "1.5", "true", "null", "~", "[1, 2]",
+    "[" * 1000, "{a: 1}", "*a", "&a [*a]", "!!int abc", "!!python/object/apply:os.system ['touch pwned']", "é" * 200,
+    "x" * 300, "x" * 100_000, "../victim.txt", "/dev/zero", "/dev/null", "/", ".", "..", "~nobody/x", "a\tb",
+    "\x1b[31m", "\udcff\udcfe", "-", "--", "--help=", "=", "١", "1 2", "'", '"', "%s", "$HOME", "demo", "auto",
+    "cuda", "cuda:99", "mps", "meta", "none", "../elsewhere", "victim.txt/x", "images/train", "images", "tokenizer",
+    "prior", "codes", BOMB, "http://localhost/x",
+]  # fmt: skip
 # A large number here is no error: it only takes long.
 LONG = {
     "--steps",
@@ -88,7 +30,6 @@ LONG = {
     "--workers",
     "--at",
 }
-_LONG_MOST = 10**6
 
 
 def read(path: Path) -> list[str]:
@@ -163,22 +104,10 @@ def config_file(path: Path, random: Random, place: Place) -> str:
     """--config with what is no configuration."""
     value = random.choice(
         [
-            "/dev/zero",
-            "/dev/stdin",
-            ".",
-            "nowhere.yaml",
-            "",
-            "images/train",
-            "vqgan",
-            "../victim.txt",
-            "pipe",
-            "x" * 300,
-            "a\udcffb",
-            "~",
-            "/proc/self/mem",
-            "/proc/self/environ",
+            "/dev/zero", "/dev/stdin", ".", "nowhere.yaml", "", "images/train", "vqgan", "../victim.txt", "pipe",
+            "x" * 300, "a\udcffb", "~", "/proc/self/mem", "/proc/self/environ",
         ]
-    )
+    )  # fmt: skip
     if value == "pipe":
         os.mkfifo(place.work / "pipe")
     write(path, [*read(path), "--config", value])
