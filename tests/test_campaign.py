@@ -197,6 +197,7 @@ def test_another_result_is_silent_unless_it_is_right(tmp_path):
     assert judged(tmp_path, ended(0), results=one, reference=one).verdict == "ok"
     assert judged(tmp_path, ended(0), results=one, reference=other).verdict == "silent"
     assert judged(tmp_path, ended(0), results={}, reference=other).verdict == "silent"
+    assert judged(tmp_path, ended(0), Change("x", honest=True), one, other).verdict == "ok"
     invalid = Change("NaN", invalid=True)
     anything = lambda run: ""  # noqa: E731
     assert judged(tmp_path, ended(0), invalid, one, other, oracle=anything).verdict == "silent"

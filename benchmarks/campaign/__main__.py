@@ -100,6 +100,8 @@ def main(words: list[str] | None = None) -> int:
         for outcome in (*outcomes, *(each for rows in tried.values() for each in rows)):
             print(outcome.line)
         print(f"files are kept in {scratch}")
+    elif table.failures(outcomes, tried):
+        print(f"--seed {given.seed} --only CASE repeats a case and keeps its files")
     print(table.markdown(outcomes, tried))
     if given.output:
         about = {

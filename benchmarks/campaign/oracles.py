@@ -149,6 +149,8 @@ def codes_of_images(run: Run) -> str:
     codes, labels = _codes(run.output, "train")
     right, right_labels = _codes(run.reference_output, "train")
     row, dropped = names.index(target), len(right) - len(codes)
+    if dropped > 1 and run.ended.err.count("skipped, broken") >= dropped:
+        return ""  # a folder that cannot be read
     if dropped not in (0, 1):
         return f"{len(codes)} images of {len(right)}"
     others = np.arange(len(right)) != row
