@@ -126,10 +126,10 @@ def _cpu_seconds(session: int) -> tuple[float, float]:
 def _wait(pid: int, request: dict[str, Any]) -> tuple[int, bool, float]:
     """Exit code (minus the signal that ended it), whether it hung, seconds.
 
-    More than `limit` seconds is a hang; on a busy machine, where a process has computed for less than that, up to
-    three times as many.
+    More than `limit` seconds is a hang; on a busy machine, where a process has computed for less than that and still
+    does, up to three times as many.
     """
-    start, looked, used = time.monotonic(), 0.0, 0.0
+    start, looked, used, idle = time.monotonic(), 0.0, -1.0, 0
     limit, hang = request["limit"], False
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -140,8 +140,9 @@ def _wait(pid: int, request: dict[str, Any]) -> tuple[int, bool, float]:
             os.kill(pid, signal.SIGKILL)
         elif passed > limit and passed - looked > 1:
             now, most = _cpu_seconds(pid)
-            blocked, used, looked = looked > 0 and now - used < 0.02, now, passed
-            if blocked or most > limit or passed > 3 * limit:
+            idle = idle + 1 if now - used < 0.02 else 0
+            used, looked = now, passed
+            if idle > 2 or most > limit or passed > 3 * limit:
                 hang = True
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.002 if passed < 0.2 or request["kill_after"] else 0.02)
