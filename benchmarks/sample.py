@@ -25,7 +25,6 @@ from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.cached_transformer import CachedTransformer
 from vqgen.sampling.generate import generate, image_uniforms
-from vqgen.sampling.generator import CPU_ROWS
 from vqgen.sampling.settings import SamplingSettings
 
 
@@ -96,16 +95,15 @@ def main() -> None:
     for batch in arguments.batch_sizes:
         prompt = conditioning.prefixes(conditioning.conditions(), range(batch))
         uniforms = image_uniforms(0, range(batch), length)
-        rows = CPU_ROWS if device.type == "cpu" and precision == "fp32" else 1
 
-        def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows) -> torch.Tensor:
-            return generate(decoder, prompt, allowed, uniforms, SamplingSettings(), rows=rows).tokens
+        def vqgen(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms) -> torch.Tensor:
+            return generate(decoder, prompt, allowed, uniforms, SamplingSettings()).tokens
 
         null = torch.full_like(prompt, conditioning.null)
 
-        def guided(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, rows: int = rows, null=null):
+        def guided(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, null=null):
             settings = SamplingSettings(guidance_scale=3.0)
-            return generate(decoder, prompt, allowed, uniforms, settings, null, rows=rows).tokens
+            return generate(decoder, prompt, allowed, uniforms, settings, null).tokens
 
         def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
             return theirs.generate(  # type: ignore[operator]

@@ -4,9 +4,11 @@ It computes what the given transformers model does (Llama, Qwen3 or GPT-2) at a 
 and cache objects are not built for every token and layer, and one projection replaces three.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from threading import local
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 Norm = Callable[[Tensor], Tensor]
-ROWS = 128
-"""Most rows of one bfloat16 product on a CPU."""
+ROWS = 64
+"""Most rows of one product on a CPU."""
 
 
 class _Product:
@@ -26,9 +28,9 @@ class _Product:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self.packed: Tensor | None = None
-        self.onednn = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        if self.onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            with suppress(AttributeError, RuntimeError):  # another torch, a processor without such products
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     def product(self, x: Tensor) -> Tensor:
         if self.packed is None:
@@ -42,39 +44,50 @@ class _Product:
 
 
 @cache
-def _step(shape: tuple[int, int], biased: bool, threads: int) -> int:
-    """Find n such that a row of a product with a bfloat16 weight of `shape` on a CPU has the same bits at every
-    multiple of n rows up to `ROWS`, at the current number of `threads`."""
+def _step(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> int:
+    """Find n such that on one thread of a CPU a row has the same bits at every multiple of n rows up to `ROWS`, in
+    products with a weight of `shape` and in what is computed of each number in them.
+
+    Kernels differ in the order of their sums and at the ends of arrays, which are no full vector.
+    """
     random = torch.Generator().manual_seed(0)
-
-    def numbers(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=random).bfloat16()
-
-    made = _Product(numbers(*shape), numbers(shape[0]) if biased else None)
-    x, y = numbers(ROWS, shape[0]), numbers(ROWS, shape[1])
-    product, total = made.product(y), made.sum(x, y)
+    outer, inner = shape
+    # Each sum is 0 but for its rounding: in others the order shows in one of 10,000 numbers rounded to bfloat16.
+    half = torch.randn(outer + ROWS, inner // 2, generator=random).to(dtype)
+    order = torch.randperm(inner, generator=random)
+    both = torch.cat([half, half, half.new_zeros(len(half), inner % 2)], 1)
+    both[:outer, : inner // 2] *= -1
+    weight, y = both[:, order].split([outer, ROWS])
+    made = _Product(weight.contiguous(), half.new_zeros(outer) if biased else None)
+    x = half.new_zeros(ROWS, outer)
 
     def same(n: int) -> bool:
-        return torch.equal(made.product(y[:n]), product[:n]) and torch.equal(made.sum(x[:n], y[:n]), total[:n])
+        parts = slice(n), slice(ROWS - n, ROWS)
+        products = all(torch.equal(made.product(y[part]), product[part]) for part in parts)
+        return products and all(torch.equal(made.sum(x[part], y[part]), total[part]) for part in parts)
 
-    return next(step for step in (1, ROWS // 2, ROWS) if all(same(n) for n in range(step, ROWS, step)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        product, total = made.product(y), made.sum(x, y)
+        fits = [n for n in (1, 16) if n * outer % 64 == n * inner % 64 == 0]  # elements of two vectors of bfloat16
+        return next((n for n in fits if all(same(rows) for rows in range(n, ROWS, n))), ROWS)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Linear(_Product):
-    """y = x W^T + b on (N, in), for a weight (out, in); the bits of a row do not depend on the other rows.
+    """y = x W^T + b on (N, in), for a weight (out, in).
 
     In bfloat16 on a CPU oneDNN packs the weight into blocks for every product, which at few rows costs as much as the
-    product. Here it is packed once, by the operators of frozen compiled graphs where torch has them. There the order of
-    summation may depend on the number of rows: `_step` finds numbers that agree, and other batches are padded to one.
+    product. Here it is packed once, by the operators of frozen compiled graphs where torch has them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
-        self.rows: tuple[int, int] | None = None
-        """A product takes a multiple of the first, at most the second, rows; None = any number."""
-        if self.onednn:
-            outer, inner = weight.shape
-            self.rows = (_step((outer, inner), bias is not None, torch.get_num_threads()), ROWS)
+        outer, inner = weight.shape
+        self.step = _step((outer, inner), bias is not None, weight.dtype) if weight.device.type == "cpu" else 1
+        """On one thread of a CPU the bits of a row do not depend on the others where N is a multiple of this."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._by_rows(self.product, x)
@@ -84,13 +97,10 @@ class Linear(_Product):
         return self._by_rows(self.sum, x, y)
 
     def _by_rows(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Apply `function` to as many rows at a time as `rows` allows, the last ones padded."""
-        count = len(inputs[0])
-        step, most = self.rows or (1, count)
-        if count <= most and count % step == 0:
+        """Apply `function` to at most `ROWS` rows at a time on a CPU."""
+        if len(inputs[0]) <= ROWS or self.weight.device.type != "cpu":
             return function(*inputs)
-        padded = [F.pad(x, (0, 0, 0, -count % step)).split(most) for x in inputs]
-        return torch.cat([function(*part) for part in zip(*padded, strict=True)])[:count]
+        return torch.cat([function(*part) for part in zip(*(x.split(ROWS) for x in inputs), strict=True)])
 
 
 @dataclass
@@ -153,8 +163,17 @@ def _llama_block(layer: Any) -> Block:
     )
 
 
+class _Batch(local):
+    """The sequences that a thread feeds: each thread has its own."""
+
+    def __init__(self) -> None:
+        self.cache: list[Tensor] = []
+        """Keys and values of each block (2, rows, positions, heads, d)."""
+        self.rows, self.fed = 0, 0
+
+
 class CachedTransformer:
-    """Feeds tokens to a causal LM and keeps keys and values in a cache that every batch reuses.
+    """Feeds tokens to a causal LM and keeps keys and values in a cache that every batch of a thread reuses.
 
     Args:
         model: a Llama, Qwen3 or GPT-2 of transformers, in evaluation mode. Its projections become views of joined ones.
@@ -188,28 +207,40 @@ class CachedTransformer:
             half = sin.shape[-1] // 2
             # With swapped halves times this, transformers' rotate_half(x) * sin.
             self._rotations = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        self._cache: list[Tensor] = []
-        self._rows, self._fed = 0, 0
+        self._batch = _Batch()
+
+    def step(self, allowed: Iterable[tuple[int, int]]) -> int:
+        """On one thread of a CPU the logits of a row do not depend on the others where `start` gets a multiple of
+        this; `allowed` are the ranges of ids that `feed` gets."""
+        blocks = [linear for block in self._blocks for linear in (block.qkv, block.out, block.up, block.down)]
+        return max(linear.step for linear in [*blocks, *map(self._head_of, allowed)])
+
+    def _head_of(self, ids: tuple[int, int]) -> Linear:
+        """The rows of the output layer for a range of ids; there is one range for each depth of codes."""
+        if ids not in self._heads_of:
+            self._heads_of[ids] = Linear(self._head[slice(*ids)])
+        return self._heads_of[ids]
 
     def start(self, rows: int) -> None:
         """Begin a batch of `rows` sequences."""
-        if rows != self._rows:
-            self._cache = []  # free the former cache first
+        batch = self._batch
+        if rows != batch.rows:
+            batch.cache = []  # free the former cache first
             width = self._blocks[0].out.weight.shape[1] // self.heads
             shape = (2, rows, self.positions, self.heads, width)
-            self._cache = [self._head.new_zeros(shape) for _ in self._blocks]
-        self._rows, self._fed = rows, 0
+            batch.cache = [self._head.new_zeros(shape) for _ in self._blocks]
+        batch.rows, batch.fed = rows, 0
 
     def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
         """Feed the next tokens (rows, T); return the logits after the last one, float32 (rows, V).
 
         With `allowed` only those of the ids from its first to before its second.
         """
-        rows, count = tokens.shape
-        first, last = self._fed, self._fed + count
+        (rows, count), batch = tokens.shape, self._batch
+        first, last = batch.fed, batch.fed + count
         if last > self.positions:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
-        self._fed = last
+        batch.fed = last
         x = F.embedding(tokens, self._tokens)
         if self._positions is not None:
             x = x + self._positions[first:last]
@@ -217,7 +248,7 @@ class CachedTransformer:
         mask = None  # a single token sees all
         if count > 1:
             mask = torch.ones(count, last, dtype=torch.bool, device=x.device).tril(first)
-        for block, (keys, values) in zip(self._blocks, self._cache, strict=True):
+        for block, (keys, values) in zip(self._blocks, batch.cache, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
             q, k, v = self._heads(block, qkv, first, last)
             keys[:, first:last] = k
@@ -233,10 +264,8 @@ class CachedTransformer:
             else:
                 inner = self._activation(inner)
             x = block.down.added(x, inner)
-        ids = allowed or (0, len(self._head))
-        if ids not in self._heads_of:  # the rows of the output layer; there is one range for each depth of codes
-            self._heads_of[ids] = Linear(self._head[slice(*ids)])
-        return self._heads_of[ids](self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+        head = self._head_of(allowed or (0, len(self._head)))
+        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
 
     def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), with rotary positions."""

@@ -5,7 +5,9 @@ on a `CachedTransformer`, which holds the model's static key-value cache. Nothin
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from threading import Event, Lock
 
 import numpy as np
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 
 from vqgen.errors import UserError
 
-from .cached_transformer import CachedTransformer
+from .cached_transformer import ROWS, CachedTransformer
 from .logits import choose, guide
 from .settings import SamplingSettings
+from .threads import on_threads
 
 Allowed = Sequence[tuple[int, int]]
 """For each code position of an image the range of ids that may stand there: first, one past the last."""
@@ -111,6 +114,34 @@ def decode_n(
 
 
 @torch.inference_mode()
+def _generate_block(
+    decoder: CachedTransformer,
+    prompts: list[Tensor],
+    allowed: Allowed,
+    uniforms: Tensor,
+    settings: SamplingSettings,
+    known: Tensor | None,
+    leading: int,
+    step: int,
+    on_token: Callable[[Tensor], object] | None,
+) -> Drawn:
+    """Draw the tokens of images in one batch, padded to a multiple of `step`; see `generate`."""
+    count, device = len(uniforms), decoder.model.device
+    fill = torch.arange(-(-count // step) * step).clamp(max=count - 1)  # padding repeats the last row
+
+    def padded(values: Tensor) -> Tensor:
+        return values.cpu()[fill].to(device)
+
+    given = None if known is None else padded(known)
+    prompts = [padded(prompt) for prompt in prompts]
+    if given is not None:
+        prompts = [torch.cat([prompt, given[:, :leading]], 1) for prompt in prompts]
+    report = None if on_token is None else lambda tokens: on_token(tokens[:count])
+    logits = prefill(decoder, torch.cat(prompts), allowed[leading])
+    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, len(prompts) > 1, given, leading, report)
+    return Drawn(drawn.tokens[:count], drawn.nats[:count])
+
+
 def generate(
     decoder: CachedTransformer,
     prefix: Tensor,
@@ -125,6 +156,10 @@ def generate(
 ) -> Drawn:
     """Draw the code tokens of images, on the model's device.
 
+    On a CPU the images are divided among threads, each of which computes alone, in numbers at which the bits of a row
+    do not depend on the others (`CachedTransformer.step`). So an image does not depend on which others are drawn with
+    it, nor on the number of threads.
+
     Args:
         decoder: with a cache of at least P + len(allowed) - 1 positions (the last token is never fed).
         prefix: token ids (B, P), see `prior/conditioning.py`.
@@ -134,9 +169,10 @@ def generate(
         known: (B, len(allowed)) code tokens that are given, -1 where one is to be drawn.
         leading: this many first codes are known in every image and go into the model in one pass with the prefix.
             Counted over all images of a series, so that an image is computed alike in every batch.
-        rows: pad the batch to a multiple of this many. Matrix products may round differently for another number of
-            rows; padding to numbers that agree keeps an image independent of its batch.
-        on_token: called with the tokens (B,) of each position from `leading` on, on the device.
+        rows: on other devices, pad the batch to a multiple of this many: matrix products may round differently for
+            another number of rows.
+        on_token: called with the tokens (b,) of each position from `leading` on, on the device, by one thread at a
+            time; on a CPU b is the part of a thread.
 
     Raises `UserError` where the logits are not finite, `ValueError` where the model is in training mode.
     """
@@ -146,18 +182,30 @@ def generate(
     if not count or leading == len(allowed):
         tokens = torch.empty(count, len(allowed), dtype=torch.long) if known is None else known
         return Drawn(tokens.to(device), torch.zeros(count, dtype=torch.float64, device=device))
-    fill = torch.arange(-(-count // rows) * rows).clamp(max=count - 1)  # padding repeats the last row
+    prompts = [prefix] if unconditional is None or not settings.guided else [prefix, unconditional]
+    if device.type != "cpu":
+        return _generate_block(decoder, prompts, allowed, uniforms, settings, known, leading, rows, on_token)
+    step = decoder.step(dict.fromkeys(allowed))
+    share = -(-count // torch.get_num_threads())
+    share = min(-(-share // step) * step, ROWS)
+    one_at_a_time, stopped = Lock(), Event()
 
-    def padded(values: Tensor) -> Tensor:
-        return values.cpu()[fill].to(device)
+    def report(tokens: Tensor) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        if on_token is not None:
+            with one_at_a_time:
+                on_token(tokens)
 
-    given = None if known is None else padded(known)
-    prompts = [padded(prefix)]
-    if unconditional is not None and settings.guided:
-        prompts.append(padded(unconditional))
-    if given is not None:
-        prompts = [torch.cat([prompt, given[:, :leading]], 1) for prompt in prompts]
-    report = None if on_token is None else lambda tokens: on_token(tokens[:count])
-    logits = prefill(decoder, torch.cat(prompts), allowed[leading])
-    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, len(prompts) > 1, given, leading, report)
-    return Drawn(drawn.tokens[:count], drawn.nats[:count])
+    def block(first: int) -> Drawn:
+        part = slice(first, first + share)
+        given = None if known is None else known[part]
+        own = [prompt[part] for prompt in prompts]
+        return _generate_block(decoder, own, allowed, uniforms[part], settings, given, leading, step, report)
+
+    try:
+        drawn = on_threads(block, range(0, count, share))
+    except BaseException:
+        stopped.set()  # an error or an interruption in one thread ends the others
+        raise
+    return Drawn(torch.cat([part.tokens for part in drawn]), torch.cat([part.nats for part in drawn]))

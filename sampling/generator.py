@@ -24,19 +24,14 @@ from .generate import generate, image_uniforms
 from .known import Known
 from .oversample import batches, selected_rows, with_candidates
 from .settings import SamplingSettings
+from .threads import on_threads
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
 """A class-conditional model of CIFAR-10 that comes with the package; its README.md says how it was made."""
-# In float32 on a CPU the last bits of a row depend on the number of rows: matrix products of 1 to 3 (with two threads
-# 7) rows take another path, and array ends that fill no vector round differently. Multiples of 16 agree (MKL).
-CPU_ROWS = 16
-# Convolutions choose their algorithm by the shape of the batch: chunks depend on the image size alone. At least 4
-# images, so that threads share the images and not the sums.
-DECODE_PIXELS = {"cpu": 2**14, "cuda": 2**18}
-DECODE_IMAGES = 4
-ENCODE_PIXELS = 2**18
-"""Pixels encoded at once, which bounds the memory."""
+# Convolutions choose their algorithm by the shape of the batch: parts depend on the image size alone.
+PART_PIXELS = {"cpu": 2**13, "cuda": 2**18}
+PART_IMAGES = {"cpu": 1, "cuda": 4}
 Classes = Sequence[str | int] | str | int | None
 """Classes by name or index, given to the images in turn."""
 
@@ -69,8 +64,8 @@ class Samples:
 class Generator:
     """A prior and its tokenizer, ready to draw.
 
-    Image i depends on (seed, i, its conditions, settings) alone. On CUDA that holds at a given batch size: another one
-    may round the logits differently in the last bits.
+    Image i depends on (seed, i, its conditions, settings) alone, on a CPU also at any number of threads. On CUDA that
+    holds at a given batch size: another one may round the logits differently in the last bits.
     """
 
     def __init__(self, prior: Prior, tokenizer: Tokenizer, device: torch.device, precision: str = "auto") -> None:
@@ -211,12 +206,15 @@ class Generator:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != config.channels:
             found = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: found {found}, expected uint8 (B, {config.channels}, H, W)")
-        codes = []
-        for part in images.split(max(1, ENCODE_PIXELS // (size[0] * size[1]))):
-            if images.shape[-2:] != torch.Size(size):
+        if not len(images):
+            return self.tokenizer.encode(images.new_zeros(0, config.channels, *size)).cpu()
+
+        def encoded(part: Tensor) -> Tensor:
+            if part.shape[-2:] != torch.Size(size):
                 part = torch.stack([center_crop(fit(image, size, config.fit), size) for image in part])
-            codes.append(self.tokenizer.encode(part.to(self.device)).cpu())
-        return torch.cat(codes)
+            return self.tokenizer.encode(part.to(self.device)).cpu()
+
+        return torch.cat(self._in_parts(encoded, images, size))
 
     def draw(
         self,
@@ -265,9 +263,6 @@ class Generator:
         cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
         length = self.vocabulary.length
         allowed = [self.vocabulary.allowed(position) for position in range(length)]
-        rows = CPU_ROWS if self.precision == "fp32" else 1
-        if self.device.type == "cuda":
-            rows = batch_size  # the last batch, too, is computed as a full one
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
             candidates, groups = with_candidates(batch, cycle, settings.oversample)
@@ -277,9 +272,9 @@ class Generator:
                 absent, given, leading = self.conditioning.without(prefix), None, 0
                 if known:
                     given, leading = known.rows(part), known.leading
-                found.append(
-                    generate(self._decoder, prefix, allowed, uniforms, settings, absent, given, leading, rows, on_token)
-                )
+                # On CUDA the last batch, too, is computed as a full one.
+                given_to = self._decoder, prefix, allowed, uniforms, settings, absent, given, leading
+                found.append(generate(*given_to, rows=batch_size, on_token=on_token))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
             chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
@@ -289,15 +284,25 @@ class Generator:
         codes = self.vocabulary.to_codes(torch.stack([drawn[index][0] for index in indices]))
         return codes, torch.stack([drawn[index][1] for index in indices])
 
-    @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w[, depth]) -> uint8 images (B, C, H, W) on the CPU; an image depends on its own codes alone."""
-        height, width = (side * self.tokenizer.factor for side in codes.shape[1:3])
-        chunk = max(DECODE_PIXELS[self.device.type] // (height * width), DECODE_IMAGES)
-        images = torch.empty(len(codes), self.tokenizer.config.channels, height, width, dtype=torch.uint8)
-        for first in range(0, len(codes), chunk):
-            part = codes[first : first + chunk]
-            fill = torch.arange(chunk).clamp(max=len(part) - 1)  # padding repeats the last image
-            decoded = self.tokenizer.decode(part.cpu()[fill].to(self.device))
-            images[first : first + chunk] = to_uint8(decoded[: len(part)]).cpu()
-        return images
+        size = [side * self.tokenizer.factor for side in codes.shape[1:3]]
+        images = [torch.empty(0, self.tokenizer.config.channels, *size, dtype=torch.uint8)]
+
+        def decoded(part: Tensor) -> Tensor:
+            return to_uint8(self.tokenizer.decode(part.to(self.device))).cpu()
+
+        return torch.cat([*images, *self._in_parts(decoded, codes.cpu(), size)])
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], given: Tensor, size: Sequence[int]) -> list[Tensor]:
+        """Apply `function` to parts of `given`, one row an image of `size`: each part has the same number of rows, and
+        on a CPU is computed by one thread, so that an image does not depend on the others."""
+        count = max(PART_PIXELS[self.device.type] // (size[0] * size[1]), PART_IMAGES[self.device.type])
+
+        @torch.inference_mode()
+        def of(part: Tensor) -> Tensor:
+            fill = torch.arange(count).clamp(max=len(part) - 1)  # padding repeats the last image
+            return function(part[fill])[: len(part)]
+
+        parts = given.split(count) if len(given) else []
+        return on_threads(of, parts) if self.device.type == "cpu" else [of(part) for part in parts]

@@ -1,0 +1,51 @@
+"""Work on several threads, each of which computes alone.
+
+torch divides an operation among threads by its size, and where it divides decides how some numbers are rounded: sums in
+matrix products, the ends of arrays. Here a whole piece of work is done by one thread, so that its result does not
+depend on how many there are.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@cache
+def _pool(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads that live as long as the process; a forked process, which inherits none, makes its own."""
+    ready = Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # adopts the number that is set for new threads
+        torch.set_num_threads(1)  # and this one holds for this thread
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, "vqgen", begin)
+    for _ in range(count):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(count)  # for the threads of others
+    return pool
+
+
+def on_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return `function` of each item, computed on as many threads as torch has here, an item on one of them alone.
+
+    Where a call raises, those that have not begun are dropped.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        return [function(item) for item in items]
+    futures = [_pool(count, os.getpid()).submit(function, item) for item in items]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
