@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from vqgen.training.trackers import read_history
+from vqgen.training.trackers import read_rows
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
     files = [run / "metrics.jsonl" if run.is_dir() else run for run in arguments.runs]
-    histories = [read_history(path, 2**62) for path in files]
+    histories = [read_rows(path)[0] for path in files]
     names = [run.name if run.is_dir() else run.stem for run in arguments.runs]
 
     figure, panels = plt.subplots(1, len(arguments.metrics), figsize=(4.4 * len(arguments.metrics), 3.2), squeeze=False)

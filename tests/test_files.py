@@ -42,6 +42,7 @@ def test_reading_takes_the_memory_of_the_file(tmp_path: Path) -> None:
 
 def test_names_that_are_not_utf8_are_written(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"name": os.fsdecode(b"\xff\xc3\xa4.png")})
+    assert read_record(tmp_path / "a.json", dict) == {"name": "?ä.png"}
     assert read_json(tmp_path / "a.json") == {"name": os.fsdecode(b"\xff\xc3\xa4.png")}
 
 

@@ -176,7 +176,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         shard = open_shard(job.path(planned), tokenizer.codebook_size, job.row_shape(planned))
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
-    skip, splits = config.images.broken == "skip", dict[str, SplitEntry]()
+    skip, splits = config.images.broken == "skip", dict[Split, SplitEntry]()
     for split, dataset in job.datasets.items():
         total, found = len(dataset), sum(shard.count for shard in entries[split])
         splits[split] = SplitEntry(config.views if split == "train" else 1, found, entries[split])

@@ -75,11 +75,12 @@ def _user_bytes(path: str | Path, limit: int, what: str) -> bytes:
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text. Raises `ValueError` or `RecursionError`, also for what only some readers accept.
 
-    Those are keys given twice, integers of more than 64 bits, and strings with NUL or not valid Unicode.
+    Those are keys given twice, integers of more than 64 bits, and strings with NUL or not valid Unicode, except for
+    bytes of file names that are no UTF-8, as `os.fsdecode` gives and `write_json` writes them.
     """
     value = json.loads(data, object_pairs_hook=_unique, parse_int=_integer)
     text = data.decode() if isinstance(data, bytes) else data
-    odd = (each for each in _strings(value) if re.search("[\0\ud800-\udfff]", each))
+    odd = (each for each in _strings(value) if re.search("[\0\ud800-\udc7f\udd00-\udfff]", each))
     if re.search(r"\\u(0000|[dD][89a-fA-F])", text) and (found := next(odd, None)) is not None:
         raise ValueError(f"{found[:80]!r} is no text")
     return value
@@ -123,14 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_record(path: Path, record: type[T]) -> T:
     """Read a JSON object as the dataclass or type `record`; values must have exactly the types of its fields.
 
-    Bounds of numbers are declared as `Annotated[int, annotated_types.Ge(0)]`; unknown keys are ignored. Raises
-    `UserError` naming the file, the key and what was found.
+    Bounds of numbers are declared as `Annotated[int, annotated_types.Ge(0)]`; unknown keys are ignored. Bytes of file
+    names that are no UTF-8 become "?". Raises `UserError` naming the file, the key and what was found.
     """
     from pydantic import TypeAdapter, ValidationError  # not needed by --help
 
-    read_json(path)
+    text = json.dumps(read_json(path), ensure_ascii=False).encode("utf-8", "replace")
     try:
-        return TypeAdapter(record).validate_json(_user_bytes(path, MAX_TEXT, "JSON"), strict=True)
+        return TypeAdapter(record).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
