@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,7 +51,9 @@ def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
         return None
     paths: list[Path] = []
     for path in config.init_image:
-        inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = (
+            sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if os.path.isdir(path) else [path]
+        )
         if not inside:
             raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
         paths += inside

@@ -873,7 +873,7 @@ def test_names_that_are_not_utf8_are_classes(rows, tmp_path):
             with open(root + b"/" + name + b"/\xfe%d.png" % i, "wb") as file:
                 file.write(rows[0][3 * place + i])
     dataset = open_images(str(tmp_path), "train", SMALL)
-    assert dataset.class_names == ["line\nbreak", "ä", "\udcff"] and dataset[0].image.shape == (1, 16, 16)
+    assert dataset.class_names == ["line\\nbreak", "ä", "\\udcff"] and dataset[0].image.shape == (1, 16, 16)
 
 
 def test_errors_and_death_of_a_worker_are_one_line(rows, tmp_path):

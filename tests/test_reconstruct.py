@@ -16,6 +16,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.io import decode_image, read_image, write_png
 
+from vqgen.errors import UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer import comparison
 from vqgen.tokenizer.data import dataset as image_module
@@ -541,3 +542,23 @@ def test_the_grid_shows_images_of_any_size(tmp_path, cli, colour):
     assert grid.shape == (3, 2 * 258 + 2, 2 * 130 + 2), "the largest side is 256"
     assert (grid[:, 2:258, 2:130] == 200).all()
     assert (grid[:, 66:194, 132:260] == 100).all() and (grid[:, 2:65, 132:260] == 255).all(), "4 times as large"
+
+
+@pytest.mark.parametrize("name", ["fifo.png", "fifo", f"./{'x' * 300}.png", "~nobody/such.png", "cycle.png"])
+def test_data_that_is_no_image_is_refused_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.png")
+    os.mkfifo("fifo")
+    Path("cycle.png").symlink_to("cycle.png")
+    with pytest.raises(UserError):
+        find_images(ReconstructConfig([name], tmp_path))
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path, grey, cli):
+    name = os.fsdecode(b"\xff\n\x1b[1m")
+    write_images(tmp_path / "data/plain", 2)
+    (tmp_path / "data/plain").rename(tmp_path / "data" / name)
+    (tmp_path / "data" / name / f"{name}.png").write_bytes(b"broken")
+    result = cli(main, tmp_path / "data", "--tokenizer", grey, "--output", tmp_path / "out")
+    assert result.code == 0 and "\x1b" not in result.err + result.out, result.err
+    assert len(content(tmp_path / "out")["skipped"]) == 1

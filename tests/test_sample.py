@@ -489,13 +489,16 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
         (["--init-image", "nowhere.png"], "--init-image: nowhere.png cannot be read (No such file"),
         (["--init-image", "TEXT"], "cannot be read (no known image format)"),
         (["--init-image", "EMPTY"], "holds no images"),
+        (["--init-image", "FIFO"], "not a regular file"),
+        (["--init-image", f"{'x' * 300}.png"], "--init-image"),
     ],
 )
 def test_what_does_not_go_together(sample, tmp_path, words, part):
     write_png_atomic(tmp_path / "IMAGE.png", torch.zeros(3, 5, 7, dtype=torch.uint8))
     (tmp_path / "TEXT.png").write_text("no image")
     (tmp_path / "EMPTY").mkdir()
-    places = {"IMAGE": tmp_path / "IMAGE.png", "TEXT": tmp_path / "TEXT.png", "EMPTY": tmp_path / "EMPTY"}
+    os.mkfifo(tmp_path / "FIFO.png")
+    places = {"EMPTY": tmp_path / "EMPTY", **{name: tmp_path / f"{name}.png" for name in ("IMAGE", "TEXT", "FIFO")}}
     result = sample(*(places.get(word, word) for word in words))
     assert result.code in (1, 2) and part in result.err and len(result.err.strip().splitlines()) == 1
     assert not (tmp_path / "samples").exists()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from vqgen.config import command
+from vqgen.config import command, one_line
 from vqgen.errors import UsageError
 from vqgen.options import CountOrZero, NotNegative, Options, Range, Size
 
@@ -68,7 +68,7 @@ def run(config: ReconstructConfig) -> None:
     from .comparison import compare, summary
 
     for line in summary(compare(config), config):
-        print(line)
+        print(one_line(line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """The images given to vqgen-reconstruct, each at a size that the tokenizer accepts."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,10 +42,10 @@ def find_images(config: ReconstructConfig) -> list[Location]:
     """List every image that `config` names, in order. Raises `UserError` where there is nothing to read."""
     found: list[Location] = []
     for word in config.data:
-        path = Path(word).expanduser()
-        if path.is_file() and path.suffix.lower() != ".parquet":
+        path = Path(os.path.expanduser(word))
+        if os.path.isfile(path) and path.suffix.lower() != ".parquet":
             found.append((Files(path.parent, [path.name]), 0))
-        elif path.suffix.lower() in SUFFIXES and not path.exists():  # a file name, not that of a dataset
+        elif path.suffix.lower() in SUFFIXES and not os.path.lexists(path):  # a file name, not that of a dataset
             raise UserError(f"--data: {word} does not exist; give image files, folders or other sources")
         elif config.split == "auto":
             splits = find_splits(word)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
+from unicodedata import category
 
 import numpy as np
 
@@ -19,7 +20,15 @@ from vqgen.seeding import hash64
 
 from .items import Files, FoundSplit, Rows
 from .options import SUFFIXES, Split
-from .tables import download_folders, group_by_split, load_datasets, load_folder, read_dataset, read_parquet
+from .tables import (
+    MAX_CLASSES,
+    download_folders,
+    group_by_split,
+    load_datasets,
+    load_folder,
+    read_dataset,
+    read_parquet,
+)
 
 T = TypeVar("T")
 
@@ -169,6 +178,12 @@ def _image_folder(root: Path, files: Mapping[str, int]) -> dict[str, FoundSplit]
     return {split: read(folder) for split, folder in chosen.items()}
 
 
+def _printable(name: str) -> str:
+    """A class name with escapes for line breaks, control characters and bytes that are no UTF-8."""
+    escaped = (c.encode("unicode_escape").decode() if category(c) in ("Cc", "Cs") else c for c in name)
+    return "".join(escaped)
+
+
 def _number_labels(data: str, splits: Mapping[str, FoundSplit]) -> tuple[list[str] | None, dict[str, np.ndarray]]:
     """Class names, and the labels of each split (n,) int64, -1 for none; the classes are those of all splits together.
 
@@ -185,9 +200,11 @@ def _number_labels(data: str, splits: Mapping[str, FoundSplit]) -> tuple[list[st
     present = np.unique(np.concatenate([raw[is_labelled(raw)] for raw in raws.values()])) if raws else np.empty(0)
     names = next((f.class_names for f in splits.values() if f.class_names and present.dtype.kind != "U"), None)
     values = present if names is None else np.arange(len(names))
-    names = names or [str(value) for value in present]
+    names = [_printable(name) for name in names or map(str, present)]
     if len(present) and present[-1] not in values:
         raise UserError(f"--data: {data} has label {present[-1]} but names {len(names)} classes; correct its features")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"--data: {data} has {len(names)} classes, at most {MAX_CLASSES} are possible; merge some")
     if len(names) < 2 or not len(present):
         return None, unlabelled
     numbered = {s: np.where(is_labelled(raw), np.searchsorted(values, raw), -1) for s, raw in raws.items()}
