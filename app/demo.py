@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqgen.config import command, parse
-from vqgen.files import is_file, read_json
+from vqgen.files import is_file, locked, read_json
 from vqgen.options import Options
 
 
@@ -29,6 +29,11 @@ def samples_are_drawn(samples: Path, prior: Path) -> bool:
 
 def demo(config: DemoConfig) -> None:
     """Train a tokenizer and a prior on 9,000 images of clothes that come with the package, then draw new ones."""
+    with locked(config.output):
+        _demo(config)
+
+
+def _demo(config: DemoConfig) -> None:
     from vqgen.evaluation.report.program import ReportConfig, check_output, write_report
     from vqgen.prior.train import PriorTraining
     from vqgen.prior.train import train as train_prior

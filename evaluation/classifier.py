@@ -11,7 +11,7 @@ from vqgen.artifact import load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.files import check_writable
+from vqgen.files import atomic_path, check_writable, locked
 from vqgen.files.output_folder import OutputFolder
 from vqgen.metric import Metric
 from vqgen.options import Options, Size
@@ -87,6 +87,11 @@ class Classifier(nn.Module):
 
 def train_classifier(config: ClassifierTraining) -> None:
     """Train a classifier on real images. Raises `UserError`."""
+    with locked(config.output):
+        _train(config)
+
+
+def _train(config: ClassifierTraining) -> None:
     OutputFolder(config.output).refuse_foreign()
     check_writable(config.output)
     if processes().num_processes > 1:
@@ -119,6 +124,7 @@ def train_classifier(config: ClassifierTraining) -> None:
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
         for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
     ]
-    save_artifact(config.output, "classifier", {"classifier": asdict(described)}, model.state_dict())
+    with atomic_path(config.output) as folder:
+        save_artifact(folder, "classifier", {"classifier": asdict(described)}, model.state_dict())
     shares = torch.cat(correct).float()
     print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")

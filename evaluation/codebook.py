@@ -1,7 +1,9 @@
 """A tokenizer's codebook: how often each code is used, what it decodes to, and which codes are near it."""
 
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.errors import UsageError, UserError
-from vqgen.files import write_json
+from vqgen.files import locked, read_json, write_json
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.metrics import code_metrics
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.reconstruction import write_png_atomic
+from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
 
 from .options import CodebookConfig
 
@@ -107,6 +109,25 @@ def nearest_codes(vectors: Tensor, index: int, k: int) -> list[tuple[int, float]
 
 def inspect_codebook(config: CodebookConfig) -> None:
     """Write atlas.png, codebook.json and, with --neighbours, neighbours.png; print a summary. Raises `UserError`."""
+    with locked(config.output):
+        _refuse_foreign(config.output)
+        _inspect(config)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raise `UsageError` where a file of the names that are written is not of an earlier call."""
+    path, about = output / "codebook.json", {}
+    if os.path.lexists(path):
+        with suppress(UserError):
+            about = read_json(path)
+        if not {"version", "tokenizer_fingerprint", "codebook_size"} <= about.keys():
+            raise UsageError(f"--output: {path} is of something else; move it or choose another folder")
+    if not str(about.get("version")).startswith("0.1"):  # which did not mark its pictures
+        for name in ("atlas.png", "neighbours.png"):
+            refuse_foreign_png(output / name, "--output")
+
+
+def _inspect(config: CodebookConfig) -> None:
     tokenizer = Tokenizer.load(config.tokenizer)
     depth, size = tokenizer.depth, tokenizer.codebook_size
     for index in config.neighbours:
@@ -140,4 +161,4 @@ def inspect_codebook(config: CodebookConfig) -> None:
 
 
 def _write_sheet(path: Path, images: Tensor, columns: int) -> None:
-    write_png_atomic(path, make_grid(images, nrow=columns, padding=1, pad_value=255))
+    write_png_atomic(path, make_grid(images, nrow=columns, padding=1, pad_value=255), marked=True)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vqgen.devices import precision_of, processes
+from vqgen.devices import on_main, precision_of, processes
 from vqgen.errors import UserError
 from vqgen.metric import Metric
 from vqgen.prior.conditioning import Conditioning
@@ -20,7 +20,7 @@ from vqgen.prior.model import Prior
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.reconstruction import write_png_atomic
+from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
 
 from .measurement import Measurement, SetHash, check_count
 from .options import LikelihoodConfig
@@ -81,6 +81,8 @@ def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
 
 def measure_likelihood(config: LikelihoodConfig) -> Measurement:
     """Negative log-likelihood, perplexity and rate of code files under a prior. Raises `UserError`."""
+    if heat := config.map:
+        on_main(lambda: refuse_foreign_png(heat, "--map"))
     prior, codes = _open(config)
     count = check_count(config.n, len(codes), "--n", f"the {config.split} split of {config.codes}")
     device = torch.device(processes().device or "cpu")
@@ -106,7 +108,7 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
     names = conditioning.group_names
     shown = [group for group in range(len(names)) if counts[group]]
     if config.map and accelerator.is_main_process:
-        write_png_atomic(config.map, heat_map(grid))
+        write_png_atomic(config.map, heat_map(grid), marked=True)
     return Measurement(
         {
             "prior": prior.fingerprint,

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.devices import find_device, processes
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 from vqgen.metric import Metric
 
 T = TypeVar("T")
@@ -72,11 +72,6 @@ def start_processes(name: str) -> torch.device:
     return torch.device(state.device or device) if state.num_processes > 1 else device
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Index of this process and number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def gather_objects(value: T) -> list[T]:
     """The value of each process, in all processes."""
     if not dist.is_initialized():
@@ -84,22 +79,6 @@ def gather_objects(value: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def on_main(compute: Callable[[], T]) -> T:
-    """Result of `compute`, which only the main process calls, in all processes; a `UserError` is raised in all."""
-    rank, _ = rank_and_world()
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = compute()
-        except UserError as error:
-            outcome[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, 0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 @dataclass

@@ -13,10 +13,10 @@ from .receipt import flatten, read_receipt, write_receipt
 
 def _measure_with_receipt(program: str, config: Any) -> None:
     """Measure; the main process prints the metrics and writes the receipt."""
-    from vqgen.devices import processes
+    from vqgen.devices import processes, rank_and_world
     from vqgen.files import check_writable
 
-    from .measurement import label_of, measure, rank_and_world
+    from .measurement import label_of, measure
 
     path = receipt_path(program, config)
     check_writable(path)  # before hours of measuring

@@ -100,7 +100,9 @@ def replay_receipts(config: ReplayConfig) -> None:
 
 def _replay(path: Path, config: ReplayConfig) -> str:
     """Describe what differs from a receipt; if nothing does, the main process prints that."""
-    from .measurement import measure, rank_and_world
+    from vqgen.devices import rank_and_world
+
+    from .measurement import measure
 
     former = read_receipt(path)
     program = former["program"]

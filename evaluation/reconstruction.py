@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vqgen.artifact import fingerprint
-from vqgen.devices import precision_of
+from vqgen.devices import on_main, precision_of, rank_and_world
 from vqgen.errors import UsageError
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
@@ -19,7 +19,7 @@ from vqgen.tokenizer.model import Tokenizer
 from .distances import RECONSTRUCTION_DISTANCES, Comparison
 from .extractors import extract, extractor_for
 from .features import FeatureSets
-from .measurement import Measurement, SetHash, check_count, on_main, rank_and_world, start_processes, warn
+from .measurement import Measurement, SetHash, check_count, start_processes, warn
 from .options import ReconstructionConfig
 from .receipt import environment
 

@@ -11,6 +11,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
+from vqgen.devices import on_main, rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_record
 from vqgen.progress import progress
@@ -28,7 +29,7 @@ from .classifier import ACCURACY, Classifier
 from .distances import DISTANCES, compute_distances
 from .extractors import extract, extractor_for
 from .features import FeatureSets, reduce_sum
-from .measurement import Measurement, SetHash, check_count, on_main, rank_and_world, start_processes
+from .measurement import Measurement, SetHash, check_count, start_processes
 from .options import SamplesConfig
 from .receipt import environment
 from .reference import measure_reference

@@ -45,13 +45,17 @@ class PriorTraining(Options):
 
 def train(config: PriorTraining) -> None:
     """Train an autoregressive prior on code files, and measure it on held-out codes."""
+    from vqgen.devices import locked_by_main, processes
+
     from .trainer import build
 
-    built = build(config)
-    if built:
-        run, trainer = built
-        run.fit(trainer)
-        run.say(f"prior: {config.output} (held-out {trainer.extra['best']:.4f} nats per token)")
+    processes()
+    with locked_by_main(config.output):
+        built = build(config)
+        if built:
+            run, trainer = built
+            run.fit(trainer)
+            run.say(f"prior: {config.output} (held-out {trainer.extra['best']:.4f} nats per token)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

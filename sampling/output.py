@@ -4,22 +4,31 @@ A finished run has samples.json, an unfinished one samples.partial.json. Either 
 is continued where it was interrupted, and no other file is ever replaced or removed.
 """
 
+import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, MinLen
+from PIL import Image
 
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json, write_json
+from vqgen.files import checksum, read_bytes, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
 # Settings that may differ between a run and the one that continues it.
 MAY_DIFFER = ("n", "former", "version", "model", "init_images", "images", "grid")
+# All names that files of a run can have, in order of removal: the finished list must not outlive an image.
+_OWN = (r"samples\.json", r"[0-9]{5,}(-.+)?\.png", r"images/.+/[0-9]{5,}\.png", r"grid\.png")
+_INDEX = re.compile(r"(?:images/.+/)?([0-9]{5,})(?:-.+)?\.png")
+_LARGEST = 2**28  # bytes of an image that is verified
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,16 @@ class Names:
     def _words(self) -> dict[int, str]:
         """Path component of each class: its name without characters that file systems forbid, unique without case."""
         found: dict[int, str] = {}
+        taken: set[str] = set()
         for label in sorted(set(self.labels)):
             name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", self.class_name(label) or "none")
             # File systems limit bytes, not characters.
             name = name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or str(label)
-            taken = {other.casefold() for other in found.values()}
             if name.casefold() in taken:
                 name = f"{name}-{label}"
             while name.casefold() in taken:
                 name += "_"
+            taken.add(name.casefold())
             found[label] = name
         return found
 
@@ -65,22 +75,65 @@ class Names:
         return f"{index:05d}-{name}.png" if self.layout == "labels" else f"{index:05d}.png"
 
 
-def _listed(path: Path) -> list[str]:
-    """The images that the list of a run names. Raises `UserError` where the file is no such list."""
-    about = read_json(path)
-    try:
-        names = Names(about["layout"], about["labels"], about["class_names"])
-        return [names.file(index) for index in range(about["n"])] + about.get("former", [])
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is no list of samples; remove it or choose another --output") from error
+@dataclass(frozen=True)
+class _Image:
+    file: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a list says of its files. `former` are those of an earlier run that are still to be removed."""
+
+    n: Annotated[int, Ge(0), Le(10**8)]
+    layout: Layout
+    labels: Annotated[list[Annotated[int, Ge(-1)]], MinLen(1)]
+    class_names: list[str] | None
+    former: list[str] = field(default_factory=list)
+    images: list[_Image] = field(default_factory=list)
+
+    @cached_property
+    def names(self) -> Names:
+        return Names(self.layout, self.labels, self.class_names)
+
+    @cached_property
+    def sums(self) -> dict[str, str | None]:
+        """The checksums of images by file name; lists of earlier versions and of unfinished runs have none."""
+        return {image.file: image.sha256 for image in self.images}
+
+    def lists(self, name: str) -> bool:
+        """Whether `name` is a file of the run."""
+        return name == GRID or name in self._former or in_series(name, self.names, self.n)
+
+    @cached_property
+    def _former(self) -> frozenset[str]:
+        return frozenset(self.former)
+
+
+def in_series(name: str, names: Names, n: int) -> bool:
+    """Whether a path is that of one of the first `n` images of a series."""
+    found = _INDEX.fullmatch(name)
+    return found is not None and int(found[1]) < n and names.file(int(found[1])) == name
+
+
+def _read_list(path: Path) -> _Run:
+    """Read the list of a run. Raises `UserError`."""
+    run = read_record(path, _Run)
+    if run.class_names and max(run.labels) >= len(run.class_names):
+        found = f"label {max(run.labels)} of {len(run.class_names)} classes"
+        raise UserError(f"{path} is no list of samples ({found}); remove it or choose another --output")
+    return run
+
+
+def _lists(output: Path) -> list[Path]:
+    """The lists in a folder, that of an unfinished run first."""
+    return [path for name in (UNFINISHED, FINISHED) if (path := output / name).is_file()]
 
 
 def samples_folder(output: Path) -> OutputFolder:
     """The output folder, with the files that the lists of earlier runs name. Raises `UserError`."""
-    lists = [path for name in (UNFINISHED, FINISHED) if (path := output / name).is_file()]
-    names = dict.fromkeys(name for path in lists for name in [*_listed(path), GRID])
-    # The finished list is removed first: it must not outlive an image.
-    return OutputFolder(output, (UNFINISHED,), (FINISHED, *names))
+    runs = [_read_list(path) for path in _lists(output)]
+    return OutputFolder(output, (UNFINISHED,), _OWN, lambda name: name == FINISHED or any(r.lists(name) for r in runs))
 
 
 def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -95,51 +148,85 @@ def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ""
 
 
-def check_output(output: Path, names: Names, about: Mapping[str, Any], overwrite: bool) -> Literal["new", "on", "done"]:
-    """Return whether the run that `about` describes starts in `output`, is continued there, or is finished there.
+def _state(path: Path, sha256: str | None, size: tuple[int, int] | None) -> Literal["ours", "damaged", "other"]:
+    """Whether a file is the image that was drawn; "other" is a whole PNG of another checksum or (width, height)."""
+    try:
+        data = read_bytes(path, _LARGEST)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() == sha256:
+            return "ours"
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            found = image.size
+            image.verify()  # the CRC of every chunk
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return "damaged"
+    return "ours" if sha256 is None and size in (None, found) else "other"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an output folder holds of a run."""
+
+    status: Literal["new", "on", "done"]
+    """Whether the run starts, is continued, or is finished there."""
+    n: int
+    """Images of the run; more than were asked for where the folder holds more."""
+    damaged: tuple[str, ...] = ()
+    """Files that are empty, cut off or changed, to be written again."""
+
+
+def check_output(
+    output: Path, names: Names, about: Mapping[str, Any], overwrite: bool, size: tuple[int, int] | None = None
+) -> Found:
+    """Return what `output` holds of the run that `about` describes; `size` is (width, height) of its images.
 
     Raises `UsageError` where the folder holds files of something else or of another run.
     """
-    folder = samples_folder(output)
+    folder, n = samples_folder(output), about["n"]
     if not folder.present:
-        return "new"
-    lists = [output / name for name in (UNFINISHED, FINISHED) if name in folder.present]
+        return Found("new", n)
+    lists = _lists(output)
     if not lists:
         raise UsageError(f"--output: {output} holds other files ({folder.present[0]}); choose another folder")
+    folder.refuse_links()
     own = {path.relative_to(output).as_posix() for path in folder.own_files()}
-    written = [*map(names.file, range(about["n"])), GRID, FINISHED, UNFINISHED]
-    foreign = [name for name in written if name not in own and (output / name).exists()]
+    every = {path.relative_to(output).as_posix() for path in OutputFolder(output, patterns=_OWN).own_files()}
+    foreign = sorted(name for name in every - own if name == GRID or in_series(name, names, n))
     if overwrite:
         if foreign:
             raise UsageError(f"--output: {output} holds {foreign[0]}, no sample of a former run; choose another folder")
-        return "new"
-    former, unfinished = read_json(lists[0]), lists[0].name == UNFINISHED
+        return Found("new", n)
+    former, unfinished, run = read_json(lists[0]), lists[0].name == UNFINISHED, _read_list(lists[0])
     differs = _difference(former, json.loads(json.dumps(about)))  # JSON turns tuples into lists
-    if former.get("former") and not differs:
-        return "new"  # it was killed while it removed the images of an earlier run
-    if not differs and unfinished and former["n"] > about["n"]:
-        differs = f"n {former['n']}, now {about['n']}"
+    if run.former and not differs:
+        return Found("new", n)  # it was killed while it removed the images of an earlier run
+    if not differs and unfinished and run.n > n:
+        differs = f"n {run.n}, now {n}"
+    n, damaged = max(n, run.n), []
+    for name in [] if differs or foreign else sorted(own - {FINISHED, UNFINISHED}):
+        state = _state(output / name, run.sums.get(name), None if name == GRID else size)
+        (damaged if state == "damaged" else foreign if state == "other" else []).append(name)
     if differs or foreign:
-        run = "a run that did not end" if unfinished else "another run"
+        what = "a run that did not end" if unfinished else "another run"
         reason = f"({differs})" if differs else f"and {foreign[0]}, which is not of that run"
-        text = f"{output} holds the samples of {run} {reason}"
+        text = f"{output} holds the samples of {what} {reason}"
         raise UsageError(f"--output: {text}; choose another folder or add --overwrite")
-    complete = all((output / names.file(index)).is_file() for index in range(about["n"]))
-    return "on" if unfinished or former["n"] < about["n"] or not complete else "done"
+    whole = not damaged and all(name in own for name in (GRID, *map(names.file, range(n))))
+    return Found("on" if unfinished or not whole else "done", n, tuple(damaged))
 
 
-def begin(output: Path, about: Mapping[str, Any], anew: bool) -> None:
-    """Write samples.partial.json; where a run starts `anew`, remove the files of an earlier one.
+def begin(output: Path, about: Mapping[str, Any], found: Found) -> None:
+    """Write samples.partial.json; remove the damaged files of the run, or all of an earlier one where it starts anew.
 
     The partial list names what is still to be removed, so that a removal that is killed can be repeated.
     """
-    folder, lists = samples_folder(output), [output / FINISHED, output / UNFINISHED]
-    if not anew:
-        n = max([about["n"], *(read_json(path)["n"] for path in lists if path.is_file())])
-        write_json(output / UNFINISHED, {**about, "n": n, "former": []})
-        folder.remove([output / FINISHED])
+    folder = samples_folder(output)
+    if found.status != "new":
+        write_json(output / UNFINISHED, {**about, "former": []})
+        folder.remove([output / FINISHED, *(output / name for name in found.damaged)])
+        folder.remove_leftovers()
         return
-    former = [path.relative_to(output).as_posix() for path in folder.own_files() if path not in lists]
+    former = [path.relative_to(output).as_posix() for path in folder.own_files()]
+    former = [name for name in former if name not in (FINISHED, UNFINISHED)]
     write_json(output / UNFINISHED, {**about, "former": former})
     folder.clear(keep=[UNFINISHED])
     if former:
@@ -149,8 +236,10 @@ def begin(output: Path, about: Mapping[str, Any], anew: bool) -> None:
 def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
     folder = samples_folder(output)
-    folder.remove(folder.leftovers())
-    labels = map(names.label, range(about["n"]))
-    images = [{"file": names.file(i), "label": k, "class": names.class_name(k)} for i, k in enumerate(labels)]
+    folder.remove_leftovers()
+    images = [
+        {"file": file, "label": k, "class": names.class_name(k), "sha256": checksum(output / file)}
+        for file, k in ((names.file(index), names.label(index)) for index in range(about["n"]))
+    ]
     write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
     folder.remove([output / UNFINISHED])

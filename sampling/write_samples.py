@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.config import as_dict
-from vqgen.devices import find_device, processes
+from vqgen.devices import find_device, locked_by_main, on_main, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
 from vqgen.prior.conditioning import Conditions
@@ -29,7 +30,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .generator import Generator, find_model
 from .known import Known
-from .output import GRID, Names, begin, check_output, finish
+from .output import GRID, Found, Names, begin, check_output, finish
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
 
@@ -140,19 +141,41 @@ def write_samples(config: SampleConfig) -> PartialState:
     names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
     known = known_codes(config, generator)
     about = describe(config, generator, names, n, conditions, known)
-    status = check_output(output, names, about, config.overwrite)
-    if status == "done":
-        if state.is_main_process:
-            if config.columns:
-                write_grid(output, names, n, config.columns, len(classes), channels)
-            print(f"{output} holds these {n} images already; --overwrite draws them again")
-        return state
-    state.wait_for_everyone()
-    if state.is_main_process:
-        begin(output, about, anew=status == "new")
-        if config.model is None:
+    with locked_by_main(output):
+        size = (generator.tokenizer.config.image_size[1], generator.tokenizer.config.image_size[0])
+        found = on_main(lambda: check_output(output, names, about, config.overwrite, size))
+        if found.status == "done":
+            if state.is_main_process:
+                if config.columns:
+                    write_grid(output, names, n, config.columns, len(classes), channels)
+                print(f"{output} holds these {n} images already; --overwrite draws them again")
+            return state
+        about["n"] = found.n
+        if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
-    state.wait_for_everyone()
+        on_main(lambda: _begin(output, about, found))
+        _draw(config, generator, names, about, conditions, known, state)
+    return state
+
+
+def _begin(output: Path, about: dict[str, Any], found: Found) -> None:
+    """Open the folder for the run; name the files that are damaged."""
+    begin(output, about, found)
+    for name in found.damaged:
+        print(f"{output / name} was damaged and is written again", file=sys.stderr)
+
+
+def _draw(
+    config: SampleConfig,
+    generator: Generator,
+    names: Names,
+    about: dict[str, Any],
+    conditions: Conditions,
+    known: Known | None,
+    state: PartialState,
+) -> None:
+    """Draw the images that are missing in the folder, this process its share of them; write grid and list."""
+    output, n, device, classes = config.output, about["n"], generator.device, conditions["class"]
     missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
     state.wait_for_everyone()  # no process draws before all have listed the missing images
 
@@ -191,11 +214,10 @@ def write_samples(config: SampleConfig) -> PartialState:
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        write_grid(output, names, n, config.columns, len(classes), channels)
+        write_grid(output, names, n, config.columns, len(classes), generator.tokenizer.config.channels)
         finish(output, names, about)
         place = f"{device} in {generator.precision}"
         present = f" ({n - len(missing)} were there)" if len(missing) < n else ""
         print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{present}")
         print(f"look at {output / GRID}")
     state.wait_for_everyone()
-    return state

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vqgen
-from vqgen.artifact import fingerprint, load_artifact, read_tensors, save_artifact, write_tensors
+from vqgen.artifact import copy_artifact, fingerprint, load_artifact, read_tensors, save_artifact, write_tensors
 from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, WEIGHTS, atomic_path, read_json, write_json, write_text
+from vqgen.files.write import LOCK
 
 TYPES = [
     torch.float32,
@@ -138,47 +139,37 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     assert refusal(write_text, tmp_path / "x", "y") == f"cannot write {tmp_path / 'x'}: Permission denied"
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    for content in (["a", "b"], ["c"]):
-        with atomic_path(tmp_path / "run") as temporary:
-            temporary.mkdir()
-            for name in content:
-                (temporary / name).write_text(name)
-        assert sorted(p.name for p in (tmp_path / "run").iterdir()) == content
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "old").write_text("old")
-    rename = os.rename
-
-    def failing(source: Any, target: Any) -> None:
-        if str(source).endswith(".part"):
-            raise OSError(5, "Input/output error")
-        rename(source, target)
-
-    def write() -> None:
-        with atomic_path(path) as temporary:
-            temporary.mkdir()
-
-    monkeypatch.setattr(os, "rename", failing)
-    assert refusal(write) == f"cannot write {path}: Input/output error"
-    assert (path / "old").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_not_taken_over(tmp_path: Path) -> None:
-    """In a container every run may have the same process number."""
-    with atomic_path(tmp_path / "run") as temporary:
-        name = temporary.name
-        temporary.mkdir()
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "stale").write_text("stale")
-    with atomic_path(tmp_path / "run") as temporary:
+def write_folder(path: Path) -> None:
+    with atomic_path(path) as temporary:
         temporary.mkdir()
         (temporary / "new").write_text("new")
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["new"]
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).touch()  # the program's own
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    write_folder(tmp_path / "link")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["new"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "run" / "new").rename(tmp_path / "run" / ".hidden")
+    assert refusal(write_folder, tmp_path / "run") == f"cannot write {tmp_path / 'run'}: Directory not empty"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".hidden"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "run"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("é" * 127), "x")
+    assert [len(os.fsencode(path.name)) for path in tmp_path.iterdir()] == [254]
+
+
+def test_a_copied_model_leaves_other_files(tmp_path: Path) -> None:
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        for file in (DESCRIPTION, WEIGHTS, "notes.txt"):
+            (tmp_path / name / file).write_text(name)
+    copy_artifact(tmp_path / "source", tmp_path / "target")
+    found = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
+    assert found == {DESCRIPTION: "source", WEIGHTS: "source", "notes.txt": "target"}
 
 
 # ---- SIGKILL ----
@@ -194,7 +185,7 @@ def text(mark):
     write_text(folder / "text", mark * size)
 
 def tree(mark):
-    with atomic_path(folder / "tree") as temporary:
+    with atomic_path(folder / f"tree-{mark}") as temporary:
         temporary.mkdir()
         for name in "ab":
             (temporary / name).write_text(mark * 10)
@@ -262,16 +253,14 @@ def crash(root: Path, size: int, *delays: float) -> list[Path]:
 def test_a_kill_before_any_step_of_a_write_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     marks: dict[str, list[str]] = {"text": [], "tree": [], "model": []}
     folders = crash(tmp_path, 1000)
-    assert len(folders) > 15
+    assert len(folders) > 12
     for folder in folders:
         text = (folder / "text").read_text()
         assert text in ("A" * 1000, "B" * 1000)
         marks["text"].append(text[0])
-        # Between the two renames of a folder there is none under the name, but the old one lies beside it, whole.
-        trees = [folder / "tree"] if (folder / "tree").exists() else list(folder.glob(".tree.old.*/old"))
-        contents = {(trees[0] / name).read_text() for name in "ab"}
-        assert contents in ({"A" * 10}, {"B" * 10})
-        marks["tree"].append(contents.pop()[0])
+        trees = [path.name[-1] for path in sorted(folder.glob("tree-*"))]
+        assert all((folder / f"tree-{mark}" / name).read_text() == mark * 10 for mark in trees for name in "ab")
+        marks["tree"].append(trees[-1])
         try:
             model = load_artifact(folder / "model", "tokenizer")
             assert torch.equal(model.tensors["w"], torch.full((1000,), float(ord(model.description["mark"]))))

@@ -4,17 +4,18 @@ import json
 import shutil
 import signal
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, weights
+from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, tree, weights
 from safetensors.torch import load_file
 
 from vqgen.errors import UserError
-from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
+from vqgen.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
 
 TINY = (
     "--data demo --channels 1 --size 16 --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 8 "
@@ -164,21 +165,85 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, whole: Path) -> None:
             subprocess.run(["umount", place], check=True)
 
 
-def test_a_checkpoint_that_is_cut_off(tmp_path: Path, whole: Path) -> None:
+def test_a_checkpoint_with_any_flipped_bit_gives_way_to_the_one_before_it(tmp_path: Path, whole: Path) -> None:
+    for number, name in enumerate(("tokenizer.safetensors", "optimizers.pt", "state.json")):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        for unfinished in ("finished.json", "vqgen.json", "model.safetensors"):
+            (folder / unfinished).unlink()
+        newest = folder / "checkpoints/step-00000006"
+        flip(newest / name, (newest / name).stat().st_size // 2)
+        before = (newest / name).read_bytes()
+        words = [*TINY, "--keep-checkpoints", 9, "--output", folder]
+        ended = run(TOKENIZER, *words, "--checkpoint-every", 9, hook=in_step(5, signal.SIGTERM))
+        assert ended.code == 143 and str(newest / name) in ended.err and "step-00000004" in ended.err
+        # It is kept until the run has passed its step.
+        assert steps(folder) == [2, 4, 5] and (folder / "checkpoints/damaged-00000006" / name).read_bytes() == before
+        assert str(newest) not in run(TOKENIZER, *words).ok().err
+        assert weights(folder) == weights(whole) and rows(folder) == rows(whole)
+        assert steps(folder) == [2, 4, 5, 6] and not (folder / "checkpoints/damaged-00000006").exists()
+
+
+def test_checkpoints_that_are_all_damaged(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    newest = folder / "checkpoints/step-00000006"
-    words = [*TINY, "--steps", 8, "--output", folder]
-    for name in ("tokenizer.safetensors", "optimizers.pt"):
-        data = (newest / name).read_bytes()
-        (newest / name).write_bytes(data[: len(data) // 2])
-        line = run(TOKENIZER, *words).refused(1, str(newest / name), f"remove {newest}")
-        assert len(line) < 600
-        (newest / name).write_bytes(data)
-    # What the line advises helps.
-    shutil.rmtree(newest)
-    assert "step-00000004" in run(TOKENIZER, *words).ok().err
-    assert steps(folder)[-1] == 8
+    for path in folder.glob("checkpoints/*/optimizers.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    before = tree(folder)
+    line = run(TOKENIZER, *TINY, "--steps", 8, "--output", folder).refused(1, "step-00000006/optimizers.pt")
+    assert "--overwrite" in line
+    assert {**tree(folder), "config.yaml": b""} == {**before, "config.yaml": b""}
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
+    net = torch.nn.Linear(1, 1)
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {"o": torch.optim.SGD(net.parameters())}, {"best": 0.1}, keep=2)
+    assert check_checkpoint(path).step == 3
+    for name in ("state.json", "net.safetensors", "optimizers.pt"):
+        size = (path / name).stat().st_size
+        for byte in range(0, size, 1 if name == "state.json" else 7):
+            flip(path / name, byte, byte % 8)
+            with pytest.raises(UserError, match=name):
+                check_checkpoint(path)
+            flip(path / name, byte, byte % 8)
+    (path / "net.safetensors").unlink()
+    with pytest.raises(UserError, match=r"net\.safetensors"):
+        check_checkpoint(path)
+
+
+def test_a_compressed_archive_of_optimizers_is_not_unpacked(tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 2)
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {"o": torch.optim.SGD(net.parameters())}, {}, keep=2)
+    with zipfile.ZipFile(path / "optimizers.pt") as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path / "optimizers.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+    with pytest.raises(UserError, match=r"optimizers\.pt.*compressed"):
+        load_checkpoint(path, {"net": net}, {})
+
+
+def test_what_only_resembles_a_checkpoint_stays(tmp_path: Path) -> None:
+    """A run keeps the newest two of its own and touches neither copies nor links."""
+    net, elsewhere = torch.nn.Linear(2, 2), tmp_path / "elsewhere"
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(elsewhere, step, {"net": net}, {}, {}, keep=2)
+    shutil.copytree(elsewhere / "step-00000001", folder / "step-00000002.bak")
+    (folder / "step-00000001").symlink_to(elsewhere / "step-00000001")
+    before = tree(elsewhere)
+    for step in (2, 3, 4):
+        path = save_checkpoint(folder, step, {"net": net}, {}, {}, keep=1)
+        (path / "notes.txt").write_text("mine")
+    left = {"step-00000001", "step-00000002", "step-00000002.bak", "step-00000003", "step-00000004"}
+    assert {path.name for path in folder.iterdir()} == left and tree(elsewhere) == before
+    assert [path.name for path in (folder / "step-00000003").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"{}", b'{"step": "'])
@@ -192,7 +257,7 @@ def test_a_checkpoint_file_that_is_not_what_it_should_be(tmp_path: Path, name: s
     with pytest.raises(UserError) as caught:
         load_checkpoint(path, {"net": net}, {"net": optimizer})
     line = str(caught.value)
-    assert str(path / name) in line and f"remove {path}" in line and "\n" not in line and len(line) < 600
+    assert str(path / name) in line and ("remove" in line or content is None) and "\n" not in line and len(line) < 600
 
 
 def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:

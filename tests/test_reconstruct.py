@@ -429,7 +429,7 @@ def test_files_of_others_are_never_touched(tmp_path, cli, grey):
     refused(cli(main, first, *end, "--overwrite"), 2, "holds 00000-a.png, which vqgen-reconstruct did not write")
     assert content(out)["pictures"][0]["image"] == str(second)
     (out / "metrics.json").write_text('{"psnr": 30}')
-    refused(cli(main, second, *end, "--overwrite"), 1, str(out / "metrics.json"), "no list of reconstructions")
+    refused(cli(main, second, *end, "--overwrite"), 1, str(out / "metrics.json"), "pictures")
     assert (out / "00001-mine.png").read_text() == "mine"
 
 
@@ -465,7 +465,7 @@ def test_an_interrupted_run_is_done_again(tmp_path, cli, grey, monkeypatch):
     assert cli(main, *words).code == 130
     assert "metrics.partial.json" in names(out) and "metrics.json" not in names(out) and len(names(out)) == 3
     listed = json.loads((out / "metrics.partial.json").read_text())["pictures"][3]["file"]
-    (out / f".{listed}.77.part").touch()
+    (out / f".{listed}.vqgen-{7:016x}.part").touch()
     monkeypatch.setattr(comparison, "write_png_atomic", write)
     # Also where it now has fewer pictures than before.
     assert cli(main, *words, "--pictures", 1).code == 0

@@ -19,6 +19,7 @@ from vqgen import __version__
 from vqgen.config import as_dict
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
+from vqgen.files import checksum
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
@@ -77,6 +78,11 @@ def images(folder: Path) -> dict[str, bytes]:
 
 def about(folder: Path) -> dict:
     return json.loads((folder / "samples.json").read_text())
+
+
+def listed(folder: Path, file: str, label: int, name: str | None) -> dict:
+    """What samples.json says of an image."""
+    return {"file": file, "label": label, "class": name, "sha256": checksum(folder / file)}
 
 
 # The generator
@@ -208,7 +214,7 @@ def test_files_and_what_samples_json_says(sample, model, tmp_path):
     assert (said["precision"], said["device"]) == ("fp32", find_device("auto").type)
     assert said["settings"] == as_dict(SamplingSettings(temperature=0.9))
     assert said["class_names"] == NAMES
-    assert said["images"][4] == {"file": "00004.png", "label": 1, "class": "shoe"}
+    assert said["images"][4] == listed(folder, "00004.png", 1, "shoe")
     # samples.json is enough to draw the images again.
     settings, labels = SamplingSettings(**said["settings"]), [image["label"] for image in said["images"]]
     again = Generator.load(model, "auto", said["precision"]).draw(range(7), {"class": labels}, settings, said["seed"])
@@ -255,7 +261,8 @@ def test_an_unconditional_model(cli, unconditional, tmp_path):
         result = cli(program.main, *words, *more)
         assert result.code == 2 and part in result.err and "unconditional" in result.err
     assert cli(program.main, *words).code == 0
-    assert about(tmp_path / "samples")["images"][1] == {"file": "00001.png", "label": -1, "class": None}
+    folder = tmp_path / "samples"
+    assert about(folder)["images"][1] == listed(folder, "00001.png", -1, None)
     assert decode_image(str(tmp_path / "samples" / "00000.png")).shape == (1, 4, 6)
 
 
@@ -467,7 +474,7 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
     assert source.class_names == sorted(NAMES) and len(source.rows) == 9
     assert np.bincount(source.labels).tolist() == [3, 3, 3]
     said = about(folder)
-    assert said["images"][4] == {"file": "images/shoe/00004.png", "label": 1, "class": "shoe"}
+    assert said["images"][4] == listed(folder, "images/shoe/00004.png", 1, "shoe")
     assert sample("--n", 9, "--output", tmp_path / "flat").code == 0
     for image, name in zip(said["images"], sorted(images(tmp_path / "flat"))):
         assert (folder / image["file"]).read_bytes() == (tmp_path / "flat" / name).read_bytes()

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.devices import find_device, precision_of, processes
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json, write_json
+from vqgen.files import locked, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import center_crop
@@ -32,6 +33,22 @@ CELL = 256  # longest side of an image in the grid, in pixels
 LISTED = 16  # up to this many images have a line of their own in the summary
 
 
+# Names that pictures can have.
+_OWN = (r"[0-9]{5,}-[\w.-]+\.png", r"grid\.png")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    file: str
+
+
+@dataclass(frozen=True)
+class _List:
+    """What metrics.json says of the files beside it."""
+
+    pictures: list[_Picture]
+
+
 def file_name(index: int, name: str) -> str:
     """Return the file name of the picture of image `index`, which was read from `name`."""
     stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:60]
@@ -46,13 +63,11 @@ def open_output(output: Path, names: Sequence[str], overwrite: bool) -> OutputFo
     """
     marks = (PARTIAL, METRICS, *_LISTS_0_1)
     lists = [path for name in marks if (path := output / name).is_file()]
-    own = {GRID} if lists else set()
+    own = {GRID} if lists else set[str]()
     for path in lists:
-        listed = read_json(path).get("pictures")
-        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-            raise UserError(f"{path} is no list of reconstructions; remove it or choose another --output")
-        own |= {Path(str(entry.get("file"))).name for entry in listed}
-    folder = OutputFolder(output, marks, sorted(own))
+        own |= {picture.file for picture in read_record(path, _List).pictures}
+    folder = OutputFolder(output, marks, _OWN, own.__contains__)
+    folder.refuse_links()
     if {METRICS, "figures.json"} & set(folder.present) and not overwrite:
         raise UsageError(f"--output: {output} holds reconstructions already; add --overwrite or use another folder")
     foreign = set(folder.present) - {path.name for path in folder.own_files()}
@@ -106,6 +121,11 @@ def reconstruct_batches(
 
 def compare(config: ReconstructConfig) -> dict[str, Any]:
     """Reconstruct the images and write all files; returns the content of metrics.json. Raises `UserError`."""
+    with locked(config.output):
+        return _compare(config)
+
+
+def _compare(config: ReconstructConfig) -> dict[str, Any]:
     find_device(config.device)  # raises where CUDA is asked for and missing
     state = processes(cpu=config.device == "cpu")
     if state.num_processes > 1:

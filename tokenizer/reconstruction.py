@@ -1,5 +1,9 @@
 """Validation of a training run: the metrics of reconstructions, and the picture that compares some of them."""
 
+import os
+import struct
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +13,8 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from vqgen.files import atomic_path
+from vqgen.errors import UsageError
+from vqgen.files import atomic_path, open_regular
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
@@ -19,6 +24,10 @@ from .metrics import ReconstructionMetrics
 from .model import Tokenizer
 
 SHOWN = 32  # images in a comparison
+_HEADER = 33  # bytes of a PNG's signature and IHDR chunk
+_TEXT = b"tEXtSoftware\0vqgen"
+# The chunk by which a picture is known as ours.
+_MARK = struct.pack(">I", len(_TEXT) - 4) + _TEXT + struct.pack(">I", zlib.crc32(_TEXT))
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,22 @@ def reconstruct(
     return Reconstructions(metrics.compute(), torch.cat(originals)[:SHOWN], torch.cat(images)[:SHOWN])
 
 
-def write_png_atomic(path: Path, image: Tensor) -> None:
-    """Write a uint8 image (1 or 3, H, W) as PNG, atomically."""
+def write_png_atomic(path: Path, image: Tensor, marked: bool = False) -> None:
+    """Write a uint8 image (1 or 3, H, W) as PNG, atomically; `marked` so that `refuse_foreign_png` knows it again."""
+    data = encode_png(image.cpu()).numpy().tobytes()
     with atomic_path(path) as temporary:  # torchvision's `write_png` does not report a full disk
-        temporary.write_bytes(encode_png(image.cpu()).numpy().tobytes())
+        temporary.write_bytes(data[:_HEADER] + _MARK + data[_HEADER:] if marked else data)
+
+
+def refuse_foreign_png(path: Path, option: str) -> None:
+    """Raise `UsageError` where `path` is anything but a new file or a PNG that was written `marked`."""
+    if not os.path.lexists(path):
+        return
+    start = b""
+    with suppress(OSError), open_regular(path) as file:
+        start = file.read(_HEADER + len(_MARK))
+    if start[_HEADER:] != _MARK:
+        raise UsageError(f"{option}: {path} is there and no picture of vqgen; move it or name another")
 
 
 def write_comparison(path: Path, result: Reconstructions) -> None:

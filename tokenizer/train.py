@@ -75,14 +75,18 @@ class TokenizerTraining(Options):
 
 def train(config: TokenizerTraining) -> None:
     """Train a tokenizer (VQ-VAE or VQGAN) on images and validate it on held-out ones."""
+    from vqgen.devices import locked_by_main, processes
+
     from .trainer import build
 
-    built = build(config)
-    if built:
-        run, trainer = built
-        run.fit(trainer)
-        broken = len(trainer.train_images.broken.names) + len(trainer.heldout_images.broken.names)
-        run.say(f"tokenizer: {config.output}" + (f" ({broken} broken images skipped)" if broken else ""))
+    processes()
+    with locked_by_main(config.output):
+        built = build(config)
+        if built:
+            run, trainer = built
+            run.fit(trainer)
+            broken = len(trainer.train_images.broken.names) + len(trainer.heldout_images.broken.names)
+            run.say(f"tokenizer: {config.output}" + (f" ({broken} broken images skipped)" if broken else ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

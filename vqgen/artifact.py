@@ -122,8 +122,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
 
 
 def copy_artifact(source: Path, target: Path) -> None:
-    """Copy description and weights of a model folder to the folder `target`, atomically."""
-    with atomic_path(target) as temporary:
-        temporary.mkdir(parents=True)
-        for name in (DESCRIPTION, WEIGHTS):
-            shutil.copyfile(source / name, temporary / name)
+    """Copy weights and, last, the description of a model folder to the folder `target`, other files of which stay."""
+    for name in (WEIGHTS, DESCRIPTION):
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)

@@ -5,16 +5,21 @@ import os
 import platform
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from . import __version__
-from .errors import UsageError
+from .errors import UsageError, UserError
+from .files import locked
+
+T = TypeVar("T")
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -52,11 +57,40 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
     independent runs of one process each.
     """
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    first = not torch.distributed.is_initialized()
+    first = not dist.is_initialized()
     state = PartialState(cpu=cpu, **settings)
     if first:  # else a process that exits on a wrong option is gone before the others have connected to it
         state.wait_for_everyone()
     return state
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Index of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """Result of `compute`, which only the main process calls, in all processes; a `UserError` is raised in all."""
+    rank, _ = rank_and_world()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def locked_by_main(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder in the main process, see `locked`; a refusal is raised in all processes."""
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(folder)))
+        yield
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:

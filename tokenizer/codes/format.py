@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vqgen.artifact import write_tensors
 from vqgen.errors import UserError
-from vqgen.files import is_file, open_regular, read_json, read_record, write_json, write_text
+from vqgen.files import checksum, is_file, open_regular, read_json, read_record, write_json, write_text
 from vqgen.tokenizer.data.options import Split
 
 MANIFEST = "manifest.json"
@@ -168,18 +168,6 @@ def open_shard(path: Path, codebook_size: int, row: tuple[int, ...], count: int 
     return Shard(path, codes, labels)
 
 
-def checksum(path: Path) -> str:
-    """Return the sha256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    try:
-        with open_regular(path) as file:
-            while block := file.read(_CHUNK):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); restore it") from error
-    return digest.hexdigest()
-
-
 def verify_checksum(folder: Path, entry: ShardEntry) -> None:
     """Compare a shard's file with its sha256 in the manifest. Raises `UserError` where they differ."""
     path = folder / entry.file
@@ -187,6 +175,13 @@ def verify_checksum(folder: Path, entry: ShardEntry) -> None:
     if found != entry.sha256:
         expected = str(entry.sha256)[:12]
         raise UserError(f"{path} was changed: found sha256 {found[:12]}, {MANIFEST} has {expected}; {_REPAIR}")
+
+
+def verify_checksums(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` where a shard is not the one that was written."""
+    for split in manifest.splits.values():
+        for entry in split.shards:
+            verify_checksum(folder, entry)
 
 
 def check_range(path: Path, what: str, values: NDArray[Any], first: int, limit: int) -> None:

@@ -30,6 +30,9 @@ CONFIG = "config.yaml"
 # A copy of the tokenizer, so that the folder is all that training a prior needs.
 TOKENIZER = "tokenizer"
 _TEST = "data_test"  # fingerprint of the test images; plans of version 0.1 have none
+# Files of a folder but for the plan, in order of removal: without its manifest it is not complete.
+_OWN = (r"manifest\.json", r"codes-[0-9]{5,}\.safetensors", rf"{TOKENIZER}/(vqgen\.json|model\.safetensors)")
+_OWN += (r"config\.yaml",)
 # Options that do not change what is written, so that they may differ when a run resumes.
 _OPERATIONAL = {"output", "overwrite", "verify", "batch_size", "device", "broken", "max_broken", "workers", "cache_mb"}
 
@@ -118,6 +121,11 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     return Job(config, tokenizer, device, precision, datasets, shard_ranges(counts, config.views, config.shard_size))
 
 
+def _is_plan(path: Path) -> bool:
+    """Whether a plan.json is one of vqgen-tokenize. Raises `UserError` where it cannot be read."""
+    return path.is_file() and {"tokenizer", "views", "shard_size"} <= read_json(path).keys()
+
+
 def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Check that an output folder is empty or was written by the same plan, and write the plan.
 
@@ -127,10 +135,10 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
 
     Temporary files of a killed run are removed. Raises `UserError` where the folder cannot be used.
     """
-    output = OutputFolder(folder, (PLAN,), globs=(MANIFEST, "codes-[0-9]*.safetensors", TOKENIZER, CONFIG))
+    output = OutputFolder(folder, (PLAN,), _OWN, is_mark=_is_plan)
     output.refuse_foreign()
     if overwrite or not output.recognised:
-        output.clear()
+        output.clear(keep=[PLAN])  # by which a removal that was killed is recognised
         write_json(folder / PLAN, plan)
         return
     before = read_json(folder / PLAN)
@@ -144,7 +152,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
                 f"{folder} was begun with --{'data' if name == _TEST else name.replace('_', '-')} {old}, now {new}: "
                 "give the same options to finish it, --overwrite to start anew, or another --output"
             )
-    output.remove(output.leftovers())
+    output.remove_leftovers()
 
 
 def reopen(folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.artifact import copy_artifact
 from vqgen.config import save
-from vqgen.devices import processes
+from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
 from vqgen.progress import progress
 from vqgen.seeding import hash64
@@ -45,6 +45,7 @@ from .format import (
     code_shape,
     open_shard,
     used_codes,
+    verify_checksums,
     write_shard,
 )
 from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
@@ -210,15 +211,21 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     """
     # A process may wait long for another one with a larger share.
     state = processes(cpu=config.device == "cpu", timeout=timedelta(days=7))
-    main, output = state.is_main_process, config.output
     job = build_job(config, torch.device(state.device or "cpu"))
-    if main:
-        _prepare(job)
-    state.wait_for_everyone()
+    with locked_by_main(config.output):
+        return _tokenize(job, state)
+
+
+def _tokenize(job: Job, state: PartialState) -> Manifest:
+    """Encode the shards that are missing, this process its share of them, and finish the folder."""
+    main, config, output = state.is_main_process, job.config, job.config.output
+    on_main(lambda: _prepare(job))
     if (output / MANIFEST).is_file():
+        finished = Manifest.read(output)
+        on_main(lambda: verify_checksums(output, finished))
         if main:
             print(f"{output} is finished; --overwrite starts anew")
-        return Manifest.read(output)
+        return finished
     missing = [shard for shard in job.shards if not job.path(shard).exists()]
     if main and len(missing) < len(job.shards):
         print(f"resuming {output}: {len(job.shards) - len(missing)} of {len(job.shards)} shards are there")

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
+from vqgen.files import locked
 from vqgen.files.output_folder import OutputFolder
 from vqgen.options import Options
 
@@ -47,9 +48,10 @@ def run(config: ConvertConfig) -> None:
     from .write import save
 
     output = config.output
-    OutputFolder(output).refuse_foreign()
-    tokenizer, kind, left_out = load(config)
-    save(tokenizer, config.to, output, str(config.input))
+    with locked(output):
+        OutputFolder(output).refuse_foreign()
+        tokenizer, kind, left_out = load(config)
+        save(tokenizer, config.to, output, str(config.input))
     if left_out:
         groups = sorted({name.partition(".")[0] + "." if name.startswith("loss.") else name for name in left_out})
         plural = "s" * (len(left_out) > 1)

@@ -1,7 +1,8 @@
 """Files: reading what a user hands in, writing what is complete or absent, and output folders. Needs no torch."""
 
-from .read import is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
-from .write import atomic_path, check_writable, remove, temporary_of, write_json, write_text
+from .lock import locked
+from .read import checksum, is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
+from .write import atomic_path, check_writable, write_json, write_text
 
 # The files of a model folder, see `artifact.py`.
 DESCRIPTION = "vqgen.json"
@@ -12,15 +13,15 @@ __all__ = [
     "WEIGHTS",
     "atomic_path",
     "check_writable",
+    "checksum",
     "is_file",
+    "locked",
     "open_regular",
     "parse_json",
     "read_bytes",
     "read_json",
     "read_record",
     "read_text",
-    "remove",
-    "temporary_of",
     "write_json",
     "write_text",
 ]

@@ -1,34 +1,41 @@
 """Output folders: which files in them are a program's own, and how only those are removed."""
 
 import os
-from collections.abc import Callable, Collection, Iterable
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vqgen.errors import UsageError, UserError
 
-from .write import remove, temporary_of
+from .write import LOCK, temporary_name
+
+
+def _everything(_name: str) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that a program writes into, and which paths in it (relative, with "/") are the program's own.
+    """A folder that a program writes into, and which files in it are the program's own.
 
-    All others are foreign and never replaced or removed. Raises `UsageError` where `path` is a file.
+    All others are foreign and never replaced or removed, and neither are links, which no program makes. Raises
+    `UsageError` where `path` is a file.
     """
 
     path: Path
     marks: tuple[str, ...] = ()
-    """Files by which the folder is recognised; removed last, so that a removal that was killed can be repeated."""
-    names: Collection[str] = ()
-    """Files by exact name, in order of removal, e.g. as listed in a record of an earlier run."""
-    globs: tuple[str, ...] = ()
-    """Files, and folders that are removed with all they hold, by pattern."""
+    """Names of files by which the folder is recognised; removed last, so that a killed removal can be repeated."""
+    patterns: tuple[str, ...] = ()
+    """Own files: regular expressions of their paths, whose parts "/" separates, in order of removal."""
+    listed: Callable[[str], bool] = _everything
+    """Whether a file that matches a pattern is the program's: e.g. whether a record of an earlier run names it."""
     is_mark: Callable[[Path], bool] = Path.is_file
 
     def __post_init__(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UsageError(f"--output: {self.path} is a file; name a folder")
 
     @property
@@ -42,59 +49,98 @@ class OutputFolder:
         return any(self.is_mark(self.path / mark) for mark in self.marks)
 
     def refuse_foreign(self) -> None:
-        """Raise `UsageError` where the folder is not empty and has no mark."""
-        if self.present and not self.recognised:
-            held = f"{self.path} holds files of something else ({self.present[0]})"
-            raise UsageError(f"--output: {held}; choose another folder")
+        """Raise `UsageError` where the folder is not empty and has no mark, or where a link is in the way.
 
-    def own_files(self) -> list[Path]:
-        """Files and folders of the program that exist, in order of removal."""
-        matched = sorted(path for pattern in self.globs for path in self.path.glob(pattern))
-        found = dict.fromkeys([*map(self._inside, self.names), *matched])
-        marks = [self.path / mark for mark in self.marks]
-        return [path for path in (*(path for path in found if path not in marks), *marks) if os.path.lexists(path)]
+        The folder of a program without marks must be empty, of hidden files too: it is replaced as a whole.
+        """
+        hidden = sorted(path.name for path in self.path.glob(".*") if path.name != LOCK) if not self.marks else []
+        if (found := [*self.present, *hidden]) and not self.recognised:
+            raise UsageError(f"--output: {self.path} holds files of something else ({found[0]}); choose another folder")
+        self.refuse_links()
 
-    def leftovers(self) -> list[Path]:
-        """Temporary files that a killed writer of an own file left."""
-        own = {self._inside(name) for name in (*self.names, *self.marks)}
-        own |= {parent for path in own for parent in path.parents if self.path in parent.parents}
-        hidden = {path for folder in {path.parent for path in own} for path in folder.glob(".*")}
-        hidden.update(path for glob in self.globs for path in self.path.glob(str(PurePosixPath(glob).with_name(".*"))))
+    def refuse_links(self) -> None:
+        """Raise `UsageError` where a link, or anything but a file or folder, has the name of an own file or folder."""
+        for parts in self._all_patterns():
+            for depth in range(1, len(parts) + 1):
+                for path, entry in _matches(self.path, parts[:depth]):
+                    own = entry.is_file if depth == len(parts) else entry.is_dir
+                    if not own(follow_symlinks=False):
+                        kind = "link" if entry.is_symlink() else "folder" if entry.is_dir() else "file"
+                        held = f"{self.path} holds the {kind} {path.relative_to(self.path)}, which vqgen did not make"
+                        raise UsageError(f"--output: {held}; move it or choose another folder")
 
-        def is_own(target: Path) -> bool:
-            inside = target.relative_to(self.path)
-            depth = len(inside.parts)
-            return target in own or any(len(Path(g).parts) == depth and inside.match(g) for g in self.globs)
-
-        return sorted(path for path in hidden if (target := temporary_of(path)) and is_own(target))
+    def own_files(self) -> Iterator[Path]:
+        """The program's files that exist, in order of removal."""
+        for parts in self._all_patterns():
+            for path, entry in _matches(self.path, parts):
+                if entry.is_file(follow_symlinks=False) and (
+                    path.name in self.marks or self.listed(path.relative_to(self.path).as_posix())
+                ):
+                    yield path
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove the program's files and leftovers except `keep`, then those of their folders that are empty.
+        """Remove the program's files and leftovers except `keep`, and those of its folders that are then empty.
 
-        Links are removed, not followed. Raises `UserError` where a file cannot be removed or a link leads outside.
+        The marks go last of all. Raises `UserError` where a file cannot be removed.
         """
-        files = [*self.leftovers(), *(path for path in self.own_files() if path not in {self.path / k for k in keep})]
-        self.remove(files)
-        folders = {parent for path in files for parent in path.parents if self.path in parent.parents}
-        for folder in sorted(folders, reverse=True):
-            with suppress(OSError):  # not empty, or gone
+        self.remove_leftovers()
+        files = [path for path in self.own_files() if path.relative_to(self.path).as_posix() not in keep]
+        marks = [path for path in files if path.parent == self.path and path.name in self.marks]
+        self.remove(path for path in files if path not in marks)
+        for folder in sorted(self._folders(), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # not empty
                 folder.rmdir()
+        self.remove(marks)
 
     def remove(self, paths: Iterable[Path]) -> None:
-        """Remove files and folders of this folder, in order. Raises `UserError`, before any if a link leads outside."""
-        paths = list(paths)
-        for parent in dict.fromkeys(path.parent for path in paths):
-            if not parent.resolve().is_relative_to(self.path.resolve()):
-                raise UserError(f"cannot remove what is in {parent}: a link leads out of {self.path}; remove it")
+        """Remove files of this folder, in order. Raises `UserError`."""
         for path in paths:
             try:
-                remove(path)
+                path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
-    def _inside(self, name: str) -> Path:
-        """The path of a file of this folder. Raises `UserError` where a name, e.g. of a record, points elsewhere."""
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
-            raise UserError(f"{self.path}: {name!r} is no name of a file in this folder; choose another folder")
-        return self.path / name
+    def remove_leftovers(self) -> None:
+        """Remove temporary files and folders that a killed writer of an own file left. Raises `UserError`."""
+        for parts in self._all_patterns():
+            for depth, part in enumerate(parts):
+                for path, entry in _matches(self.path, [*parts[:depth], temporary_name(part)]):
+                    if entry.is_file(follow_symlinks=False):
+                        self.remove([path])
+                    elif entry.is_dir(follow_symlinks=False):
+                        try:
+                            shutil.rmtree(path)
+                        except OSError as error:
+                            raise UserError(f"cannot remove {path}: {error.strerror}") from error
+
+    def _all_patterns(self) -> list[list[str]]:
+        """The parts of the paths of own files, the marks last."""
+        return [pattern.split("/") for pattern in (*self.patterns, *map(re.escape, self.marks))]
+
+    def _folders(self) -> list[Path]:
+        """Sub-folders that hold own files, or could."""
+        found: dict[Path, None] = {}
+        for parts in self._all_patterns():
+            for depth in range(1, len(parts)):
+                matched = _matches(self.path, parts[:depth])
+                found |= dict.fromkeys(path for path, entry in matched if entry.is_dir(follow_symlinks=False))
+        return list(found)
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:
+    """Entries below a folder whose path matches `parts`, one regular expression each, in order of name.
+
+    Links are not followed, but what they are called counts. Raises `UsageError`.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e for e in entries if re.fullmatch(parts[0], e.name)), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(f"--output: {folder} cannot be read ({error.strerror}); choose another folder") from error
+    for entry in found:
+        if len(parts) == 1:
+            yield folder / entry.name, entry
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _matches(folder / entry.name, parts[1:])

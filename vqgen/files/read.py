@@ -1,6 +1,7 @@
 """Input files: regular files only (a FIFO or a device can block for ever), of bounded size, with checked types."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,18 @@ def is_file(path: str | Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def checksum(path: Path) -> str:
+    """Return the sha256 of a file, 64 hex digits. Raises `UserError`."""
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); restore it") from error
+    return digest.hexdigest()
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:

@@ -2,9 +2,8 @@
 
 import json
 import os
-import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vqgen.errors import UserError
+
+LOCK = ".vqgen.lock"
+"""Name of the lock file in an output folder, see `lock.py`."""
 
 
 def _sync(path: Path) -> None:
@@ -24,25 +26,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all it holds; do nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def temporary_name(pattern: str) -> str:
+    """The regular expression of the names of temporaries whose target's name matches `pattern`."""
+    return rf"\.(?:{pattern})\.vqgen-[0-9a-f]{{16}}\.part"
+
+
+def _temporary(path: Path) -> Path:
+    """A new hidden path beside `path`. Nobody else has files with such a name, so a killed run's may be removed."""
+    name = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # of at most 255 bytes
+    return path.with_name(f".{name}.vqgen-{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder; on success rename it to `path`, replacing what is there.
+    """Yield a temporary path for a file or folder; on success rename it to `path`.
 
-    Raises `UserError` where it cannot be written (full disk, no permission); an existing `path` then stays as it was.
+    A file that is there is replaced; a folder must be empty but for the program's own lock. Raises `UserError` where
+    `path` cannot be written (full disk, no permission); what is there then stays as it was.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    temporary = _temporary(path.resolve() if os.path.isdir(path) else path)  # a link to a folder: beside that folder
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)  # a killed process with the same number may have left it
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -51,16 +56,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 item.chmod(0o666 & ~mask)
             _sync(item)
         if temporary.is_dir() and path.is_dir():
-            # A folder cannot be renamed over one that is not empty: the old one is moved away first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.rename(path, aside / "old")
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                os.rename(aside / "old", path)
-                raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            if [item.name for item in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+            os.rename(temporary, path.resolve())  # fails where the folder is not empty
         else:
             os.replace(temporary, path)
         _sync(path.parent)
@@ -71,13 +69,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
         with suppress(OSError):
-            remove(temporary)
-
-
-def temporary_of(path: Path) -> Path | None:
-    """The file or folder that `path` was the temporary of while `atomic_path` wrote it; None where it was none."""
-    found = re.fullmatch(r"\.(.+)\.(\d+\.part|old\.[^.]+)", path.name)
-    return path.with_name(found[1]) if found else None
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,32 +1,55 @@
 """Checkpoints for an exact resume.
 
 `checkpoints/step-00000500/` holds one safetensors file per module, `optimizers.pt` (optimizers and schedules, read with
-`weights_only=True`) and `state.json`. Random numbers and the position in the data are functions of (seed, step,
-process), see `step_seed`, and are not saved.
+`weights_only=True`) and `state.json`, which has a checksum of each file and one of itself. Random numbers and the
+position in the data are functions of (seed, step, process), see `step_seed`, and are not saved.
 """
 
+import hashlib
 import json
 import pickle
-import shutil
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqgen.errors import UserError
-from vqgen.files import atomic_path
+from vqgen.files import atomic_path, checksum, open_regular, read_record
+from vqgen.files.output_folder import OutputFolder
 
+from .folder import CHECKPOINT_FILE, DAMAGED, checkpoints, step_of
 from .fsdp import full_tensors, load_module, load_optimizer
 
-# Raised by the readers of JSON, safetensors and torch archives on truncated or foreign files.
-_DAMAGED = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-_DAMAGED += (RuntimeError, LookupError, TypeError, ValueError)
+# Raised by the readers of safetensors and torch archives on truncated or foreign files.
+_UNREADABLE = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
+_UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
 Modules = Mapping[str, nn.Module]
 Named = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """Content of state.json. Earlier versions wrote no checksums."""
+
+    step: Annotated[int, Ge(0)]
+    extra: dict[str, Any]
+    files: dict[str, str] | None = None
+    """Name -> sha256 of every other file."""
+    sha256: str | None = None
+    """Of the other values, see `_own_checksum`."""
+
+
+def _own_checksum(state: State) -> str:
+    values = {name: value for name, value in vars(state).items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def save_checkpoint(
@@ -44,17 +67,28 @@ def save_checkpoint(
     states = {name: full_tensors(part.state_dict()) for name, part in optimizers.items()}
     if not write:
         return path
+    _remove([path])
     with atomic_path(path) as temporary:
         temporary.mkdir(parents=True)
         for name, tensors in weights.items():
             held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(held, temporary / f"{name}.safetensors")
         _save(states, temporary / "optimizers.pt")
-        state = json.dumps({"step": step, "extra": dict(extra)}, indent=2)
-        (temporary / "state.json").write_text(state + "\n", encoding="utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+        plain = json.loads(json.dumps(dict(extra)))  # JSON turns tuples into lists
+        state = State(step, plain, sums)
+        text = json.dumps({**vars(state), "sha256": _own_checksum(state)}, indent=2)
+        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+    passed = [damaged for damaged in checkpoints(folder, DAMAGED) if step_of(damaged) <= step]
+    _remove([*passed, *checkpoints(folder)[:-keep]])
     return path
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove checkpoints: their own files, and their folders where nothing else is in them."""
+    for path in paths:
+        parent = path.parent.name
+        OutputFolder(path.parents[1], patterns=(f"{re.escape(parent)}/{path.name}/{CHECKPOINT_FILE}",)).clear()
 
 
 def _save(states: dict[str, Any], path: Path) -> None:
@@ -66,29 +100,76 @@ def _save(states: dict[str, Any], path: Path) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+def check_checkpoint(path: Path) -> State:
+    """Compare every file of a checkpoint with its checksum; those of earlier versions have none.
+
+    Raises `UserError` naming the file that is missing or damaged.
+    """
+    file = path / "state.json"
+    state = read_record(file, State)
+    if state.files is None and state.sha256 is None:
+        return state
+    if state.files is None or state.sha256 != _own_checksum(state):
+        raise UserError(f"{file} is damaged: it does not have the checksum that was saved with it")
+    for name, expected in state.files.items():
+        if checksum(path / name) != expected:
+            raise UserError(f"{path / name} is damaged: it does not have the checksum in state.json")
+    return state
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest whole checkpoint, None where there is none at all, and what is wrong with those after it.
+
+    These are set aside as `damaged-N` until the run has passed their step. Raises `UserError` where all are damaged.
+    """
+    problems: dict[Path, str] = {}
+    for path in reversed(checkpoints(folder)):
+        try:
+            check_checkpoint(path)
+        except UserError as error:
+            problems[path] = str(error)
+            continue
+        for bad in problems:
+            aside = folder / f"damaged-{step_of(bad):08d}"
+            _remove([aside])
+            try:
+                bad.rename(aside)
+            except OSError as error:
+                raise UserError(f"cannot rename {bad} to {aside.name}: {error.strerror}") from error
+        return path, list(problems.values())
+    if problems:
+        first = next(iter(problems.values()))
+        raise UserError(f"no checkpoint in {folder} is whole ({first}); restore one, or use --overwrite to start anew")
+    return None, []
 
 
 def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str, Any]:
-    """Restore modules and optimizers in place; returns `step` and `extra`.
+    """Restore modules and optimizers in place; returns `step` and `extra`. See `check_checkpoint`.
 
     Raises `UserError` naming the file that is missing, damaged or of another model.
     """
-    file = path / "state.json"
+    state = read_record(file := path / "state.json", State)
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        state = {"step": int(state["step"]), "extra": dict(state["extra"])}
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
+            open_regular(file).close()
             load_module(module, load_file(file))
         file = path / "optimizers.pt"
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = _load(file)
         for name, part in optimizers.items():
             load_optimizer(part, saved[name])
-    except _DAMAGED as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         remedy = f"remove {path} to resume from an older checkpoint"
         raise UserError(f"{file} is damaged or from another run ({reason}); {remedy}") from error
-    return state
+    return {"step": state.step, "extra": state.extra}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Call `torch.load`. Raises `ValueError` where the archive is compressed: it could unpack to any size."""
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a compressed archive, which vqgen does not write")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)

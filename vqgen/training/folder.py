@@ -1,5 +1,6 @@
 """The folder of a training run: what of it may be resumed, what --overwrite removes, and the record of its sessions."""
 
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from annotated_types import Ge
 from vqgen import config as configuration
 from vqgen.config_layers import MARK
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json, write_json
+from vqgen.files import open_regular, read_json, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.options import option_name
 
@@ -23,13 +24,39 @@ _OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
 FINISHED = "finished.json"
 MACHINE = "machine.json"
 _CONFIG = "config.yaml"
-_OWN = ("tokenizer/vqgen.json", "tokenizer/model.safetensors", FINISHED, MACHINE, "metrics.jsonl", "config.json")
-_OWN += ("vqgen.json", "model.safetensors")
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = r"step-[0-9]{8,}"
+DAMAGED = r"damaged-[0-9]{8,}"
+CHECKPOINT_FILE = r"(\w+\.safetensors|optimizers\.pt|state\.json)"
+# In order of removal: without checkpoints nothing resumes, and until the model goes the run is finished.
+_OWN = (
+    rf"{CHECKPOINTS}/({CHECKPOINT}|{DAMAGED})/{CHECKPOINT_FILE}",
+    FINISHED.replace(".", r"\."),
+    r"(vqgen|config|machine)\.json",
+    r"model\.safetensors",
+    r"tokenizer/(vqgen\.json|model\.safetensors)",
+    r"metrics\.jsonl",
+    r"images/step-[0-9]{8,}\.png",
+    r"logs/vqgen/events\.out\.tfevents\..+",
+    r"logs/vqgen/[0-9.]+/(events\.out\.tfevents\..+|hparams\.yml)",
+)
 
 
 def run_folder(folder: Path) -> OutputFolder:
     """The output folder of a run. Only the first line of config.yaml marks it: users have such files of their own."""
-    return OutputFolder(folder, (_CONFIG,), _OWN, ("checkpoints/step-*", "images/step-*.png", "logs/vqgen"), _is_marked)
+    return OutputFolder(folder, (_CONFIG,), _OWN, is_mark=_is_marked)
+
+
+def checkpoints(folder: Path, pattern: str = CHECKPOINT) -> list[Path]:
+    """Checkpoints in a folder, oldest first: exact names of real folders."""
+    found = [path for path in folder.glob("*-*") if re.fullmatch(pattern, path.name)]
+    real = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(real, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
@@ -43,7 +70,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
         before = configuration.read_saved(saved, type(config))
     except UsageError as error:
         raise UsageError(f"--output: {saved} is of another program ({error}); choose another folder") from error
-    if overwrite or not (any(folder.glob("checkpoints/step-*")) or (folder / "vqgen.json").exists()):
+    if overwrite or not (checkpoints(folder / CHECKPOINTS) or (folder / "vqgen.json").exists()):
         return
     now = configuration.values_of(config)
     # An option that a later version added did before what its default does now.
@@ -59,17 +86,18 @@ def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
     """Remove what is not to be resumed, and write the configuration."""
     output = run_folder(folder)
     if overwrite:
-        output.clear()
+        output.clear(keep=[_CONFIG])  # by which a removal that was killed is recognised
     else:
-        output.remove(output.leftovers())
+        output.remove_leftovers()
     configuration.save(config, folder / _CONFIG, MARK)
 
 
 def _is_marked(saved: Path) -> bool:
     """Whether a config.yaml is one that a run wrote."""
     try:
-        return saved.read_text(encoding="utf-8").startswith(MARK)
-    except (OSError, UnicodeDecodeError):
+        with open_regular(saved) as file:
+            return file.read(len(MARK.encode())) == MARK.encode()
+    except OSError:
         return False
 
 

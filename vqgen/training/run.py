@@ -23,15 +23,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from vqgen.devices import describe, keep_memory, precision_of, processes
+from vqgen.devices import describe, keep_memory, on_main, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file, read_record, write_json, write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
 
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import FINISHED, Finished, Session, check_folder, prepare_folder
+from .folder import CHECKPOINTS, FINISHED, Finished, Session, check_folder, checkpoints, prepare_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
@@ -78,9 +78,7 @@ class Run:
             split = f"{self.accelerator.num_processes} processes x --accumulate {settings.accumulate}"
             raise UsageError(f"--batch-size: found {settings.batch_size}, expected a multiple of {parts} = {split}")
         self.micro_batch = settings.batch_size // parts
-        if self.main:
-            check_folder(folder, config, overwrite)
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: check_folder(folder, config, overwrite))
         self.plan = Plan(settings.steps)
         self.done = 0  # steps
         self.finite = FiniteCheck(self.accelerator)
@@ -102,21 +100,23 @@ class Run:
 
     def _restore(self, trainer: Trainer) -> int:
         """Load the newest checkpoint, cut the history back to it, and return the number of steps done."""
-        found = checkpoints(self.folder / "checkpoints")
-        if not found:
+        path, problems = on_main(lambda: newest_checkpoint(self.folder / CHECKPOINTS))
+        for problem in problems:
+            self.say(f"{problem}; the checkpoint before it is used")
+        if not path:
             if (self.folder / "vqgen.json").exists():
                 lacks = f"{self.folder} holds a finished model but no checkpoint to resume from"
                 raise UserError(f"--output: {lacks}; use --overwrite to start from step 0, or choose another folder")
             if self.main:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return 0
-        state = load_checkpoint(found[-1], trainer.modules, self._optimizers(trainer))
+        state = load_checkpoint(path, trainer.modules, self._optimizers(trainer))
         sums = state["extra"].pop("sums")
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
         saved_plan, step = state["extra"].pop("plan", None), state["step"]
         trainer.extra.update(state["extra"])
         if step > self.settings.steps:
-            raise UserError(f"--steps: found {self.settings.steps}, but {found[-1]} is further; use more steps")
+            raise UserError(f"--steps: found {self.settings.steps}, but {path} is further; use more steps")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
         if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)
@@ -128,7 +128,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(history, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.say(f"resuming from {found[-1]}")
+        self.say(f"resuming from {path}")
         return step
 
     def _optimizers(self, trainer: Trainer) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Run:
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
         extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan)}
-        folder, keep = self.folder / "checkpoints", self.settings.keep_checkpoints
+        folder, keep = self.folder / CHECKPOINTS, self.settings.keep_checkpoints
         save_checkpoint(folder, self.done, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
         if self.session:
             self.session.saved(self.done)
@@ -184,9 +184,7 @@ class Run:
         signal's number. A step that raises is never saved.
         """
         keep_memory(self.device)
-        if self.main:
-            prepare_folder(self.folder, self.config, self.overwrite)
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: prepare_folder(self.folder, self.config, self.overwrite))
         self.accelerator.init_trackers("vqgen", config={})
         self.done = first = self._restore(trainer)
         if self.main:
@@ -199,7 +197,7 @@ class Run:
         try:
             self._loop(trainer)
         except NonFinite as error:
-            found = checkpoints(self.folder / "checkpoints")
+            found = checkpoints(self.folder / CHECKPOINTS)
             last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was saved yet"
             text = f"not finite: {error}; it began in {trainer.origin()}"
             self.log({"health": "not finite", "message": text}, self.done)
