@@ -88,3 +88,22 @@ def test_what_does_not_fit_is_refused(cli, tmp_path):
         result = cli(program.main, "codebook", "--tokenizer", model / "tokenizer", "--output", tmp_path / "out", *words)
         assert result.code and part in result.err and len(result.err.strip().splitlines()) == 1, result.err
     assert not Path(tmp_path / "out").exists()
+
+
+def test_only_its_own_files_are_replaced(cli, tmp_path):
+    model, out = make_prior(tmp_path / "model"), tmp_path / "out"
+    words = ["codebook", "--tokenizer", model / "tokenizer", "--output", out, "--neighbours", 2]
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for _ in range(2):
+        assert cli(program.main, *words).code == 0
+    (out / "codebook.json").unlink()  # as after a kill
+    assert cli(program.main, *words).code == 0
+    for name in ("atlas.png", "neighbours.png", "codebook.json"):
+        whole = (out / name).read_bytes()
+        for foreign in (b"mine", b"", b'{"version": "0.1.0"}'):
+            (out / name).write_bytes(foreign)
+            result = cli(program.main, *words)
+            assert result.code == 2 and str(out / name) in result.err and (out / name).read_bytes() == foreign
+        (out / name).write_bytes(whole)
+    assert (out / "notes.txt").read_text() == "mine"

@@ -12,6 +12,7 @@ import vqgen.evaluation.program as evaluate
 from vqgen.evaluation.likelihood import heat_map
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
 
 def naive(prior: Prior, row: list[int]) -> list[float]:
@@ -103,3 +104,18 @@ def test_receipts_of_several_precisions_replay_in_one_call(cli, tmp_path):
     assert [json.loads(path.read_text())["environment"]["precision"] for path in receipts] == ["fp32", "bf16"]
     result = cli(evaluate.main, "replay", *receipts)
     assert result.code == 0 and result.out.count("same: ") == 2, result.err
+
+
+def test_a_map_replaces_no_picture_of_others(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    folder = codes_for(tmp_path / "codes", model)
+    words = ["likelihood", "--model", model, "--codes", folder, "--split", "train"]
+    words += ["--map", tmp_path / "positions.png"]
+    for _ in range(2):
+        assert cli(evaluate.main, *words).code == 0
+    picture = (tmp_path / "positions.png").read_bytes()
+    write_png_atomic(tmp_path / "positions.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    foreign = (tmp_path / "positions.png").read_bytes()
+    result = cli(evaluate.main, *words)
+    assert result.code == 2 and "--map" in result.err and str(tmp_path / "positions.png") in result.err
+    assert (tmp_path / "positions.png").read_bytes() == foreign != picture

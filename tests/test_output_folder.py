@@ -1,5 +1,6 @@
 """What a program may take over and remove in an output folder: its own files and nothing else."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,9 +153,12 @@ def test_links_are_refused_and_never_followed(tmp_path: Path) -> None:
         folder(inside).clear(keep=["plan.json"])  # where it came after the check
         assert files_in(outside) == before and (inside / name).is_symlink()
         (inside / name).unlink()
-    (inside / "parts").touch()
-    with pytest.raises(UsageError, match="the file parts"):
+    (inside / "parts").touch()  # a file where a folder belongs is in nobody's way until it is written to
+    folder(inside).refuse_foreign()
+    os.mkfifo(inside / "codes-7.bin")
+    with pytest.raises(UsageError, match=r"the device codes-7\.bin"):
         folder(inside).refuse_foreign()
+    (inside / "codes-7.bin").unlink()
     (inside / "grid.png").mkdir()
     with pytest.raises(UsageError, match=r"the folder grid\.png"):
         folder(inside).refuse_foreign()

@@ -59,13 +59,12 @@ class OutputFolder:
         self.refuse_links()
 
     def refuse_links(self) -> None:
-        """Raise `UsageError` where a link, or anything but a file or folder, has the name of an own file or folder."""
+        """Raise `UsageError` where a link has the name of an own file or folder, or a folder that of a file."""
         for parts in self._all_patterns():
             for depth in range(1, len(parts) + 1):
                 for path, entry in _matches(self.path, parts[:depth]):
-                    own = entry.is_file if depth == len(parts) else entry.is_dir
-                    if not own(follow_symlinks=False):
-                        kind = "link" if entry.is_symlink() else "folder" if entry.is_dir() else "file"
+                    if entry.is_symlink() or (depth == len(parts) and not entry.is_file()):
+                        kind = "link" if entry.is_symlink() else "folder" if entry.is_dir() else "device"
                         held = f"{self.path} holds the {kind} {path.relative_to(self.path)}, which vqgen did not make"
                         raise UsageError(f"--output: {held}; move it or choose another folder")
 

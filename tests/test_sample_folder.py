@@ -1,0 +1,140 @@
+"""The output folder of vqgen-sample: forged lists, links, damaged images."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import tree
+
+import vqgen.sampling.sample as program
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+PRIOR = Path(__file__).parent / "data" / "version-0.1" / "prior"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four finished samples."""
+    folder = tmp_path_factory.mktemp("drawn") / "samples"
+    assert program.main(["--model", str(PRIOR), "--n", "4", "--device", "cpu", "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(drawn: Path, tmp_path: Path) -> Path:
+    shutil.copytree(drawn, tmp_path / "samples")
+    return tmp_path / "samples"
+
+
+@pytest.fixture
+def sample(cli: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    return lambda *words: cli(program.main, "--model", PRIOR, "--device", "cpu", "--output", folder, *words)
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "samples.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_a_forged_list_removes_nothing_but_samples(sample, folder: Path, overwrite: list[str]) -> None:
+    victims = [folder.parent / "victim.txt", folder / "notes.txt", folder / "images" / "cat.png", folder / "a.png"]
+    for path in victims:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    names = ["../victim.txt", str(victims[0]), "notes.txt", "images/cat.png", "a.png", "images", "..", "", "/"]
+    change(folder, former=names, images=[{"file": name} for name in names])
+    ended = sample("--n", 4, *overwrite)
+    assert ended.code == 0, ended.err
+    assert all(path.read_text() == "mine" for path in victims)
+    assert (folder / "00003.png").exists() and json.loads((folder / "samples.json").read_text())["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n", 10**12), ("n", -1), ("n", 4.5), ("n", "4"), ("layout", "round"), ("labels", []), ("labels", ["0"]),
+        ("labels", [7]), ("labels", [-2]), ("class_names", "ab"), ("class_names", [1]), ("former", "00000.png"),
+        ("former", [1]), ("images", {"file": "x"}),
+    ],
+)  # fmt: skip
+def test_a_list_with_impossible_values_is_refused(sample, folder: Path, key: str, value: Any) -> None:
+    change(folder, **{key: value})
+    before = tree(folder)
+    for words in ([], ["--overwrite"]):
+        ended = sample("--n", 4, *words)
+        assert ended.code == 1 and str(folder / "samples.json") in ended.err
+        assert len(ended.err.strip().splitlines()) == 1 and tree(folder) == before
+
+
+def test_links_in_the_folder_are_refused(sample, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere" / "boot")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path / "elsewhere")
+    for words in (["--layout", "folders", "--overwrite"], ["--overwrite"], []):
+        ended = sample("--n", 4, *words)
+        assert ended.code == 2 and "the link images" in ended.err
+    (folder / "images").unlink()
+    (folder / "00002.png").unlink()
+    (folder / "00002.png").symlink_to(tmp_path / "elsewhere" / "boot" / "00002.png")
+    for words in (["--seed", 1, "--overwrite"], []):
+        ended = sample("--n", 4, *words)
+        assert ended.code == 2 and "the link 00002.png" in ended.err
+    assert tree(tmp_path / "elsewhere") == before
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "flipped":
+        data[len(data) // 2] ^= 4
+    kinds = {"emptied": b"", "cut off": data[: len(data) // 2], "text": b"no image", "flipped": data}
+    path.write_bytes(kinds[kind])
+
+
+@pytest.mark.parametrize("kind", ["emptied", "cut off", "text", "flipped"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "partial"])
+def test_damaged_images_are_drawn_again(sample, folder: Path, drawn: Path, kind: str, finished: bool) -> None:
+    if not finished:
+        (folder / "samples.json").rename(folder / "samples.partial.json")
+        (folder / "00000.png").unlink()
+    for name in ("00001.png", "grid.png"):
+        damage(folder / name, kind)
+    ended = sample("--n", 4)
+    assert ended.code == 0 and "holds these" not in ended.out
+    lines = [line for line in ended.err.splitlines() if "damaged" in line]
+    assert len(lines) == 2 and any(str(folder / "00001.png") in line for line in lines)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in drawn.iterdir()
+    }
+    assert "holds these 4 images already" in sample("--n", 4).out
+
+
+def test_fewer_images_than_there_are_lose_none(sample, folder: Path, drawn: Path) -> None:
+    damage(folder / "00000.png", "emptied")
+    assert sample("--n", 2).code == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in drawn.iterdir()
+    }
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["", "older"])
+def test_another_image_in_the_place_of_a_sample_is_nobodys_to_replace(sample, folder: Path, older: bool) -> None:
+    """Known by its checksum, or by its size where the list is of an earlier version and has none."""
+    side = 16
+    if older:
+        images = json.loads((folder / "samples.json").read_text())["images"]
+        change(folder, images=[{key: image[key] for key in ("file", "label", "class")} for image in images])
+        assert "holds these 4 images already" in sample("--n", 4).out
+        side = 20
+    write_png_atomic(folder / "00002.png", torch.full((1, side, side), 7, dtype=torch.uint8))
+    before = tree(folder)
+    ended = sample("--n", 4)
+    assert ended.code == 2 and "00002.png" in ended.err and "--overwrite" in ended.err and tree(folder) == before
