@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vqgen.artifact import fingerprint, read_tensors, refuse_non_finite
+from vqgen.artifact import fingerprint, read_tensors, refuse_non_finite, unpickle
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file
 from vqgen.tokenizer.losses.lpips import convolutions
@@ -68,7 +68,9 @@ def _inception_state(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = unpickle(path)
+    except UserError as error:
+        raise UserError(f"--weights: {error}") from error
     except Exception as error:  # torch raises many types
         raise UserError(f"--weights: {path} cannot be read as tensors ({_short(error)}); name another file") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

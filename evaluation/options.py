@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Count, CountOrZero, NotNegative, Options, Positive, Range, Seed, Size, option_name
+from vqgen.options import (
+    MOST_IMAGES,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Options,
+    Positive,
+    Range,
+    Seed,
+    Size,
+    option_name,
+)
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
 
@@ -99,7 +110,7 @@ class SamplesConfig(Options):
     """Folder written by vqgen-sample, or any folder of images; or --model."""
     model: Path | None = None
     """Prior to draw samples from; no image is written."""
-    n: CountOrZero = 0
+    n: Annotated[int, Range(least=0, most=MOST_IMAGES)] = 0
     """Samples to measure: the first of vqgen-sample, a fixed subset of another folder; 0 = all, 10,000 of --model."""
     split: Split = "train"
     """Split of the real images."""

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from vqgen.config import command
-from vqgen.options import CountOrZero, Options
+from vqgen.options import CountOrZero, Options, Range
 from vqgen.training.options import OptimizerConfig, RunConfig
 
 from .options import ObjectiveConfig, PriorConfig
@@ -33,7 +33,7 @@ class PriorTraining(Options):
     are saved either way."""
     validation_images: CountOrZero = 2000
     """Held-out images that each validation measures, the same ones from all over the set; 0 = all."""
-    preview_images: CountOrZero = 40
+    preview_images: Annotated[int, Range(least=0, most=10_000)] = 40
     """Images drawn at each validation and written under images/; 0 = none."""
     gradient_checkpointing: bool = False
     """Compute each layer's forward pass again in the backward pass: less memory, a third more time."""

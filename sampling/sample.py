@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Count, Options, Seed, Size
+from vqgen.options import MOST_IMAGES, Images, Options, Seed, Size
 
 from .settings import SamplingSettings
 
@@ -29,9 +29,9 @@ class SampleConfig(Options):
     model: Path | None = None
     """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
     comes with the package."""
-    n: Count | None = None
+    n: Images | None = None
     """Number of images; 64 unless --num-per-class says otherwise."""
-    num_per_class: Count | None = None
+    num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
     """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class."""
@@ -73,7 +73,10 @@ class SampleConfig(Options):
 
     def count(self, classes: int) -> int:
         """Number of images of a series that goes through `classes` classes."""
-        return self.num_per_class * classes if self.num_per_class else self.n or 64
+        found = self.num_per_class * classes if self.num_per_class else self.n or 64
+        if found > MOST_IMAGES:
+            raise UsageError(f"--num-per-class: of {classes} classes these are {found} images, at most {MOST_IMAGES}")
+        return found
 
 
 def sample(config: SampleConfig) -> None:

@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "other output": ({"decoder.conv_out.weight": (1, 16, 3, 3)}, "decoder.conv_out.weight is 1x16x3x3, expected 3x"),
     "flat": ({"encoder.conv_in.weight": (16,)}, "encoder.conv_in.weight is 16, expected at least 2 dimensions"),
     "groups": ({"encoder.down_blocks.0.resnets.0.conv1.weight": (12, 16, 3, 3)}, "--groups: 8 does not divide 12"),
-    "huge": ({"encoder.down_blocks.0.resnets.0.conv1.weight": (2**20, 0, 0, 0)}, "encoder.conv_in.weight is 16x3x3x3"),
+    "huge": ({"encoder.down_blocks.0.resnets.0.conv1.weight": (2**20, 0, 0, 0)}, "--multipliers: found 32768"),
     "no width": ({"encoder.down_blocks.0.resnets.0.conv1.weight": (0, 16, 3, 3)}, "sizes do not fit together"),
     "one code": ({"quantize.embedding.weight": (1, 6)}, "--codebook-size: found 1"),
     "1x1 convolution": (

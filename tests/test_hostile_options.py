@@ -73,14 +73,14 @@ class Small(Options):
     ],
 )
 def test_yaml_that_is_no_plain_small_value(tmp_path: Path, text: str) -> None:
-    path, start = tmp_path / "c.yaml", time.perf_counter()
+    path, start = tmp_path / "c.yaml", time.process_time()
     path.write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml") as refused:
         parse(Small, ["--config", str(path)])
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
     with pytest.raises(UserError, match=r"c\.yaml"):
         read_yaml(path)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_aliases_and_merge_keys_of_people_are_read() -> None:
@@ -91,9 +91,9 @@ def test_aliases_and_merge_keys_of_people_are_read() -> None:
 
 def test_many_keys_take_linear_time() -> None:
     text = "\n".join(f"k{n}: 1" for n in range(9000))
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(parse_yaml(text)) == 9000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("word", [BOMB, "[" * 20_000, "&a [*a]", "!!int abc", "9" * 10_000, "!!python/name:os.system"])
@@ -169,7 +169,10 @@ HUGE = str(2**70), "1e30", "-" + "9" * 30, str(2**64)
         (TokenizeConfig, "--seed", (*HUGE, "-1")),
         (TokenizeConfig, "--views", ("1e18",)),
         (SampleConfig, "--seed", (*HUGE, "-1")),
-        (SampleConfig, "--n", HUGE),
+        (SampleConfig, "--n", (*HUGE, "1e8")),
+        (SampleConfig, "--num-per-class", (*HUGE, "1e8")),
+        (PriorTraining, "--preview-images", ("1e18",)),
+        (SamplesConfig, "--n", ("1e18",)),
         (SampleConfig, "--columns", ("1e18",)),
         (SampleConfig, "--temperature", ("inf", "1e308", "-1")),
         (SampleConfig, "--guidance-scale", ("inf", "1e308")),
@@ -220,3 +223,10 @@ def test_names_that_are_not_utf_8_are_printed() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9\n", "")
+
+
+def test_images_of_all_classes_together_are_bounded() -> None:
+    config = parse(SampleConfig, ["--num-per-class", "1e6", "--class", "a"])
+    assert config.count(10) == 10**7
+    with pytest.raises(UsageError, match="--num-per-class"):
+        config.count(11)

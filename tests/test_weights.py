@@ -1,6 +1,7 @@
 """Weights that no model can use, wherever they are read: NaN, infinity, tensors larger than their file."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_a_checkpoint_has_plain_tensors_only(tmp_path: Path, tensor: Tensor) -> 
     torch.save({"fine": torch.ones(2), "odd": tensor}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt: odd"):
         read_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: odd"):
+        extractor_for("inception", str(tmp_path / "a.pt"), torch.device("cpu"))
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_refused(tmp_path: Path) -> None:
+    torch.save({"zeros": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    assert read_checkpoint(tmp_path / "plain.pt")["zeros"].shape == (2**20,)
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "a.pt", "w") as packed:
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "a.pt").stat().st_size < 2**16
+    with pytest.raises(UserError, match=r"a\.pt"):
+        read_checkpoint(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt"):
+        extractor_for("inception", str(tmp_path / "a.pt"), torch.device("cpu"))
 
 
 def test_networks_of_metrics_refuse_nan(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ The fingerprint, a sha256 over the tensors, ties codes and priors to their token
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,39 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or train again") from error
 
 
-def refuse_non_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise `UserError`, naming the tensor, where one holds NaN or infinity; `where` names their file.
+def unpickle(path: Path, classes: Sequence[Any] = ()) -> Any:
+    """Read a file of `torch.save` with tensors and plain values only; no code in it is run.
 
-    Reads each tensor once, at memory speed, without a copy.
+    Args:
+        classes: what `torch.serialization.safe_globals` takes, replacing classes in the file.
+
+    Raises `UserError` where the file is no regular one or unpacks to more than its size, and errors of many types
+    where it is damaged.
+    """
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    with file:
+        if zipfile.is_zipfile(file):  # torch writes without compression
+            size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+            if size > os.fstat(file.fileno()).st_size:
+                raise UserError(f"{path} unpacks to {size} bytes, more than it has; save it by torch.save")
+        file.seek(0)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise `UserError`, naming the tensor, where one holds NaN or infinity, or is no plain tensor.
+
+    Reads each tensor once, at memory speed, without a copy. `where` names their file.
     """
     for name, tensor in tensors.items():
+        # A stride of 0 makes a tensor larger than what its file stores, without bound.
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{where}: {name} is sparse, quantized or expanded; save it as a plain tensor")
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if values.is_floating_point() and values.numel():
             # NaN and infinity reach the minimum or the maximum; types of 8 bits have neither operation.

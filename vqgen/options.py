@@ -52,6 +52,9 @@ Size = Annotated[int, Range(least=1, most=2**20)]
 """A side of a tensor: channels, dimensions, examples in a batch."""
 Few = Annotated[int, Range(least=1, most=1000)]
 """A number of things that are built one by one, e.g. layers."""
+MOST_IMAGES = 10**7
+Images = Annotated[int, Range(least=1, most=MOST_IMAGES)]
+"""A number of images that are drawn, each of which has a name in memory."""
 Seed = Annotated[int, Range(least=0, most=2**64 - 1)]
 """A seed as torch takes it."""
 NotNegative = Annotated[float, Range(least=0)]

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vqgen.artifact import DESCRIPTION, read_tensors, refuse_non_finite
+from vqgen.artifact import DESCRIPTION, read_tensors, refuse_non_finite, unpickle
 from vqgen.errors import UsageError, UserError
-from vqgen.files import open_regular, read_json
+from vqgen.files import read_json
 from vqgen.files.yaml_text import read_yaml
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.options import TokenizerConfig
@@ -78,12 +77,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file of `torch.save`; see `read_checkpoint`."""
     try:
-        file = open_regular(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    try:
-        with file, torch.serialization.safe_globals([(kind, name) for name, kind in _REPLACED_CLASSES.items()]):
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        found = unpickle(path, [(kind, name) for name, kind in _REPLACED_CLASSES.items()])
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise any error
         text = str(error)
         if refused := re.search(r"GLOBAL (\S+)", text):
@@ -99,14 +95,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
-        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.nbytes > _stored(value):
-            raise UserError(f"{path}: {name} is sparse, quantized or expanded; save it as a plain tensor")
     return {str(name): value for name, value in found.items()}
-
-
-def _stored(tensor: Tensor) -> int:
-    """Bytes of a tensor in its file: a stride of 0 makes it larger, without bound."""
-    return tensor.untyped_storage().nbytes()
 
 
 def _agree(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
