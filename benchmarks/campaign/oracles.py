@@ -63,7 +63,7 @@ def _lasting(path: Path) -> bytes:
         if tree.get("kind") == "vqgen receipt":
             tree = {key: tree[key] for key in ("program", "metrics", "counts", "fingerprints")}
         return json.dumps(tree, sort_keys=True).encode()
-    if path.suffix == ".png" and (pixels := _pixels(path)) is not None:
+    if path.suffix == ".png" and (pixels := _pixels(path, upright=False)) is not None:
         return pixels.tobytes()
     return path.read_bytes()
 
@@ -120,13 +120,13 @@ def _codes(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([s["codes"] for s in shards]), np.concatenate([s["labels"] for s in shards])
 
 
-def _pixels(path: Path) -> np.ndarray | None:
-    """Pixels of the first frame as Pillow reads them, None where it does not."""
+def _pixels(path: Path, upright: bool = True) -> np.ndarray | None:
+    """Pixels of the first frame as Pillow reads them, upright as EXIF says; None where it cannot."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
     except Exception:  # decoders of damaged data raise errors of any type
         return None
 

@@ -108,9 +108,9 @@ def _run(request: dict[str, Any]) -> int:
     return int(code or 0)
 
 
-def _cpu_seconds(session: int) -> tuple[float, float]:
-    """Processor time of all processes of a session together, and of the busiest one, in seconds."""
-    ticks = [0]
+def _activity(session: int) -> tuple[float, float, bool]:
+    """Processor time of all processes of a session and of the busiest one, in seconds; whether any wants to go on."""
+    ticks, wanting = [0], False
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
@@ -119,8 +119,9 @@ def _cpu_seconds(session: int) -> tuple[float, float]:
             continue  # it has ended
         if int(fields[3]) == session:
             ticks.append(int(fields[11]) + int(fields[12]))
+            wanting = wanting or fields[0] in (b"R", b"D")
     second = os.sysconf("SC_CLK_TCK")
-    return sum(ticks) / second, max(ticks) / second
+    return sum(ticks) / second, max(ticks) / second, wanting
 
 
 def _wait(pid: int, request: dict[str, Any]) -> tuple[int, bool, float]:
@@ -139,8 +140,8 @@ def _wait(pid: int, request: dict[str, Any]) -> tuple[int, bool, float]:
         if request["kill_after"] and passed > request["kill_after"]:
             os.kill(pid, signal.SIGKILL)
         elif passed > limit and passed - looked > 1:
-            now, most = _cpu_seconds(pid)
-            idle = idle + 1 if now - used < 0.02 else 0
+            now, most, wanting = _activity(pid)
+            idle = idle + 1 if now - used < 0.02 and not wanting else 0
             used, looked = now, passed
             if idle > 2 or most > limit or passed > 3 * limit:
                 hang = True
