@@ -11,8 +11,8 @@ from vqgen.artifact import load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.files import atomic_path, check_writable, locked
-from vqgen.files.output_folder import OutputFolder
+from vqgen.files import atomic_path, check_writable
+from vqgen.files.output_folder import new_folder
 from vqgen.metric import Metric
 from vqgen.options import Options, Size
 from vqgen.progress import progress
@@ -87,12 +87,11 @@ class Classifier(nn.Module):
 
 def train_classifier(config: ClassifierTraining) -> None:
     """Train a classifier on real images. Raises `UserError`."""
-    with locked(config.output):
+    with new_folder(config.output):
         _train(config)
 
 
 def _train(config: ClassifierTraining) -> None:
-    OutputFolder(config.output).refuse_foreign()
     check_writable(config.output)
     if processes().num_processes > 1:
         raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")

@@ -8,7 +8,7 @@ import pytest
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.files.output_folder import OutputFolder
+from vqgen.files.output_folder import OutputFolder, new_folder
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.training.folder import MACHINE, Session, check_folder, prepare_folder, read_sessions
 
@@ -189,3 +189,14 @@ def test_a_folder_with_foreign_files_is_refused_unless_it_is_recognised(tmp_path
     output.refuse_foreign()
     with pytest.raises(UsageError, match="is a file"):
         folder(output.path / "plan.json")
+
+
+def test_a_new_folder_loses_what_a_kill_left_beside_it(tmp_path: Path) -> None:
+    for name in (left_by_a_kill("out"), left_by_a_kill("other")):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "out"):
+        assert {path.name for path in tmp_path.iterdir()} == {"out", left_by_a_kill("other")}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".git").mkdir()
+    with pytest.raises(UsageError, match="git"), new_folder(tmp_path / "out"):
+        pass

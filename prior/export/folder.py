@@ -9,8 +9,8 @@ from torch import nn
 from vqgen import __version__
 from vqgen.artifact import copy_artifact, fingerprint, write_tensors
 from vqgen.errors import UsageError
-from vqgen.files import atomic_path, locked, write_json, write_text
-from vqgen.files.output_folder import OutputFolder
+from vqgen.files import atomic_path, write_json, write_text
+from vqgen.files.output_folder import new_folder
 from vqgen.prior.model import Prior
 
 from .program import ExportConfig
@@ -67,12 +67,11 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 def export_prior(config: ExportConfig) -> None:
     """Write the folder; see `program.py`. Raises `UserError`."""
-    with locked(config.output):
+    with new_folder(config.output):
         _export(config)
 
 
 def _export(config: ExportConfig) -> None:
-    OutputFolder(config.output).refuse_foreign()
     prior = Prior.load(config.model)
     tokenizer = prior.load_tokenizer(config.model / "tokenizer")
     dtype = getattr(torch, config.dtype)

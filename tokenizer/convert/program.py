@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.files import locked
-from vqgen.files.output_folder import OutputFolder
+from vqgen.files.output_folder import new_folder
 from vqgen.options import Options
 
 
@@ -48,8 +47,7 @@ def run(config: ConvertConfig) -> None:
     from .write import save
 
     output = config.output
-    with locked(output):
-        OutputFolder(output).refuse_foreign()
+    with new_folder(output):
         tokenizer, kind, left_out = load(config)
         save(tokenizer, config.to, output, str(config.input))
     if left_out:

@@ -4,12 +4,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vqgen.errors import UsageError, UserError
 
+from .lock import locked
 from .write import LOCK, temporary_name
 
 
@@ -124,6 +125,19 @@ class OutputFolder:
                 matched = _matches(self.path, parts[:depth])
                 found |= dict.fromkeys(path for path, entry in matched if entry.is_dir(follow_symlinks=False))
         return list(found)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is new or empty, and is to be written as a whole, see `atomic_path`.
+
+    Raises `UserError` where it is in use or holds anything, hidden files too.
+    """
+    with locked(path):
+        OutputFolder(path).refuse_foreign()
+        place = path.resolve()
+        OutputFolder(place.parent, patterns=(re.escape(place.name),)).remove_leftovers()
+        yield
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:
