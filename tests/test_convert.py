@@ -157,7 +157,7 @@ def test_llamagen_takes_the_averaged_weights(tmp_path, cli):
     }
     torch.save(checkpoint, tmp_path / "0000010.pt")
     words = ["--input", tmp_path / "0000010.pt", "--size", "16", "24", "--output", tmp_path / "out"]
-    done = cli(main, *words)
+    done = cli(main, *words, "--codebook-l2-norm", "true")
     assert done.code == 0, done.err
     assert "left out 1 tensor used only in training: quantize.codebook_used" in done.out
     tokenizer = Tokenizer.load(tmp_path / "out")
@@ -580,9 +580,16 @@ def test_options_that_do_not_fit(tmp_path, cli, exported):
         (1, ["--input", tmp_path / "none"], "none does not exist"),
         (1, ["--input", tmp_path / "empty"], "contains neither vqgen.json (vqgen) nor config.json (diffusers)"),
         (2, ["--input", taming], "--size: "),
-        (2, ["--input", llamagen], "--size: "),
-        (2, ["--input", llamagen, "--size", "31", "32"], "--size: 31x32 is not divisible"),
+        (2, ["--input", llamagen, "--codebook-l2-norm", "true"], "--size: "),
+        (
+            2,
+            ["--input", llamagen, "--size", "31", "32", "--codebook-l2-norm", "true"],
+            "--size: 31x32 is not divisible",
+        ),
         (2, ["--input", llamagen, "--size", "8", "8", "8"], "--size: found"),
+        (2, ["--input", llamagen, "--size", "32"], "--codebook-l2-norm: "),
+        (2, ["--input", taming, "--size", "32", "--codebook-l2-norm", "false"], "--codebook-l2-norm: "),
+        (2, ["--input", exported, "--codebook-l2-norm", "true"], "--codebook-l2-norm: "),
         (2, ["--input", taming, "--size", "32", "--from", "llamagen"], "--from: found llamagen, but"),
         (2, ["--input", llamagen, "--size", "32", "--taming-config", taming], "--taming-config: "),
         (2, ["--input", tmp_path / "in"], "is of vqgen already"),
@@ -613,11 +620,40 @@ def test_a_converted_tokenizer_tokenizes(tmp_path, cli, exported):
     assert cli(encode.main, "--verify", "--output", tmp_path / "codes").code == 0
 
 
-def test_llamagen_compares_on_the_unit_sphere_and_taming_does_not():
+def test_llamagen_compares_as_it_was_trained(tmp_path, cli):
     """Codebooks scaled code by code: only where directions are compared do codes stay the same."""
-    for name, names, unit in (("taming", TAMING, False), ("llamagen", LLAMAGEN, True)):
-        known = fixture(name)
-        scale = torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) + 0.5
-        weights = {**known.weights, "quantize.embedding.weight": known.weights["quantize.embedding.weight"] * scale}
-        codes = Foreign("x", names, weights).tokenizer([32, 24]).encode(known.images)
-        assert torch.equal(codes, known.codes.long()) == unit
+    known, name = fixture("llamagen"), "quantize.embedding.weight"
+    scale = torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    scaled = known.weights[name] * scale
+    for table, words, unit in (
+        (scaled, ["--codebook-l2-norm", "true"], True),
+        (scaled, ["--codebook-l2-norm", "false"], False),
+        (torch.nn.functional.normalize(scaled), [], True),
+    ):
+        save_file({**known.weights, name: table}, tmp_path / "in.safetensors")
+        out = tmp_path / f"{words}"
+        done = cli(main, "--input", tmp_path / "in.safetensors", "--size", "32", "24", "--output", out, *words)
+        assert done.code == 0, done.err
+        tokenizer = Tokenizer.load(out)
+        assert tokenizer.config.quantizer.l2_normalize == unit
+        assert torch.equal(tokenizer.encode(known.images), known.codes.long()) == unit
+
+
+def test_codes_of_length_one_are_the_same_either_way():
+    known, name = fixture("llamagen"), "quantize.embedding.weight"
+    weights = {**known.weights, name: torch.nn.functional.normalize(known.weights[name])}
+    one, other = (Foreign("x", LLAMAGEN, weights, unit=unit).tokenizer([32, 24]) for unit in (True, False))
+    assert torch.equal(one.encode(known.images), other.encode(known.images))
+    torch.testing.assert_close(one.decode(known.codes.long()), other.decode(known.codes.long()))
+
+
+@pytest.mark.parametrize("name, names", [("taming", TAMING), ("llamagen", LLAMAGEN)])
+def test_multipliers_that_no_network_here_has_are_named(name, names):
+    weights = fixture(name).weights
+    first = names.block[0].format(level=0, block=0) + ".conv1.weight"
+    stem = {"encoder.conv_in.weight": torch.zeros(7, 3, 3, 3), first: torch.zeros(len(weights[first]), 7, 3, 3)}
+    with pytest.raises(UserError, match=r"first channel multiplier is not 1.*of 7"):
+        Foreign("x", names, {**weights, **stem}).tokenizer([32, 24])
+    level = names.block[1].format(level=0, depth=1, block=0) + ".conv1.weight"
+    with pytest.raises(UserError, match=r"unequal.*\[7, "):
+        Foreign("x", names, {**weights, level: weights[level][:7]}).tokenizer([32, 24])

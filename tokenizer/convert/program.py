@@ -16,7 +16,7 @@ from vqgen.options import Options
 class ConvertConfig(Options):
     """Input and output of a conversion."""
 
-    COMMON: ClassVar[tuple[str, ...]] = ("input", "output", "to", "size", "taming_config")
+    COMMON: ClassVar[tuple[str, ...]] = ("input", "output", "to", "size", "taming_config", "codebook_l2_norm")
 
     input: Path | None = None
     """A .ckpt of taming-transformers, a .pt of LlamaGen, either as .safetensors, a folder of a diffusers VQModel, or a
@@ -32,6 +32,9 @@ class ConvertConfig(Options):
     those of LlamaGen and a .ckpt without --taming-config do not."""
     taming_config: Path | None = None
     """YAML file of a .ckpt, for the image size; it must match the weights."""
+    codebook_l2_norm: bool | None = None
+    """Whether a model of LlamaGen was trained with codebook_l2_norm, as those of its authors were; required, since its
+    files do not say, unless all codes have length 1 and it makes no difference."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -213,7 +213,8 @@ def _load_file(path: Path, config: ConvertConfig) -> tuple[Tokenizer, str, list[
     keys = {} if config.taming_config is None else _taming_config(config.taming_config)
     gumbel = names is TAMING and "quantize.proj.weight" in tensors
     tensors = folded_gumbel(tensors, str(path)) if gumbel else tensors
-    foreign = Foreign(str(path), names, tensors, dropout=keys.get("dropout", 0.0), gumbel=gumbel)
+    unit = names is LLAMAGEN and _unit(config, tensors)
+    foreign = Foreign(str(path), names, tensors, dropout=keys.get("dropout", 0.0), gumbel=gumbel, unit=unit)
     tokenizer = foreign.tokenizer(_size(config, keys.get("resolution")))
     if config.taming_config is not None:
         _check_taming(config.taming_config, keys, tokenizer.config)
@@ -228,6 +229,20 @@ def _expect(config: ConvertConfig, kind: str) -> None:
         raise UsageError(f"--to: {config.input} is of {kind} already")
     if config.taming_config is not None and kind != "taming":
         raise UsageError(f"--taming-config: {config.input} is of {kind}; leave the option out")
+    if config.codebook_l2_norm is not None and kind != "llamagen":
+        raise UsageError(f"--codebook-l2-norm: {config.input} is of {kind}; leave the option out")
+
+
+def _unit(config: ConvertConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model of LlamaGen compares latents and codes on the unit sphere. Raises `UsageError` where that is not
+    said: the options in its checkpoints are not those of the model."""
+    if config.codebook_l2_norm is not None:
+        return config.codebook_l2_norm
+    codes = tensors.get("quantize.embedding.weight")  # where it is missing, that is said later
+    if codes is None or ((codes.float().norm(dim=-1) - 1).abs() < 1e-5).all():  # the same codes and images either way
+        return True
+    text = "does not say whether it was trained with codebook_l2_norm; give true (LlamaGen's default) or false"
+    raise UsageError(f"--codebook-l2-norm: {config.input} {text}")
 
 
 def _size(config: ConvertConfig, said: Any) -> list[int]:

@@ -8,7 +8,7 @@ from the tensors' shapes, tensors are matched by name, and any tensor without a 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -40,8 +40,6 @@ class Naming:
     """Part of a layer here -> parts there; queries, keys and values are one layer here and three there."""
     linear: bool = False
     """Whether attention has linear layers, weights (C, C), instead of 1x1 convolutions."""
-    unit: bool = False
-    """Whether latents and codes are compared on the unit sphere."""
     training: tuple[str, ...] = ()
     """Prefixes of tensors that only training needs."""
 
@@ -88,7 +86,6 @@ LLAMAGEN = Naming(
     middle=("mid.0", "mid.1", "mid.2"),
     norm_out="norm_out",
     inner=_CONVOLUTIONS,
-    unit=True,
     training=("quantize.codebook_used",),
 )
 DIFFUSERS = Naming(
@@ -144,6 +141,7 @@ class Foreign:
         groups: groups of the group norms, which no shape shows.
         attention: whether there is attention between the blocks at the lowest resolution.
         gumbel: whether `quant_conv` computes one logit for each code.
+        unit: whether latents and codes are compared on the unit sphere.
     """
 
     where: str
@@ -153,6 +151,7 @@ class Foreign:
     dropout: float = 0.0
     attention: bool = True
     gumbel: bool = False
+    unit: bool = False
 
     def _size(self, name: str, axis: int) -> int:
         """Return the size of a tensor along an axis."""
@@ -193,21 +192,28 @@ class Foreign:
                 dropout=self.dropout,
             )
             codebook, width = (self._size("quantize.embedding.weight", axis) for axis in (0, 1))
-            quantizer: QuantizerConfig
-            if self.gumbel:
-                quantizer = GumbelConfig(codebook, width)
-            else:
-                quantizer = VQConfig(
-                    codebook,
-                    width,
-                    codebook="gradient",
-                    l2_normalize=names.unit,
-                    kmeans_start=False,
-                    revive_after=0,
-                )
+            quantizer: QuantizerConfig = GumbelConfig(codebook, width)
+            if not self.gumbel:
+                plain: dict[str, Any] = {"codebook": "gradient", "kmeans_start": False, "revive_after": 0}
+                quantizer = VQConfig(codebook, width, l2_normalize=self.unit, **plain)
         except UsageError as error:  # about options that the user did not give
             raise UserError(f"{self.where}: the weights' sizes do not fit together ({error})") from error
+        self._check_widths(widths, self._size(first(names.block, "conv1", 0), 1))
         return TokenizerConfig(size, channels, model, quantizer)
+
+    def _check_widths(self, widths: list[int], taken: int) -> None:
+        """Raise `UserError` for multipliers that no network here has; the encoder's first block has `taken` inputs."""
+        if taken != widths[0] and taken == self._size("encoder.conv_in.weight", 0):
+            text = f"the first channel multiplier is not 1 (the first level has {widths[0]} channels of {taken})"
+            raise UserError(f"{self.where}: {text}, which is not supported")
+        template = self.names.block[1] + ".conv1.weight"
+        found = (template.format(level=n, depth=n, block=0) for n in count())
+        decoder = [self._size(name, 0) for name in takewhile(self.tensors.__contains__, found)]
+        if "{depth}" in template:
+            decoder.reverse()
+        if decoder and decoder != widths:  # without any, the first missing tensor is named
+            text = f"the channel multipliers are unequal (channels {widths} in the encoder, {decoder} in the decoder)"
+            raise UserError(f"{self.where}: {text}, which is not supported")
 
     def left_out(self) -> list[str]:
         """Return the names of tensors that only training needs."""
