@@ -181,7 +181,7 @@ def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
     ],
 )
 def test_settings_out_of_range_are_named(name, value):
-    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: found {value}, expected"):
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: found {value:g}, expected"):
         SamplingSettings(**{name: value})
 
 
