@@ -355,7 +355,14 @@ def test_gumbel_tensors_that_do_not_fit_each_other(tmp_path, cli):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("ch", 128), ("ch_mult", [1, 1, 2]), ("attn_resolutions", [8]), ("num_res_blocks", 1), ("double_z", True)],
+    [
+        ("ch", 128),
+        ("ch_mult", [1, 1, 2]),
+        ("attn_resolutions", [8]),
+        ("attn_resolutions", "8"),
+        ("num_res_blocks", 1),
+        ("double_z", True),
+    ],
 )
 def test_the_configuration_of_another_model_is_refused(tmp_path, cli, key, value):
     known = fixture("taming")
@@ -546,7 +553,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("norm_type", "spatial", "norm_type is spatial, expected group"),
         ("_class_name", "AutoencoderKL", "_class_name is AutoencoderKL, expected VQModel"),
         ("norm_num_groups", "8", "norm_num_groups is 8, expected a number"),
+        ("norm_num_groups", True, "norm_num_groups is True, expected a number"),
+        ("mid_block_add_attention", [[]], "mid_block_add_attention is [[]], expected true or false"),
         ("layers_per_block", 2, "layers_per_block is 2, expected 1"),
+        ("layers_per_block", True, "layers_per_block is True, expected 1"),
         ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], "down_block_types is"),
         ("temporal_compression", 4, "temporal_compression is not a key"),
         ("norm_num_groups", 5, "--groups: 5 does not divide"),

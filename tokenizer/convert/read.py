@@ -101,7 +101,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 def _agree(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise `UserError` where a configuration disagrees with the weights."""
     for key, value in expected.items():
-        if key in found and found[key] != value:
+        # Python's True is 1.
+        if key in found and (found[key] != value or isinstance(found[key], bool) != isinstance(value, bool)):
             raise UserError(f"{where}: {key} is {found[key]}, expected {value} for these weights")
 
 
@@ -135,6 +136,8 @@ def _check_taming(path: Path, found: dict[str, Any], config: TokenizerConfig) ->
         "embed_dim": code_dim_of(config),
     }
     side, listed = found.get("resolution"), found.get("attn_resolutions")
+    if listed is not None and not isinstance(listed, list):
+        raise UserError(f"{path}: attn_resolutions is {listed}, expected a list")
     if isinstance(side, int) and isinstance(listed, list):
         sides = [side // 2**level for level in range(len(model.multipliers))]
         found = {**found, "attn_resolutions": [side for side in sides if side in listed]}
@@ -148,8 +151,10 @@ def _vqmodel(folder: Path, keys: Mapping[str, Any]) -> Foreign:
     groups = keys.get("norm_num_groups", 32)
     if keys.get("_class_name", "VQModel") != "VQModel":
         raise UserError(f"{path}: _class_name is {keys['_class_name']}, expected VQModel")
-    if not isinstance(groups, int):
+    if type(groups) is not int:
         raise UserError(f"{path}: norm_num_groups is {groups}, expected a number")
+    if not isinstance(keys.get("mid_block_add_attention", True), bool):
+        raise UserError(f"{path}: mid_block_add_attention is {keys['mid_block_add_attention']}, expected true or false")
     files = [folder / f"{VQMODEL_WEIGHTS}.safetensors", folder / f"{VQMODEL_WEIGHTS}.bin"]
     found = read_checkpoint(next((file for file in files if file.exists()), files[0]))
     older = re.compile(rf"(?<=\.attentions\.)(\d+)\.({'|'.join(_OLDER_NAMES)})\.")
