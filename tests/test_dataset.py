@@ -721,11 +721,14 @@ def test_paths_in_a_table_stay_in_its_folder(rows, tmp_path):
     (inside / "good.png").symlink_to(inside / "images/0.png")
     os.mkfifo(inside / "fifo.png")
     paths = ["images/0.png", "good.png", str(outside), "../secret.png", "link.png", "fifo.png", "a\0b", "missing.png"]
-    pq.write_table(pa.table({"image": image_column([{"path": path} for path in paths])}), inside / "all.parquet")
+    column = image_column([{"path": path} for path in paths])
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.binary()})
+    odd = pa.array([{"bytes": None, "path": b"\xff.png"}, None], kind).cast(column.type, safe=False)
+    pq.write_table(pa.table({"image": pa.concat_arrays([column, odd])}), inside / "all.parquet")
     config = replace(SMALL, max_broken=1.0)
     dataset = ImageDataset(sources.open_source(str(inside / "all.parquet"), "all", 0.1), config)
-    kept = torch.cat([batch.indices for batch in ordered_batches(dataset, range(len(paths)), 3, config)])
-    assert kept.tolist() == [0, 1] and len(dataset.broken.names) == 6
+    kept = torch.cat([batch.indices for batch in ordered_batches(dataset, range(len(dataset)), 3, config)])
+    assert kept.tolist() == [0, 1] and len(dataset.broken.names) == 8
     assert sum("outside" in name for name in dataset.broken.names) == 3
 
 

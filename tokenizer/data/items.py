@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,22 +71,23 @@ class Rows:
             if len(self._column) != len(self):
                 found = f"{self.files[0]} has {len(self._column)} rows of images where {len(self)} were counted"
                 raise UserError(f"--data: {found}; restore it or download it again")
-        value: Any = self._column[item].as_py()
-        if not isinstance(value, dict):
-            return value or b""
-        if value["bytes"] is None and value.get("path"):
+        row: Any = self._column[item]
+        if not isinstance(row, Mapping):
+            return row.as_py() or b""
+        data = row["bytes"].as_py()
+        if data is None and "path" in row and row["path"].is_valid:
             self.outside = True
-            return read_bytes(self._resolved(value["path"]))
-        return value["bytes"] or b""
+            return read_bytes(self._resolved(row["path"]))
+        return data or b""
 
-    def _resolved(self, path: str) -> str:
+    def _resolved(self, path: "pa.Scalar") -> str:
         """The file that a row names: only below `roots`, after links are followed. Raises `OSError`."""
         try:
-            full = os.path.realpath(self.roots[0] / path)
-        except ValueError as error:  # a NUL
-            raise OSError(errno.EINVAL, str(error), path) from error
+            full = os.path.realpath(self.roots[0] / path.as_py())
+        except (ValueError, TypeError) as error:  # a NUL, other bytes than UTF-8, or no text
+            raise OSError(errno.EINVAL, f"its path is no path ({error})") from error
         if not any(Path(full).is_relative_to(os.path.realpath(root)) for root in self.roots):
-            raise OSError(errno.EACCES, f"it names a file outside of {self.roots[0]}", path)
+            raise OSError(errno.EACCES, f"it names a file outside of {self.roots[0]}", full)
         return full
 
 
