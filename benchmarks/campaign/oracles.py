@@ -182,6 +182,8 @@ def rows_of_table(run: Run) -> str:
     import pyarrow.parquet as pq
 
     folder = run.place.work / Path(run.target).parent
+    if not all((folder / f"{split}.parquet").is_file() for split in ("train", "validation")):
+        return ""
     try:
         tables = {split: pq.read_table(folder / f"{split}.parquet") for split in ("train", "validation")}
     except (pa.ArrowException, OSError):
@@ -206,7 +208,7 @@ def finite(run: Run) -> str:
     from safetensors.numpy import load_file
 
     for path in sorted(run.output.rglob("*.safetensors")):
-        for name, values in load_file(path).items():
+        for name, values in load_file(path).items() if path.is_file() else ():
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 return f"{path.name}: {name} is not finite"
     return same_or_said(run) if not run.target.endswith((".safetensors", ".pt", ".ckpt")) else ""
