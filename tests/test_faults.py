@@ -220,12 +220,13 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
 def test_a_compressed_archive_of_optimizers_is_not_unpacked(tmp_path: Path) -> None:
     net = torch.nn.Linear(2, 2)
     path = save_checkpoint(tmp_path, 3, {"net": net}, {"o": torch.optim.SGD(net.parameters())}, {}, keep=2)
+    torch.save({"o": torch.zeros(100_000)}, path / "optimizers.pt")
     with zipfile.ZipFile(path / "optimizers.pt") as old:
         content = {name: old.read(name) for name in old.namelist()}
     with zipfile.ZipFile(path / "optimizers.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for name, data in content.items():
             new.writestr(name, data)
-    with pytest.raises(UserError, match=r"optimizers\.pt.*compressed"):
+    with pytest.raises(UserError, match=r"optimizers\.pt unpacks"):
         load_checkpoint(path, {"net": net}, {})
 
 

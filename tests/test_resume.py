@@ -120,7 +120,7 @@ def test_tokenizer_killed_early_in_a_checkpoint_and_again(tmp_path: Path, one: P
     # With half of a checkpoint on disk: that one does not count.
     assert run(TOKENIZER, *words, hook=in_checkpoint(8)).code == -signal.SIGKILL
     assert steps(folder) == [4]
-    assert list((folder / "checkpoints").glob(".*.part/optimizers.pt"))
+    assert list((folder / "checkpoints").glob(".*.part/*/optimizers.pt"))
     # Again, between two checkpoints, with half a row of history left.
     assert run(TOKENIZER, *words, hook=at_row(11)).code == -signal.SIGKILL
     with open(folder / "metrics.jsonl", "a") as file:

@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,25 @@ def temporary_name(pattern: str) -> str:
     return rf"\.(?:{pattern})\.vqgen-[0-9a-f]{{16}}\.part"
 
 
-def _temporary(path: Path) -> Path:
-    """A new hidden path beside `path`. Nobody else has files with such a name, so a killed run's may be removed."""
+def _place(path: Path) -> Path:
+    """A new hidden folder beside `path`. Nobody else has such names, so that of a killed run may be removed."""
     name = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")  # of at most 255 bytes
     return path.with_name(f".{name}.vqgen-{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder; on success rename it to `path`.
+    """Yield a temporary path for a file or folder, in a hidden folder of its own; on success rename it to `path`.
 
     A file that is there is replaced; a folder must be empty but for the program's own lock. Raises `UserError` where
     `path` cannot be written (full disk, no permission); what is there then stays as it was.
     """
     path = Path(path)
-    temporary = _temporary(path.resolve() if os.path.isdir(path) else path)  # a link to a folder: beside that folder
+    # Beside a folder that a link leads to. A folder, because safetensors has temporary files of its own.
+    place = _place(path.resolve() if os.path.isdir(path) else path)
+    temporary = place / path.name
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True)
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -64,15 +66,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         # The error may concern another path, e.g. a parent folder that is a file.
-        other = getattr(error, "filename", None) not in (None, str(temporary), temporary)
+        other = getattr(error, "filename", None) not in (None, str(temporary), temporary, str(place))
         reason = str(error) if other else getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}") from error
     finally:
-        with suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
+        try:
+            place.rmdir()
+        except OSError:  # not empty, or never made
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vqgen.artifact import unpickle
 from vqgen.errors import UserError
 from vqgen.files import atomic_path, checksum, open_regular, read_record
 from vqgen.files.output_folder import OutputFolder
@@ -155,7 +156,7 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
             open_regular(file).close()
             load_module(module, load_file(file))
         file = path / "optimizers.pt"
-        saved = _load(file)
+        saved = unpickle(file)
         for name, part in optimizers.items():
             load_optimizer(part, saved[name])
     except _UNREADABLE as error:
@@ -163,13 +164,3 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
         remedy = f"remove {path} to resume from an older checkpoint"
         raise UserError(f"{file} is damaged or from another run ({reason}); {remedy}") from error
     return {"step": state.step, "extra": state.extra}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Call `torch.load`. Raises `ValueError` where the archive is compressed: it could unpack to any size."""
-    with open_regular(path) as file:
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("a compressed archive, which vqgen does not write")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
