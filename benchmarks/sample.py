@@ -23,8 +23,8 @@ from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.cached_transformer import CachedTransformer
-from vqgen.sampling.generate import generate, image_uniforms
+from vqgen.sampling.decoding.cached_transformer import CachedTransformer
+from vqgen.sampling.decoding.generate import generate, image_uniforms
 from vqgen.sampling.settings import SamplingSettings
 
 

@@ -143,6 +143,11 @@ class Conditioning:
             part.of_values(values)  # raises for values that the model does not know
         return found
 
+    def record(self, conditions: Conditions) -> dict[str, Any]:
+        """What samples.json holds of the conditions besides the classes; parts that are omitted are not in it."""
+        layout = self.layout(conditions)
+        return {part.name: part.record(conditions[part.name]) for part in layout.parts if part.name != "class"}
+
     @staticmethod
     def cycle(conditions: Conditions) -> int:
         """Number of images after which the conditions of a series repeat."""

@@ -104,6 +104,11 @@ class Part(ABC):
         return f"{self.first} to {self.first + self.ids - 1} {self.name}"
 
     @property
+    def note(self) -> str:
+        """What the model card says of the part besides, if anything."""
+        return ""
+
+    @property
     def informative(self) -> bool:
         """Whether the part ever says anything; the class part of an unconditional prior does not."""
         return self.ids > 1

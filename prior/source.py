@@ -108,6 +108,13 @@ class Source(Part):
             digest.update(torch.as_tensor(value, dtype=torch.long).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def note(self) -> str:
+        return (
+            f"To fill in an image, put its own {self.length} codes in front of the prefix, {self.first} where one is "
+            "unknown, and generate as before; where a code is known, allow that one alone."
+        )
+
     def legend(self) -> str:
         return f"{self.first} an unknown code of the source"
 

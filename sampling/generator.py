@@ -1,37 +1,27 @@
 """A prior's model folder as one object that draws images: conditions to codes to pixels."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import lcm
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqgen.devices import find_device, precision_of
+from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
-from vqgen.prior.conditioning import Conditions
-from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
-from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
-from vqgen.tokenizer.model import Tokenizer
 
-from .cached_transformer import CachedTransformer
-from .generate import generate, image_uniforms
+from .drawing import Drawer, Samples
+from .filling import Filling, cells_of, fitted_masks, random_cells
 from .known import Known
-from .oversample import batches, selected_rows, with_candidates
 from .settings import SamplingSettings
-from .threads import on_threads
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
 """A class-conditional model of CIFAR-10 that comes with the package; its README.md says how it was made."""
-# Convolutions choose their algorithm by the shape of the batch: parts depend on the image size alone.
-PART_PIXELS = {"cpu": 2**13, "cuda": 2**18}
-PART_IMAGES = {"cpu": 1, "cuda": 4}
 Classes = Sequence[str | int] | str | int | None
 """Classes by name or index, given to the images in turn."""
 
@@ -45,39 +35,8 @@ def find_model(model: Path | None) -> Path:
     return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else SHIPPED
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Drawn images, row by row, on the CPU."""
-
-    indices: list[int]
-    labels: Tensor
-    """int64 (B,); -1 = no class."""
-    codes: Tensor
-    """int64 (B, h, w) or (B, h, w, depth)."""
-    nats: Tensor
-    """float64 (B,): NLL of the drawn codes under the prior alone, given their conditions and all earlier codes, among
-    the allowed ids, in the generator's precision."""
-    images: Tensor
-    """uint8 (B, C, H, W)."""
-
-
-class Generator:
-    """A prior and its tokenizer, ready to draw.
-
-    Image i depends on (seed, i, its conditions, settings) alone, on a CPU also at any number of threads. On CUDA that
-    holds at a given batch size: another one may round the logits differently in the last bits.
-    """
-
-    def __init__(self, prior: Prior, tokenizer: Tokenizer, device: torch.device, precision: str = "auto") -> None:
-        """Move both models to `device` and cast the prior's weights to `precision` (auto, fp32, bf16, fp16)."""
-        self.precision = precision_of(precision, device).replace("no", "fp32")
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        for parameter in prior.backbone.parameters():
-            # Not the buffers: rotary frequencies lose positions in 16 bits.
-            parameter.data = parameter.data.to(dtype)
-        self.prior, self.tokenizer, self.device = prior.eval().to(device), tokenizer.eval().to(device), device
-        self.conditioning, self.vocabulary = prior.conditioning, prior.vocabulary
-        self._decoder = CachedTransformer(prior.backbone, self.conditioning.length + self.vocabulary.length - 1)
+class Generator(Drawer):
+    """A prior and its tokenizer as one object that draws, completes and fills in images."""
 
     @classmethod
     def load(
@@ -92,11 +51,6 @@ class Generator:
             text = f"says codebook size, depth and grid {stated}, its tokenizer has {own}; restore the file"
             raise UserError(f"{folder / DESCRIPTION} {text}")
         return cls(prior, tokenizer, place, precision)
-
-    def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
-        """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
-        if settings.guided:
-            self.conditioning.check_absence(f"--guidance-scale: found {settings.guidance_scale:g}, but", conditions)
 
     def sample(
         self,
@@ -159,6 +113,91 @@ class Generator:
         indices = range(len(codes) if n is None else n)
         return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size, known=known)
 
+    def inpaint(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        n: int | None = None,
+        classes: Classes = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        conditions: Mapping[str, Any] | None = None,
+        pasted: bool = True,
+        **settings: Any,
+    ) -> Samples:
+        """Draw the pixels of a mask anew, given all that surrounds it. Raises `UsageError` for what does not fit.
+
+        Args:
+            images: uint8 (C, H, W) or (B, C, H, W), of any size: they are fitted as in training.
+            mask: bool (H, W) or (B, H, W), True where pixels are drawn.
+            n: how many fillings, the images in turn; by default one each.
+            classes: as in `sample`, but by default none.
+            conditions: as in `sample`, but by default none.
+            pasted: put the known pixels back; else all pixels are decoded from codes.
+        """
+        return self._filled(self.filling(images, mask, pasted), n, classes, seed, batch_size, conditions, settings)
+
+    def vary(
+        self,
+        images: Tensor,
+        share: float,
+        n: int | None = None,
+        classes: Classes = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        conditions: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Draw a random share of the codes of each image anew; otherwise as `inpaint`, with nothing pasted back."""
+        filling = self.variation(images, share, n, seed)
+        return self._filled(filling, n, classes, seed, batch_size, conditions, settings)
+
+    def filling(self, images: Tensor, mask: Tensor, pasted: bool = True) -> Filling:
+        """Images and the parts of them that are drawn, see `inpaint`."""
+        self._check_inpainting()
+        codes, size = self.encode(images), self.tokenizer.config.image_size
+        images = images[None] if images.ndim == 3 else images
+        if mask.dtype != torch.bool or mask.shape not in (images.shape[2:], (len(images), *images.shape[2:])):
+            wanted = f"bool {tuple(images.shape[2:])}, or one for each of {len(images)} images"
+            raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
+        if not mask.any():
+            raise UsageError("mask: no pixel is to be drawn; mark some of them True")
+        pixels = fitted_masks(mask.cpu().expand(len(images), *images.shape[2:]), size, self.tokenizer.config.fit)
+        cells = cells_of(pixels, self.tokenizer.factor)
+        originals = self.fitted(images) if pasted else None
+        return Filling(codes, cells, self.vocabulary, True, originals, pixels)
+
+    def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:
+        """Images and the random share of their codes that is drawn anew, one for each of `n` results."""
+        self._check_inpainting()
+        if not 0 < share <= 1:
+            raise UsageError(f"vary: found {share}, expected a share above 0, at most 1")
+        codes = self.encode(images)
+        indices = range(len(codes) if n is None else n)
+        rows = codes[[index % len(codes) for index in indices]]
+        return Filling(rows, random_cells(indices, self.tokenizer.grid, share, seed), self.vocabulary, True)
+
+    def _check_inpainting(self) -> None:
+        if self.conditioning.source is None:
+            text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
+            raise UsageError(f"{text}; train one with --inpainting 0.5, or keep upper rows (--keep-rows, complete)")
+
+    def _filled(
+        self,
+        filling: Filling,
+        n: int | None,
+        classes: Classes,
+        seed: int,
+        batch_size: int,
+        conditions: Mapping[str, Any] | None,
+        settings: Mapping[str, Any],
+    ) -> Samples:
+        """Draw the missing parts of a series of images."""
+        chosen = self._conditions(classes, {**(conditions or {}), **filling.conditions}, absent=True)
+        indices = range(len(filling) if n is None else n)
+        drawn = self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size, known=filling.known)
+        return dataclasses.replace(drawn, images=filling.finished(drawn.indices, drawn.images))
+
     def _conditions(
         self, classes: Classes, conditions: Mapping[str, Any] | None, absent: bool = False
     ) -> dict[str, list[Any]]:
@@ -184,125 +223,5 @@ class Generator:
         for name, values in chosen.items():
             if len(values) not in (1, len(tokens)):
                 raise UsageError(f"{name}: found {len(values)} values for {len(tokens)} images; give one an image")
-        prefixes = self.conditioning.prefixes(chosen, range(len(tokens)))
+        prefixes = self.conditioning.plain.prefixes(chosen, range(len(tokens)))
         return -self.nats(torch.cat([prefixes, tokens], 1))
-
-    @torch.inference_mode()
-    def nats(self, sequences: Tensor, batch_size: int = 64) -> Tensor:
-        """NLL of the codes of sequences, prefix first, among all ids: float64 (B,) on the CPU."""
-        found = [torch.zeros(0, dtype=torch.float64)]
-        for part in sequences.split(batch_size):
-            part = part.to(self.device)
-            logits = self.conditioning.of_codes(self.prior(part[:, :-1]))
-            found.append(token_nats(logits, self.conditioning.split(part)[1]).double().sum(1).cpu())
-        return torch.cat(found)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU."""
-        if not isinstance(images, Tensor):
-            raise UserError(f"images are of type {type(images).__name__}, expected a tensor; use torch.from_numpy")
-        images = images[None] if images.ndim == 3 else images
-        config, size = self.tokenizer.config, self.tokenizer.config.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != config.channels:
-            found = f"{images.dtype} {tuple(images.shape)}"
-            raise UserError(f"images: found {found}, expected uint8 (B, {config.channels}, H, W)")
-        if not len(images):
-            return self.tokenizer.encode(images.new_zeros(0, config.channels, *size)).cpu()
-
-        def encoded(part: Tensor) -> Tensor:
-            if part.shape[-2:] != torch.Size(size):
-                part = torch.stack([center_crop(fit(image, size, config.fit), size) for image in part])
-            return self.tokenizer.encode(part.to(self.device)).cpu()
-
-        return torch.cat(self._in_parts(encoded, images, size))
-
-    def draw(
-        self,
-        indices: Sequence[int],
-        conditions: Conditions | None = None,
-        settings: SamplingSettings | None = None,
-        seed: int = 0,
-        batch_size: int = 64,
-        on_token: Callable[[Tensor], object] | None = None,
-        known: Known | None = None,
-    ) -> Samples:
-        """Draw images of the endless series of a seed; an image does not depend on which others are drawn.
-
-        Args:
-            indices: which images, e.g. range(64).
-            conditions: part of the prefix -> values that the series goes through in turn, as {"class": [3, 5]}; -1
-                for none. By default every class.
-            settings: by default temperature 1 and nothing else.
-            batch_size: images drawn at once.
-            on_token: called with the tokens (b,) of each position as they are drawn, e.g. for a progress bar.
-            known: codes that are given, not drawn.
-        """
-        indices, settings = list(indices), settings or SamplingSettings()
-        chosen = self.conditioning.conditions(conditions)
-        codes, nats = self.draw_codes(indices, chosen, settings, seed, batch_size, on_token, known)
-        labels = [chosen["class"][index % len(chosen["class"])] for index in indices]
-        return Samples(indices, torch.tensor(labels, dtype=torch.long), codes, nats, self.decode(codes))
-
-    def draw_codes(
-        self,
-        indices: Sequence[int],
-        conditions: Conditions | None,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None = None,
-        known: Known | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The codes of `draw` (B, h, w[, depth]), and their NLL (B,), both on the CPU."""
-        conditions = self.conditioning.conditions(conditions)
-        self.check(settings, conditions)
-        if batch_size < 1:
-            raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
-        cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
-        length = self.vocabulary.length
-        allowed = [self.vocabulary.allowed(position) for position in range(length)]
-        drawn: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
-            candidates, groups = with_candidates(batch, cycle, settings.oversample)
-            found = []
-            for part in batches(candidates, cycle, 1, batch_size):
-                prefix, uniforms = self.conditioning.prefixes(conditions, part), image_uniforms(seed, part, length)
-                absent, given, leading = self.conditioning.without(prefix), None, 0
-                if known:
-                    given, leading = known.rows(part), known.leading
-                # On CUDA the last batch, too, is computed as a full one.
-                given_to = self._decoder, prefix, allowed, uniforms, settings, absent, given, leading
-                found.append(generate(*given_to, rows=batch_size, on_token=on_token))
-            tokens = torch.cat([part.tokens for part in found]).cpu()
-            nats = torch.cat([part.nats for part in found]).cpu()
-            chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
-            drawn |= {index: (tokens[chosen[index]], nats[chosen[index]]) for index in batch}
-        if not drawn:
-            return self.vocabulary.to_codes(torch.empty(0, length, dtype=torch.long)), torch.zeros(0).double()
-        codes = self.vocabulary.to_codes(torch.stack([drawn[index][0] for index in indices]))
-        return codes, torch.stack([drawn[index][1] for index in indices])
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w[, depth]) -> uint8 images (B, C, H, W) on the CPU; an image depends on its own codes alone."""
-        size = [side * self.tokenizer.factor for side in codes.shape[1:3]]
-        images = [torch.empty(0, self.tokenizer.config.channels, *size, dtype=torch.uint8)]
-
-        def decoded(part: Tensor) -> Tensor:
-            return to_uint8(self.tokenizer.decode(part.to(self.device))).cpu()
-
-        return torch.cat([*images, *self._in_parts(decoded, codes.cpu(), size)])
-
-    def _in_parts(self, function: Callable[[Tensor], Tensor], given: Tensor, size: Sequence[int]) -> list[Tensor]:
-        """Apply `function` to parts of `given`, one row an image of `size`: each part has the same number of rows, and
-        on a CPU is computed by one thread, so that an image does not depend on the others."""
-        count = max(PART_PIXELS[self.device.type] // (size[0] * size[1]), PART_IMAGES[self.device.type])
-
-        @torch.inference_mode()
-        def of(part: Tensor) -> Tensor:
-            fill = torch.arange(count).clamp(max=len(part) - 1)  # padding repeats the last image
-            return function(part[fill])[: len(part)]
-
-        parts = given.split(count) if len(given) else []
-        return on_threads(of, parts) if self.device.type == "cpu" else [of(part) for part in parts]

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import MOST_IMAGES, Images, Options, Seed, Size
+from vqgen.options import MOST_IMAGES, CountOrZero, Images, Options, Range, Seed, Size
 
 from .settings import SamplingSettings
 
@@ -47,6 +47,15 @@ class SampleConfig(Options):
     that of the i-th --class, or none without --class."""
     keep_rows: Size | None = None
     """Rows of codes that are kept of each --init-image, from the top; by default half of them."""
+    mask: list[Path] | None = None
+    """Images of the sizes of the --init-image, in turn: what is white is drawn anew, given all the rest. Needs a prior
+    that was trained with --inpainting, as do --box and --vary."""
+    box: list[CountOrZero] | None = None
+    """Rectangles that are drawn anew, in pixels of the --init-image: X Y WIDTH HEIGHT, one or several of them."""
+    vary: Annotated[float, Range(above=0, most=1)] | None = None
+    """Share of the codes of --init-image, at random, that is drawn anew."""
+    paste: bool = True
+    """Put the known pixels back around what --mask and --box draw, over a soft edge; otherwise all are decoded."""
     seed: Seed = 0
     """Image i depends on the seed, i, its class and the settings below, not on the other images."""
     batch_size: Size = 64
@@ -63,8 +72,14 @@ class SampleConfig(Options):
         super().__post_init__()
         if self.n is not None and self.num_per_class is not None:
             raise UsageError("--num-per-class: --n is given too; give one of them")
-        if self.keep_rows is not None and not self.init_image:
-            raise UsageError("--keep-rows: needs --init-image, the image to keep rows of")
+        ways = {"--keep-rows": self.keep_rows, "--mask or --box": self.mask or self.box, "--vary": self.vary}
+        given = [name for name, value in ways.items() if value]
+        if given and not self.init_image:
+            raise UsageError(f"{given[0]}: needs --init-image, the image of which a part is kept")
+        if len(given) > 1:
+            raise UsageError(f"{given[0]}: {given[1]} is given too; give one of them")
+        if self.box is not None and (len(self.box) % 4 or not self.box or 0 in self.box[2::4] + self.box[3::4]):
+            raise UsageError(f"--box: found {' '.join(map(str, self.box))}, expected X Y WIDTH HEIGHT, or several such")
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,11 +24,11 @@ from vqgen.prior.conditioning import Conditions
 from vqgen.prior.parts import ABSENT
 from vqgen.progress import progress
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
-from vqgen.tokenizer.data.sources import SUFFIXES
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
+from .filling import Filling
 from .generator import Generator, find_model
-from .known import Known
+from .init_images import chosen_filling
 from .output import GRID, Found, Names, begin, check_output, finish
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
@@ -37,41 +36,10 @@ from .sample import SampleConfig
 GRID_IMAGES = 100
 
 
-def read_image(path: Path, channels: int) -> Tensor:
-    """Read an image file as uint8 (channels, h, w). Raises `UserError`."""
-    try:
-        return decode(read_bytes(path), channels)
-    except (OSError, BrokenImage) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--init-image: {path} cannot be read ({reason}); name image files") from error
-
-
-def known_codes(config: SampleConfig, generator: Generator) -> Known | None:
-    """The codes that are kept of --init-image, or None without it. Raises `UserError`, `UsageError`."""
-    if not config.init_image:
-        return None
-    paths: list[Path] = []
-    for path in config.init_image:
-        inside = (
-            sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if os.path.isdir(path) else [path]
-        )
-        if not inside:
-            raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
-        paths += inside
-    rows = generator.tokenizer.grid[0]
-    kept = rows // 2 if config.keep_rows is None else config.keep_rows
-    if not 0 < kept < rows:
-        raise UsageError(f"--keep-rows: found {kept}, but an image has {rows} rows of codes; keep 1 to {rows - 1}")
-    channels = generator.tokenizer.config.channels
-    codes = torch.cat([generator.encode(read_image(path, channels)) for path in paths])
-    mask = torch.zeros(codes.shape[:3], dtype=torch.bool)
-    mask[:, :kept] = True
-    return Known(codes, mask, generator.vocabulary)
-
-
-def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, list[Any]]:
+def chosen_conditions(config: SampleConfig, generator: Generator, filling: Filling | None) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions have no condition."""
-    return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
+    given = {**config.conditions, **(filling.conditions if filling else {})}
+    return generator.conditioning.conditions(given, absent=bool(config.init_image))
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int, channels: int) -> None:
@@ -91,7 +59,7 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, classes:
 
 
 def describe(
-    config: SampleConfig, generator: Generator, names: Names, n: int, conditions: Conditions, known: Known | None
+    config: SampleConfig, generator: Generator, names: Names, n: int, conditions: Conditions, filling: Filling | None
 ) -> dict[str, Any]:
     """The description of a run: enough to draw every image again, together with the --init-image files."""
     about = {
@@ -108,13 +76,16 @@ def describe(
         "labels": list(names.labels),
         "class_names": names.class_names,
     }
-    if others := {name: list(values) for name, values in conditions.items() if name != "class"}:
+    if others := generator.conditioning.record(conditions):
         about["conditions"] = others
-    if known is not None:
-        tokens = known.tokens[known.tokens >= 0]
+    if filling:
+        tokens = filling.known.tokens[filling.known.tokens >= 0]
         about["init_images"] = [str(path) for path in config.init_image or []]
-        about["kept_codes"] = len(tokens) // len(known)
+        about["kept_codes"] = len(tokens) // len(filling)
         about["kept_fingerprint"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        if filling.sourced:
+            about["mask_fingerprint"] = filling.fingerprint
+            about["paste"] = filling.originals is not None
     if generator.device.type == "cuda":
         about["batch_size"] = config.batch_size  # there it may change the last bits
     return about
@@ -128,7 +99,8 @@ def write_samples(config: SampleConfig) -> PartialState:
         device = torch.device(state.device or device)
     # Every process checks everything before any of them writes, so that all stop together.
     generator = Generator.load(config.model, device, config.precision)
-    conditions = chosen_conditions(config, generator)
+    filling = chosen_filling(config, generator)
+    conditions = chosen_conditions(config, generator, filling)
     generator.check(config.sampling, conditions)
     classes = conditions["class"]
     if config.layout != "flat" and classes == [ABSENT]:
@@ -139,8 +111,7 @@ def write_samples(config: SampleConfig) -> PartialState:
         raise UsageError("--num-per-class: --class names a class twice; name each once")
     channels = generator.tokenizer.config.channels
     names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
-    known = known_codes(config, generator)
-    about = describe(config, generator, names, n, conditions, known)
+    about = describe(config, generator, names, n, conditions, filling)
     with locked_by_main(output):
         size = (generator.tokenizer.config.image_size[1], generator.tokenizer.config.image_size[0])
         found = on_main(lambda: check_output(output, names, about, config.overwrite, size))
@@ -154,7 +125,7 @@ def write_samples(config: SampleConfig) -> PartialState:
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
         on_main(lambda: _begin(output, about, found))
-        _draw(config, generator, names, about, conditions, known, state)
+        _draw(config, generator, names, about, conditions, filling, state)
     return state
 
 
@@ -171,7 +142,7 @@ def _draw(
     names: Names,
     about: dict[str, Any],
     conditions: Conditions,
-    known: Known | None,
+    filling: Filling | None,
     state: PartialState,
 ) -> None:
     """Draw the images that are missing in the folder, this process its share of them; write grid and list."""
@@ -180,15 +151,18 @@ def _draw(
     state.wait_for_everyone()  # no process draws before all have listed the missing images
 
     start = time.perf_counter()
-    cycle = math.lcm(generator.conditioning.cycle(conditions), len(known) if known else 1)
+    cycle = math.lcm(generator.conditioning.cycle(conditions), len(filling) if filling else 1)
     batch_size = min(config.batch_size, max(1, math.ceil(len(missing) / state.num_processes)))
     oversample = config.sampling.oversample
     own = batches(missing, cycle, oversample, batch_size)[state.process_index :: state.num_processes]
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
-        for index, image in zip(indices, generator.decode(codes), strict=True):
+        decoded = generator.decode(codes)
+        decoded = filling.finished(indices, decoded) if filling else decoded
+        for index, image in zip(indices, decoded, strict=True):
             write_png_atomic(output / names.file(index), image)
 
+    known = filling.known if filling else None
     length = generator.vocabulary.length - (known.leading if known else 0)
     total = sum(len(with_candidates(batch, cycle, oversample)[0]) for batch in own) * length
     written: Future[None] | None = None

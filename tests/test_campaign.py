@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 
-from benchmarks.campaign import kills, oracles, stock, zygote
+from benchmarks.campaign import kills, stock, zygote
 from benchmarks.campaign.mutations import (
     KINDS,
     REGISTRY,
@@ -295,10 +295,3 @@ def test_the_code_in_pickles_would_run(tmp_path):
         mark = tmp_path / f"mark-{state_dict}"
         pickle.loads(tensors.pickled_code(mark, state_dict))
         assert mark.exists()
-
-
-def test_oracles_do_not_wait_for_pipes(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    (tmp_path / "b.png").symlink_to("/dev/zero")
-    assert oracles._pixels(tmp_path / "a.png") is None and oracles._pixels(tmp_path / "b.png") is None
-    assert oracles.digests(tmp_path, ("*.png",)) == {}

@@ -16,13 +16,13 @@ from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling import generate
-from vqgen.sampling.cached_transformer import ROWS, Linear
-from vqgen.sampling.generate import Drawn, image_uniforms
+from vqgen.sampling.decoding import generate
+from vqgen.sampling.decoding.cached_transformer import ROWS, Linear
+from vqgen.sampling.decoding.generate import Drawn, image_uniforms
+from vqgen.sampling.decoding.threads import on_threads
 from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.sampling.known import Known
 from vqgen.sampling.settings import SamplingSettings
-from vqgen.sampling.threads import on_threads
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig

@@ -11,8 +11,8 @@ from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.cached_transformer import CachedTransformer, Linear
-from vqgen.sampling.generate import decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.decoding.cached_transformer import CachedTransformer, Linear
+from vqgen.sampling.decoding.generate import decode_n, generate, image_uniforms, prefill
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])

@@ -9,11 +9,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import NAMES, SIZE, make_prior, write_codes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import vqgen.sampling.sample as program
 from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
+from vqgen.prior.export.program import main as export
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.objective import objective
@@ -22,6 +26,8 @@ from vqgen.prior.parts import Classes
 from vqgen.prior.source import UNKNOWN, Source, masked, random_masks
 from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
+from vqgen.sampling.filling import cells_of, paste
+from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
@@ -31,6 +37,8 @@ from vqgen.tokenizer.codes.format import (
     shard_name,
     write_shard,
 )
+from vqgen.tokenizer.data.decoding import decode
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
 
 def sequences(folder: Path, share: float, depth: int = 1) -> Sequences:
@@ -190,3 +198,238 @@ def test_a_source_takes_positions_and_one_id() -> None:
     )
     assert with_source.backbone.config.max_position_embeddings == 13
     assert with_source.flops_per_token() == without.flops_per_token() + 2 * 16, "those of a plain sequence"
+
+
+def prior_with_source(folder: Path, backbone: str = "llama", depth: int = 1) -> Path:
+    """A random prior of 2x3 codes that takes a source, with its tokenizer; images 4x6."""
+    plain = Prior.load(make_prior(folder / "of", backbone, depth))
+    conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Source(0.5), Classes(3, NAMES)])
+    torch.manual_seed(1)
+    prior = Prior(plain.config, conditioning, plain.image_shape, plain.tokenizer_fingerprint)
+    with torch.no_grad():
+        prior.backbone.lm_head.weight.mul_(10)
+    prior.save(folder / "prior", folder / "of" / "tokenizer")
+    return folder / "prior"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_transformers_fills_in_what_we_fill_in(cli, tmp_path: Path, depth: int) -> None:
+    """By the model card: source, prefix, known codes forced."""
+    model = prior_with_source(tmp_path, depth=depth)
+    assert cli(export, "--model", model, "--output", tmp_path / "export").code == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    generator = Generator.load(model, "cpu", "fp32")
+    images = torch.randint(256, (2, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:2, :2] = True
+    ours = generator.inpaint(images, mask, classes="shoe", temperature=0)
+    filling, vocabulary = generator.filling(images, mask), generator.vocabulary
+    layout = generator.conditioning
+    prefix = layout.prefixes(layout.conditions({"class": "shoe", **filling.conditions}), [0, 1])
+    known = filling.known.tokens
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        position = len(ids) - layout.length
+        given = int(known[row % 2, position])
+        return [given] if given >= 0 else list(range(*vocabulary.allowed(position)))
+
+    tokens = theirs.generate(
+        prefix, do_sample=False, prefix_allowed_tokens_fn=allowed, max_new_tokens=vocabulary.length, pad_token_id=0
+    )
+    assert torch.equal(vocabulary.to_codes(tokens[:, layout.length :]), ours.codes)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "prefix of 1 tokens" in card and f"{layout.size - 1} where one is unknown" in card
+
+
+# Filling in
+
+
+def photos(count: int = 2, height: int = 4, width: int = 6, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_a_hole_of_pixels_is_a_hole_of_codes_and_their_neighbours() -> None:
+    pixels = torch.zeros(1, 16, 24, dtype=torch.bool)
+    pixels[0, 5, 13] = True
+    assert cells_of(pixels, 4, grow=0)[0].nonzero().tolist() == [[1, 3]]
+    grown = cells_of(pixels, 4)[0]
+    assert grown[0:3, 2:5].all() and grown.sum() == 9
+    pixels[0, 0, 0] = True
+    assert cells_of(pixels, 4)[0].sum() == 13 and cells_of(pixels, 4)[0, :2, :2].all()
+
+
+@given(st.integers(1, 4), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_known_pixels_are_pasted_back(factor: int, seed: int) -> None:
+    drawn, original = photos(2, 24, 24, seed), photos(2, 24, 24, seed + 1)
+    random = torch.Generator().manual_seed(seed)
+    top, left, height, width = torch.randint(2, 10, (4,), generator=random).tolist()
+    hole = torch.zeros(2, 24, 24, dtype=torch.bool)
+    hole[0, top : top + height, left : left + width] = True
+    found = paste(drawn, original, hole, factor)
+    inside = hole[0].expand(3, 24, 24)
+    assert torch.equal(found[0][inside], drawn[0][inside]) and torch.equal(found[1], original[1])
+    reach = torch.zeros(24, 24, dtype=torch.bool)
+    reach[max(top - factor, 0) : top + height + factor, max(left - factor, 0) : left + width + factor] = True
+    far = ~reach.expand(3, 24, 24)
+    assert torch.equal(found[0][far], original[0][far]), "beyond the soft edge all is as it was"
+
+
+def test_the_edge_is_soft() -> None:
+    drawn, original = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    hole = torch.zeros(1, 32, 32, dtype=torch.bool)
+    hole[0, :, 16:] = True
+    row = paste(drawn, original, hole, 4)[0, 0, 16].tolist()
+    assert row[16:] == [255] * 16 and row[:12] == [0] * 12 and row == sorted(row)
+    assert len({value for value in row if 0 < value < 255}) >= 2
+
+
+def test_fillings_are_a_series_like_any_other(tmp_path: Path) -> None:
+    generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
+    images, mask = photos(3), torch.zeros(4, 6, dtype=torch.bool)
+    mask[2:, 4:] = True
+    whole = generator.inpaint(images, mask, n=7, seed=5)
+    assert whole.images.shape == (7, 3, 4, 6) and whole.labels.tolist() == [-1] * 7
+    again = generator.inpaint(images, mask, n=7, seed=5, batch_size=2)
+    assert torch.equal(again.images, whole.images) and torch.equal(again.nats, whole.nats)
+    hidden = cells_of(mask[None], 2)[0]
+    assert hidden.tolist() == [[False, True, True], [False, True, True]]
+    kept = generator.encode(images)
+    for index in range(7):
+        assert torch.equal(whole.codes[index][~hidden], kept[index % 3][~hidden])
+    assert not torch.equal(whole.codes[0], whole.codes[3]), "another filling of the same image"
+    # The kept codes decide, those behind the hole too.
+    other = images.clone()
+    other[:, :, :, :2] = 255 - other[:, :, :, :2]
+    assert not torch.equal(generator.inpaint(other, mask, n=3, seed=5).codes[:, hidden], whole.codes[:3, hidden])
+    unpasted = generator.inpaint(images, mask, n=7, seed=5, pasted=False)
+    assert torch.equal(unpasted.codes, whole.codes)
+    assert torch.equal(unpasted.images[:, :, mask], whole.images[:, :, mask])
+    assert torch.equal(unpasted.images, generator.decode(whole.codes))
+    # Images of another size are fitted, and the mask with them.
+    large = generator.inpaint(photos(1, 8, 12), mask.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert large.images.shape == (1, 3, 4, 6)
+    guided = generator.inpaint(images, mask, classes=["bag"], guidance_scale=3.0)
+    assert guided.labels.tolist() == [2, 2, 2]
+
+
+def test_a_variation_draws_a_share_of_the_codes(tmp_path: Path) -> None:
+    generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
+    images = photos(2)
+    kept = generator.encode(images)
+    found = generator.vary(images, 0.5, n=40, seed=2)
+    changed = torch.stack([found.codes[index] != kept[index % 2] for index in range(40)]).flatten(1)
+    assert changed.sum(1).max() <= 3 and changed.float().mean() > 0.3
+    assert changed.any(0).all(), "every place varies in some"
+    assert torch.equal(generator.vary(images, 0.5, n=10, seed=2).codes, found.codes[:10])
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda g: g.inpaint(photos(), torch.zeros(4, 6)), "mask: found torch.float32"),
+        (lambda g: g.inpaint(photos(), torch.ones(6, 4, dtype=torch.bool)), r"mask: found torch.bool \(6, 4\)"),
+        (lambda g: g.inpaint(photos(), torch.zeros(4, 6, dtype=torch.bool)), "mask: no pixel"),
+        (lambda g: g.vary(photos(), 0.0), "vary: found 0.0"),
+        (lambda g: g.vary(photos(), 1.5), "vary: found 1.5"),
+    ],
+)
+def test_masks_and_shares_that_do_not_fit_are_named(tmp_path: Path, call, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        call(Generator.load(prior_with_source(tmp_path), "cpu", "fp32"))
+
+
+def test_a_prior_without_a_source_says_so(tmp_path: Path) -> None:
+    generator = Generator.load(make_prior(tmp_path / "plain"), "cpu", "fp32")
+    everything = torch.ones(4, 6, dtype=torch.bool)
+    for call in (lambda: generator.inpaint(photos(), everything), lambda: generator.vary(photos(), 0.5)):
+        with pytest.raises(UsageError, match="trained without --inpainting"):
+            call()
+
+
+# vqgen-sample
+
+
+@pytest.fixture(scope="module")
+def with_source(tmp_path_factory) -> Path:
+    return prior_with_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def sample(cli, with_source: Path, tmp_path: Path):
+    """Call vqgen-sample on photo.png, to `tmp_path/out`."""
+    write_png_atomic(tmp_path / "photo.png", photos(1)[0])
+    white = torch.zeros(1, 4, 6, dtype=torch.uint8)
+    white[:, 2:, 4:] = 255
+    write_png_atomic(tmp_path / "mask.png", white)
+    words = ["--model", with_source, "--output", tmp_path / "out", "--init-image", tmp_path / "photo.png"]
+    return lambda *more: cli(program.main, *words, "--device", "cpu", "--precision", "fp32", *more)
+
+
+def drawn_images(folder: Path) -> torch.Tensor:
+    paths = sorted(path for path in folder.glob("*.png") if path.name != "grid.png")
+    return torch.stack([decode(path.read_bytes(), 3) for path in paths])
+
+
+def test_the_program_draws_what_is_white(sample, with_source: Path, tmp_path: Path) -> None:
+    assert sample("--mask", tmp_path / "mask.png", "--n", 5, "--seed", 3).code == 0
+    found = drawn_images(tmp_path / "out")
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[2:, 4:] = True
+    ours = Generator.load(with_source, "cpu", "fp32").inpaint(photos(1), mask, n=5, seed=3)
+    assert torch.equal(found, ours.images)
+    about = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert about["paste"] is True and len(about["mask_fingerprint"]) == 64 and len(about["conditions"]["source"]) == 64
+    # It is continued, and completed where an image is missing; another mask is another run.
+    (tmp_path / "out" / "00003.png").unlink()
+    assert sample("--box", 4, 2, 2, 2, "--n", 6, "--seed", 3).code == 0, "the same pixels by a box"
+    assert torch.equal(drawn_images(tmp_path / "out")[:5], found)
+    for other in (["--box", 3, 2, 2, 2], ["--box", 4, 2, 2, 2, "--no-paste"], ["--vary", 0.5], ["--keep-rows", 1], []):
+        result = sample("--n", 6, "--seed", 3, *other)
+        assert result.code == 2 and "--overwrite" in result.err, other
+
+
+def test_the_program_varies_and_takes_several_boxes(sample, with_source: Path, tmp_path: Path) -> None:
+    assert sample("--vary", 0.5, "--n", 4, "--batch-size", 3).code == 0
+    ours = Generator.load(with_source, "cpu", "fp32").vary(photos(1), 0.5, n=4)
+    assert torch.equal(drawn_images(tmp_path / "out"), ours.images)
+    assert sample("--box", 0, 0, 1, 1, 5, 3, 1, 1, "--n", 2, "--overwrite").code == 0
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0, 0] = mask[3, 5] = True
+    ours = Generator.load(with_source, "cpu", "fp32").inpaint(photos(1), mask, n=2)
+    assert torch.equal(drawn_images(tmp_path / "out"), ours.images)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["--box", 0, 0, 7, 1], 2, "--box"),
+        (["--box", 0, 0, 1], 2, "--box"),
+        (["--box", 0, 0, 0, 1], 2, "--box"),
+        (["--box", 0, 0, 1, 1, "--keep-rows", 1], 2, "--keep-rows"),
+        (["--vary", 0.2, "--mask", "mask.png"], 2, "--vary"),
+        (["--vary", 1.2], 2, "--vary"),
+        (["--mask", "small.png"], 1, "small.png"),
+        (["--mask", "black.png"], 1, "black.png"),
+        (["--mask", "missing.png"], 1, "missing.png"),
+        (["--mask", "text.png"], 1, "text.png"),
+    ],
+)
+def test_what_does_not_fit_is_named(sample, tmp_path: Path, words: list, code: int, named: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_png_atomic(Path("small.png"), torch.full((1, 3, 6), 255, dtype=torch.uint8))
+    write_png_atomic(Path("black.png"), torch.zeros(1, 4, 6, dtype=torch.uint8))
+    Path("text.png").write_text("no image")
+    result = sample(*words)
+    assert result.code == code and named in result.err and result.err.count("\n") == 1, result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_needs_an_image_and_a_prior_that_fills_in(cli, sample, tmp_path: Path) -> None:
+    plain = make_prior(tmp_path / "plain")
+    words = ["--model", plain, "--output", tmp_path / "other", "--mask", tmp_path / "mask.png"]
+    result = cli(program.main, *words)
+    assert result.code == 2 and "--init-image" in result.err
+    result = cli(program.main, *words, "--init-image", tmp_path / "photo.png")
+    assert result.code == 2 and "--inpainting" in result.err and not (tmp_path / "other").exists()

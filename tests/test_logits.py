@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vqgen.errors import UsageError
-from vqgen.sampling.generate import decode_one
-from vqgen.sampling.logits import apply_temperature, choose, draw, guide, keep_min_p, keep_top_k, keep_top_p
+from vqgen.sampling.decoding.generate import decode_one
+from vqgen.sampling.decoding.logits import apply_temperature, choose, draw, guide, keep_min_p, keep_top_k, keep_top_p
 from vqgen.sampling.settings import SamplingSettings
 
 LARGEST_UNIFORM = 1 - 2.0**-53

@@ -676,7 +676,7 @@ def test_many_images_are_encoded_in_batches(model, monkeypatch):
     batches.clear()
     small = torch.randint(256, (20, 3, 5, 7), dtype=torch.uint8)  # to be fitted first
     with monkeypatch.context() as patch:
-        patch.setattr("vqgen.sampling.generator.PART_PIXELS", {"cpu": 24 * 6})
+        patch.setattr("vqgen.sampling.drawing.PART_PIXELS", {"cpu": 24 * 6})
         few = generator.log_likelihood(small)
     assert set(batches) == {6}
     torch.testing.assert_close(few, generator.log_likelihood(small))

@@ -86,14 +86,6 @@ def same_but_shards(run: Run) -> str:
     return "" if run.target.endswith(".safetensors") and (run.place.work / run.target).is_file() else same(run)
 
 
-def same_images(run: Run) -> str:
-    """As `same`; an image that was replaced by another one of its size is an image, as nothing says what it was."""
-    now, before = (_pixels(folder / run.target, upright=False) for folder in (run.place.work, run.stock))
-    if run.target.endswith(".png") and now is not None and before is not None and now.shape == before.shape:
-        return ""
-    return same(run)
-
-
 def _tree(path: Path) -> Any:
     try:
         text = path.read_bytes()
@@ -125,8 +117,6 @@ def _pixels(path: Path, upright: bool = True) -> np.ndarray | None:
     """Pixels of the first frame as Pillow reads them, upright as EXIF says; None where it cannot."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():
-        return None  # a FIFO would block
     try:
         with Image.open(path) as image:
             return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
@@ -182,21 +172,16 @@ def rows_of_table(run: Run) -> str:
     import pyarrow.parquet as pq
 
     folder = run.place.work / Path(run.target).parent
-    if not all((folder / f"{split}.parquet").is_file() for split in ("train", "validation")):
-        return ""
     try:
         tables = {split: pq.read_table(folder / f"{split}.parquet") for split in ("train", "validation")}
     except (pa.ArrowException, OSError):
         return ""
     if len(list(folder.glob("*.parquet"))) > 2 or any(t.schema.names != ["image", "label"] for t in tables.values()):
         return ""
-    (codes, labels), (held, _) = (_codes(run.output, split) for split in ("train", "heldout"))
-    broken = len(set(re.findall(r"skipped, broken: .*", run.ended.err)))
-    rows, found = sum(table.num_rows for table in tables.values()), len(codes) + len(held)
-    if found + broken < rows:
-        return f"{found} of {rows} rows, {broken} named as broken"
-    if "secret" in run.change.text and found == rows:
-        return "a file outside of the parquet's folder was read"
+    codes, labels = _codes(run.output, "train")
+    broken = len(set(re.findall(r"broken: (\S+ row \d+|\S+)", run.ended.err)))
+    if len(codes) + broken < tables["train"].num_rows:
+        return f"{len(codes)} of {tables['train'].num_rows} rows, {broken} named as broken"
     raw = tables["train"]["label"]
     if raw.null_count < len(raw) and len(set(map(str, raw.to_pylist()))) > 1 and (labels < 0).all():
         return f"labels of type {raw.type} were dropped without a word"
@@ -208,7 +193,7 @@ def finite(run: Run) -> str:
     from safetensors.numpy import load_file
 
     for path in sorted(run.output.rglob("*.safetensors")):
-        for name, values in load_file(path).items() if path.is_file() else ():
+        for name, values in load_file(path).items():
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 return f"{path.name}: {name} is not finite"
     return same_or_said(run) if not run.target.endswith((".safetensors", ".pt", ".ckpt")) else ""

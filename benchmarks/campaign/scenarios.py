@@ -14,7 +14,6 @@ from .oracles import (
     rows_of_table,
     same,
     same_but_shards,
-    same_images,
     same_or_said,
 )
 
@@ -160,10 +159,10 @@ def _samples() -> list[Scenario]:
     again, compare = _to(stock.SAMPLES_RUN, "samples"), _to(stock.RECONSTRUCT_RUN, "pictures", "--overwrite")
     samples, inputs = partial(Scenario, "samples"), ("prior", "samples")
     return [
-        samples(again, inputs, listed, PNG, same_images, 2),
-        samples([*again, "--overwrite"], inputs, listed, PNG, same_images, 2),
-        samples(_to(stock.SAMPLES_RUN, stopped), ("prior", stopped), partly, PNG, same_images, 2),
-        samples(compare, ("images", "tokenizer", "pictures"), pictures, PNG, same_images, 2),
+        samples(again, inputs, listed, PNG, same, 2),
+        samples([*again, "--overwrite"], inputs, listed, PNG, same, 2),
+        samples(_to(stock.SAMPLES_RUN, stopped), ("prior", stopped), partly, PNG, same, 2),
+        samples(compare, ("images", "tokenizer", "pictures"), pictures, PNG, same, 2),
         samples(
             _to(classified, "r.json"), ("samples", "classifier", "images"), (*listed, "classifier/*"), (".",), nothing
         ),

@@ -18,11 +18,12 @@ from .program import ExportConfig
 
 def card(prior: Prior, dtype: str) -> str:
     """Text of the model card, README.md."""
-    vocabulary, conditioning, depth = prior.vocabulary, prior.conditioning, prior.vocabulary.depth
+    vocabulary, conditioning, depth = prior.vocabulary, prior.conditioning.plain, prior.vocabulary.depth
     positions = vocabulary.to_grid(torch.arange(vocabulary.length)[None]).flatten().tolist()
     example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
     absent = conditioning.without(torch.tensor([example]))[0].tolist()
     channels, height, width = prior.image_shape
+    legends = [part.legend() for part in reversed(prior.conditioning.parts)]
     template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
     return template.format(
         version=__version__,
@@ -39,7 +40,7 @@ def card(prior: Prior, dtype: str) -> str:
         prefix=conditioning.length,
         parts=", ".join(f"{part.name}: {part.length}" for part in conditioning.parts),
         order=vocabulary.order,
-        ids=", ".join([f"0 to {vocabulary.size - 1} are codes", *(p.legend() for p in reversed(conditioning.parts))]),
+        ids=", ".join([f"0 to {vocabulary.size - 1} are codes", *legends]),
         ranges=f": of depth j those from j * {vocabulary.codebook_size}" if depth > 1 else "",
         guidance=(
             f"Classifier-free guidance: the prefix {absent} in place of, for example, {example} gives logits without "
@@ -49,6 +50,7 @@ def card(prior: Prior, dtype: str) -> str:
             if any(part.informative for part in conditioning.parts)
             else "It is unconditional."
         ),
+        notes="".join(f"\n{part.note}" for part in prior.conditioning.parts if part.note),
         example=example,
         reorder=f"[:, {positions}]" if vocabulary.order != "raster" else "",
         each=depth,

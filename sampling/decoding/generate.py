@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UserError
+from vqgen.sampling.settings import SamplingSettings
 
 from .cached_transformer import ROWS, CachedTransformer
 from .logits import choose, guide
-from .settings import SamplingSettings
 from .threads import on_threads
 
 Allowed = Sequence[tuple[int, int]]

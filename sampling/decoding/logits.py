@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .settings import SamplingSettings
+from vqgen.sampling.settings import SamplingSettings
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Cached decoding: token ids in, token ids out; no images."""

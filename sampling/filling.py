@@ -1,0 +1,117 @@
+"""Filling in: images of which a part is drawn anew, given the rest.
+
+A mask of pixels becomes a mask of codes: a code is drawn where it has a pixel in the mask, and so are its neighbours,
+as the encoder has seen into the hole. What is drawn is decoded with the kept codes, and the known pixels are pasted
+back over a soft edge.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from vqgen.prior.source import masked
+from vqgen.prior.vocabulary import Vocabulary
+from vqgen.seeding import step_seed
+from vqgen.tokenizer.data.pixels import center_crop, fit
+
+from .known import Known
+
+
+def fitted_masks(masks: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Masks bool (B, H, W) resized and cropped as images are in training: (B, height, width), True where any was."""
+    if masks.shape[-2:] == torch.Size(size):
+        return masks
+    found = [center_crop(fit(255 * mask[None].to(torch.uint8), size, mode), size)[0] > 0 for mask in masks]  # type: ignore[arg-type]
+    return torch.stack(found)
+
+
+def cells_of(masks: Tensor, factor: int, grow: int = 1) -> Tensor:
+    """Masks of pixels, bool (B, H, W) -> of codes (B, H/f, W/f): those with a pixel in the mask, grown by `grow`."""
+    cells = F.max_pool2d(masks.float()[:, None], factor)
+    for _ in range(grow):
+        cells = F.max_pool2d(cells, 3, stride=1, padding=1)
+    return cells[:, 0] > 0
+
+
+def random_cells(indices: Sequence[int], grid: Sequence[int], share: float, seed: int) -> Tensor:
+    """Masks of codes, bool (B, h, w), with this share of the cells, at least one; those of image i by (seed, i)."""
+    count = max(1, round(share * grid[0] * grid[1]))
+    masks = torch.zeros(len(indices), grid[0] * grid[1], dtype=torch.bool)
+    for mask, index in zip(masks, indices, strict=True):
+        chosen = torch.randperm(len(mask), generator=torch.Generator().manual_seed(step_seed(seed, index, 2)))[:count]
+        mask[chosen] = True
+    return masks.view(len(indices), *grid)
+
+
+def paste(drawn: Tensor, originals: Tensor, masks: Tensor, feather: int) -> Tensor:
+    """Put the known pixels of `originals` into `drawn`, both uint8 (B, C, H, W), outside of masks, bool (B, H, W).
+
+    The two blend within `feather` pixels outside of the mask; inside all is drawn.
+    """
+    hole = masks[:, None].float()
+    soft = (2 * gaussian_blur(hole, [4 * (feather // 2) + 1] * 2, [max(feather, 1) / 4] * 2)).clamp(0, 1)
+    share = torch.maximum(hole, soft)
+    return (share * drawn + (1 - share) * originals).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Images of which some codes are drawn anew; image i of a series goes by row i % m."""
+
+    codes: Tensor
+    """int64 (m, h, w[, depth])."""
+    cells: Tensor
+    """bool (m, h, w), True where codes are drawn."""
+    vocabulary: Vocabulary
+    sourced: bool
+    """Whether the prior is given all kept codes, not only those before the one it predicts."""
+    originals: Tensor | None = None
+    """uint8 (m, C, H, W), where known pixels are pasted back."""
+    pixels: Tensor | None = None
+    """bool (m, H, W), True where pixels are drawn."""
+
+    def __len__(self) -> int:
+        """Number of rows m."""
+        return len(self.codes)
+
+    @cached_property
+    def known(self) -> Known:
+        """The codes that are kept."""
+        return Known(self.codes, ~self.cells, self.vocabulary)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Filling"]) -> "Filling":
+        """Several fillings of the same kind as one."""
+        first = parts[0]
+
+        def all_of(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        return dataclasses.replace(first, **{name: all_of(name) for name in ("codes", "cells", "originals", "pixels")})
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what is drawn."""
+        masks = [self.cells] if self.pixels is None else [self.cells, self.pixels]
+        return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks)).hexdigest()
+
+    @property
+    def conditions(self) -> dict[str, list[Tensor]]:
+        """The source of every image, where the prior takes one."""
+        return {"source": list(masked(self.codes, self.cells))} if self.sourced else {}
+
+    def finished(self, indices: Sequence[int], images: Tensor) -> Tensor:
+        """Decoded images uint8 (B, C, H, W) of a series, with their known pixels where these are pasted back."""
+        if self.originals is None or self.pixels is None:
+            return images
+        rows = [index % len(self) for index in indices]
+        feather = images.shape[-1] // self.codes.shape[2]
+        return paste(images, self.originals[rows], self.pixels[rows], feather)

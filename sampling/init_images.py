@@ -1,0 +1,81 @@
+"""What vqgen-sample keeps of images that it is given: --init-image with --keep-rows, --mask, --box or --vary."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError, UserError
+from vqgen.files import read_bytes
+from vqgen.tokenizer.data.decoding import BrokenImage, decode
+from vqgen.tokenizer.data.sources import SUFFIXES
+
+from .filling import Filling
+from .generator import Generator
+from .sample import SampleConfig
+
+
+def read_image(path: Path, channels: int, option: str = "--init-image") -> Tensor:
+    """Read an image file as uint8 (channels, h, w). Raises `UserError`."""
+    try:
+        return decode(read_bytes(path), channels)
+    except (OSError, BrokenImage) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{option}: {path} cannot be read ({reason}); name image files") from error
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """Image files as given, and those in folders that are given. Raises `UserError`."""
+    found: list[Path] = []
+    for path in paths:
+        folder = os.path.isdir(path)
+        inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder else [path]
+        if not inside:
+            raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
+        found += inside
+    return found
+
+
+def pixel_mask(config: SampleConfig, index: int, path: Path, image: Tensor) -> Tensor:
+    """The pixels of an image (C, H, W) that are drawn, bool (H, W), by --mask and --box. Raises `UserError`."""
+    height, width = image.shape[1:]
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    if config.mask:
+        file = config.mask[index % len(config.mask)]
+        white = read_image(file, 1, "--mask")[0] > 127
+        if white.shape != mask.shape:
+            found = f"{file} is {white.shape[1]}x{white.shape[0]} pixels, {path} is {width}x{height}"
+            raise UserError(f"--mask: {found}; give a mask of the same size")
+        mask |= white
+    box = config.box or []
+    for left, top, across, down in (box[first : first + 4] for first in range(0, len(box), 4)):
+        if left + across > width or top + down > height:
+            found = f"{left} {top} {across} {down} ends outside of {path}, which is {width}x{height} pixels"
+            raise UsageError(f"--box: {found}")
+        mask[top : top + down, left : left + across] = True
+    if not mask.any():
+        raise UserError(f"--mask: {config.mask[index % len(config.mask)] if config.mask else ''} has no white pixel")
+    return mask
+
+
+def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None:
+    """What is drawn anew of --init-image, or None without it. Raises `UserError`, `UsageError`."""
+    if not config.init_image:
+        return None
+    paths, channels = image_files(config.init_image), generator.tokenizer.config.channels
+    images = [read_image(path, channels) for path in paths]
+    if config.vary is not None:
+        fitted = torch.cat([generator.fitted(image[None]) for image in images])
+        return generator.variation(fitted, config.vary, config.count(1), config.seed)
+    if config.mask or config.box:
+        masks = [pixel_mask(config, index, *pair) for index, pair in enumerate(zip(paths, images))]
+        return Filling.joined([generator.filling(*pair, config.paste) for pair in zip(images, masks)])
+    rows = generator.tokenizer.grid[0]
+    kept = rows // 2 if config.keep_rows is None else config.keep_rows
+    if not 0 < kept < rows:
+        raise UsageError(f"--keep-rows: found {kept}, but an image has {rows} rows of codes; keep 1 to {rows - 1}")
+    codes = torch.cat([generator.encode(image) for image in images])
+    cells = torch.zeros(codes.shape[:3], dtype=torch.bool)
+    cells[:, kept:] = True
+    return Filling(codes, cells, generator.vocabulary, sourced=False)
