@@ -90,6 +90,16 @@ class Conditioning:
         """The id of no class, which is also the start and padding token of the backbone."""
         return self.classes.absent[0]
 
+    def common_ids(self, other: "Conditioning") -> list[tuple[slice, slice]]:
+        """The token ids that two priors of the same codes share: own and the other's, codes and parts of equal size."""
+        shared = [(slice(self.vocabulary.size), slice(self.vocabulary.size))]
+        theirs = {part.name: part for part in other.parts}
+        for part in self.parts:
+            if part.name in theirs and theirs[part.name].ids == part.ids:
+                first = theirs[part.name].first
+                shared.append((slice(part.first, part.first + part.ids), slice(first, first + part.ids)))
+        return shared
+
     # Sequences (B, length + codes) = prefix, then code tokens.
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,27 @@ class Prior(nn.Module):
         """Token ids int64 (B, T) -> logits (B, T, conditioning.size); position t sees tokens 0..t."""
         return self.backbone(input_ids=tokens, use_cache=False).logits
 
+    def start_from(self, folder: Path) -> None:
+        """Copy the weights of another prior; token ids that it lacks keep their own. Raises `UserError`."""
+        other = Prior.load(folder)
+        if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
+            theirs, ours = other.tokenizer_fingerprint[:12], self.tokenizer_fingerprint[:12]
+            raise UserError(f"--init: {folder} is of tokenizer {theirs}, the codes are of {ours}; use its codes")
+        own, given = self.backbone.state_dict(), other.backbone.state_dict()
+        for name in sorted({*own, *given}):
+            if name not in own or name not in given or own[name].shape[1:] != given[name].shape[1:]:
+                found, wanted = (tuple(of[name].shape) if name in of else "no such tensor" for of in (given, own))
+                raise UserError(f"--init: {folder} has {name} as {found}, this run has {wanted}; use its sizes")
+        for name, value in given.items():
+            if own[name].shape == value.shape:
+                own[name].copy_(value)
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
+                for ours, theirs in self.conditioning.common_ids(other.conditioning):
+                    own[name][ours] = value[theirs]
+            else:  # learned positions
+                count = min(len(own[name]), len(value))
+                own[name][:count] = value[:count]
+
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: activations within a layer are computed again in the backward pass."""
         old = self.backbone.gradient_checkpointing_enable  # its name before transformers 5.21

@@ -16,6 +16,8 @@ from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic
+from vqgen.training.checkpoint import checkpoints
+from vqgen.training.folder import CHECKPOINTS
 from vqgen.training.fsdp import full_tensors, reshard, shard, units
 from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
@@ -71,6 +73,8 @@ class PriorTrainer:
         torch.manual_seed(config.run.seed)
         image_shape = (train.channels, *train.image_size)
         prior = Prior(config.model, self.conditioning, image_shape, train.tokenizer_fingerprint).to(run.device)
+        if config.init and (run.overwrite or not checkpoints(run.folder / CHECKPOINTS)):
+            prior.start_from(config.init)
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
         if run.device.type == "cpu" and self.vocabulary.length <= 256:

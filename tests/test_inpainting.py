@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.export.program import main as export
@@ -163,7 +163,7 @@ def test_a_prior_learns_to_use_what_comes_after_a_hole(cli, tmp_path: Path, back
         torch.testing.assert_close(other(tokens).logits, prior(tokens))
 
 
-def write_uniform(folder: Path, mark: str, tokenizer: Path) -> None:
+def write_uniform(folder: Path, mark: str, tokenizer: Path, names: list[str] | None = None) -> None:
     """Code files of 240 training and 60 held-out images, each of one code alone."""
     splits = {}
     for number, (split, count) in enumerate({"train": 240, "heldout": 60}.items()):
@@ -171,7 +171,7 @@ def write_uniform(folder: Path, mark: str, tokenizer: Path) -> None:
         write_shard(folder / shard_name(number), codes, np.full(count, -1), SIZE)
         entry = ShardEntry(shard_name(number), count, checksum(folder / shard_name(number)))
         splits[split] = SplitEntry(1, count, [entry])
-    Manifest(SIZE, [2, 3], 1, [4, 6], 3, None, mark, "d" * 64, "fp32", "0", splits).write(folder)
+    Manifest(SIZE, [2, 3], 1, [4, 6], 3, names, mark, "d" * 64, "fp32", "0", splits).write(folder)
     shutil.copytree(tokenizer, folder / "tokenizer")
 
 
@@ -433,3 +433,40 @@ def test_a_mask_needs_an_image_and_a_prior_that_fills_in(cli, sample, tmp_path: 
     assert result.code == 2 and "--init-image" in result.err
     result = cli(program.main, *words, "--init-image", tmp_path / "photo.png")
     assert result.code == 2 and "--inpainting" in result.err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_a_plain_prior_is_trained_further(cli, tmp_path: Path, backbone: str) -> None:
+    """--init: at the start the plain NLL is that of the prior given, and new token ids have their own weights."""
+    model, folder = make_prior(tmp_path / "of", backbone), tmp_path / "codes"
+    folder.mkdir()
+    write_uniform(folder, str(Prior.load(model).tokenizer_fingerprint), model / "tokenizer", NAMES)
+    other = Prior.load(model)
+    conditioning = Conditioning(other.vocabulary, [Source(0.5), Classes(3, NAMES)])
+    larger = Prior(other.config, conditioning, other.image_shape, other.tokenizer_fingerprint).eval()
+    fresh = {name: value.clone() for name, value in larger.backbone.state_dict().items()}
+    larger.start_from(model)
+    tokens = torch.cat([torch.tensor([[SIZE], [SIZE + 3]]), torch.randint(SIZE, (2, 6))], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(larger(tokens)[..., :-1], other(tokens))
+    name = "transformer.wte.weight" if backbone == "gpt2" else "model.embed_tokens.weight"
+    assert torch.equal(larger.backbone.state_dict()[name][-1], fresh[name][-1])
+    words = ["--codes", folder, "--output", tmp_path / "run", "--init", model, "--inpainting", 0.5, "--steps", 4]
+    words += ["--backbone", backbone, "--dim", 16, "--layers", 2, "--heads", 2, "--batch-size", 4, "--lr", 0]
+    result = cli(main, *words, "--validate-every", 2, "--preview-images", 0)
+    assert result.code == 0, result.err
+    trained = Prior.load(tmp_path / "run")
+    with torch.no_grad():
+        torch.testing.assert_close(trained(tokens)[..., :-1], other(tokens), rtol=1e-4, atol=1e-4)
+    # It is finished without the other prior; other sizes and another tokenizer are refused.
+    for wrong, named in ((["--dim", 32], "--init"), (["--layers", 1], "--init"), (["--layers", 3], "--init")):
+        result = cli(main, *words, "--output", tmp_path / "wrong", *wrong)
+        assert result.code == 1 and named in result.err and not (tmp_path / "wrong" / "checkpoints").exists()
+
+
+def test_a_prior_of_another_tokenizer_is_no_start(tmp_path: Path) -> None:
+    model = make_prior(tmp_path / "of")
+    plain = Prior.load(model)
+    other = Prior(plain.config, Conditioning(plain.vocabulary, [Classes(3, NAMES)]), plain.image_shape, "0" * 64)
+    with pytest.raises(UserError, match=r"--init: .* is of tokenizer"):
+        other.start_from(model)
