@@ -163,10 +163,17 @@ class Conditioning:
         """Number of images after which the conditions of a series repeat."""
         return math.lcm(*(len(values) for values in conditions.values()))
 
-    def prefixes(self, conditions: Conditions, indices: Sequence[int]) -> Tensor:
-        """Prefixes (B, length) of images of a series; `conditions` has every part."""
-        each = ((part, conditions[part.name]) for part in self.parts)
-        return torch.cat([part.of_values([values[i % len(values)] for i in indices]) for part, values in each], 1)
+    def prefixes(
+        self, conditions: Conditions, indices: Sequence[int], given: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Prefixes (B, length) of images of a series; `conditions` has every part but those with ids that are `given`,
+        (B, length of the part)."""
+        ids = dict(given or {})
+        for part in self.parts:
+            if part.name not in ids:
+                values = conditions[part.name]
+                ids[part.name] = part.of_values([values[i % len(values)] for i in indices])
+        return torch.cat([ids[part.name] for part in self.parts], 1)
 
     def check_absence(self, option: str, conditions: Conditions | None = None) -> None:
         """Raise `UsageError`, beginning with `option`, where absent conditions change nothing or were not learned."""

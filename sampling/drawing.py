@@ -9,14 +9,14 @@ from torch import Tensor
 
 from vqgen.devices import precision_of
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.conditioning import Conditions
+from vqgen.prior.conditioning import Conditioning, Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 
 from .decoding.cached_transformer import CachedTransformer
-from .decoding.generate import generate, image_uniforms
+from .decoding.generate import Drawn, generate, image_uniforms
 from .decoding.threads import on_threads
 from .known import Known
 from .oversample import batches, selected_rows, with_candidates
@@ -146,19 +146,14 @@ class Drawer:
             raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
         cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)
-        allowed = [self.vocabulary.allowed(position) for position in range(length)]
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
             candidates, groups = with_candidates(batch, cycle, settings.oversample)
             found = []
             for part in batches(candidates, cycle, 1, batch_size):
                 prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(seed, part, length)
-                absent, given, leading = layout.without(prefix), None, 0
-                if known:
-                    given, leading = known.rows(part), known.leading
-                # On CUDA the last batch, too, is computed as a full one.
-                given_to = self._decoder, prefix, allowed, uniforms, settings, absent, given, leading
-                found.append(generate(*given_to, rows=batch_size, on_token=on_token))
+                given, leading = (known.rows(part), known.leading) if known else (None, 0)
+                found.append(self.tokens(layout, prefix, uniforms, settings, given, leading, batch_size, on_token))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
             chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
@@ -167,6 +162,22 @@ class Drawer:
             return self.vocabulary.to_codes(torch.empty(0, length, dtype=torch.long)), torch.zeros(0).double()
         codes = self.vocabulary.to_codes(torch.stack([drawn[index][0] for index in indices]))
         return codes, torch.stack([drawn[index][1] for index in indices])
+
+    def tokens(
+        self,
+        layout: Conditioning,
+        prefix: Tensor,
+        uniforms: Tensor,
+        settings: SamplingSettings,
+        known: Tensor | None,
+        leading: int,
+        batch_size: int,
+        on_token: Callable[[Tensor], object] | None,
+    ) -> Drawn:
+        """Draw the codes of a batch after prefixes of one layout; see `generate`."""
+        allowed = [self.vocabulary.allowed(position) for position in range(self.vocabulary.length)]
+        given = self._decoder, prefix, allowed, uniforms, settings, layout.without(prefix), known, leading
+        return generate(*given, rows=batch_size, on_token=on_token)  # on CUDA the last batch is computed as a full one
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w[, depth]) -> uint8 images (B, C, H, W) on the CPU; an image depends on its own codes alone."""

@@ -71,11 +71,17 @@ class Filling:
     """bool (m, h, w), True where codes are drawn."""
     vocabulary: Vocabulary
     sourced: bool
-    """Whether the prior is given all kept codes, not only those before the one it predicts."""
+    """Whether the prior is given all kept codes, not only those before the one it predicts; larger grids than its own
+    are drawn in windows, which decide by themselves."""
     originals: Tensor | None = None
     """uint8 (m, C, H, W), where known pixels are pasted back."""
     pixels: Tensor | None = None
     """bool (m, H, W), True where pixels are drawn."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        return self.cells.shape[1], self.cells.shape[2]
 
     def __len__(self) -> int:
         """Number of rows m."""
@@ -102,6 +108,13 @@ class Filling:
         """sha256 of what is drawn."""
         masks = [self.cells] if self.pixels is None else [self.cells, self.pixels]
         return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks)).hexdigest()
+
+    @property
+    def kept(self) -> Tensor:
+        """The codes that are kept of all rows, one after another; on the prior's grid as tokens, in drawing order."""
+        if self.grid == self.vocabulary.grid:
+            return self.known.tokens[self.known.tokens >= 0]
+        return self.codes[~self.cells].flatten()
 
     @property
     def conditions(self) -> dict[str, list[Tensor]]:

@@ -1,23 +1,25 @@
 """A prior's model folder as one object that draws images: conditions to codes to pixels."""
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
+from vqgen.prior.conditioning import Conditions
 from vqgen.prior.model import Prior
 
 from .drawing import Drawer, Samples
 from .filling import Filling, cells_of, fitted_masks, random_cells
 from .known import Known
 from .settings import SamplingSettings
+from .windows import Painter
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
@@ -59,6 +61,7 @@ class Generator(Drawer):
         seed: int = 0,
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
+        size: Sequence[int] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images 0..n-1 of the endless series of this seed. Raises `UsageError` for what does not fit.
@@ -66,10 +69,13 @@ class Generator(Drawer):
         Args:
             classes: names or indices, given to the images in turn; by default every class.
             conditions: values by name of the part, given to the images in turn, as {"class": "cat"}.
+            size: height and width in pixels; larger than in training they are drawn in windows.
             settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
         """
         if n < 0:
             raise UsageError(f"--n: found {n}, expected at least 0")
+        if size is not None:
+            return self._filled(self.canvas(size), n, classes, seed, batch_size, conditions, settings, absent=False)
         chosen = self._conditions(classes, conditions)
         return self.draw(range(n), chosen, SamplingSettings(**settings), seed, batch_size)
 
@@ -152,6 +158,58 @@ class Generator(Drawer):
         filling = self.variation(images, share, n, seed)
         return self._filled(filling, n, classes, seed, batch_size, conditions, settings)
 
+    def extend(
+        self,
+        images: Tensor,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        n: int | None = None,
+        classes: Classes = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        conditions: Mapping[str, Any] | None = None,
+        pasted: bool = True,
+        **settings: Any,
+    ) -> Samples:
+        """Draw pixels around images, this many on each side; otherwise as `inpaint`."""
+        filling = self.extension(images, (left, top, right, bottom), pasted)
+        return self._filled(filling, n, classes, seed, batch_size, conditions, settings)
+
+    def canvas(self, size: Sequence[int]) -> Filling:
+        """An empty image of `size`, height and width in pixels."""
+        grid = self._grid(size, "--size")
+        cells = torch.ones(1, *grid, dtype=torch.bool)
+        shape = (1, *grid, *self.vocabulary.shape[2:])
+        return Filling(torch.zeros(shape, dtype=torch.long), cells, self.vocabulary, False)
+
+    def _grid(self, size: Sequence[int], option: str) -> tuple[int, int]:
+        """The grid of codes of images of a size in pixels. Raises `UsageError`."""
+        factor, (least_h, least_w) = self.tokenizer.factor, self.tokenizer.config.image_size
+        if len(size) != 2 or size[0] < least_h or size[1] < least_w or size[0] % factor or size[1] % factor:
+            wanted = f"a height and width of at least {least_h} and {least_w}, multiples of {factor}"
+            raise UsageError(f"{option}: found {' '.join(map(str, size))}, expected {wanted}")
+        return size[0] // factor, size[1] // factor
+
+    def extension(self, images: Tensor, margins: Sequence[int], pasted: bool = True) -> Filling:
+        """Images with margins that are drawn, see `extend`; `margins` are those left, top, right and bottom."""
+        self._check_inpainting()
+        factor, fitted = self.tokenizer.factor, self.fitted(images[None] if images.ndim == 3 else images)
+        if len(margins) != 4 or min(margins) < 0 or any(margin % factor for margin in margins) or not any(margins):
+            found = " ".join(map(str, margins))
+            raise UsageError(f"--extend: found {found}, expected LEFT TOP RIGHT BOTTOM, multiples of {factor} pixels")
+        left, top, right, bottom = margins
+        originals = F.pad(fitted, (left, right, top, bottom))
+        pixels = torch.ones(len(fitted), *originals.shape[2:], dtype=torch.bool)
+        height, width = fitted.shape[2:]
+        pixels[:, top : top + height, left : left + width] = False
+        cells = cells_of(pixels, factor)
+        codes = torch.zeros(*cells.shape, *self.vocabulary.shape[2:], dtype=torch.long)
+        inside = slice(top // factor, (top + height) // factor), slice(left // factor, (left + width) // factor)
+        codes[:, inside[0], inside[1]] = self.encode(fitted)
+        return Filling(codes, cells, self.vocabulary, True, originals if pasted else None, pixels)
+
     def filling(self, images: Tensor, mask: Tensor, pasted: bool = True) -> Filling:
         """Images and the parts of them that are drawn, see `inpaint`."""
         self._check_inpainting()
@@ -191,12 +249,38 @@ class Generator(Drawer):
         batch_size: int,
         conditions: Mapping[str, Any] | None,
         settings: Mapping[str, Any],
+        absent: bool = True,
     ) -> Samples:
         """Draw the missing parts of a series of images."""
-        chosen = self._conditions(classes, {**(conditions or {}), **filling.conditions}, absent=True)
-        indices = range(len(filling) if n is None else n)
-        drawn = self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size, known=filling.known)
-        return dataclasses.replace(drawn, images=filling.finished(drawn.indices, drawn.images))
+        chosen = self._conditions(classes, conditions, absent)
+        indices = list(range(len(filling) if n is None else n))
+        codes, nats = self.draw_filling(filling, indices, chosen, SamplingSettings(**settings), seed, batch_size)
+        labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
+        return Samples(indices, labels, codes, nats, filling.finished(indices, self.decode(codes)))
+
+    def draw_filling(
+        self,
+        filling: Filling,
+        indices: Sequence[int],
+        conditions: Conditions,
+        settings: SamplingSettings,
+        seed: int,
+        batch_size: int,
+        on_token: Callable[[Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
+        if filling.grid == self.vocabulary.grid:
+            given = {**conditions, **filling.conditions}
+            return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)
+        conditions = self.conditioning.conditions(conditions)
+        self.check(settings, conditions)
+        return Painter(self, filling).draw(indices, conditions, settings, seed, batch_size, on_token)
+
+    def tokens_of(self, filling: Filling) -> int:
+        """Codes that are drawn or fed one by one for each image of a filling."""
+        if filling.grid == self.vocabulary.grid:
+            return self.vocabulary.length - filling.known.leading
+        return Painter(self, filling).tokens
 
     def _conditions(
         self, classes: Classes, conditions: Mapping[str, Any] | None, absent: bool = False

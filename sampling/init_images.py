@@ -1,4 +1,4 @@
-"""What vqgen-sample keeps of images that it is given: --init-image with --keep-rows, --mask, --box or --vary."""
+"""What vqgen-sample draws of --init-image (--keep-rows, --mask, --box, --vary, --extend), or of an empty --size."""
 
 import os
 from pathlib import Path
@@ -60,9 +60,12 @@ def pixel_mask(config: SampleConfig, index: int, path: Path, image: Tensor) -> T
 
 
 def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None:
-    """What is drawn anew of --init-image, or None without it. Raises `UserError`, `UsageError`."""
+    """What is drawn anew of --init-image, or around it, or a --size of its own; None for plain drawing.
+
+    Raises `UserError`, `UsageError`.
+    """
     if not config.init_image:
-        return None
+        return generator.canvas(config.size) if config.size else None
     paths, channels = image_files(config.init_image), generator.tokenizer.config.channels
     images = [read_image(path, channels) for path in paths]
     if config.vary is not None:
@@ -71,6 +74,8 @@ def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None
     if config.mask or config.box:
         masks = [pixel_mask(config, index, *pair) for index, pair in enumerate(zip(paths, images))]
         return Filling.joined([generator.filling(*pair, config.paste) for pair in zip(images, masks)])
+    if config.extend:
+        return Filling.joined([generator.extension(image, config.extend, config.paste) for image in images])
     rows = generator.tokenizer.grid[0]
     kept = rows // 2 if config.keep_rows is None else config.keep_rows
     if not 0 < kept < rows:

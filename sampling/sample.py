@@ -54,6 +54,10 @@ class SampleConfig(Options):
     """Rectangles that are drawn anew, in pixels of the --init-image: X Y WIDTH HEIGHT, one or several of them."""
     vary: Annotated[float, Range(above=0, most=1)] | None = None
     """Share of the codes of --init-image, at random, that is drawn anew."""
+    extend: list[CountOrZero] | None = None
+    """Pixels that are drawn around the --init-image: LEFT TOP RIGHT BOTTOM. Needs a prior with --inpainting."""
+    size: list[Size] | None = None
+    """Height and width of the images, when larger than those of training: they are drawn in overlapping windows."""
     paste: bool = True
     """Put the known pixels back around what --mask and --box draw, over a soft edge; otherwise all are decoded."""
     seed: Seed = 0
@@ -72,12 +76,19 @@ class SampleConfig(Options):
         super().__post_init__()
         if self.n is not None and self.num_per_class is not None:
             raise UsageError("--num-per-class: --n is given too; give one of them")
-        ways = {"--keep-rows": self.keep_rows, "--mask or --box": self.mask or self.box, "--vary": self.vary}
+        ways = {
+            "--keep-rows": self.keep_rows,
+            "--mask or --box": self.mask or self.box,
+            "--vary": self.vary,
+            "--extend": self.extend,
+        }
         given = [name for name, value in ways.items() if value]
         if given and not self.init_image:
             raise UsageError(f"{given[0]}: needs --init-image, the image of which a part is kept")
         if len(given) > 1:
             raise UsageError(f"{given[0]}: {given[1]} is given too; give one of them")
+        if self.size and self.init_image:
+            raise UsageError("--size: with --init-image the size is that of training; --extend makes images larger")
         if self.box is not None and (len(self.box) % 4 or not self.box or 0 in self.box[2::4] + self.box[3::4]):
             raise UsageError(f"--box: found {' '.join(map(str, self.box))}, expected X Y WIDTH HEIGHT, or several such")
 

@@ -36,10 +36,9 @@ from .sample import SampleConfig
 GRID_IMAGES = 100
 
 
-def chosen_conditions(config: SampleConfig, generator: Generator, filling: Filling | None) -> dict[str, list[Any]]:
+def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions have no condition."""
-    given = {**config.conditions, **(filling.conditions if filling else {})}
-    return generator.conditioning.conditions(given, absent=bool(config.init_image))
+    return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int, channels: int) -> None:
@@ -79,10 +78,12 @@ def describe(
     if others := generator.conditioning.record(conditions):
         about["conditions"] = others
     if filling:
-        tokens = filling.known.tokens[filling.known.tokens >= 0]
+        kept = filling.kept
         about["init_images"] = [str(path) for path in config.init_image or []]
-        about["kept_codes"] = len(tokens) // len(filling)
-        about["kept_fingerprint"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        about["kept_codes"] = len(kept) // len(filling)
+        about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
+        if filling.grid != generator.vocabulary.grid:
+            about["code_grid"] = list(filling.grid)
         if filling.sourced:
             about["mask_fingerprint"] = filling.fingerprint
             about["paste"] = filling.originals is not None
@@ -100,7 +101,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     # Every process checks everything before any of them writes, so that all stop together.
     generator = Generator.load(config.model, device, config.precision)
     filling = chosen_filling(config, generator)
-    conditions = chosen_conditions(config, generator, filling)
+    conditions = chosen_conditions(config, generator)
     generator.check(config.sampling, conditions)
     classes = conditions["class"]
     if config.layout != "flat" and classes == [ABSENT]:
@@ -113,7 +114,8 @@ def write_samples(config: SampleConfig) -> PartialState:
     names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
     about = describe(config, generator, names, n, conditions, filling)
     with locked_by_main(output):
-        size = (generator.tokenizer.config.image_size[1], generator.tokenizer.config.image_size[0])
+        factor, grid = generator.tokenizer.factor, filling.grid if filling else generator.tokenizer.grid
+        size = grid[1] * factor, grid[0] * factor
         found = on_main(lambda: check_output(output, names, about, config.overwrite, size))
         if found.status == "done":
             if state.is_main_process:
@@ -162,8 +164,7 @@ def _draw(
         for index, image in zip(indices, decoded, strict=True):
             write_png_atomic(output / names.file(index), image)
 
-    known = filling.known if filling else None
-    length = generator.vocabulary.length - (known.leading if known else 0)
+    length = generator.tokens_of(filling) if filling else generator.vocabulary.length
     total = sum(len(with_candidates(batch, cycle, oversample)[0]) for batch in own) * length
     written: Future[None] | None = None
     # One batch is decoded and written while the next one is drawn.
@@ -174,9 +175,8 @@ def _draw(
 
         for indices in own:
             try:
-                codes, _ = generator.draw_codes(
-                    indices, conditions, config.sampling, config.seed, config.batch_size, advance, known
-                )
+                given = indices, conditions, config.sampling, config.seed, config.batch_size, advance
+                codes, _ = generator.draw_filling(filling, *given) if filling else generator.draw_codes(*given)
             except torch.OutOfMemoryError as error:
                 text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"
                 raise UserError(f"--batch-size: {text}") from error

@@ -28,6 +28,7 @@ from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.filling import cells_of, paste
 from vqgen.sampling.generator import Generator
+from vqgen.sampling.windows import windows
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
@@ -380,7 +381,7 @@ def test_the_program_draws_what_is_white(sample, with_source: Path, tmp_path: Pa
     ours = Generator.load(with_source, "cpu", "fp32").inpaint(photos(1), mask, n=5, seed=3)
     assert torch.equal(found, ours.images)
     about = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert about["paste"] is True and len(about["mask_fingerprint"]) == 64 and len(about["conditions"]["source"]) == 64
+    assert about["paste"] is True and len(about["mask_fingerprint"]) == len(about["kept_fingerprint"]) == 64
     # It is continued, and completed where an image is missing; another mask is another run.
     (tmp_path / "out" / "00003.png").unlink()
     assert sample("--box", 4, 2, 2, 2, "--n", 6, "--seed", 3).code == 0, "the same pixels by a box"
@@ -470,3 +471,83 @@ def test_a_prior_of_another_tokenizer_is_no_start(tmp_path: Path) -> None:
     other = Prior(plain.config, Conditioning(plain.vocabulary, [Classes(3, NAMES)]), plain.image_shape, "0" * 64)
     with pytest.raises(UserError, match=r"--init: .* is of tokenizer"):
         other.start_from(model)
+
+
+# Larger images
+
+
+@given(st.integers(2, 9), st.integers(3, 11), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_windows_draw_every_cell_once(height: int, width: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    cells = torch.rand(2, height, width, generator=random) < 0.6
+    left, order = cells.clone(), list(windows(cells, (2, 3)))
+    for window in order:
+        unknown = left[:, window.rows, window.columns]
+        assert unknown.shape == (2, 2, 3) and unknown.any() and torch.equal(unknown, window.unknown)
+        left[:, window.rows, window.columns] = False
+    assert not left.any() and len({window.number for window in order}) == len(order)
+
+
+def test_windows_overlap_by_half_and_begin_where_most_is_known() -> None:
+    order = list(windows(torch.ones(1, 4, 12, dtype=torch.bool), (4, 4)))
+    assert [window.columns.start for window in order] == [0, 2, 4, 6, 8]
+    assert [int(window.unknown.sum()) for window in order] == [16, 8, 8, 8, 8]
+    cells = torch.ones(1, 4, 12, dtype=torch.bool)
+    cells[:, :, 4:8] = False
+    assert [window.columns.start for window in windows(cells, (4, 4))] == [2, 0, 6, 8]
+
+
+@pytest.mark.parametrize("sourced", [True, False])
+def test_larger_images_are_a_series_like_any_other(tmp_path: Path, sourced: bool) -> None:
+    model = prior_with_source(tmp_path) if sourced else make_prior(tmp_path / "plain")
+    generator = Generator.load(model, "cpu", "fp32")
+    whole = generator.sample(5, size=(8, 14), seed=2, guidance_scale=2.0)
+    assert whole.images.shape == (5, 3, 8, 14) and whole.codes.shape == (5, 4, 7)
+    assert whole.labels.tolist() == [0, 1, 2, 0, 1]
+    again = generator.sample(3, size=(8, 14), seed=2, guidance_scale=2.0, batch_size=2)
+    assert torch.equal(again.codes, whole.codes[:3]) and torch.equal(again.nats, whole.nats[:3])
+    assert len({codes.numpy().tobytes() for codes in whole.codes}) == 5
+    assert torch.equal(generator.decode(whole.codes), whole.images), "decoded as one image"
+    for size in ((2, 6), (8, 15), (8,)):
+        with pytest.raises(UsageError, match="--size"):
+            generator.sample(1, size=size)
+    with pytest.raises(UsageError, match="--oversample"):
+        generator.sample(1, size=(8, 14), oversample=2.0)
+
+
+def test_images_are_extended_on_every_side(tmp_path: Path) -> None:
+    generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
+    images = photos(2, 4, 6)
+    found = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, pasted=True)
+    assert found.images.shape == (3, 3, 12, 16)
+    inside = found.images[:, :, 2:6, 6:12]
+    # The soft edge lies inside of the image: two pixels, as wide as a code.
+    assert (inside[:2].int() - images.int()).abs().float().mean() < (found.images[0].float().std() + 1)
+    unpasted = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, pasted=False)
+    assert torch.equal(unpasted.codes, found.codes)
+    for margins in ({"left": 3}, {"left": -2}, {}):
+        with pytest.raises(UsageError, match="--extend"):
+            generator.extend(images, **margins)
+
+
+def test_the_program_draws_larger_images(sample, cli, with_source: Path, tmp_path: Path) -> None:
+    generator = Generator.load(with_source, "cpu", "fp32")
+    assert sample("--extend", 2, 0, 4, 2, "--n", 3).code == 0
+    assert torch.equal(drawn_images(tmp_path / "out"), generator.extend(photos(1), 2, 0, 4, 2, n=3).images)
+    (tmp_path / "out" / "00001.png").unlink()
+    assert sample("--extend", 2, 0, 4, 2, "--n", 3).code == 0
+    assert torch.equal(drawn_images(tmp_path / "out"), generator.extend(photos(1), 2, 0, 4, 2, n=3).images)
+    words = ["--model", with_source, "--output", tmp_path / "large", "--device", "cpu", "--precision", "fp32"]
+    assert cli(program.main, *words, "--size", 8, 10, "--n", 4, "--batch-size", 3).code == 0
+    assert torch.equal(drawn_images(tmp_path / "large"), generator.sample(4, size=(8, 10)).images)
+    for wrong, named in (
+        (["--size", 8, 10, 12], "--size"),
+        (["--size", 9, 10], "--size"),
+        (["--size", 8, 10, "--init-image", tmp_path / "photo.png"], "--size"),
+        (["--extend", 2, 2, 2, 2], "--extend"),
+        (["--init-image", tmp_path / "photo.png", "--extend", 2, 2, 2], "--extend"),
+        (["--init-image", tmp_path / "photo.png", "--extend", 1, 2, 2, 2], "--extend"),
+    ):
+        result = cli(program.main, *words, "--overwrite", *wrong)
+        assert result.code == 2 and named in result.err, result.err

@@ -1,0 +1,140 @@
+"""Grids larger than a prior's: drawn in overlapping windows, each given the codes that are there already.
+
+The windows are drawn one after another, those that know most first. The whole grid is decoded at once, so that the
+decoder makes no seams.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from vqgen.errors import UsageError
+from vqgen.prior.conditioning import Conditions
+from vqgen.prior.source import masked
+from vqgen.seeding import hash64
+
+from .decoding.generate import image_uniforms
+from .drawing import Drawer
+from .filling import Filling
+from .known import Known
+from .settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a grid of codes, at the time when it is drawn."""
+
+    number: int
+    """Its place among all windows in raster order."""
+    rows: slice
+    columns: slice
+    unknown: Tensor
+    """Codes that are drawn, bool (m, h, w) for m masks."""
+
+    def of(self, codes: Tensor) -> Tensor:
+        """The part of codes (B, H, W[, depth]) in the window."""
+        return codes[:, self.rows, self.columns]
+
+
+def _starts(size: int, window: int) -> list[int]:
+    """First cells of windows along one side of `size` cells: neighbours share at least half a window."""
+    last = size - window
+    return [*range(0, last, max(window // 2, 1)), last]
+
+
+def windows(cells: Tensor, grid: Sequence[int]) -> Iterator[Window]:
+    """The windows of `grid` rows and columns that draw the cells of masks, bool (m, H, W), in their order.
+
+    The next one is that with the fewest unknown cells over all masks, the first of them in raster order; those without
+    any are left out. The order depends on the masks alone.
+    """
+    unknown = cells.clone()
+    places = product(*(_starts(size, side) for size, side in zip(cells.shape[1:], grid, strict=True)))
+    left = {n: (slice(top, top + grid[0]), slice(x, x + grid[1])) for n, (top, x) in enumerate(places)}
+    while True:
+        counts = {number: int(unknown[:, rows, columns].sum()) for number, (rows, columns) in left.items()}
+        left = {number: place for number, place in left.items() if counts[number]}
+        if not left:
+            return
+        number = min(left, key=lambda number: (counts[number], number))
+        rows, columns = left.pop(number)
+        yield Window(number, rows, columns, unknown[:, rows, columns].clone())
+        unknown[:, rows, columns] = False
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Draws what a `Filling` leaves open on a grid of any size, at least that of the prior."""
+
+    drawer: Drawer
+    filling: Filling
+
+    def __post_init__(self) -> None:
+        grid, found = self.drawer.vocabulary.grid, tuple(self.filling.cells.shape[1:])
+        if any(side < least for side, least in zip(found, grid, strict=True)):
+            raise UsageError(f"--size: found a grid of {found} codes, expected at least the prior's {grid}")
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """All windows, in their order."""
+        return list(windows(self.filling.cells, self.drawer.vocabulary.grid))
+
+    @cached_property
+    def leading(self) -> list[int]:
+        """For each window the number of first codes that are known in every row."""
+        vocabulary = self.drawer.vocabulary
+        parts = ((window.of(self.filling.codes), ~window.unknown) for window in self.windows)
+        return [Known(codes, known, vocabulary).leading for codes, known in parts]
+
+    @property
+    def tokens(self) -> int:
+        """Codes that are drawn or fed one by one for each image."""
+        return len(self.windows) * self.drawer.vocabulary.length - sum(self.leading)
+
+    def draw(
+        self,
+        indices: Sequence[int],
+        conditions: Conditions,
+        settings: SamplingSettings,
+        seed: int,
+        batch_size: int,
+        on_token: Callable[[Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (B, H, W[, depth]) of images of a series, and the NLL of those that were drawn, float64 (B,)."""
+        if settings.oversample != 1:
+            raise UsageError(f"--oversample: found {settings.oversample:g}, but images in windows need 1; leave it out")
+        indices = list(indices)
+        parts = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+        found = [self._batch(part, conditions, settings, seed, batch_size, on_token) for part in parts]
+        none = self.filling.codes[:0], torch.zeros(0, dtype=torch.float64)
+        codes, nats = zip(none, *found, strict=True)
+        return torch.cat(codes), torch.cat(nats)
+
+    def _batch(
+        self,
+        indices: list[int],
+        conditions: Conditions,
+        settings: SamplingSettings,
+        seed: int,
+        batch_size: int,
+        on_token: Callable[[Tensor], object] | None,
+    ) -> tuple[Tensor, Tensor]:
+        conditioning, vocabulary = self.drawer.conditioning, self.drawer.vocabulary
+        rows = [index % len(self.filling) for index in indices]
+        codes, nats = self.filling.codes[rows], torch.zeros(len(indices), dtype=torch.float64)
+        for window, leading in zip(self.windows, self.leading, strict=True):
+            part, unknown = window.of(codes), window.unknown[rows]
+            layout, given = conditioning.plain, {}
+            if conditioning.source and not window.unknown.all():
+                layout, given = conditioning, {"source": conditioning.source.of_codes(masked(part, unknown))}
+            prefix = layout.prefixes(conditions, indices, given)
+            uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
+            known = Known(part, ~unknown, vocabulary).tokens
+            drawn = self.drawer.tokens(layout, prefix, uniforms, settings, known, leading, batch_size, on_token)
+            codes[:, window.rows, window.columns] = vocabulary.to_codes(drawn.tokens.cpu())
+            nats += drawn.nats.cpu()
+        return codes, nats
