@@ -20,12 +20,16 @@ from vqgen.tokenizer.codes import format as codes_format
 from vqgen.tokenizer.codes.format import MANIFEST, CodeFiles, check_range, shard_name
 
 
-def damage(folder: Path, what: str, value: int, number: int = 1) -> Path:
-    """Set the last code or label of a shard, past the check of the writer."""
+def damage(folder: Path, what: str, value: int, number: int = 1, signed: bool = True) -> Path:
+    """Set the last code or label of a shard, past the check of the writer; in the manifest, too, where `signed`."""
     path = folder / shard_name(number)
-    tensors = read_tensors(path)
+    before, tensors = codes_format.checksum(path), read_tensors(path)
     tensors[what].view(-1)[-1] = value
     write_tensors(path, tensors)
+    if signed:
+        text = (folder / MANIFEST).read_text()
+        (folder / MANIFEST).unlink()  # it may be a link to one that others use
+        (folder / MANIFEST).write_text(text.replace(before, codes_format.checksum(path)))
     return path
 
 
@@ -46,12 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prior(tmp_path_factory.mktemp("model"))
 
 
-CASES = [("codes", SIZE), ("codes", 255), ("labels", len(NAMES)), ("labels", -2), ("labels", 2**31 - 1)]
-
-
-@pytest.mark.parametrize(("what", "value"), CASES)
-def test_training_refuses_them(model: Path, tmp_path: Path, cli: Callable[..., Any], what: str, value: int) -> None:
-    codes = codes_for(tmp_path / "codes", model)
+def two_splits(folder: Path, model: Path) -> Path:
+    """Code files to train on: a shard of each split, and the tokenizer."""
+    codes = codes_for(folder, model)
     manifest = read_json(codes / MANIFEST)
     shards = manifest["splits"]["train"]["shards"]
     manifest["splits"] = {
@@ -60,6 +61,15 @@ def test_training_refuses_them(model: Path, tmp_path: Path, cli: Callable[..., A
     }
     write_json(codes / MANIFEST, manifest)
     (codes / "tokenizer").symlink_to(model / "tokenizer")
+    return codes
+
+
+CASES = [("codes", SIZE), ("codes", 255), ("labels", len(NAMES)), ("labels", -2), ("labels", 2**31 - 1)]
+
+
+@pytest.mark.parametrize(("what", "value"), CASES)
+def test_training_refuses_them(model: Path, tmp_path: Path, cli: Callable[..., Any], what: str, value: int) -> None:
+    codes = two_splits(tmp_path / "codes", model)
     small = ["--dim", 16, "--layers", 1, "--heads", 2, "--steps", 2, "--batch-size", 2, "--lr-warmup", 1]
     words = ["--codes", codes, *small, "--preview-images", 0]
     assert cli(train.main, *words, "--output", tmp_path / "fine").code == 0
@@ -74,6 +84,21 @@ def test_training_refuses_them(model: Path, tmp_path: Path, cli: Callable[..., A
         result = cli(train.main, "--codes", folder, *words[2:], "--output", tmp_path / f"out-{number}")
         assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
         assert path.name in result.err and str(value) in result.err
+
+
+def test_a_changed_shard_is_neither_trained_on_nor_measured(
+    model: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """Its codes and labels are valid, but not those that were written."""
+    codes = two_splits(tmp_path / "codes", model)
+    last = int(read_tensors(codes / shard_name(0))["codes"].view(-1)[-1])
+    path = damage(codes, "codes", (last + 1) % SIZE, number=0, signed=False)
+    trained = cli(train.main, "--codes", codes, "--steps", 2, "--output", tmp_path / "out")
+    words = ["--model", model, "--codes", codes, "--split", "train", "--output", tmp_path / "receipt.json"]
+    for result in (trained, cli(evaluate.main, "likelihood", *words)):
+        assert result.code == 1 and len(result.err.splitlines()) == 1, result.err
+        assert path.name in result.err and MANIFEST in result.err
+    assert not (tmp_path / "receipt.json").exists()
 
 
 @pytest.mark.parametrize(("what", "value"), CASES)

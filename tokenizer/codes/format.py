@@ -32,8 +32,8 @@ FORMAT = 1
 _REPAIR = "restore it, or delete it and run vqgen-tokenize again"
 # Codes or bytes processed at once, which bounds memory for shards of any size.
 _CHUNK = 2**22
-REMEMBERED = 2**32
-"""Bytes of codes from which on the check of their range, seconds or more, is remembered."""
+REMEMBERED = 2**28
+"""Bytes of codes from which on the check of shards, a quarter of a second or more, is remembered."""
 
 
 Side = Annotated[int, Interval(ge=1, le=2**16)]
@@ -221,7 +221,7 @@ class CodeFiles:
         codebook_size, class_names, tokenizer_fingerprint, data_fingerprint: as in the manifest.
 
     Raises `UserError` naming the file where the folder is unfinished, a shard is missing or truncated, or its header
-    differs from the manifest. Checksums are checked by `verify` only.
+    differs from the manifest. What the shards hold is checked by `check` and `verify`.
     """
 
     def __init__(self, folder: str | Path, split: Split) -> None:
@@ -285,20 +285,20 @@ class CodeFiles:
         """Check every sha256, code and label. Raises `UserError` naming the first bad shard."""
         for entry in self._entry.shards:
             verify_checksum(self.folder, entry)
-        self.check()
+        for shard in self._shards:
+            check_range(shard.path, "code", shard.codes, 0, self.codebook_size)
+        _ = self.labels
 
     def check(self) -> None:
-        """Check the range of every code and label. Raises `UserError` naming the first bad shard.
+        """Do what `verify` does, unless these very files were found whole before. Raises `UserError`.
 
-        It takes as long as reading the files does, a tenth of a second for a gigabyte in memory. What took seconds is
-        remembered in the user's cache, until a file changes.
+        It takes about a second for a gigabyte. That larger files are whole is remembered in the user's cache, until
+        one of them changes.
         """
         kept = self._checked_before() if sum(s.codes.nbytes for s in self._shards) >= REMEMBERED else None
         if kept and is_file(kept):
             return
-        for shard in self._shards:
-            check_range(shard.path, "code", shard.codes, 0, self.codebook_size)
-        _ = self.labels
+        self.verify()
         if kept:
             with suppress(UserError):  # e.g. no home folder to write to
                 write_text(kept, f"{self.folder.absolute()} {self.split}\n")
