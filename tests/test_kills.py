@@ -117,3 +117,27 @@ def test_overwriting_that_is_killed_can_be_repeated(tmp_path: Path, kind: Kind) 
         if not killed:
             break
     assert number > 8
+
+
+def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Whenever rotation is killed, the next start leaves no half of one, and what a user put there."""
+    net, names = torch.nn.Linear(2, 2), {"net.safetensors", "optimizers.pt", "state.json"}
+    for number in count():
+        folder = tmp_path / str(number)
+        prepare_folder(folder, Config(), False)
+        for step in (2, 4):
+            save_checkpoint(folder / "checkpoints", step, {"net": net}, {}, {}, 2)
+        with killed_at(number) as done:
+            save_checkpoint(folder / "checkpoints", 6, {"net": net}, {}, {}, 2)
+        prepare_folder(folder, Config(), False)
+        found = sorted((folder / "checkpoints").iterdir())
+        assert 2 <= len(found) <= 3 and {path.name[:5] for path in found} == {"step-"}
+        assert all({path.name for path in checkpoint.iterdir()} == names for checkpoint in found)
+        if "killed" not in done:
+            break
+    assert number > 8
+    mine = found[0] / "notes"
+    mine.write_text("mine")
+    for step in (8, 10):
+        save_checkpoint(folder / "checkpoints", step, {"net": net}, {}, {}, 2)
+    assert [path.name for path in mine.parent.iterdir()] == ["notes"]

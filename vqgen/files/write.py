@@ -76,6 +76,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder: one that is killed leaves it whole, or under a temporary name. Raises `OSError`."""
+    place = _place(path)
+    path.rename(place)
+    shutil.rmtree(place)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; bytes of file names that are no UTF-8 become escapes, which JSON reads back."""
     with atomic_path(path) as temporary:

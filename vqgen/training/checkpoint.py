@@ -7,8 +7,8 @@ position in the data are functions of (seed, step, process), see `step_seed`, an
 
 import hashlib
 import json
+import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from vqgen.artifact import unpickle
 from vqgen.errors import UserError
 from vqgen.files import atomic_path, checksum, open_regular, read_record
 from vqgen.files.output_folder import OutputFolder
+from vqgen.files.write import remove_folder
 
 from .folder import CHECKPOINT_FILE, DAMAGED, checkpoints, step_of
 from .fsdp import full_tensors, load_module, load_optimizer
@@ -86,10 +87,18 @@ def save_checkpoint(
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Remove checkpoints: their own files, and their folders where nothing else is in them."""
+    """Remove checkpoints: as a whole, or their own files where others are in them. Raises `UserError`."""
     for path in paths:
-        parent = path.parent.name
-        OutputFolder(path.parents[1], patterns=(f"{re.escape(parent)}/{path.name}/{CHECKPOINT_FILE}",)).clear()
+        own = OutputFolder(path, patterns=(CHECKPOINT_FILE,))
+        try:
+            if {file.name for file in own.own_files()} == set(os.listdir(path)):
+                remove_folder(path)
+            else:
+                own.clear()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def _save(states: dict[str, Any], path: Path) -> None:
