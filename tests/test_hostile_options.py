@@ -1,5 +1,6 @@
 """Text, YAML and numbers that a user or a file hands in, however large, deep or odd: one line, exit code 2, at once."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -210,6 +211,7 @@ def run(error: BaseException | None = None, text: str = "") -> Callable[..., int
     [
         (UserError("a\x1b[31m\udce9.png is odd"), 1),
         (MemoryError(), 1),
+        (PermissionError(errno.EACCES, "Permission denied", Path("a\x1b[31m/b")), 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1),
     ],
 )

@@ -48,6 +48,13 @@ def test_a_configuration_of_ones_own_makes_no_run(tmp_path: Path, text: str, ove
     assert (tmp_path / "config.yaml").read_text() == text
 
 
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.R_OK)  # root may read every folder
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        OutputFolder(tmp_path)
+    OutputFolder(tmp_path / "new")
+
+
 def test_a_run_is_known_again(tmp_path: Path) -> None:
     begun(tmp_path)
     check_folder(tmp_path, Options(), overwrite=False)

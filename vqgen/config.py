@@ -143,8 +143,9 @@ def save(config: Any, path: Path, heading: str = "") -> None:
 def command(program: str, config: type[C], run: Callable[[C], None], arguments: Sequence[str] | None = None) -> int:
     """Run a program on its command line and return the exit code.
 
-    0; 2 for a wrong option or key, 1 for any other `UserError`, each with one line; 130 when interrupted. Any other
-    exception is a defect of vqgen: its traceback is printed and 1 returned.
+    0; 2 for a wrong option or key, 1 for any other `UserError`, a file that may not be accessed, or too little memory,
+    each with one line; 130 when interrupted. Any other exception is a defect of vqgen: its traceback is printed and 1
+    returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -173,6 +174,10 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail as well
             return 0 if finished else 1
+        if isinstance(error, PermissionError) and error.filename is not None:  # also by Path.is_file and its like
+            denied = one_line(f"{error.filename}: {error.strerror}")
+            print(f"{program}: {denied}; change its permissions or name another place", file=sys.stderr)
+            return 1
         if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
             print(f"{program}: not enough memory ({one_line(str(error))[:300]}); ask for less", file=sys.stderr)
             return 1

@@ -23,7 +23,7 @@ class OutputFolder:
     """A folder that a program writes into, and which files in it are the program's own.
 
     All others are foreign and never replaced or removed, and neither are links, which no program makes. Raises
-    `UsageError` where `path` is a file.
+    `UsageError` where `path` is a file or cannot be read.
     """
 
     path: Path
@@ -38,6 +38,8 @@ class OutputFolder:
     def __post_init__(self) -> None:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UsageError(f"--output: {self.path} is a file; name a folder")
+        if os.path.isdir(self.path) and not os.access(self.path, os.R_OK | os.X_OK):
+            raise UsageError(f"--output: {self.path} cannot be read; change its permissions or choose another folder")
 
     @property
     def present(self) -> list[str]:
