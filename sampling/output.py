@@ -156,8 +156,8 @@ def _state(path: Path, sha256: str | None, size: tuple[int, int] | None) -> Lite
             return "ours"
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             found = image.size
-            image.verify()  # the CRC of every chunk
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+            image.verify()  # the CRC of every chunk; IndexError where none holds pixels
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
         return "damaged"
     return "ours" if sha256 is None and size in (None, found) else "other"
 

@@ -96,10 +96,11 @@ def damage(path: Path, kind: str) -> None:
     if kind == "flipped":
         data[len(data) // 2] ^= 4
     kinds = {"emptied": b"", "cut off": data[: len(data) // 2], "text": b"no image", "flipped": data}
+    kinds["no pixels"] = data[:33] + data[-12:]  # signature and IHDR, then IEND
     path.write_bytes(kinds[kind])
 
 
-@pytest.mark.parametrize("kind", ["emptied", "cut off", "text", "flipped"])
+@pytest.mark.parametrize("kind", ["emptied", "cut off", "text", "flipped", "no pixels"])
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "partial"])
 def test_damaged_images_are_drawn_again(sample, folder: Path, drawn: Path, kind: str, finished: bool) -> None:
     if not finished:
