@@ -44,10 +44,10 @@ import os, sys, time
 from pathlib import Path
 from vqgen.files import locked
 with locked(Path(sys.argv[1])):
-    if os.fork() == 0:  # a worker that outlives it
+    if os.fork() == 0:  # a worker that outlives it; it has no lock from its first line on
+        print("held", flush=True)
         time.sleep(20)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(60)
 """
 
