@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ settings.load_profile("vqgen")
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks.campaign`, wherever pytest is called from
+
+
+@pytest.fixture(autouse=True)
+def no_precision_is_left() -> Iterator[None]:
+    """Let Accelerate, which keeps one precision per process, forget that of a run in the test."""
+    yield
+    if loaded := sys.modules.get("accelerate.state"):
+        loaded.AcceleratorState._reset_state()
 
 
 @dataclass(frozen=True)
