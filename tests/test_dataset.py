@@ -840,12 +840,14 @@ def test_damaged_offsets_of_a_saved_folder_do_not_reach_memory(saved):
         open_images(str(saved), "train", SMALL)[0]
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "fifo", "loop", "~nobody/such", "fifo.parquet"])
+@pytest.mark.parametrize("name", ["x" * 300, "fifo", "loop", "~nobody/such", "fifo.parquet", "tables"])
 def test_what_is_no_source_is_refused_at_once(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
     os.mkfifo("fifo.parquet")
     Path("loop").symlink_to("loop")
+    Path("tables").mkdir()
+    Path("tables/train.parquet").symlink_to("nowhere")
     for data in (name, str(tmp_path / name)):
         if data == "x" * 300:
             continue  # the name of a dataset

@@ -41,10 +41,10 @@ def group_by_split(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
     """Open parquet files as one split: labels are read, images are not."""
-    labels, counts, listing, columns = [], [], [], []
+    labels, counts, listing, columns, total = [], [], [], [], 0
     for path in paths:
-        size = path.stat().st_size
         with _open_parquet(path) as file:
+            total += (size := path.stat().st_size)
             rows = file.metadata.num_rows
             if not 0 <= rows <= 1000 + size:  # an image takes a byte at least, but a few may be repeated
                 raise UserError(f"--data: {path} claims {rows} rows in {size} bytes; restore it or download it again")
@@ -58,8 +58,7 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
                 labels.append(_raw_labels(file.read([label]).column(0), f"{path}: column {label}"))
                 if len(labels[-1]) != rows:
                     raise UserError(f"--data: {path} has {len(labels[-1])} labels for {rows} rows; restore it")
-    small = sum(path.stat().st_size for path in paths) <= IN_MEMORY_BYTES
-    load = partial(_read_column if small else _map_column, list(paths), columns[0].image)
+    load = partial(_read_column if total <= IN_MEMORY_BYTES else _map_column, list(paths), columns[0].image)
     raw = np.concatenate(labels) if labels else None
     return FoundSplit(Rows(load, counts, [root]), listing, raw, columns[0].class_names)
 
