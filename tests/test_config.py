@@ -1,8 +1,10 @@
 """vqgen/config.py: dataclasses <-> YAML <-> command line, and what it says when something does not fit."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqgen.config import as_dict, build, command, from_dict, options, parse, read_saved, save, values_of
+from vqgen.config import as_dict, build, command, from_dict, one_line, options, parse, read_saved, save, values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.help import help_text
 from vqgen.options import Count, Options, Range, Share
@@ -612,3 +614,26 @@ def test_a_quantizer_preset_goes_on_top_of_any_other() -> None:
             words = [word for name in [*base, kind] for word in ("--config", name)]
             asked = parse(TokenizerTraining, [*words, "--data", "x", "--output", "y", "--perceptual-weights", "z"])
             assert asked.quantizer.codes >= 32, (base, kind)
+
+
+def test_an_interrupt_that_an_import_swallows_is_still_one(capsys):
+    """numpy, for one, ends in a RecursionError when it is interrupted in the middle of its import."""
+
+    def run(_config: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError("of a half imported module")
+
+    @dataclass
+    class Nothing(Options):
+        """Nothing."""
+
+    before = signal.getsignal(signal.SIGINT)
+    assert command("vqgen-test", Nothing, run, []) == 130
+    assert capsys.readouterr().err == "vqgen-test: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_message_is_no_longer_than_a_screen():
+    found = one_line("a" * 5000 + "the end")
+    assert len(found) < 1000 and found.startswith("aaa") and found.endswith("the end") and "…" in found

@@ -147,3 +147,12 @@ def test_two_processes_of_one_run_both_stop(tmp_path: Path) -> None:
         for ended in run_two(TOKENIZER, "--data", "demo", "--output", tmp_path / "run"):
             ended.refused(1, str(tmp_path / "run"), f"process {os.getpid()}")
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_what_is_no_lock_file_is_left_alone(tmp_path, kind):
+    path = tmp_path / ".vqgen.lock"
+    {"fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("other"), "folder": path.mkdir}[kind]()
+    with pytest.raises(UserError, match=r"vqgen\.lock"), locked(tmp_path):
+        pass
+    assert os.path.lexists(path) and not (tmp_path / "other").exists()

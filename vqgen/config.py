@@ -11,12 +11,15 @@ import io
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from . import __version__
@@ -151,6 +154,8 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr does so anyway
     finished = "--version" in words or bool(_HELP & set(words))
+    interrupts: list[int] = []
+    before = _note_interrupts(interrupts)
     try:
         if "--version" in words:
             print(f"vqgen {__version__}")
@@ -171,6 +176,9 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         print(f"{program}: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        if interrupts:  # raised within an import, which went on without what it was importing
+            print(f"{program}: interrupted", file=sys.stderr)
+            return 130
         if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail as well
             return 0 if finished else 1
@@ -184,12 +192,37 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         traceback.print_exc()
         print(f"{program}: this is a defect of vqgen; please report it with the lines above", file=sys.stderr)
         return 1
+    finally:
+        if before:
+            signal.signal(signal.SIGINT, before)
+
+
+def _note_interrupts(seen: list[int]) -> Callable[..., Any] | None:
+    """Append every SIGINT to `seen` before it raises `KeyboardInterrupt` as ever; return the former handler.
+
+    None where this is not the main thread, or the handler is not Python's own.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return None
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    return signal.default_int_handler
 
 
 def one_line(text: str) -> str:
-    """A message as one line of printable characters: names in it may hold escape sequences of a terminal."""
+    """A message as one line of printable characters: names in it may hold escape sequences of a terminal.
+
+    The middle of a longer one than a screen shows is left out.
+    """
     joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[:4000])
+    if len(joined) > 1000:
+        joined = f"{joined[:700]} … {joined[-250:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 def _stdout_has_no_reader() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vqgen.errors import UserError
 
-from .read import read_bytes
+from .read import is_file, read_bytes
 from .write import LOCK
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems
@@ -30,6 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     path = folder / LOCK
     lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    if os.path.lexists(path) and not (is_file(path) and not path.is_symlink()):
+        raise UserError(f"cannot lock {folder}: {path} is no file of vqgen; remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
