@@ -218,9 +218,11 @@ class Generator(Drawer):
         if mask.dtype != torch.bool or mask.shape not in (images.shape[2:], (len(images), *images.shape[2:])):
             wanted = f"bool {tuple(images.shape[2:])}, or one for each of {len(images)} images"
             raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
-        if not mask.any():
-            raise UsageError("mask: no pixel is to be drawn; mark some of them True")
+        if not mask.flatten(-2).any(-1).all():
+            raise UsageError("mask: no pixel of an image is to be drawn; mark some of them True")
         pixels = fitted_masks(mask.cpu().expand(len(images), *images.shape[2:]), size, self.tokenizer.config.fit)
+        if not pixels.flatten(1).any(1).all():
+            raise UsageError(f"mask: of one nothing is left after the image is fitted to {size[0]}x{size[1]} pixels")
         cells = cells_of(pixels, self.tokenizer.factor)
         originals = self.fitted(images) if pasted else None
         return Filling(codes, cells, self.vocabulary, True, originals, pixels)

@@ -25,14 +25,14 @@ def read_image(path: Path, channels: int, option: str = "--init-image") -> Tenso
         raise UserError(f"{option}: {path} cannot be read ({reason}); name image files") from error
 
 
-def image_files(paths: list[Path]) -> list[Path]:
+def image_files(paths: list[Path], option: str = "--init-image") -> list[Path]:
     """Image files as given, and those in folders that are given. Raises `UserError`."""
     found: list[Path] = []
     for path in paths:
         folder = os.path.isdir(path)
         inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder else [path]
         if not inside:
-            raise UserError(f"--init-image: {path} holds no images; name image files or a folder of them")
+            raise UserError(f"{option}: {path} holds no images; name image files or a folder of them")
         found += inside
     return found
 
@@ -71,6 +71,9 @@ def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None
     if config.vary is not None:
         fitted = torch.cat([generator.fitted(image[None]) for image in images])
         return generator.variation(fitted, config.vary, config.count(1), config.seed)
+    if len(config.mask or []) > len(images):
+        text = f"found {len(config.mask or [])} masks for {len(images)} images; give one, or one an image"
+        raise UsageError(f"--mask: {text}")
     if config.mask or config.box:
         masks = [pixel_mask(config, index, *pair) for index, pair in enumerate(zip(paths, images))]
         return Filling.joined([generator.filling(*pair, config.paste) for pair in zip(images, masks)])
