@@ -59,7 +59,7 @@ class Drawer:
             parameter.data = parameter.data.to(dtype)
         self.prior, self.tokenizer, self.device = prior.eval().to(device), tokenizer.eval().to(device), device
         self.conditioning, self.vocabulary = prior.conditioning, prior.vocabulary
-        self._decoder = CachedTransformer(prior.backbone, self.conditioning.length + self.vocabulary.length - 1)
+        self.decoder = CachedTransformer(prior.backbone, self.conditioning.length + self.vocabulary.length - 1)
 
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
@@ -176,7 +176,7 @@ class Drawer:
     ) -> Drawn:
         """Draw the codes of a batch after prefixes of one layout; see `generate`."""
         allowed = [self.vocabulary.allowed(position) for position in range(self.vocabulary.length)]
-        given = self._decoder, prefix, allowed, uniforms, settings, layout.without(prefix), known, leading
+        given = self.decoder, prefix, allowed, uniforms, settings, layout.without(prefix), known, leading
         return generate(*given, rows=batch_size, on_token=on_token)  # on CUDA the last batch is computed as a full one
 
     def decode(self, codes: Tensor) -> Tensor:

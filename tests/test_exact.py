@@ -121,7 +121,7 @@ def test_an_image_depends_on_no_batch_and_no_number_of_threads(name, precision, 
 
     def drawn(part: slice) -> Drawn:
         absent = conditioning.without(prefix[part])
-        return generate.generate(generator._decoder, prefix[part], allowed, uniforms[part], settings, absent)
+        return generate.generate(generator.decoder, prefix[part], allowed, uniforms[part], settings, absent)
 
     whole = drawn(slice(COUNT))
     assert whole.nats.unique().numel() > 20  # images alike would prove little

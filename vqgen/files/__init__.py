@@ -1,7 +1,7 @@
 """Files: reading what a user hands in, writing what is complete or absent, and output folders. Needs no torch."""
 
 from .lock import locked
-from .read import checksum, is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
+from .read import as_record, checksum, is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
 from .write import atomic_path, check_writable, write_json, write_text
 
 # The files of a model folder, see `artifact.py`.
@@ -11,6 +11,7 @@ WEIGHTS = "model.safetensors"
 __all__ = [
     "DESCRIPTION",
     "WEIGHTS",
+    "as_record",
     "atomic_path",
     "check_writable",
     "checksum",

@@ -140,9 +140,14 @@ def read_record(path: Path, record: type[T]) -> T:
     Bounds of numbers are declared as `Annotated[int, annotated_types.Ge(0)]`; unknown keys are ignored. Bytes of file
     names that are no UTF-8 become "?". Raises `UserError` naming the file, the key and what was found.
     """
+    return as_record(path, read_json(path), record)
+
+
+def as_record(path: Path, value: Any, record: type[T]) -> T:
+    """A JSON value that `path` holds as `record`, see `read_record`."""
     from pydantic import TypeAdapter, ValidationError  # not needed by --help
 
-    text = json.dumps(read_json(path), ensure_ascii=False).encode("utf-8", "replace")
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
     try:
         return TypeAdapter(record).validate_json(text, strict=True)
     except ValidationError as error:

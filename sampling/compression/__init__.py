@@ -1,0 +1,1 @@
+"""Compression: the codes of images, stored with the prior's probabilities by a range coder."""

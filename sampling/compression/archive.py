@@ -1,0 +1,118 @@
+"""The file of compressed images: a header in JSON, then the words of the range coder.
+
+`VQGENRC1`, the length of the header (uint32), the header, uint32 words of one stream after another, and the CRC-32 of
+all that; integers are little-endian. A stream holds the codes of `ROWS` windows.
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Ge, Le, MaxLen
+from numpy.typing import NDArray
+
+from vqgen.errors import UserError
+from vqgen.files import as_record, atomic_path, parse_json, read_bytes
+
+MAGIC = b"VQGENRC1"
+ROWS = 64
+"""Windows whose codes share a stream; both sides compute them together."""
+Probabilities = Literal["exact", "rounded", "histogram"]
+_Side = Annotated[int, Ge(1), Le(2**16)]
+_Count = Annotated[int, Ge(0), Le(2**32)]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image: its name and its size in pixels."""
+
+    name: Annotated[str, MaxLen(4000)]
+    height: _Side
+    width: _Side
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of the range coder: its uint32 words, and the CRC-32 of its codes (int32, little-endian)."""
+
+    words: _Count
+    crc32: _Count
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is needed to restore the images, and who wrote them."""
+
+    version: str
+    prior: str
+    tokenizer: str
+    probabilities: Probabilities
+    rows: Annotated[int, Ge(1), Le(2**12)]
+    machine: str
+    """Processor and torch of the writer, whose rounding the probabilities have."""
+    pictures: list[Picture]
+    streams: list[Stream]
+
+
+def crc_of(codes: NDArray[np.int64]) -> int:
+    """CRC-32 of codes."""
+    return zlib.crc32(np.ascontiguousarray(codes, "<i4").tobytes())
+
+
+def file_names(pictures: list[Picture]) -> list[str]:
+    """The PNG files that pictures are restored to, below a folder. Raises `ValueError` for names that leave it."""
+    found: dict[str, str] = {}
+    for picture in pictures:
+        path = PurePosixPath(picture.name)
+        plain = path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in picture.name
+        if not plain or any(part.startswith(".") or len(part.encode()) > 240 for part in path.parts):
+            raise ValueError(f"{picture.name!r} is no name of a file inside a folder")
+        name = path.with_suffix(".png").as_posix()
+        if name.casefold() in found:
+            raise ValueError(f"{picture.name!r} and {found[name.casefold()]!r} would be the same file")
+        found[name.casefold()] = picture.name
+    return [PurePosixPath(picture.name).with_suffix(".png").as_posix() for picture in pictures]
+
+
+def write_archive(path: Path, header: Header, streams: list[NDArray[np.uint32]]) -> int:
+    """Write the file atomically; returns its size in bytes."""
+    text = json.dumps(asdict(header), ensure_ascii=False, separators=(",", ":")).encode()
+    parts = [MAGIC, len(text).to_bytes(4, "little"), text, *(words.astype("<u4").tobytes() for words in streams)]
+    data = b"".join(parts)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    return len(data) + 4
+
+
+def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
+    """Read the header and the words of each stream. Raises `UserError` where the file is damaged or something else."""
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name what vqgen-compress wrote") from error
+    length = int.from_bytes(data[8:12], "little")
+    if data[:8] != MAGIC or len(data) < 16 + length:
+        raise UserError(f"{path} is no whole archive of vqgen-compress; restore it")
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise UserError(f"{path} is damaged: its CRC is another; restore it")
+    data = data[:-4]
+    try:
+        header, start = as_record(path, parse_json(data[12 : 12 + length]), Header), 12 + length
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has no readable header ({error}); restore it") from error
+    streams = []
+    for stream in header.streams:
+        if start + 4 * stream.words > len(data):
+            raise UserError(f"{path} is cut off in its codes; restore it")
+        streams.append(np.frombuffer(data, "<u4", stream.words, start).astype(np.uint32))
+        start += 4 * stream.words
+    if start != len(data):
+        raise UserError(f"{path} has {len(data) - start} bytes too many; restore it")
+    try:
+        file_names(header.pictures)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; restore it") from error
+    return header, streams

@@ -1,0 +1,202 @@
+"""The work of vqgen-compress and vqgen-decompress: images to codes to streams, and back."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgen import __version__
+from vqgen.devices import describe
+from vqgen.errors import UsageError, UserError
+from vqgen.files import write_json
+from vqgen.files.output_folder import new_folder
+from vqgen.progress import progress
+from vqgen.sampling.decoding.threads import on_threads
+from vqgen.sampling.generator import Generator
+from vqgen.sampling.init_images import image_files, read_image
+from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+from .archive import ROWS, Header, Picture, Stream, crc_of, file_names, read_archive, write_archive
+from .coding import Coder
+from .compress import CompressConfig
+from .decompress import DecompressConfig
+
+ARCHIVE, SUMMARY = "images.vqc", "summary.json"
+
+
+def _machine() -> str:
+    """Processor and torch, whose rounding the probabilities have."""
+    about = describe(torch.device("cpu"), "no", 1)
+    return f"{about['cpu']}, torch {about['torch']}"
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The windows that cover an image of `height` x `width` pixels: rows and columns of them."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, picture: Picture, size: tuple[int, int]) -> "_Grid":
+        return cls(math.ceil(picture.height / size[0]), math.ceil(picture.width / size[1]))
+
+    def split(self, codes: Tensor) -> Tensor:
+        """Codes (1, rows*h, columns*w[, depth]) -> windows (rows*columns, h, w[, depth]), in raster order."""
+        parts = [part for row in codes.chunk(self.rows, 1) for part in row.chunk(self.columns, 2)]
+        return torch.cat(parts)
+
+    def join(self, windows: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        rows = windows.split(self.columns)
+        return torch.cat([torch.cat(list(row), 1) for row in rows])[None]
+
+
+def _size(generator: Generator) -> tuple[int, int]:
+    height, width = generator.tokenizer.config.image_size
+    return height, width
+
+
+def _windows(generator: Generator, image: Tensor, grid: _Grid) -> Tensor:
+    """The codes of an image uint8 (C, H, W), padded by its last row and column, as windows."""
+    (height, width), (h, w) = _size(generator), image.shape[1:]
+    margins = (0, grid.columns * width - w, 0, grid.rows * height - h)
+    padded = F.pad(image[None].float(), margins, mode="replicate").to(torch.uint8)
+    return grid.split(generator.tokenizer.encode(padded))
+
+
+def _names(paths: list[Path], given: list[Path]) -> list[str]:
+    """The names of images in the archive: relative to the folders that were given. Raises `UsageError`."""
+    folders = [path for path in given if os.path.isdir(path)]
+    names = []
+    for path in paths:
+        inside = next((folder for folder in folders if path.parent == folder), path.parent)
+        names.append(path.relative_to(inside).as_posix())
+    try:
+        file_names([Picture(name, 1, 1) for name in names])
+    except ValueError as error:
+        raise UsageError(f"IMAGES: {error}; rename one of them") from error
+    return names
+
+
+def compress_images(config: CompressConfig) -> None:
+    """Write the archive and a summary. Raises `UserError`."""
+    paths = image_files(config.images, "IMAGES")
+    names, generator = _names(paths, config.images), Generator.load(config.model, "cpu", "fp32")
+    with new_folder(config.output):
+        pictures, windows = list[Picture](), list[Tensor]()
+        for path, name in zip(paths, names, strict=True):
+            image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
+            pictures.append(Picture(name, image.shape[1], image.shape[2]))
+            windows.append(_windows(generator, image, _Grid.of(pictures[-1], _size(generator))))
+        blocks = generator.vocabulary.to_tokens(torch.cat(windows)).split(ROWS)
+        with progress(2 * len(blocks), "compressing", "stream", True) as bar:
+            streams = _encoded(generator, config, blocks, bar)
+            restored = _decoded(generator, config.probabilities, streams, [len(block) for block in blocks], bar)
+        for block, again in zip(blocks, restored, strict=True):
+            if not torch.equal(block, again):
+                raise AssertionError("a stream does not decode to what was encoded")
+        entries = [Stream(len(words), crc_of(block.numpy())) for words, block in zip(streams, blocks, strict=True)]
+        fingerprints = str(generator.prior.fingerprint), str(generator.tokenizer.fingerprint)
+        header = Header(__version__, *fingerprints, config.probabilities, ROWS, _machine(), pictures, entries)
+        size = write_archive(config.output / ARCHIVE, header, streams)
+        pixels = sum(picture.height * picture.width for picture in pictures)
+        found: dict[str, Any] = {
+            "images": len(pictures),
+            "bytes": size,
+            "bits_per_pixel": 8 * size / pixels,
+            "stream_bits": 32 * sum(len(words) for words in streams),
+            "codes": sum(block.numel() for block in blocks),
+        }
+        found["nats_per_code"] = found["stream_bits"] * math.log(2) / found["codes"]
+        write_json(config.output / SUMMARY, found)
+    print(
+        f"{len(pictures)} image{'s' * (len(pictures) > 1)} in {size} bytes, {found['bits_per_pixel']:.4f} bits a pixel "
+        f"({found['nats_per_code']:.3f} nats a code): {config.output / ARCHIVE}"
+    )
+
+
+def _encoded(
+    generator: Generator, config: CompressConfig, blocks: tuple[Tensor, ...], bar: tqdm
+) -> list[NDArray[np.uint32]]:
+    coder = Coder(generator, config.probabilities)
+
+    def encode(block: Tensor) -> NDArray[np.uint32]:
+        words = coder.encode(block)
+        bar.update()
+        return words
+
+    return [encode(block) for block in blocks] if coder.in_order else on_threads(encode, blocks)
+
+
+def _decoded(
+    generator: Generator,
+    probabilities: Any,
+    streams: list[NDArray[np.uint32]],
+    counts: list[int],
+    bar: tqdm,
+) -> list[Tensor]:
+    coder = Coder(generator, probabilities)
+
+    def decode(given: tuple[NDArray[np.uint32], int]) -> Tensor:
+        tokens = coder.decode(*given)
+        bar.update()
+        return tokens
+
+    pairs = list(zip(streams, counts, strict=True))
+    return [decode(pair) for pair in pairs] if coder.in_order else on_threads(decode, pairs)
+
+
+def restore_images(config: DecompressConfig) -> None:
+    """Write the images of an archive as PNG. Raises `UserError`."""
+    path = config.archive[0] / ARCHIVE if os.path.isdir(config.archive[0]) else config.archive[0]
+    header, streams = read_archive(path)
+    generator = Generator.load(config.model, "cpu", "fp32")
+    for what, found, wanted in (
+        ("prior", str(generator.prior.fingerprint), header.prior),
+        ("tokenizer", str(generator.tokenizer.fingerprint), header.tokenizer),
+    ):
+        if found != wanted:
+            text = f"{path} needs the {what} {wanted[:12]}, found {found[:12]}"
+            raise UserError(f"--model: {text}; give the model that compressed it")
+    grids = [_Grid.of(picture, _size(generator)) for picture in header.pictures]
+    total = sum(grid.rows * grid.columns for grid in grids)
+    counts = [min(ROWS, total - first) for first in range(0, total, ROWS)]
+    if header.rows != ROWS or len(counts) != len(streams):
+        raise UserError(f"{path} has {len(streams)} streams of {header.rows} windows for {total}; restore it")
+    with new_folder(config.output):
+        with progress(len(streams), "restoring", "stream", True) as bar:
+            try:
+                blocks = _decoded(generator, header.probabilities, streams, counts, bar)
+            except ValueError:
+                blocks = []
+        intact = [crc_of(block.numpy()) == stream.crc32 for block, stream in zip(blocks, header.streams)]
+        if len(intact) < len(streams) or not all(intact):
+            stream = intact.index(False) if False in intact else len(intact)
+            text = (
+                f"{path}: the codes of stream {stream} have another CRC: this machine ({_machine()}) rounds otherwise"
+            )
+            raise UserError(f"{text} than that which wrote it ({header.machine}); restore the images there")
+        names, images = file_names(header.pictures), _images(generator, grids, blocks)
+        for picture, name, image in zip(header.pictures, names, images, strict=True):
+            write_png_atomic(config.output / name, image[:, : picture.height, : picture.width])
+    print(f"{len(grids)} image{'s' * (len(grids) > 1)} restored to {config.output}")
+
+
+def _images(generator: Generator, grids: list[_Grid], blocks: list[Tensor]) -> Iterator[Tensor]:
+    """Decode the images uint8 (C, H, W) one by one, each as a whole."""
+    codes, first = generator.vocabulary.to_codes(torch.cat(blocks)), 0
+    for grid in grids:
+        part = codes[first : first + grid.rows * grid.columns]
+        first += len(part)
+        yield to_uint8(generator.tokenizer.decode(grid.join(part)))[0]

@@ -1,0 +1,144 @@
+"""Compression: what is restored is what was encoded, in as many bits as the prior needs, and damage is told."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import make_prior
+
+from vqgen.sampling.compression.archive import ROWS, Picture, file_names, read_archive
+from vqgen.sampling.compression.coding import Coder
+from vqgen.sampling.compression.compress import main as main_compress
+from vqgen.sampling.compression.decompress import main as main_decompress
+from vqgen.sampling.compression.work import ARCHIVE
+from vqgen.sampling.generator import Generator
+from vqgen.tokenizer.data.decoding import decode
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+KINDS = ["exact", "rounded", "histogram"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_prior(tmp_path_factory.mktemp("model"))
+
+
+def photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    """Images of 3 channels and these heights and widths."""
+    folder.mkdir()
+    random = torch.Generator().manual_seed(0)
+    for number, size in enumerate(sizes):
+        image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=random)
+        write_png_atomic(folder / f"photo {number}.png", image)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("count", [1, ROWS - 1, 2 * ROWS + 3])
+def test_codes_survive_and_take_the_bits_of_their_probabilities(tmp_path: Path, kind, depth: int, count: int) -> None:
+    generator = Generator.load(make_prior(tmp_path / "model", depth=depth), "cpu", "fp32")
+    codes = generator.sample(count, seed=3).codes
+    tokens = generator.vocabulary.to_tokens(codes)
+    writer, reader = Coder(generator, kind), Coder(generator, kind)
+    bits = 0
+    for block in tokens.split(ROWS):
+        words = writer.encode(block)
+        bits += 32 * len(words)
+        assert torch.equal(reader.decode(words, len(block)), block)
+    if kind == "exact" and depth == 1:
+        conditioning = generator.conditioning
+        prefix = conditioning.prefixes(conditioning.conditions({"class": [-1]}), range(count))
+        with torch.no_grad():
+            logits = conditioning.of_codes(generator.prior(torch.cat([prefix, tokens], 1)[:, :-1]))
+        logits = logits[..., : generator.vocabulary.size]  # codes alone are possible
+        nats = -logits.log_softmax(-1).gather(2, tokens[..., None]).sum().item()
+        assert bits == pytest.approx(nats / math.log(2), rel=2e-3, abs=64 * -(-count // ROWS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_any_size_are_restored_in_another_process(cli, model: Path, tmp_path: Path, kind: str) -> None:
+    sizes = [(4, 6), (5, 7), (12, 18), (1, 1), (9, 3)]
+    folder = photos(tmp_path / "photos", sizes)
+    words = ["--model", model, "--output", tmp_path / "small", "--probabilities", kind]
+    result = cli(main_compress, folder, *words)
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "small" / "summary.json").read_text())
+    assert summary["images"] == 5 and summary["bytes"] == (tmp_path / "small" / ARCHIVE).stat().st_size
+    result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
+    assert result.code == 0, result.err
+    generator = Generator.load(model, "cpu", "fp32")
+    for number, size in enumerate(sizes):
+        found = decode((tmp_path / "restored" / f"photo {number}.png").read_bytes(), 3)
+        assert found.shape == (3, *size)
+        if size in ((4, 6), (12, 18)):  # no padding: what the tokenizer makes of the whole image
+            original = decode((folder / f"photo {number}.png").read_bytes(), 3)
+            assert torch.equal(found, generator.tokenizer.reconstruct(original[None])[0])
+    again = cli(main_compress, folder, "--model", model, "--output", tmp_path / "again", "--probabilities", kind)
+    assert again.code == 0
+    assert (tmp_path / "again" / ARCHIVE).read_bytes() == (tmp_path / "small" / ARCHIVE).read_bytes()
+
+
+def test_every_damaged_byte_is_told(cli, model: Path, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", [(8, 12)] * 6)
+    assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    whole = (tmp_path / "small" / ARCHIVE).read_bytes()
+    random = np.random.default_rng(0)
+    start = 12 + int.from_bytes(whole[8:12], "little")
+    for number, place in enumerate(random.integers(0, len(whole), 40)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random.integers(8)
+        (tmp_path / "damaged.vqc").write_bytes(damaged)
+        output = tmp_path / f"restored-{number}"
+        result = cli(main_decompress, tmp_path / "damaged.vqc", "--model", model, "--output", output)
+        assert result.code == 1 and "damaged.vqc" in result.err and result.err.count("\n") == 1, (place, result.err)
+        assert not output.exists()
+    for cut in (0, 5, 11, start - 1, start + 3, len(whole) - 1):
+        (tmp_path / "damaged.vqc").write_bytes(whole[:cut])
+        result = cli(main_decompress, tmp_path / "damaged.vqc", "--model", model, "--output", tmp_path / "cut")
+        assert result.code == 1 and "damaged.vqc" in result.err and result.err.count("\n") == 1
+
+
+def test_another_model_is_refused(cli, model: Path, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", [(4, 6)])
+    assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    other = make_prior(tmp_path / "other", depth=2)
+    result = cli(main_decompress, tmp_path / "small", "--model", other, "--output", tmp_path / "restored")
+    assert result.code == 1 and read_archive(tmp_path / "small" / ARCHIVE)[0].prior[:12] in result.err
+    result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", folder)
+    assert result.code == 2 and "photo 0.png" in result.err and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["../a.png"], ["/a.png"], ["a/../b.png"], ["a.png", "A.jpg"], [".hidden.png"], [""], ["x" * 300], ["a\\b"]],
+)
+def test_names_that_leave_the_folder_or_coincide_are_refused(names: list[str]) -> None:
+    with pytest.raises(ValueError):
+        file_names([Picture(name, 1, 1) for name in names])
+
+
+def test_what_cannot_be_compressed_is_named(cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for words, named in (([tmp_path / "text.png"], "text.png"), ([tmp_path / "empty"], "empty"), ([], "IMAGES")):
+        result = cli(main_compress, *words, "--model", model, "--output", tmp_path / "out")
+        assert result.code and named in result.err and result.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    photos(tmp_path / "a", [(4, 6)])
+    photos(tmp_path / "b", [(4, 6)])
+    result = cli(main_compress, tmp_path / "a", tmp_path / "b", "--model", model, "--output", tmp_path / "out")
+    assert result.code == 2 and "photo 0.png" in result.err
+
+
+def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = photos(tmp_path / "photos", [(8, 12)] * 6)
+    assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: softmax(x * 1.01, dim))
+    result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
+    assert result.code == 1 and "CRC" in result.err and torch.__version__ in result.err
+    assert not (tmp_path / "restored").exists()
