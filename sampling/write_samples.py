@@ -29,7 +29,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import chosen_filling
-from .output import GRID, Found, Names, begin, check_output, finish
+from .output import GRID, UNFINISHED, Found, Names, begin, check_output, finish
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
 
@@ -161,6 +161,10 @@ def _draw(
     def write(indices: Sequence[int], codes: Tensor) -> None:
         decoded = generator.decode(codes)
         decoded = filling.finished(indices, decoded) if filling else decoded
+        if not (output / UNFINISHED).is_file():
+            raise UserError(
+                f"{output} was moved or removed while images were drawn into it; run the same command again"
+            )
         for index, image in zip(indices, decoded, strict=True):
             write_png_atomic(output / names.file(index), image)
 

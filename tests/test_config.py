@@ -637,3 +637,14 @@ def test_an_interrupt_that_an_import_swallows_is_still_one(capsys):
 def test_a_message_is_no_longer_than_a_screen():
     found = one_line("a" * 5000 + "the end")
     assert len(found) < 1000 and found.startswith("aaa") and found.endswith("the end") and "…" in found
+
+
+@pytest.mark.parametrize("program", ["vqgen.sampling.sample", "vqgen.evaluation.program"])
+def test_output_that_nobody_can_write_is_one_line(program: str):
+    for redirect in (">/dev/full", ">&-"):
+        line = f"{sys.executable} -m {program} --help-all {redirect}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr and "defect" not in done.stderr, done.stderr
+        assert done.returncode == (1 if "full" in redirect else 0)
+    line = f"{sys.executable} -m {program} --unknown 2>/dev/full"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 2

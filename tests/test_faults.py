@@ -1,6 +1,7 @@
 """What goes wrong ends a run with one line that names it, and loses nothing that was saved."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,18 @@ def test_checkpoints_that_are_all_damaged(tmp_path: Path, whole: Path) -> None:
     line = run(TOKENIZER, *TINY, "--steps", 8, "--output", folder).refused(1, "step-00000006/optimizers.pt")
     assert "--overwrite" in line
     assert {**tree(folder), "config.yaml": b""} == {**before, "config.yaml": b""}
+
+
+def test_a_checkpoint_file_of_another_size_is_not_hashed(tmp_path: Path, whole: Path) -> None:
+    """A sparse file of a terabyte would take hours."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for unfinished in ("finished.json", "vqgen.json", "model.safetensors"):
+        (folder / unfinished).unlink()
+    os.truncate(folder / "checkpoints/step-00000006/tokenizer.safetensors", 2**40)
+    ended = run(TOKENIZER, *TINY, "--output", folder).ok()
+    assert "step-00000006/tokenizer.safetensors" in ended.err and "size" in ended.err
+    assert weights(folder) == weights(whole)
 
 
 def flip(path: Path, byte: int, bit: int = 0) -> None:

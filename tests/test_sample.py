@@ -718,3 +718,18 @@ def test_likelihood_of_images_is_that_of_a_full_softmax(model):
             assert found[i].item() == pytest.approx(total, abs=1e-4)
     with pytest.raises(UsageError, match="class: found 2 values for 5 images"):
         generator.log_likelihood(images, [0, 1])
+
+
+def test_a_folder_that_is_removed_while_images_are_drawn_ends_the_run(sample, tmp_path, monkeypatch):
+    decode = Generator.decode
+
+    def removing(self, codes):
+        shutil.rmtree(tmp_path / "samples", ignore_errors=True)
+        return decode(self, codes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "decode", removing)
+        result = sample("--n", 9, "--batch-size", 3)
+    assert result.code == 1 and "samples was moved or removed" in result.err
+    assert not list((tmp_path / "samples").glob("0*.png")) if (tmp_path / "samples").exists() else True
+    assert sample("--n", 9).code == 0 and len(images(tmp_path / "samples")) == 9

@@ -7,19 +7,12 @@ declarations, `config_layers.py` reads the sources.
 """
 
 import dataclasses
-import io
-import os
 import re
-import select
-import signal
 import sys
-import threading
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from . import __version__
@@ -29,6 +22,7 @@ from .files import write_text
 from .files.yaml_text import dump_yaml
 from .option_types import type_name
 from .options import choice_of, is_section, key_of, options
+from .terminal import close_stdout, noted_interrupts, prepared_streams, stdout_has_no_reader
 
 C = TypeVar("C")
 _HELP = {"--help", "-h", "--help-all"}
@@ -151,11 +145,15 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
     returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr does so anyway
+    with prepared_streams(), noted_interrupts() as interrupts:
+        return _ended(program, config, run, words, interrupts)
+
+
+def _ended(
+    program: str, config: type[C], run: Callable[[C], None], words: Sequence[str], interrupts: Sequence[int]
+) -> int:
+    """Run a program and return the exit code, see `command`."""
     finished = "--version" in words or bool(_HELP & set(words))
-    interrupts: list[int] = []
-    before = _note_interrupts(interrupts)
     try:
         if "--version" in words:
             print(f"vqgen {__version__}")
@@ -167,7 +165,7 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         else:
             run(parse(config, words))
         finished = True
-        sys.stdout.flush()
+        print(end="", flush=True)
         return 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -179,8 +177,8 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         if interrupts:  # raised within an import, which went on without what it was importing
             print(f"{program}: interrupted", file=sys.stderr)
             return 130
-        if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail as well
+        if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
+            close_stdout()
             return 0 if finished else 1
         if isinstance(error, PermissionError) and error.filename is not None:  # also by Path.is_file and its like
             denied = one_line(f"{error.filename}: {error.strerror}")
@@ -192,26 +190,6 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
         traceback.print_exc()
         print(f"{program}: this is a defect of vqgen; please report it with the lines above", file=sys.stderr)
         return 1
-    finally:
-        if before:
-            signal.signal(signal.SIGINT, before)
-
-
-def _note_interrupts(seen: list[int]) -> Callable[..., Any] | None:
-    """Append every SIGINT to `seen` before it raises `KeyboardInterrupt` as ever; return the former handler.
-
-    None where this is not the main thread, or the handler is not Python's own.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return None
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    return signal.default_int_handler
 
 
 def one_line(text: str) -> str:
@@ -225,15 +203,6 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
-def _stdout_has_no_reader() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
-    with suppress(OSError, AttributeError):  # no descriptor, or a system without poll
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        return bool(poll.poll(0))
-    return False
-
-
 def commands(
     program: str, known: Mapping[str, tuple[type, Callable[[Any], None]]], arguments: Sequence[str] | None = None
 ) -> int:
@@ -242,8 +211,18 @@ def commands(
     if words and words[0] in known:
         config, run = known[words[0]]
         return command(f"{program} {words[0]}", config, run, words[1:])
+    with prepared_streams():
+        try:
+            return _usage(program, known, words)
+        except UserError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+def _usage(program: str, known: Mapping[str, tuple[type, Callable[[Any], None]]], words: Sequence[str]) -> int:
+    """Print version or commands, or say that `words` name no command; return the exit code."""
     if "--version" in words:
-        print(f"vqgen {__version__}")
+        print(f"vqgen {__version__}", flush=True)
         return 0
     lines = [f"usage: {program} COMMAND [--option VALUE ...]; {program} COMMAND --help lists its options", ""]
     lines += [f"  {name:<16} {(run.__doc__ or '').splitlines()[0]}" for name, (_, run) in known.items()]

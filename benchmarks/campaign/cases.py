@@ -95,6 +95,9 @@ class Campaign:
                 done = mutation(path, random, place)
             except NotApplicable:
                 continue
+            except Exception as error:
+                text = f"the mutation {mutation.__name__} failed on {path}, for {scenario.program}"
+                raise RuntimeError(text) from error
             target = path.relative_to(place.work).as_posix() if scenario.targets else ""
             return target, mutation.__name__, done if isinstance(done, Change) else Change(done)
         return "", "none", UNCHANGED

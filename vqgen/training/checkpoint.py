@@ -45,12 +45,14 @@ class State:
     extra: dict[str, Any]
     files: dict[str, str] | None = None
     """Name -> sha256 of every other file."""
+    sizes: dict[str, int] | None = None
+    """Name -> bytes of these files, compared first: a sparse file of a terabyte takes hours to hash."""
     sha256: str | None = None
     """Of the other values, see `_own_checksum`."""
 
 
 def _own_checksum(state: State) -> str:
-    values = {name: value for name, value in vars(state).items() if name != "sha256"}
+    values = {name: value for name, value in vars(state).items() if name != "sha256" and value is not None}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -76,9 +78,10 @@ def save_checkpoint(
             held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(held, temporary / f"{name}.safetensors")
         _save(states, temporary / "optimizers.pt")
-        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+        files = sorted(temporary.iterdir())
+        sums, sizes = {file.name: checksum(file) for file in files}, {file.name: file.stat().st_size for file in files}
         plain = json.loads(json.dumps(dict(extra)))  # JSON turns tuples into lists
-        state = State(step, plain, sums)
+        state = State(step, plain, sums, sizes)
         text = json.dumps({**vars(state), "sha256": _own_checksum(state)}, indent=2)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
     passed = [damaged for damaged in checkpoints(folder, DAMAGED) if step_of(damaged) <= step]
@@ -122,6 +125,9 @@ def check_checkpoint(path: Path) -> State:
     if state.files is None or state.sha256 != _own_checksum(state):
         raise UserError(f"{file} is damaged: it does not have the checksum that was saved with it")
     for name, expected in state.files.items():
+        size = (state.sizes or {}).get(name)
+        if size is not None and os.path.isfile(path / name) and os.path.getsize(path / name) != size:
+            raise UserError(f"{path / name} is damaged: it does not have the size in state.json, {size} bytes")
         if checksum(path / name) != expected:
             raise UserError(f"{path / name} is damaged: it does not have the checksum in state.json")
     return state
