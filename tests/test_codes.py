@@ -602,6 +602,20 @@ def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_pat
     one_line(error, str(folder / shard_name(2)), "delete it")
 
 
+def test_a_shard_with_labels_of_other_images_is_not_taken_over(make, reference, tmp_path):
+    (folder := tmp_path / "codes").mkdir()
+    for name in ("plan.json", shard_name(2)):
+        (folder / name).write_bytes((reference / name).read_bytes())
+    held = load_file(folder / shard_name(2))
+    artifact.write_tensors(folder / shard_name(2), {**held, "labels": held["labels"].flip(0) + 1})
+    with pytest.raises(UserError) as error:
+        tokenize(make(folder))
+    one_line(error, str(folder / shard_name(2)), "labels", "delete it")
+    (folder / shard_name(2)).unlink()
+    tokenize(make(folder))
+    assert content(folder) == content(reference)
+
+
 @pytest.mark.parametrize("where", ["artifact.save_file", "files.write.os.fsync"])
 def test_a_full_disk_is_one_line_and_loses_no_finished_shard(make, reference, tmp_path, monkeypatch, where):
     folder = tmp_path / "codes"

@@ -38,6 +38,7 @@ from .format import (
     MANIFEST,
     CodeFiles,
     Manifest,
+    Shard,
     ShardEntry,
     SplitEntry,
     checksum,
@@ -168,6 +169,14 @@ def _prepare(job: Job) -> None:
         reopen(output)
 
 
+def _check_labels(job: Job, planned: ShardRange, shard: Shard) -> None:
+    """Raise `UserError` where a shard, which may be of an earlier call, has labels that its images do not have."""
+    wanted = job.datasets[planned.split].labels[planned.start : planned.stop].numpy()
+    whole = len(wanted) == len(shard.labels)  # else some of the images were broken
+    if not (np.array_equal(shard.labels, wanted) if whole else np.isin(shard.labels, wanted).all()):
+        raise UserError(f"{shard.path} holds labels that its images do not have; delete it and run this again")
+
+
 def _finish(job: Job) -> tuple[Manifest, float]:
     """Read every shard once, write the manifest, and return it with the share of the codebook in use."""
     tokenizer, config = job.tokenizer, job.config
@@ -175,6 +184,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
     entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
     for planned in job.shards:
         shard = open_shard(job.path(planned), tokenizer.codebook_size, job.row_shape(planned))
+        _check_labels(job, planned, shard)
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
     skip, splits = config.images.broken == "skip", dict[Split, SplitEntry]()
