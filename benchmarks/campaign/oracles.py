@@ -117,6 +117,8 @@ def _pixels(path: Path, upright: bool = True) -> np.ndarray | None:
     """Pixels of the first frame as Pillow reads them, upright as EXIF says; None where it cannot."""
     from PIL import Image, ImageOps
 
+    if not path.is_file():  # a pipe would block
+        return None
     try:
         with Image.open(path) as image:
             return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGBA"))
