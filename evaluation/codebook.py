@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torchvision.utils import make_grid
 from vqgen import __version__
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_json, write_json
+from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.metrics import code_metrics
@@ -111,6 +113,8 @@ def inspect_codebook(config: CodebookConfig) -> None:
     """Write atlas.png, codebook.json and, with --neighbours, neighbours.png; print a summary. Raises `UserError`."""
     with locked(config.output):
         _refuse_foreign(config.output)
+        names = (re.escape(name) for name in ("atlas.png", "neighbours.png", "codebook.json"))
+        OutputFolder(config.output, patterns=tuple(names)).remove_leftovers()
         _inspect(config)
 
 

@@ -29,7 +29,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import chosen_filling
-from .output import GRID, UNFINISHED, Found, Names, begin, check_output, finish
+from .output import GRID, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
 
@@ -119,6 +119,7 @@ def write_samples(config: SampleConfig) -> PartialState:
         found = on_main(lambda: check_output(output, names, about, config.overwrite, size))
         if found.status == "done":
             if state.is_main_process:
+                samples_folder(output).remove_leftovers()
                 if config.columns:
                     write_grid(output, names, n, config.columns, len(classes), channels)
                 print(f"{output} holds these {n} images already; --overwrite draws them again")

@@ -107,3 +107,12 @@ def test_only_its_own_files_are_replaced(cli, tmp_path):
             assert result.code == 2 and str(out / name) in result.err and (out / name).read_bytes() == foreign
         (out / name).write_bytes(whole)
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_kill_left_goes(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    left = [tmp_path / "out" / f".{name}.vqgen-0123456789abcdef.part" for name in ("atlas.png", "codebook.json")]
+    for path in left:
+        path.mkdir(parents=True)
+    assert cli(program.main, "codebook", "--tokenizer", model / "tokenizer", "--output", tmp_path / "out").code == 0
+    assert not any(path.exists() for path in left)

@@ -208,6 +208,15 @@ def test_a_checkpoint_file_of_another_size_is_not_hashed(tmp_path: Path, whole: 
     assert weights(folder) == weights(whole)
 
 
+def test_what_a_kill_left_beside_a_finished_run_goes(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    left = folder / ".finished.json.vqgen-0123456789abcdef.part"
+    left.mkdir()
+    assert "is finished" in run(TOKENIZER, *TINY, "--output", folder).ok().err
+    assert not left.exists() and tree(folder) == tree(whole)
+
+
 def flip(path: Path, byte: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[byte] ^= 1 << bit

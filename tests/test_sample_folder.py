@@ -149,3 +149,11 @@ def test_another_image_in_the_place_of_a_sample_is_nobodys_to_replace(sample, fo
     before = tree(folder)
     ended = sample("--n", 4)
     assert ended.code == 2 and "00002.png" in ended.err and "--overwrite" in ended.err and tree(folder) == before
+
+
+def test_what_a_kill_left_beside_finished_samples_goes(sample, folder: Path) -> None:
+    left, mine = folder / ".samples.json.vqgen-0123456789abcdef.part", folder / ".thesis.part"
+    left.mkdir()
+    mine.touch()
+    assert "holds these 4 images already" in sample("--n", 4).out
+    assert not left.exists() and mine.exists()

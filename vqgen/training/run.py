@@ -31,7 +31,7 @@ from vqgen.seeding import step_seed
 
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import CHECKPOINTS, FINISHED, Finished, Session, check_folder, checkpoints, prepare_folder
+from .folder import CHECKPOINTS, FINISHED, Finished, Session, check_folder, checkpoints, prepare_folder, run_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
@@ -93,10 +93,16 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def completed(self) -> bool:
-        """Whether the folder holds the finished run with at least the steps that are asked for."""
+        """Whether the folder holds the finished run with at least the steps that are asked for.
+
+        Then what a kill at the very end left in it is removed.
+        """
         path = self.folder / FINISHED
         done = is_file(path) and not self.overwrite and read_record(path, Finished).steps >= self.settings.steps
-        return done and (self.folder / "vqgen.json").is_file()
+        done = done and (self.folder / "vqgen.json").is_file()
+        if done and self.main:
+            run_folder(self.folder).remove_leftovers()
+        return done
 
     def _restore(self, trainer: Trainer) -> int:
         """Load the newest checkpoint, cut the history back to it, and return the number of steps done."""
