@@ -208,6 +208,17 @@ def test_a_checkpoint_file_of_another_size_is_not_hashed(tmp_path: Path, whole: 
     assert weights(folder) == weights(whole)
 
 
+def test_a_checkpoint_that_a_kill_left_to_be_removed_goes(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for unfinished in ("finished.json", "vqgen.json", "model.safetensors"):
+        (folder / unfinished).unlink()
+    kept = steps(folder)
+    shutil.copytree(folder / f"checkpoints/step-{kept[0]:08d}", folder / "checkpoints/step-00000001")
+    run(TOKENIZER, *TINY, "--output", folder).ok()
+    assert steps(folder) == kept[-2:] and weights(folder) == weights(whole)
+
+
 def test_what_a_kill_left_beside_a_finished_run_goes(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -84,9 +84,14 @@ def save_checkpoint(
         state = State(step, plain, sums, sizes)
         text = json.dumps({**vars(state), "sha256": _own_checksum(state)}, indent=2)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+    rotate(folder, step, keep)
+    return path
+
+
+def rotate(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and the damaged ones that a run has passed with `step` steps."""
     passed = [damaged for damaged in checkpoints(folder, DAMAGED) if step_of(damaged) <= step]
     _remove([*passed, *checkpoints(folder)[:-keep]])
-    return path
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -29,7 +29,7 @@ from vqgen.files import is_file, read_record, write_json, write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
 
-from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, newest_checkpoint, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
 from .folder import CHECKPOINTS, FINISHED, Finished, Session, check_folder, checkpoints, prepare_folder, run_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
@@ -193,6 +193,8 @@ class Run:
         on_main(lambda: prepare_folder(self.folder, self.config, self.overwrite))
         self.accelerator.init_trackers("vqgen", config={})
         self.done = first = self._restore(trainer)
+        # A kill may have come between the last checkpoint and this.
+        on_main(lambda: rotate(self.folder / CHECKPOINTS, first, self.settings.keep_checkpoints))
         if self.main:
             about = describe(self.device, self.accelerator.mixed_precision, self.accelerator.num_processes)
             self.session = Session(self.folder, first, about)
