@@ -628,10 +628,13 @@ def test_an_interrupt_that_an_import_swallows_is_still_one(capsys):
     class Nothing(Options):
         """Nothing."""
 
-    before = signal.getsignal(signal.SIGINT)
-    assert command("vqgen-test", Nothing, run, []) == 130
-    assert capsys.readouterr().err == "vqgen-test: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    try:
+        assert command("vqgen-test", Nothing, run, []) == 130
+        assert capsys.readouterr().err == "vqgen-test: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_message_is_no_longer_than_a_screen():
