@@ -145,8 +145,9 @@ def test_128_whole_images_depend_on_no_batch_and_no_number_of_threads(name, prec
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for size in SIZES:
-            found = generator.draw_codes(range(COUNT), None, settings, 0, size)
-            assert torch.equal(found[0], codes) and torch.equal(found[1], marks), (threads, size)
+            count = min(size + 7, COUNT)  # a batch and a part of the next
+            found = generator.draw_codes(range(count), None, settings, 0, size)
+            assert torch.equal(found[0], codes[:count]) and torch.equal(found[1], marks[:count]), (threads, size)
         assert torch.equal(generator.decode(codes), images)
 
 
