@@ -28,17 +28,19 @@ def objective(
     `cross-entropy` is that of the targets themselves, so that runs are comparable whatever their smoothing. `weights`
     (B, T) multiply the terms of each target; their mean is 1 over the whole batch.
     """
-    nats = token_nats(logits, targets)
-    weights = torch.ones_like(nats) if weights is None else weights
-    terms = {"cross-entropy": (nats * weights).mean()}
+
+    def mean(values: Tensor) -> Tensor:
+        return values.mean() if weights is None else (values * weights).mean()
+
+    terms = {"cross-entropy": mean(token_nats(logits, targets))}
     total = terms["cross-entropy"]
     if config.label_smoothing or config.z_loss:
         # float32, as the cross-entropy is.
         normaliser = logits.float().logsumexp(-1)
         if config.label_smoothing:
-            uniform = ((normaliser - logits.float().mean(-1)) * weights).mean()
+            uniform = mean(normaliser - logits.float().mean(-1))
             terms["smoothing"] = config.label_smoothing * (uniform - total)
         if config.z_loss:
-            terms["z-loss"] = config.z_loss * (normaliser.square() * weights).mean()
+            terms["z-loss"] = config.z_loss * mean(normaliser.square())
         total = torch.stack(list(terms.values())).sum()
     return terms, total

@@ -58,7 +58,8 @@ def train(config: PriorTraining) -> None:
         if built:
             run, trainer = built
             run.fit(trainer)
-            run.say(f"prior: {config.output} (held-out {trainer.extra['best']:.4f} nats per token)")
+            of = ", those of plain and filled images in the shares of training" if config.objective.inpainting else ""
+            run.say(f"prior: {config.output} (held-out {trainer.extra['best']:.4f} nats per token{of})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Compression: what is restored is what was encoded, in as many bits as the prior needs, and damage is told."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.models import make_prior
 
-from vqgen.sampling.compression.archive import ROWS, Picture, file_names, read_archive
+from vqgen.sampling.compression.archive import ROWS, Picture, file_names, read_archive, write_archive
 from vqgen.sampling.compression.coding import Coder
 from vqgen.sampling.compression.compress import main as main_compress
 from vqgen.sampling.compression.decompress import main as main_decompress
@@ -142,3 +143,17 @@ def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Pa
     result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
     assert result.code == 1 and "CRC" in result.err and torch.__version__ in result.err
     assert not (tmp_path / "restored").exists()
+
+
+HUGE = [Picture("a.png", 2**16, 2**16)]
+MANY = [Picture(f"{number}.png", 2**13, 2**13) for number in range(99)]
+
+
+@pytest.mark.parametrize("pictures", [HUGE, MANY], ids=["huge", "many"])
+def test_sizes_that_no_stream_is_there_for_are_refused_at_once(cli, model: Path, tmp_path: Path, pictures) -> None:
+    folder = photos(tmp_path / "photos", [(4, 6)])
+    assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    header, streams = read_archive(tmp_path / "small" / ARCHIVE)
+    write_archive(tmp_path / "forged.vqc", dataclasses.replace(header, pictures=pictures), streams)
+    result = cli(main_decompress, tmp_path / "forged.vqc", "--model", model, "--output", tmp_path / "restored")
+    assert result.code == 1 and "forged.vqc" in result.err and not (tmp_path / "restored").exists()

@@ -20,6 +20,8 @@ from vqgen.files import as_record, atomic_path, parse_json, read_bytes
 MAGIC = b"VQGENRC1"
 ROWS = 64
 """Windows whose codes share a stream; both sides compute them together."""
+MAX_PIXELS = 2**27
+"""Most pixels of an image, more than any that is decoded from a file."""
 Probabilities = Literal["exact", "rounded", "histogram"]
 _Side = Annotated[int, Ge(1), Le(2**16)]
 _Count = Annotated[int, Ge(0), Le(2**32)]
@@ -111,6 +113,11 @@ def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
         start += 4 * stream.words
     if start != len(data):
         raise UserError(f"{path} has {len(data) - start} bytes too many; restore it")
+    large = next((p for p in header.pictures if p.height * p.width > MAX_PIXELS), None)
+    if large:
+        raise UserError(
+            f"{path}: {large.name!r} has {large.height}x{large.width} pixels, at most {MAX_PIXELS} are restored"
+        )
     try:
         file_names(header.pictures)
     except ValueError as error:

@@ -171,9 +171,9 @@ def restore_images(config: DecompressConfig) -> None:
             raise UserError(f"--model: {text}; give the model that compressed it")
     grids = [_Grid.of(picture, _size(generator)) for picture in header.pictures]
     total = sum(grid.rows * grid.columns for grid in grids)
-    counts = [min(ROWS, total - first) for first in range(0, total, ROWS)]
-    if header.rows != ROWS or len(counts) != len(streams):
+    if header.rows != ROWS or len(streams) != math.ceil(total / ROWS):
         raise UserError(f"{path} has {len(streams)} streams of {header.rows} windows for {total}; restore it")
+    counts = [min(ROWS, total - first) for first in range(0, total, ROWS)]
     with new_folder(config.output):
         with progress(len(streams), "restoring", "stream", True) as bar:
             try:
