@@ -137,7 +137,7 @@ def test_a_check_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(codes_format, "REMEMBERED", 1)
     CodeFiles(tmp_path / "codes", "train").check()
     with monkeypatch.context() as patch:
-        patch.setattr(codes_format, "check_range", None)
+        patch.setattr(CodeFiles, "verify", None)
         CodeFiles(tmp_path / "codes", "train").check()
     assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == before
     path = damage(tmp_path / "codes", "codes", 301)

@@ -1,5 +1,6 @@
 """Small untrained models, and code files made by hand."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
     ShardEntry,
+    SourceRecord,
     SplitEntry,
     checksum,
     code_shape,
@@ -31,19 +33,36 @@ SIZE = 12
 NAMES = ["shirt", "shoe", "bag"]
 
 
-def write_codes(folder: Path, counts=(5, 4), views=1, depth=1, labels=None, names=NAMES, size=300) -> np.ndarray:
-    """Write code files whose codes differ by image, view and position; return them (n, views, 2, 3[, depth])."""
+def write_codes(
+    folder: Path,
+    counts=(5, 4),
+    views=1,
+    depth=1,
+    labels=None,
+    names=NAMES,
+    size=300,
+    source: np.ndarray | bool = False,
+    captions: list[str] | None = None,
+) -> np.ndarray:
+    """Write code files whose codes differ by image, view and position; return them (n, views, 2, 3[, depth]).
+
+    Source codes are `source`, of the shape of the codes, or for True the codes counted from the largest down.
+    """
     total, shape = sum(counts), code_shape((2, 3), depth)
     codes = np.arange(total * views * math.prod(shape)).reshape(total, views, *shape) % size
     labels = np.arange(total) % 3 if labels is None else labels
+    sources = source if isinstance(source, np.ndarray) else size - 1 - codes if source else None
     shards, start = [], 0
     for number, count in enumerate(counts):
-        path = folder / shard_name(number)
-        write_shard(path, codes[start : start + count], labels[start : start + count], size)
+        path, rows = folder / shard_name(number), slice(start, start + count)
+        further = None if sources is None else sources[rows], None if captions is None else captions[rows]
+        write_shard(path, codes[rows], labels[rows], size, *further)
         shards.append(ShardEntry(path.name, count, checksum(path)))
         start += count
     splits = {"train": SplitEntry(views, total, shards), "heldout": SplitEntry(1, 0, [])}
-    Manifest(size, [2, 3], depth, [4, 6], 3, names, "f" * 64, "d" * 64, "fp32", "0", splits).write(folder)
+    record = None if sources is None else SourceRecord("degraded", [2, 3], "d" * 64, ["grey"])
+    manifest = Manifest(size, [2, 3], depth, [4, 6], 3, names, "f" * 64, "d" * 64, "fp32", "0", splits)
+    dataclasses.replace(manifest, source=record, captions=captions is not None).write(folder)
     return codes
 
 
