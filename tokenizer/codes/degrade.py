@@ -1,0 +1,174 @@
+"""Degradations of images, from which a prior learns to restore them: `downscale:4`, `noise:0.05-0.4`, `grey` ...
+
+Each is one entry in `DEGRADATIONS`. What it does to an image is a function of the image and a seed alone.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from vqgen.errors import UsageError
+from vqgen.options import Range
+from vqgen.seeding import hash64
+
+MOST = 8
+"""Degradations in one chain."""
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """One degradation as given: its name and the range that the strength of each image is drawn from, evenly."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def random(self) -> bool:
+        """Whether it differs by seed."""
+        return self.name == "noise" or self.low < self.high
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Degrade one image, uint8 (C, H, W) -> uint8 (C, H, W)."""
+        kind, random = DEGRADATIONS[self.name], np.random.default_rng(seed)
+        strength = self.low + (self.high - self.low) * random.random()
+        if kind.whole:
+            strength = int(random.integers(int(self.low), int(self.high) + 1))
+        return kind.apply(image, strength, random)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of degradation: how it is applied, and the strength that it takes."""
+
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor]
+    """uint8 (C, H, W), strength, random numbers -> uint8 (C, H, W)."""
+    unit: str = ""
+    """What the strength is, as help calls it; empty where there is none."""
+    strengths: Range | None = None
+    whole: bool = False
+    """Whether the strength is an integer."""
+
+
+def _to_uint8(pixels: Tensor) -> Tensor:
+    """Round and clamp float pixels in the range of uint8."""
+    return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _downscale(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+    """Antialiased bicubic down by a factor, at least to one pixel, and bicubic up, as in the super-resolution field."""
+    size = list(image.shape[-2:])
+    small = [max(round(side / factor), 1) for side in size]
+    pixels = transforms.resize(image.float(), small, InterpolationMode.BICUBIC, antialias=True)
+    return _to_uint8(transforms.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True))
+
+
+def _noise(image: Tensor, sigma: float, random: np.random.Generator) -> Tensor:
+    """Gaussian noise, independent in each channel; sigma in the range of pixels from 0 to 1."""
+    noise = torch.from_numpy(random.standard_normal(tuple(image.shape), dtype=np.float32))
+    return _to_uint8(image + 255 * sigma * noise)
+
+
+def _grey(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
+    """Luma (ITU-R BT.601) in all three channels."""
+    return _to_uint8(transforms.rgb_to_grayscale(image.float(), num_output_channels=3))
+
+
+def _blur(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
+    """Gaussian blur over three sigma each way, or as far as the image can be mirrored; sigma in pixels."""
+    sizes = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in reversed(image.shape[-2:])]
+    return transforms.gaussian_blur(image, sizes, [sigma, sigma])
+
+
+def _jpeg(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
+    """Compression by Pillow's JPEG encoder, with its chroma subsampling."""
+    file = io.BytesIO()
+    transforms.to_pil_image(image).save(file, "JPEG", quality=int(quality))
+    return transforms.pil_to_tensor(Image.open(file))
+
+
+def _edges(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
+    """Magnitude of the Sobel gradient of the luma, white on black; a step from black to white is white."""
+    grey = transforms.rgb_to_grayscale(image.float()) if len(image) == 3 else image.float()
+    padded = torch.nn.functional.pad(grey[None], [1, 1, 1, 1], mode="replicate")
+    across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+    gradient = torch.nn.functional.conv2d(padded, torch.stack([across, across.T])[:, None])
+    return _to_uint8(gradient.square().sum(1).sqrt()).expand(len(image), -1, -1)
+
+
+DEGRADATIONS = {
+    "downscale": Kind(_downscale, "FACTOR", Range(above=1, most=64)),
+    "noise": Kind(_noise, "SIGMA", Range(above=0, most=1)),
+    "grey": Kind(_grey),
+    "blur": Kind(_blur, "SIGMA", Range(above=0, most=20)),
+    "jpeg": Kind(_jpeg, "QUALITY", Range(least=1, most=100), whole=True),
+    "edges": Kind(_edges),
+}
+"""Every degradation by the name that it has on the command line."""
+
+_NUMBER = r"\d{1,4}(?:\.\d{0,6})?"
+_SPEC = re.compile(rf"([a-z]+)(?::({_NUMBER})(?:-({_NUMBER}))?)?")
+
+
+def parse_degradations(specs: Sequence[str]) -> list[Degradation]:
+    """Parse a chain such as ["downscale:2", "noise:0.05-0.4"]. Raises `UsageError` naming --source."""
+    if not 0 < len(specs) <= MOST:
+        raise UsageError(f"--source: found {len(specs)} degradations, expected 1 to {MOST}")
+    return [_parse(spec) for spec in specs]
+
+
+def _parse(spec: str) -> Degradation:
+    match = _SPEC.fullmatch(spec)
+    name, first, last = match.groups() if match else (spec.partition(":")[0], None, None)
+    kind = DEGRADATIONS.get(name)
+    if kind is None:
+        known = " ".join(f"{name}:{kind.unit}" if kind.unit else name for name, kind in DEGRADATIONS.items())
+        raise UsageError(f"--source: found {spec[:80]!r}, expected degradations among {known}")
+    if kind.strengths is None:
+        if spec != name:
+            raise UsageError(f"--source: found {spec[:80]!r}, expected {name} alone, it has no strength")
+        return Degradation(name)
+    usual = f"{name}:{kind.unit} with {kind.unit}{', an integer,' if kind.whole else ''} {kind.strengths}"
+    expected = f"expected {usual}, or {name}:LEAST-MOST for a random one"
+    if not match or first is None:
+        raise UsageError(f"--source: found {spec[:80]!r}, {expected}")
+    low, high = float(first), float(last or first)
+    within = kind.strengths.contains(low) and kind.strengths.contains(high) and low <= high
+    if not within or (kind.whole and not (low.is_integer() and high.is_integer())):
+        raise UsageError(f"--source: found {spec[:80]!r}, {expected}")
+    return Degradation(name, low, high)
+
+
+def check_channels(degradations: Sequence[Degradation], channels: int) -> None:
+    """Raise `UsageError` where a degradation means nothing for images of that many channels."""
+    if channels != 3 and any(each.name == "grey" for each in degradations):
+        raise UsageError(f"--source grey: the images have {channels} channel; leave it out, or take colour images")
+
+
+def degrade(images: Tensor, degradations: Sequence[Degradation], seeds: Sequence[int]) -> Tensor:
+    """Degrade each image by a chain, the first one first.
+
+    Args:
+        images: uint8 (B, C, H, W) of 1 or 3 channels.
+        seeds: one for each image; strengths and noise are a function of it alone.
+
+    Returns uint8 (B, C, H, W). Raises `UsageError` for grey on images of 1 channel.
+    """
+    check_channels(degradations, images.shape[1])
+    if len(seeds) != len(images):
+        raise ValueError(f"{len(images)} images, {len(seeds)} seeds")
+    out = torch.empty_like(images)
+    for place, (image, seed) in enumerate(zip(images, seeds)):
+        for order, degradation in enumerate(degradations):
+            image = degradation(image, hash64("degrade", seed, order))
+        out[place] = image
+    return out
