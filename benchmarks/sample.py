@@ -24,7 +24,7 @@ from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
-from vqgen.sampling.decoding.generate import generate, image_uniforms
+from vqgen.sampling.decoding.generate import Contrast, generate, image_uniforms
 from vqgen.sampling.settings import SamplingSettings
 
 
@@ -103,7 +103,7 @@ def main() -> None:
 
         def guided(prompt: torch.Tensor = prompt, uniforms: torch.Tensor = uniforms, null=null):
             settings = SamplingSettings(guidance_scale=3.0)
-            return generate(decoder, prompt, allowed, uniforms, settings, null).tokens
+            return generate(decoder, prompt, allowed, uniforms, settings, [Contrast(null, 3.0)]).tokens
 
         def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
             return theirs.generate(  # type: ignore[operator]

@@ -136,7 +136,7 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     generator = None
     if config.model is not None:
         generator = Generator.load(config.model, device, config.precision)
-        generator.check(config.sampling)
+        generator.check(config.sampling, generator.conditioning.conditions())
         about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or DRAWN
         stream = draw_samples(generator, config, count)

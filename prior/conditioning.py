@@ -7,7 +7,7 @@ part to the first, so that those of the class follow the codes whatever else the
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,10 +127,12 @@ class Conditioning:
         prefix = [part.dropped(ids) for part, ids in self._by_part(sequences)]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
-    def without(self, sequences: Tensor) -> Tensor:
-        """Sequences with every part absent that has been dropped in training: guidance compares with these."""
+    def without(self, sequences: Tensor, parts: Collection[Part] | None = None) -> Tensor:
+        """Sequences with some parts absent, by default all that have been dropped in training: guidance compares with
+        these."""
+        chosen = [part for part in self.parts if part.dropout or not part.informative] if parts is None else parts
         prefix = [
-            ids.new_tensor(part.absent).expand_as(ids) if part.dropout or not part.informative else ids
+            ids.new_tensor(part.absent).expand_as(ids) if part in chosen else ids
             for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
@@ -175,11 +177,17 @@ class Conditioning:
                 ids[part.name] = part.of_values([values[i % len(values)] for i in indices])
         return torch.cat([ids[part.name] for part in self.parts], 1)
 
-    def check_absence(self, option: str, conditions: Conditions | None = None) -> None:
-        """Raise `UsageError`, beginning with `option`, where absent conditions change nothing or were not learned."""
-        informative = [part for part in self.parts if part.informative]
+    def check_absence(self, option: str, conditions: Conditions | None = None, guidance: str | None = None) -> None:
+        """Raise `UsageError`, beginning with `option`, where absent conditions change nothing or were not learned.
+
+        With `guidance`, the option of a scale, only the parts that it guides count.
+        """
+        informative = [part for part in self.parts if part.informative and guidance in (None, part.guidance)]
         if not informative:
-            raise UsageError(f"{option} the model is unconditional; leave it at its default")
+            kind = (
+                "has no condition of that kind" if any(part.informative for part in self.parts) else "is unconditional"
+            )
+            raise UsageError(f"{option} the model {kind}; leave it at its default")
         if conditions and all(is_absent(value) for part in informative for value in conditions[part.name]):
             options = ", ".join(f"--{part.name}" for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")

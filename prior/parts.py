@@ -61,6 +61,8 @@ class Part(ABC):
     """Share of the training sequences without this part; at 0 there is no guidance on it."""
     dropout_option: str = ""
     """The option that sets it."""
+    guidance: ClassVar[str] = "--guidance-scale"
+    """The option of vqgen-sample whose scale guides by this part."""
 
     @classmethod
     @abstractmethod

@@ -52,6 +52,7 @@ class Source(Part):
     """Codes of a source image in drawing order, under the ids of the codes; one further id is `unknown`."""
 
     name, ids = "source", 1
+    guidance = "--source-guidance-scale"
 
     def __init__(self, inpainting: float) -> None:
         self.inpainting, self.omissible = inpainting, True

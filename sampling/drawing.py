@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqgen.devices import precision_of
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.conditioning import Conditioning, Conditions
+from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
@@ -18,6 +18,7 @@ from vqgen.tokenizer.model import Tokenizer
 from .decoding.cached_transformer import CachedTransformer
 from .decoding.generate import Drawn, generate, image_uniforms
 from .decoding.threads import on_threads
+from .guidance import Guidance, check_guidance
 from .known import Known
 from .oversample import batches, selected_rows, with_candidates
 from .settings import SamplingSettings
@@ -63,8 +64,7 @@ class Drawer:
 
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
-        if settings.guided:
-            self.conditioning.check_absence(f"--guidance-scale: found {settings.guidance_scale:g}, but", conditions)
+        check_guidance(self.conditioning, settings, conditions)
 
     @torch.inference_mode()
     def nats(self, sequences: Tensor, batch_size: int = 64) -> Tensor:
@@ -146,6 +146,7 @@ class Drawer:
             raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
         cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)
+        guidance = Guidance.of(layout, settings, conditions)
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
             candidates, groups = with_candidates(batch, cycle, settings.oversample)
@@ -153,7 +154,7 @@ class Drawer:
             for part in batches(candidates, cycle, 1, batch_size):
                 prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(seed, part, length)
                 given, leading = (known.rows(part), known.leading) if known else (None, 0)
-                found.append(self.tokens(layout, prefix, uniforms, settings, given, leading, batch_size, on_token))
+                found.append(self.tokens(guidance, prefix, uniforms, settings, given, leading, batch_size, on_token))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
             chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
@@ -165,7 +166,7 @@ class Drawer:
 
     def tokens(
         self,
-        layout: Conditioning,
+        guidance: Guidance,
         prefix: Tensor,
         uniforms: Tensor,
         settings: SamplingSettings,
@@ -174,9 +175,9 @@ class Drawer:
         batch_size: int,
         on_token: Callable[[Tensor], object] | None,
     ) -> Drawn:
-        """Draw the codes of a batch after prefixes of one layout; see `generate`."""
+        """Draw the codes of a batch after prefixes of the layout of `guidance`; see `generate`."""
         allowed = [self.vocabulary.allowed(position) for position in range(self.vocabulary.length)]
-        given = self.decoder, prefix, allowed, uniforms, settings, layout.without(prefix), known, leading
+        given = self.decoder, prefix, allowed, uniforms, settings, guidance.contrasts(prefix), known, leading
         return generate(*given, rows=batch_size, on_token=on_token)  # on CUDA the last batch is computed as a full one
 
     def decode(self, codes: Tensor) -> Tensor:

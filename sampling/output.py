@@ -23,6 +23,8 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import checksum, read_bytes, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 
+from .settings import SamplingSettings
+
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
 # Settings that may differ between a run and the one that continues it.
@@ -220,6 +222,8 @@ def check_output(
             raise UsageError(f"--output: {output} holds {foreign[0]}, no sample of a former run; choose another folder")
         return Found("new", n)
     former, unfinished, run = read_json(lists[0]), lists[0].name == UNFINISHED, _read_list(lists[0])
+    if isinstance(settings := former.get("settings"), dict):  # an earlier version knew fewer
+        former["settings"] = {**vars(SamplingSettings()), **settings}
     differs = _difference(former, json.loads(json.dumps(about)))  # JSON turns tuples into lists
     if run.former and not differs:
         return Found("new", n)  # it was killed while it removed the images of an earlier run

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from vqgen.errors import UsageError
 from vqgen.options import CountOrZero, Options, Range, Share
 
-SCHEDULES = ("constant", "linear", "cosine", "interval")
+SCHEDULES = ("constant", "linear", "cosine", "power-cosine", "interval")
+EXPONENT = 2.75
 NotNegative = Annotated[float, Range(least=0, most=1e6)]
 
 
@@ -25,9 +26,15 @@ class SamplingSettings(Options):
     """Drop codes less likely than this share of the most likely one (Nguyen et al. 2024); 0 = none."""
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance: 1 = none, more = closer to the class and less varied, 0 = class ignored."""
-    guidance_schedule: Literal["constant", "linear", "cosine", "interval"] = "constant"
-    """How guidance grows from 1 at the first code to --guidance-scale at the last; interval = full within
-    --guidance-interval and none outside (Kynkaanniemi et al. 2024)."""
+    source_guidance_scale: NotNegative = 1.0
+    """Classifier-free guidance by the --source-image: 1 = none, more = closer to it, 0 = source ignored. It adds to
+    that of --guidance-scale (Brooks et al. 2023, eq. 3)."""
+    guidance_schedule: Literal["constant", "linear", "cosine", "power-cosine", "interval"] = "constant"
+    """How both scales grow from 1 at the first code to their value at the last; power-cosine = late, by
+    --guidance-exponent (Yu et al. 2024); interval = full within --guidance-interval and none outside (Kynkaanniemi et
+    al. 2024)."""
+    guidance_exponent: Annotated[float, Range(above=0, most=100)] = EXPONENT
+    """Exponent of --guidance-schedule power-cosine: more = later; 1 is cosine."""
     guidance_interval: list[Share] = field(default_factory=lambda: [0.0, 1.0])
     """First and last share of an image's codes that --guidance-schedule interval guides."""
     oversample: Annotated[float, Range(least=1, most=100)] = 1.0
@@ -44,22 +51,26 @@ class SamplingSettings(Options):
             raise UsageError(f"--guidance-interval: found {interval}, expected two ascending shares, as 0.2 0.8")
         if list(interval) != [0.0, 1.0] and self.guidance_schedule != "interval":
             raise UsageError("--guidance-interval: needs --guidance-schedule interval")
+        if self.guidance_exponent != EXPONENT and self.guidance_schedule != "power-cosine":
+            raise UsageError("--guidance-exponent: needs --guidance-schedule power-cosine")
         if self.guidance_schedule != "constant" and not self.guided:
-            raise UsageError(f"--guidance-schedule: {self.guidance_schedule} needs a --guidance-scale other than 1")
+            needed = "a --guidance-scale or --source-guidance-scale other than 1"
+            raise UsageError(f"--guidance-schedule: {self.guidance_schedule} needs {needed}")
 
     @property
     def guided(self) -> bool:
-        """Whether the logits without the condition are needed at all."""
-        return self.guidance_scale != 1
+        """Whether logits with fewer conditions are needed at all."""
+        return self.guidance_scale != 1 or self.source_guidance_scale != 1
 
-    def guidance_at(self, position: int, length: int) -> float:
-        """The guidance scale for code `position` of an image's `length`."""
+    def guidance_at(self, scale: float, position: int, length: int) -> float:
+        """What the schedule makes of a guidance scale at code `position` of an image's `length`."""
         if self.guidance_schedule == "constant":
-            return self.guidance_scale
+            return scale
         if self.guidance_schedule == "interval":
             first, last = self.guidance_interval
-            return self.guidance_scale if first <= (position + 0.5) / length <= last else 1.0
+            return scale if first <= (position + 0.5) / length <= last else 1.0
         share = position / max(length - 1, 1)
-        if self.guidance_schedule == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        return 1 + (self.guidance_scale - 1) * share
+        if self.guidance_schedule != "linear":
+            exponent = self.guidance_exponent if self.guidance_schedule == "power-cosine" else 1
+            share = (1 - math.cos(math.pi * share**exponent)) / 2
+        return 1 + (scale - 1) * share

@@ -20,6 +20,7 @@ from vqgen.seeding import hash64
 from .decoding.generate import image_uniforms
 from .drawing import Drawer
 from .filling import Filling
+from .guidance import Guidance
 from .known import Known
 from .settings import SamplingSettings
 
@@ -134,7 +135,8 @@ class Painter:
             prefix = layout.prefixes(conditions, indices, given)
             uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
             known = Known(part, ~unknown, vocabulary).tokens
-            drawn = self.drawer.tokens(layout, prefix, uniforms, settings, known, leading, batch_size, on_token)
+            guidance = Guidance.of(layout, settings, conditions)
+            drawn = self.drawer.tokens(guidance, prefix, uniforms, settings, known, leading, batch_size, on_token)
             codes[:, window.rows, window.columns] = vocabulary.to_codes(drawn.tokens.cpu())
             nats += drawn.nats.cpu()
         return codes, nats

@@ -4,7 +4,7 @@ Priors: the one in the package, and one of the demo's shape with random weights.
 last bit turns a code once in many thousand images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import pytest
@@ -53,9 +53,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> None:
     original = generate.decode_one
 
     def marked(
-        logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scale: float | None = None
+        logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scales: Sequence[float] = ()
     ) -> tuple[Tensor, Tensor]:
-        tokens, nats = original(logits, start, uniforms, settings, scale)
+        tokens, nats = original(logits, start, uniforms, settings, scales)
         bits = logits.contiguous().view(torch.int32).long()
         marks = (bits * torch.arange(1, bits.shape[1] + 1)).sum(1) % 1_000_003
         return tokens, (marks.view(-1, len(tokens)).sum(0) + nats.view(torch.int32) % 1009).double()
@@ -120,8 +120,8 @@ def test_an_image_depends_on_no_batch_and_no_number_of_threads(name, precision, 
     uniforms = image_uniforms(3, range(COUNT), 3)
 
     def drawn(part: slice) -> Drawn:
-        absent = conditioning.without(prefix[part])
-        return generate.generate(generator.decoder, prefix[part], allowed, uniforms[part], settings, absent)
+        contrasts = [generate.Contrast(conditioning.without(prefix[part]), scale)] if scale != 1 else []
+        return generate.generate(generator.decoder, prefix[part], allowed, uniforms[part], settings, contrasts)
 
     whole = drawn(slice(COUNT))
     assert whole.nats.unique().numel() > 20  # images alike would prove little

@@ -12,7 +12,7 @@ from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer, Linear
-from vqgen.sampling.decoding.generate import decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
@@ -97,12 +97,11 @@ def test_known_codes_go_in_at_once(backbone):
     # Guidance that grows is as strong as it would have been.
     growing = SamplingSettings(guidance_scale=6.0, guidance_schedule="linear")
     for settings in (SamplingSettings(), growing):
-        full = generate(decoder, prefix, legal, uniforms, settings, spec.without(prefix))
+        contrasts = [Contrast(spec.without(prefix), settings.guidance_scale)]
+        full = generate(decoder, prefix, legal, uniforms, settings, contrasts)
         known = torch.where(torch.arange(12) < 5, full.tokens, -1)
         seen: list[torch.Tensor] = []
-        rest = generate(
-            decoder, prefix, legal, uniforms, settings, spec.without(prefix), known, leading=5, on_token=seen.append
-        )
+        rest = generate(decoder, prefix, legal, uniforms, settings, contrasts, known, leading=5, on_token=seen.append)
         assert torch.equal(rest.tokens, full.tokens) and len(seen) == 7
         assert (rest.nats < full.nats).all(), "known codes cost nothing"
 
@@ -226,7 +225,8 @@ def test_logits_do_not_depend_on_the_batch(scale):
 
     def drawn(part):
         legal = allowed_of(spec)
-        tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, null[part]).tokens
+        contrasts = [Contrast(null[part], scale)] if scale != 1 else []
+        tokens = generate(decoder, prompt[part], legal, uniforms[part], settings, contrasts).tokens
         return tokens, torch.stack(decoder.given, 1)[: len(tokens)]
 
     tokens, logits = drawn(slice(64))
@@ -314,9 +314,9 @@ def test_samples_follow_the_distribution(settings):
     spec, count = layout(codebook_size=5, depth=1, grid=(1, 2), classes=2), 5_000
     model = model_of(spec, dim=16, sharp=40)
     prompt = spec.prefixes({"class": [1]}, range(count))
-    null = torch.full_like(prompt, spec.null)
+    contrasts = [Contrast(torch.full_like(prompt, spec.null), settings.guidance_scale)]
     uniforms = image_uniforms(1, range(count), 2)
-    drawn = generate(CachedTransformer(model, 2), prompt, allowed_of(spec), uniforms, settings, null)
+    drawn = generate(CachedTransformer(model, 2), prompt, allowed_of(spec), uniforms, settings, contrasts)
     tokens = drawn.tokens
     with torch.no_grad():  # whatever the settings, the nats are those of the model itself
         own = model(input_ids=torch.cat([prompt, tokens[:, :1]], 1)).logits[..., :5].log_softmax(-1)
@@ -328,7 +328,7 @@ def test_samples_follow_the_distribution(settings):
             return model(input_ids=torch.tensor([prefix])).logits[0, -1, :5].double().numpy()
 
     condition = int(prompt[0])
-    begin, end = (settings.guidance_at(position, 2) for position in range(2))
+    begin, end = (settings.guidance_at(settings.guidance_scale, position, 2) for position in range(2))
     first = filtered(logits(condition), logits(spec.null), settings, begin)
     second = [filtered(logits(condition, a), logits(spec.null, a), settings, end) for a in range(5)]
     expected = count * (first[:, None] * np.stack(second)).reshape(-1)
@@ -354,25 +354,6 @@ def test_only_legal_codes_are_drawn():
     ).tokens
     for position, (start, end) in enumerate(allowed_of(spec)):
         assert tokens[:, position].unique().tolist() == list(range(start, end))
-
-
-def test_guidance_doubles_the_rows_only_where_it_does_something():
-    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
-    decoder = Recorder(model_of(spec, sharp=20), spec.vocabulary.length)
-    prompt, null = conditions(spec, 3), torch.full((3, 1), spec.null)
-    uniforms = image_uniforms(0, range(3), spec.vocabulary.length)
-
-    def drawn(scale, unconditional):
-        settings = SamplingSettings(guidance_scale=scale)
-        tokens = generate(decoder, prompt, allowed_of(spec), uniforms, settings, unconditional).tokens
-        return tokens, len(decoder.given[0])
-
-    plain, rows = drawn(1.0, null)
-    assert drawn(5.0, None)[1] == rows
-    guided, twice = drawn(5.0, null)
-    assert twice == 2 * rows and not torch.equal(guided, plain)
-    without = generate(decoder, null, allowed_of(spec), uniforms, SamplingSettings()).tokens
-    assert torch.equal(drawn(0.0, null)[0], without)
 
 
 def test_every_token_is_shown_as_it_is_drawn():

@@ -81,11 +81,12 @@ def test_a_temperature_near_zero_overflows_nothing():
 
 
 def test_guidance_is_the_line_through_both():
-    conditional, unconditional = torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 1.0]])
-    assert guide(conditional, unconditional, 1.0).tolist() == conditional.tolist()
-    assert guide(conditional, unconditional, 0.0).tolist() == unconditional.tolist()
+    rows = torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 1.0]])
+    assert guide(rows, [1.0]).tolist() == rows[0].tolist()
+    assert guide(rows, [0.0]).tolist() == rows[1].tolist()
     # (1 + w) conditional - w unconditional with w = 2
-    assert guide(conditional, unconditional, 3.0).tolist() == [[3 * 1 - 2 * 2, 3 * 4 - 2 * 1]]
+    assert guide(rows, [3.0]).tolist() == [[3 * 1 - 2 * 2, 3 * 4 - 2 * 1]]
+    assert guide(rows[:1], []) is rows[0]
 
 
 @given(rows, st.data())
@@ -139,7 +140,7 @@ def test_guidance_comes_before_all():
     """It turns the order around, and greedy follows; the nats are the prior's own."""
     logits, half = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]), torch.tensor([0.99]).double()
     greedy = SamplingSettings(temperature=0, guidance_scale=2)
-    token, nats = decode_one(logits, 5, half, greedy, 2.0)
+    token, nats = decode_one(logits, 5, half, greedy, [2.0])
     assert token.item() != 5
     torch.testing.assert_close(nats, -logits[:1].log_softmax(-1)[:, token.item() - 5])
     assert decode_one(logits[:1], 5, half, greedy)[0].item() == 5
@@ -148,11 +149,19 @@ def test_guidance_comes_before_all():
 def test_guidance_schedules():
     def scales(schedule, length=5, **more):
         settings = SamplingSettings(guidance_scale=3.0, guidance_schedule=schedule, **more)
-        return [round(settings.guidance_at(i, length), 6) for i in range(length)]
+        return [round(settings.guidance_at(3.0, i, length), 6) for i in range(length)]
 
     assert scales("constant") == [3.0] * 5
     assert scales("linear") == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert scales("cosine") == [1.0, 1.292893, 2.0, 2.707107, 3.0]
+    assert scales("power-cosine", guidance_exponent=1) == scales("cosine")
+    assert scales("power-cosine", guidance_exponent=2) == [
+        1.0,
+        *(round(2 - math.cos(math.pi * x), 6) for x in (1 / 16, 1 / 4, 9 / 16)),
+        3.0,
+    ]
+    # As RAR has it: (1 - cos(pi * share^2.75)) / 2 * (scale - 1) + 1.
+    assert scales("power-cosine")[2] == round((1 - math.cos(math.pi * 0.5**2.75)) / 2 * (3 - 1) + 1, 6)
     assert scales("interval", guidance_interval=[0.2, 0.6]) == [1.0, 3.0, 3.0, 1.0, 1.0]
     assert scales("interval") == [3.0] * 5
     assert scales("linear", length=1) == [1.0]
@@ -198,7 +207,8 @@ def test_an_interval_is_two_shares(value):
             {"guidance_interval": [0.2, 0.8], "guidance_scale": 2.0},
             "--guidance-interval: .* --guidance-schedule interval",
         ),
-        ({"guidance_schedule": "linear"}, "--guidance-schedule: .* a --guidance-scale other than 1"),
+        ({"guidance_schedule": "linear"}, "--guidance-schedule: .* a --guidance-scale .* other than 1"),
+        ({"guidance_exponent": 2.0, "guidance_scale": 2.0}, "--guidance-exponent: .* power-cosine"),
         ({"guidance_schedule": "cosin", "guidance_scale": 2.0}, "--guidance-schedule: found cosin"),
     ],
 )

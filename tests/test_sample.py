@@ -467,6 +467,17 @@ def test_a_finished_run_goes_on_to_more_images(sample, tmp_path):
     assert images(folder) == images(tmp_path / "whole")
 
 
+def test_a_run_of_a_version_with_fewer_settings_goes_on(sample, tmp_path):
+    folder = tmp_path / "samples"
+    assert sample("--n", 5).code == 0
+    found = about(folder)
+    for new in ("source_guidance_scale", "guidance_exponent"):
+        del found["settings"][new]
+    (folder / "samples.json").write_text(json.dumps(found))
+    assert "2 images in" in sample("--n", 7).out
+    assert about(folder)["settings"]["source_guidance_scale"] == 1
+
+
 def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
     assert sample("--num-per-class", 3, "--layout", "folders").code == 0
     folder = tmp_path / "samples"

@@ -43,6 +43,16 @@ def prefill(decoder: CachedTransformer, prompt: Tensor, allowed: tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """What the images of a batch are guided away from."""
+
+    prefix: Tensor
+    """Token ids (B, P): the prefix of each image, or that of the contrast before, with fewer conditions."""
+    scale: float
+    """Guidance scale of what the richer prefix has over this one, see `guide`; it follows the settings' schedule."""
+
+
+@dataclass(frozen=True)
 class Drawn:
     """Code tokens int64 (B, length) of images, known ones included, and the NLL of those that were drawn.
 
@@ -55,22 +65,19 @@ class Drawn:
 
 
 def decode_one(
-    logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scale: float | None = None
+    logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scales: Sequence[float] = ()
 ) -> tuple[Tensor, Tensor]:
     """Draw one token an image: token ids (B,), and the NLL of each, float32 (B,).
 
     Args:
-        logits: of the allowed ids, which begin at `start`: (B, K), or with a `scale` (2B, K): B rows with the
-            condition, then the same without it.
+        logits: of the allowed ids, which begin at `start`: ((1 + len(scales)) * B, K), B rows with all conditions,
+            then the same with those of each contrast.
         uniforms: (B,).
-        scale: of the guidance; None = none.
+        scales: of the contrasts, see `guide`.
     """
-    conditional = wanted = logits
-    if scale is not None:
-        conditional, unconditional = logits.chunk(2)
-        wanted = guide(conditional, unconditional, scale)
-    chosen = choose(wanted, uniforms, settings)
-    nats = conditional.logsumexp(-1) - conditional.gather(1, chosen[:, None])[:, 0]
+    rows = logits.chunk(1 + len(scales))
+    chosen = choose(guide(rows, scales), uniforms, settings)
+    nats = rows[0].logsumexp(-1) - rows[0].gather(1, chosen[:, None])[:, 0]
     return chosen + start, nats
 
 
@@ -80,7 +87,7 @@ def decode_n(
     allowed: Allowed,
     uniforms: Tensor,
     settings: SamplingSettings,
-    guided: bool = False,
+    scales: Sequence[float] = (),
     known: Tensor | None = None,
     first: int = 0,
     on_token: Callable[[Tensor], object] | None = None,
@@ -90,6 +97,7 @@ def decode_n(
     Args:
         logits: what `prefill` returned.
         uniforms: (B, len(allowed)).
+        scales: of the contrasts, whose rows follow those of the images.
         known: see `generate`; before `first` every token is known.
     """
     drawn = [] if known is None else list(known[:, :first].unbind(1))
@@ -97,10 +105,9 @@ def decode_n(
     for position in range(first, len(allowed)):
         start, end = allowed[position]
         if position > first:
-            tokens = drawn[-1].repeat(2) if guided else drawn[-1]
-            logits = decoder.feed(tokens[:, None], (start, end))
-        scale = settings.guidance_at(position, len(allowed)) if guided else None
-        tokens, nats = decode_one(logits, start, uniforms[:, position], settings, scale)
+            logits = decoder.feed(drawn[-1].repeat(1 + len(scales))[:, None], (start, end))
+        now = [settings.guidance_at(scale, position, len(allowed)) for scale in scales]
+        tokens, nats = decode_one(logits, start, uniforms[:, position], settings, now)
         if known is not None:
             given = known[:, position]
             tokens, nats = torch.where(given < 0, tokens, given), torch.where(given < 0, nats, 0)
@@ -120,6 +127,7 @@ def _generate_block(
     allowed: Allowed,
     uniforms: Tensor,
     settings: SamplingSettings,
+    scales: Sequence[float],
     known: Tensor | None,
     leading: int,
     step: int,
@@ -138,7 +146,7 @@ def _generate_block(
         prompts = [torch.cat([prompt, given[:, :leading]], 1) for prompt in prompts]
     report = None if on_token is None else lambda tokens: on_token(tokens[:count])
     logits = prefill(decoder, torch.cat(prompts), allowed[leading])
-    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, len(prompts) > 1, given, leading, report)
+    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, scales, given, leading, report)
     return Drawn(drawn.tokens[:count], drawn.nats[:count])
 
 
@@ -148,7 +156,7 @@ def generate(
     allowed: Allowed,
     uniforms: Tensor,
     settings: SamplingSettings,
-    unconditional: Tensor | None = None,
+    contrasts: Sequence[Contrast] = (),
     known: Tensor | None = None,
     leading: int = 0,
     rows: int = 1,
@@ -165,7 +173,7 @@ def generate(
         prefix: token ids (B, P), see `prior/conditioning.py`.
         allowed: one range for each code position.
         uniforms: (B, len(allowed)) in [0, 1), see `image_uniforms`.
-        unconditional: (B, P) the prefix without its conditions; used, at twice the rows, where `settings` are guided.
+        contrasts: of the guidance, from more to fewer conditions; each computes B rows more.
         known: (B, len(allowed)) code tokens that are given, -1 where one is to be drawn.
         leading: this many first codes are known in every image and go into the model in one pass with the prefix.
             Counted over all images of a series, so that an image is computed alike in every batch.
@@ -182,9 +190,9 @@ def generate(
     if not count or leading == len(allowed):
         tokens = torch.empty(count, len(allowed), dtype=torch.long) if known is None else known
         return Drawn(tokens.to(device), torch.zeros(count, dtype=torch.float64, device=device))
-    prompts = [prefix] if unconditional is None or not settings.guided else [prefix, unconditional]
+    prompts, scales = [prefix, *(each.prefix for each in contrasts)], [each.scale for each in contrasts]
     if device.type != "cpu":
-        return _generate_block(decoder, prompts, allowed, uniforms, settings, known, leading, rows, on_token)
+        return _generate_block(decoder, prompts, allowed, uniforms, settings, scales, known, leading, rows, on_token)
     step = decoder.step(dict.fromkeys(allowed))
     share = -(-count // torch.get_num_threads())
     share = min(-(-share // step) * step, ROWS)
@@ -201,7 +209,7 @@ def generate(
         part = slice(first, first + share)
         given = None if known is None else known[part]
         own = [prompt[part] for prompt in prompts]
-        return _generate_block(decoder, own, allowed, uniforms[part], settings, given, leading, step, report)
+        return _generate_block(decoder, own, allowed, uniforms[part], settings, scales, given, leading, step, report)
 
     try:
         drawn = on_threads(block, range(0, count, share))

@@ -5,6 +5,8 @@ row depends on its own logits and uniform number alone.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,12 +14,17 @@ from torch import Tensor
 from vqgen.sampling.settings import SamplingSettings
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, with scale = 1 + w), on logits (B, V) -> (B, V).
+def guide(rows: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Classifier-free guidance on logits (B, V) -> (B, V).
 
-    Scale 1 gives `conditional`, 0 gives `unconditional`, more than 1 moves past the conditional.
+    `rows` are the logits with all conditions, then with fewer and fewer of them; `scales[i]` multiplies what `rows[i]`
+    has over `rows[i + 1]`. With two rows it is eq. 6 of Ho & Salimans 2022 (scale = 1 + w), with three eq. 3 of Brooks
+    et al. 2023: none + s_1 (source - none) + s_0 (all - source). Scale 1 everywhere gives `rows[0]`.
     """
-    return unconditional + scale * (conditional - unconditional)
+    guided = rows[-1]
+    for (richer, poorer), scale in zip(reversed(list(pairwise(rows))), reversed(scales), strict=True):
+        guided = guided + scale * (richer - poorer)
+    return guided
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
