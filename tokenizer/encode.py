@@ -17,13 +17,16 @@ class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = tuple(
-        "tokenizer data output overwrite verify views flip random_crop holdout batch_size".split()
+        "tokenizer data text_column output overwrite verify views flip random_crop holdout batch_size".split()
     )
 
     tokenizer: Path | None = None
     """Run or model folder of the tokenizer. Needed."""
     data: str | None = None
     """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows. Needed."""
+    text_column: str | None = None
+    """Captions that are stored with the codes: a column of text in tables, or in metadata.jsonl or metadata.csv of a
+    folder; `txt` takes NAME.txt beside each image of a folder."""
     output: Path = Path("runs/codes")
     """Folder of the code files; a run that was begun there with the same options is resumed."""
     overwrite: bool = False

@@ -23,7 +23,7 @@ from vqgen.tokenizer.data.options import ImageConfig, Split
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 
-from .format import MANIFEST, Manifest, code_shape, shard_name, verify_checksum
+from .format import MANIFEST, Manifest, Shard, code_shape, open_shard, shard_name, verify_checksum
 
 PLAN = "plan.json"
 CONFIG = "config.yaml"
@@ -76,6 +76,11 @@ class Job:
         """Shape of one image's codes in a shard."""
         return (shard.views, *code_shape(self.tokenizer.grid, self.tokenizer.depth))
 
+    def open(self, shard: ShardRange) -> Shard:
+        """Memory-map a shard that is written. Raises `UserError` where it does not fit the plan."""
+        captions = self.config.text_column is not None
+        return open_shard(self.path(shard), self.tokenizer.codebook_size, self.row_shape(shard), captions=captions)
+
     @property
     def data_fingerprint(self) -> str:
         """Fingerprint of the training and held-out images."""
@@ -113,10 +118,12 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     config = _with_image_size(config, tokenizer)
     # Decoded images are cached only where they are read again.
     once = dataclasses.replace(config.images, cache_mb=0)
-    train = open_images(data, "train", config.images if config.views > 1 else once, augment=config.views > 1)
-    datasets: dict[Split, ImageDataset] = {"train": train, "heldout": open_images(data, "heldout", once)}
+    text, views = config.text_column, config.views > 1
+    train = open_images(data, "train", config.images if views else once, augment=views, text_column=text)
+    heldout = open_images(data, "heldout", once, text_column=text)
+    datasets: dict[Split, ImageDataset] = {"train": train, "heldout": heldout}
     if train.source.test_images:
-        datasets["test"] = open_images(data, "test", once)
+        datasets["test"] = open_images(data, "test", once, text_column=text)
     counts: dict[Split, int] = {split: len(dataset) for split, dataset in datasets.items()}
     return Job(config, tokenizer, device, precision, datasets, shard_ranges(counts, config.views, config.shard_size))
 
@@ -142,7 +149,8 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         write_json(folder / PLAN, plan)
         return
     before = read_json(folder / PLAN)
-    for name in sorted(plan.keys() | before.keys()):
+    # Options first: one of them may be why the fingerprint of the data is another.
+    for name in sorted(plan.keys() | before.keys(), key=lambda name: (name in ("data", _TEST), name)):
         old, new = (
             value[:12] if isinstance(value, str) and len(value) == 64 else value  # a fingerprint by its first digits
             for value in (before.get(name), plan.get(name))

@@ -17,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 from vqgen.artifact import write_tensors
 from vqgen.errors import UserError
 from vqgen.files import open_regular
+from vqgen.tokenizer.data.options import MAX_CAPTION
 
 from .manifest import MANIFEST, REPAIR
 
-MAX_CAPTION = 10_000
-"""Longest caption, in bytes."""
 # Codes or bytes processed at once, which bounds memory for shards of any size.
 _CHUNK = 2**22
 

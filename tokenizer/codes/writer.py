@@ -7,7 +7,7 @@ of images is fixed, batches do not cross shards, and every augmented view has it
 import dataclasses
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +44,6 @@ from .format import (
     checksum,
     code_dtype,
     code_shape,
-    open_shard,
     used_codes,
     verify_checksums,
     write_shard,
@@ -123,7 +122,10 @@ def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
         labels[rows] = torch.cat([part.labels for part in parts]).numpy()
         np.add.at(views_found, rows, 1)
     complete = views_found == shard.views
-    write_shard(job.path(shard), codes[complete], labels[complete], job.tokenizer.codebook_size)
+    captions = job.datasets[shard.split].captions
+    if captions is not None:
+        captions = [captions[shard.start + row] for row in np.flatnonzero(complete)]
+    write_shard(job.path(shard), codes[complete], labels[complete], job.tokenizer.codebook_size, captions=captions)
 
 
 def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
@@ -162,7 +164,7 @@ def _prepare(job: Job) -> None:
         save(dataclasses.replace(job.config, overwrite=False), output / CONFIG)
     present = [shard for shard in job.shards if job.path(shard).exists()]
     for shard in present:
-        open_shard(job.path(shard), job.tokenizer.codebook_size, job.row_shape(shard))
+        job.open(shard)
     # A finished folder of version 0.1 has no shards of a test split, and needs none.
     finished = Manifest.read(output).splits if (output / MANIFEST).is_file() else {}
     if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
@@ -170,8 +172,14 @@ def _prepare(job: Job) -> None:
 
 
 def _check_labels(job: Job, planned: ShardRange, shard: Shard) -> None:
-    """Raise `UserError` where a shard, which may be of an earlier call, has labels that its images do not have."""
-    wanted = job.datasets[planned.split].labels[planned.start : planned.stop].numpy()
+    """Raise `UserError` where a shard, which may be of an earlier call, has labels or captions that its images do not
+    have."""
+    dataset, images = job.datasets[planned.split], slice(planned.start, planned.stop)
+    if shard.captions and dataset.captions is not None:
+        found = [shard.captions.read(row) for row in range(len(shard.labels))]
+        if Counter(found) - Counter(dataset.captions[images]):
+            raise UserError(f"{shard.path} holds captions that its images do not have; delete it and run this again")
+    wanted = dataset.labels[images].numpy()
     whole = len(wanted) == len(shard.labels)  # else some of the images were broken
     if not (np.array_equal(shard.labels, wanted) if whole else np.isin(shard.labels, wanted).all()):
         raise UserError(f"{shard.path} holds labels that its images do not have; delete it and run this again")
@@ -183,7 +191,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
     used = np.zeros((tokenizer.depth, tokenizer.codebook_size), dtype=bool)
     entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
     for planned in job.shards:
-        shard = open_shard(job.path(planned), tokenizer.codebook_size, job.row_shape(planned))
+        shard = job.open(planned)
         _check_labels(job, planned, shard)
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
@@ -207,6 +215,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         precision=job.precision,
         version=__version__,
         splits=splits,
+        captions=config.text_column is not None,
     )
     copy_artifact(cast(Path, config.tokenizer), config.output / TOKENIZER)
     manifest.write(config.output)

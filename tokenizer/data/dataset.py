@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class ImageDataset(Dataset[Sample]):
         self.source, self.config = source, config
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
-        self.labels = torch.from_numpy(source.labels)
+        self.labels, self.captions = torch.from_numpy(source.labels), source.captions
         self.broken = BrokenImages(source, config)
         # Random crops are taken from an enlarged image, which is then what the cache holds.
         self.enlarged = augment and config.random_crop > 0
@@ -109,7 +109,7 @@ class ImageDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaders": []}
+        return {**self.__dict__, "_loaders": [], "captions": None, "source": replace(self.source, captions=None)}
 
     def __getitem__(self, key: Key) -> Sample:
         """Return one image. Raises `UserError` where it is broken and not replaced."""
@@ -221,14 +221,20 @@ class ImageDataset(Dataset[Sample]):
 
 
 def open_images(
-    data: str, split: Split, config: ImageConfig, augment: bool = False, replace_broken: bool = False
+    data: str,
+    split: Split,
+    config: ImageConfig,
+    augment: bool = False,
+    replace_broken: bool = False,
+    text_column: str | None = None,
 ) -> ImageDataset:
     """Open one split of `data` as an `ImageDataset`. Raises `UserError` where there is nothing to read.
 
     Args:
         data: "demo", a folder, parquet, a `save_to_disk` folder, or a dataset's name.
+        text_column: of the captions, which `ImageDataset.captions` then has.
     """
-    return ImageDataset(open_source(data, split, config.holdout), config, augment, replace_broken)
+    return ImageDataset(open_source(data, split, config.holdout, text_column), config, augment, replace_broken)
 
 
 def training_batches(

@@ -101,3 +101,5 @@ class FoundSplit:
     raw_labels: np.ndarray | None
     """(n,) class names ("" for none) or integers (negative for none); None where the split has no labels."""
     class_names: list[str] | None = None  # of integer labels, where the source declares them
+    captions: list[str] | None = None
+    """The caption of each item, "" for none; None where they are not asked for."""

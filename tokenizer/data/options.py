@@ -12,6 +12,11 @@ Split = Literal["train", "heldout", "test"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 """Endings of image files, in lower case."""
 
+BESIDE = "txt"
+"""The --text-column that means text files beside the images of a folder."""
+MAX_CAPTION = 10_000
+"""Longest caption, in bytes of UTF-8."""
+
 Workers = Annotated[int, Range(least=-1, most=256)]
 """A number of processes; each has Python and torch in memory."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
 
+from .captions import of_folder
 from .items import Files, FoundSplit, Rows
 from .options import SUFFIXES, Split
 from .tables import (
@@ -48,6 +49,8 @@ class Source:
     fingerprint: str
     test_images: int = 0
     """Number of images in the source's test split."""
+    captions: list[str] | None = field(default=None, repr=False)
+    """The caption of every image, "" for none; None where they were not asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,15 +64,15 @@ class Source:
         return self.items.read(int(self.rows[index]))
 
 
-def open_source(data: str, split: Split | Literal["all"], holdout: float) -> Source:
-    """Find the images of a source and choose one split.
+def open_source(data: str, split: Split | Literal["all"], holdout: float, text_column: str | None = None) -> Source:
+    """Find the images of a source, with their captions where there is a `text_column`, and choose one split.
 
     Where the source has no validation split, its training images (without splits: all images, "all") are divided into
     train and heldout by a hash of each image's relative path or row number: round(holdout * n) images, at least one,
     are held out, always the same. A test split is never divided. Raises `UserError` where there is nothing to read, too
     little to divide, or a damaged file.
     """
-    splits = find_splits(data)
+    splits = find_splits(data, text_column)
     divided = split in ("train", "heldout") and "heldout" not in splits
     part = split if not divided else "train" if "train" in splits else "all"
     if split == "all" and split not in splits:
@@ -90,20 +93,26 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float) -> Sou
         held_out[np.argsort(hashes, kind="stable")[: min(max(round(holdout * count), 1), count - 1)]] = True
         rows = np.flatnonzero(held_out == (split == "heldout"))
     chosen = json.dumps([split, names, holdout if divided else None, len(rows)])
-    text = "\n".join([chosen, *splits[part].listing]).encode("utf-8", "surrogateescape")
+    captions = splits[part].captions
+    found = None if captions is None else [captions[row] for row in rows]
+    listing = [*splits[part].listing, *(map(json.dumps, found or []))]
+    mark = hashlib.sha256("\n".join([chosen, *listing]).encode("utf-8", "surrogateescape")).hexdigest()
     test_images = len(splits["test"].items) if "test" in splits else 0
-    return Source(data, items, rows, labels[part][rows], names, hashlib.sha256(text).hexdigest(), test_images)
+    return Source(data, items, rows, labels[part][rows], names, mark, test_images, found)
 
 
-def find_splits(data: str) -> dict[str, FoundSplit]:
-    """Find the splits of a source: train with heldout, test or both; {"all": ...} where it has but one."""
+def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSplit]:
+    """Find the splits of a source: train with heldout, test or both; {"all": ...} where it has but one.
+
+    With `text_column` they have captions: of a column of text, see `captions.py` for folders.
+    """
     if not data.strip():
         raise UserError("--data: found nothing; give a folder, a parquet file, a dataset's name or demo")
     path = DEMO if data == "demo" else Path(os.path.expanduser(data))
     roots = [path]
     if os.path.isfile(path):
         if path.suffix.lower() == ".parquet":
-            return {"all": read_parquet(path.parent, [path])}
+            return {"all": read_parquet(path.parent, [path], text_column)}
         raise UserError(f"--data: {data} is a single file and not parquet; give the folder that holds the images")
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         found = load_folder(path)
@@ -111,9 +120,10 @@ def find_splits(data: str) -> dict[str, FoundSplit]:
         files = _list_files(path)
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
-            return _image_folder(path, files)
+            return _image_folder(path, files, text_column)
         groups = group_by_split(path, tables)
-        return {split: read_parquet(path, paths) for split, paths in _name_splits(groups, path).items()}
+        named = _name_splits(groups, path)
+        return {split: read_parquet(path, paths, text_column) for split, paths in named.items()}
     elif os.path.lexists(path):
         raise UserError(f"--data: {data} is neither a folder nor a regular file; give one of these")
     elif data.startswith((".", "~", "/")) or "\\" in data or data.count("/") > 1 or path.suffix == ".parquet":
@@ -121,7 +131,7 @@ def find_splits(data: str) -> dict[str, FoundSplit]:
     else:
         advice = "no such path exists either; check the name, or the network"
         found, roots = load_datasets(data, lambda library: library.load_dataset(data), advice), download_folders()
-    return {split: read_dataset(data, one, roots) for split, one in _name_splits(found, data).items()}
+    return {split: read_dataset(data, one, roots, text_column) for split, one in _name_splits(found, data).items()}
 
 
 def _name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
@@ -157,7 +167,7 @@ def _list_files(root: Path) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
-def _image_folder(root: Path, files: Mapping[str, int]) -> dict[str, FoundSplit]:
+def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None) -> dict[str, FoundSplit]:
     """The splits of a folder of images: sub-folders named like splits, or all images; class folders give the labels."""
     if not files:
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
@@ -173,7 +183,9 @@ def _image_folder(root: Path, files: Mapping[str, int]) -> dict[str, FoundSplit]
         inside = {name.removeprefix(start): size for name, size in files.items() if name.startswith(start)}
         # Images outside of class folders have no class.
         labels = np.array([name.split("/")[0] if "/" in name else "" for name in inside], dtype=str)
-        return FoundSplit(Files(root / folder, list(inside)), [f"{n}\t{s}" for n, s in inside.items()], labels)
+        items, listing = Files(root / folder, list(inside)), [f"{n}\t{s}" for n, s in inside.items()]
+        named = None if text_column is None else of_folder(root, [start + name for name in inside], text_column)
+        return FoundSplit(items, listing, labels, captions=named)
 
     return {split: read(folder) for split, folder in chosen.items()}
 

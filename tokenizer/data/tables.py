@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from vqgen.errors import UserError
 from vqgen.files import open_regular, read_json
 
+from .captions import check_text_column, of_column
 from .items import FoundSplit, Rows
 
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|heldout|validation|valid|val|test)(?![a-z])")
@@ -39,9 +40,9 @@ def group_by_split(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
     return groups
 
 
-def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
-    """Open parquet files as one split: labels are read, images are not."""
-    labels, counts, listing, columns, total = [], [], [], [], 0
+def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = None) -> FoundSplit:
+    """Open parquet files as one split: labels and captions are read, images are not."""
+    labels, counts, listing, columns, captions, total = [], [], [], [], list[str](), 0
     for path in paths:
         with _open_parquet(path) as file:
             total += (size := path.stat().st_size)
@@ -58,9 +59,13 @@ def read_parquet(root: Path, paths: Sequence[Path]) -> FoundSplit:
                 labels.append(_raw_labels(file.read([label]).column(0), f"{path}: column {label}"))
                 if len(labels[-1]) != rows:
                     raise UserError(f"--data: {path} has {len(labels[-1])} labels for {rows} rows; restore it")
+            if text_column is not None:
+                check_text_column(file.schema_arrow, text_column, path)
+                captions += of_column(file.read([text_column]).column(0), str(path), rows)
     load = partial(_read_column if total <= IN_MEMORY_BYTES else _map_column, list(paths), columns[0].image)
     raw = np.concatenate(labels) if labels else None
-    return FoundSplit(Rows(load, counts, [root]), listing, raw, columns[0].class_names)
+    found = None if text_column is None else captions
+    return FoundSplit(Rows(load, counts, [root]), listing, raw, columns[0].class_names, found)
 
 
 def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def download_folders() -> list[Path]:
     return [Path(config.DOWNLOADED_DATASETS_PATH), Path(HF_HUB_CACHE)]
 
 
-def read_dataset(data: str, dataset: Any, roots: Sequence[Path]) -> FoundSplit:
+def read_dataset(data: str, dataset: Any, roots: Sequence[Path], text_column: str | None = None) -> FoundSplit:
     """One dataset of `load_datasets` as a split; files that rows name lie in one of `roots`."""
     with _reading(f"{data} cannot be read"):
         columns = _find_columns(dataset.features.arrow_schema, data)
@@ -122,8 +127,12 @@ def read_dataset(data: str, dataset: Any, roots: Sequence[Path]) -> FoundSplit:
         listing = [f"{len(dataset)} {dataset.features}", *(f"{file.name}\t{file.stat().st_size}" for file in files)]
         label = columns.label
         raw = None if label is None else _raw_labels(dataset.data.column(label), f"{data}: column {label}")
+        captions = None
+        if text_column is not None:
+            check_text_column(dataset.features.arrow_schema, text_column, data)
+            captions = of_column(dataset.data.column(text_column), data, len(dataset))
     load = partial(_dataset_column, dataset, columns.image, data)
-    return FoundSplit(Rows(load, [(data, len(dataset))], roots), listing, raw, columns.class_names)
+    return FoundSplit(Rows(load, [(data, len(dataset))], roots), listing, raw, columns.class_names, captions)
 
 
 def _dataset_column(dataset: Any, column: str, data: str) -> pa.ChunkedArray:
