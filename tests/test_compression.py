@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from helpers.models import make_prior
 
-from vqgen.sampling.compression.archive import ROWS, Picture, file_names, read_archive, write_archive
+from vqgen.errors import UserError
+from vqgen.sampling.compression.archive import MAGIC, ROWS, Header, Picture, file_names, read_archive, write_archive
 from vqgen.sampling.compression.coding import Coder
 from vqgen.sampling.compression.compress import main as main_compress
 from vqgen.sampling.compression.decompress import main as main_decompress
@@ -157,3 +159,23 @@ def test_sizes_that_no_stream_is_there_for_are_refused_at_once(cli, model: Path,
     write_archive(tmp_path / "forged.vqc", dataclasses.replace(header, pictures=pictures), streams)
     result = cli(main_decompress, tmp_path / "forged.vqc", "--model", model, "--output", tmp_path / "restored")
     assert result.code == 1 and "forged.vqc" in result.err and not (tmp_path / "restored").exists()
+
+
+@pytest.mark.parametrize("text", [bytes(2**27), b'{"version": 1}' + bytes(9), b"{"], ids=["long", "odd", "short"])
+def test_headers_that_are_too_long_or_odd_are_refused(tmp_path: Path, text: bytes) -> None:
+    packed = zlib.compress(text)
+    data = MAGIC + len(packed).to_bytes(4, "little") + packed
+    (tmp_path / "forged.vqc").write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    with pytest.raises(UserError, match=r"forged\.vqc"):
+        read_archive(tmp_path / "forged.vqc")
+
+
+def test_names_take_few_bytes_and_too_many_are_refused(tmp_path: Path) -> None:
+    pictures = [Picture(f"{number:05d}.png", 32, 32) for number in range(10_000)]
+    header = Header("0", "a", "b", "exact", ROWS, "c", pictures, [])
+    assert write_archive(tmp_path / "many.vqc", header, []) < 5 * len(pictures)
+    assert read_archive(tmp_path / "many.vqc") == (header, [])
+    long = [Picture("x" * 2**13 + str(number), 32, 32) for number in range(2**13)]
+    with pytest.raises(UserError, match=r"more\.vqc"):
+        write_archive(tmp_path / "more.vqc", dataclasses.replace(header, pictures=long), [])
+    assert not (tmp_path / "more.vqc").exists()

@@ -1,7 +1,8 @@
 """The file of compressed images: a header in JSON, then the words of the range coder.
 
-`VQGENRC1`, the length of the header (uint32), the header, uint32 words of one stream after another, and the CRC-32 of
-all that; integers are little-endian. A stream holds the codes of `ROWS` windows.
+`VQGENRC1`, the length of the header (uint32), the header (deflated: names and sizes of small images take nearly as many
+bytes as their codes), uint32 words of one stream after another, and the CRC-32 of all that; integers are little-endian.
+A stream holds the codes of `ROWS` windows.
 """
 
 import json
@@ -20,6 +21,8 @@ from vqgen.files import as_record, atomic_path, parse_json, read_bytes
 MAGIC = b"VQGENRC1"
 ROWS = 64
 """Windows whose codes share a stream; both sides compute them together."""
+MAX_HEADER = 2**26
+"""Most bytes of a header once inflated: a million images."""
 MAX_PIXELS = 2**27
 """Most pixels of an image, more than any that is decoded from a file."""
 Probabilities = Literal["exact", "rounded", "histogram"]
@@ -80,13 +83,30 @@ def file_names(pictures: list[Picture]) -> list[str]:
 
 
 def write_archive(path: Path, header: Header, streams: list[NDArray[np.uint32]]) -> int:
-    """Write the file atomically; returns its size in bytes."""
+    """Write the file atomically; returns its size in bytes. Raises `UserError` for too many images."""
     text = json.dumps(asdict(header), ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise UserError(
+            f"{path}: names and sizes take {len(text)} bytes, at most {MAX_HEADER}; compress fewer at a time"
+        )
+    text = zlib.compress(text, 9)
     parts = [MAGIC, len(text).to_bytes(4, "little"), text, *(words.astype("<u4").tobytes() for words in streams)]
     data = b"".join(parts)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
     return len(data) + 4
+
+
+def _inflated(data: bytes) -> bytes:
+    """Undo `zlib.compress`. Raises `ValueError`, also where there would be more than `MAX_HEADER` bytes."""
+    inflate = zlib.decompressobj()
+    try:
+        text = inflate.decompress(data, MAX_HEADER)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if not inflate.eof or inflate.unused_data:
+        raise ValueError(f"it does not end where it should, after at most {MAX_HEADER} bytes")
+    return text
 
 
 def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
@@ -102,7 +122,7 @@ def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
         raise UserError(f"{path} is damaged: its CRC is another; restore it")
     data = data[:-4]
     try:
-        header, start = as_record(path, parse_json(data[12 : 12 + length]), Header), 12 + length
+        header, start = as_record(path, parse_json(_inflated(data[12 : 12 + length])), Header), 12 + length
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has no readable header ({error}); restore it") from error
     streams = []
