@@ -36,8 +36,20 @@ from benchmarks.campaign.runner import Ended
 from benchmarks.campaign.scenarios import scenarios
 from benchmarks.campaign.table import failures, markdown
 from benchmarks.campaign.verdict import Outcome, verdict
+from vqgen.sampling.compression.archive import Header, Picture, Stream, write_archive
 
-FILES = ("image.png", "image.jpg", "image.gif", "a.json", "a.jsonl", "a.yaml", "a.safetensors", "a.pt", "a.parquet")
+FILES = (
+    "image.png",
+    "image.jpg",
+    "image.gif",
+    "a.json",
+    "a.jsonl",
+    "a.yaml",
+    "a.safetensors",
+    "a.pt",
+    "a.parquet",
+    "a.vqc",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +68,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / "a.safetensors")
     torch.save({"state_dict": {"w": torch.ones(3)}}, folder / "a.pt")
     rows = [{"bytes": pictures["00-rgb.png"], "path": "a.png"}] * 4
+    header = Header("0", "a", "b", "exact", 64, "c", [Picture("a.png", 16, 16)], [Stream(3, 0)])
+    write_archive(folder / "a.vqc", header, [np.arange(3, dtype=np.uint32)])
     pq.write_table(pa.table({"image": rows, "label": [0, 1, 0, 1]}), folder / "a.parquet")
     return folder.parent
 

@@ -169,6 +169,12 @@ def _samples() -> list[Scenario]:
     ]
 
 
+def _archives() -> list[Scenario]:
+    restored, inputs = "vqgen-decompress archive --model prior", ("archive", "prior")
+    packed = Scenario("images", _to(stock.COMPRESS_RUN), ("images", "prior"), ("images/train/cat/*",), (), nothing)
+    return [Scenario("archives", _to(restored), inputs, ("archive/*", "archive/images.vqc"), PNG, same, 3), packed]
+
+
 def _configs() -> list[Scenario]:
     def config(words: str, name: str, inputs: tuple[str, ...], results: tuple[str, ...], weight: int = 1) -> Scenario:
         file = f"configs/{name}.yaml"
@@ -226,6 +232,7 @@ def scenarios() -> list[Scenario]:
         *_codes(),
         *_runs(),
         *_samples(),
+        *_archives(),
         *_configs(),
         *_foreign(),
         *_receipts(),

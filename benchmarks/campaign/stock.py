@@ -47,6 +47,7 @@ CODES_RUN = (
 PRIOR_RUN = ["vqgen-train-prior", "--codes", "codes", *PRIOR]
 SAMPLES_RUN = "vqgen-sample --model prior --n 8 --batch-size 4 --precision fp32 --seed 3".split()
 RECONSTRUCT_RUN = "vqgen-reconstruct images --tokenizer tokenizer --split heldout --precision fp32".split()
+COMPRESS_RUN = "vqgen-compress images/train/cat --model prior".split()
 LIKELIHOOD = "vqgen-eval likelihood --model prior --codes codes".split()
 CLASSIFIER = "vqgen-eval classifier --data images --size 16 --steps 3 --batch-size 4 --width 8".split()
 FOREIGN = {"taming": "32", "llamagen": "16"}
@@ -196,6 +197,7 @@ def make(folder: Path, run: Runner) -> None:
     do(SAMPLES_RUN, "samples")
     do(SAMPLES_RUN, "samples-stopped", Kill(1, "00005.png"))
     do(RECONSTRUCT_RUN, "pictures")
+    do(COMPRESS_RUN, "archive")
     do("vqgen-convert --input tokenizer --to diffusers".split(), "diffusers")
     (folder / "receipts").mkdir()
     do(LIKELIHOOD, "receipts/likelihood.json")

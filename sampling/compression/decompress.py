@@ -24,7 +24,8 @@ class DecompressConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.archive) != 1:
-            raise UsageError(f"ARCHIVE: found {len(self.archive)} names, expected one folder or file")
+            names = " and ".join(map(str, self.archive[:2])) or "none"
+            raise UsageError(f"ARCHIVE: found {names}, expected one folder or file")
 
 
 def decompress(config: DecompressConfig) -> None:

@@ -183,10 +183,9 @@ def restore_images(config: DecompressConfig) -> None:
         intact = [crc_of(block.numpy()) == stream.crc32 for block, stream in zip(blocks, header.streams)]
         if len(intact) < len(streams) or not all(intact):
             stream = intact.index(False) if False in intact else len(intact)
-            text = (
-                f"{path}: the codes of stream {stream} have another CRC: this machine ({_machine()}) rounds otherwise"
-            )
-            raise UserError(f"{text} than that which wrote it ({header.machine}); restore the images there")
+            text = f"{path}: the codes of stream {stream} have another CRC: they are damaged, or this machine"
+            text = f"{text} ({_machine()}) rounds otherwise than that which wrote them ({header.machine})"
+            raise UserError(f"{text}; restore the archive, or the images there")
         names, images = file_names(header.pictures), _images(generator, grids, blocks)
         for picture, name, image in zip(header.pictures, names, images, strict=True):
             write_png_atomic(config.output / name, image[:, : picture.height, : picture.width])

@@ -29,6 +29,7 @@ KINDS = {
     ".pt": "torch",
     ".ckpt": "torch",
     ".parquet": "parquet",
+    ".vqc": "archive",
 }
 """Ending of a file -> the kind of mutations it gets, besides "bytes" and "entry". "words" are of the command line."""
 
@@ -79,4 +80,4 @@ def choices(path: Path) -> dict[str, list[Mutation]]:
     return {kind: REGISTRY[kind] for kind in kinds if REGISTRY.get(kind)}
 
 
-from . import bytes_, entries, images, records, tables, tensors, words, yaml_  # noqa: E402, F401 (they register)
+from . import archives, bytes_, entries, images, records, tables, tensors, words, yaml_  # noqa: E402, F401 (they register)
