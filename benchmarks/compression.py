@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +213,14 @@ def lowest(codec: str, pictures: list[Image.Image], target: float, whole: bool) 
 def measured(originals: list[Tensor], results: list[Tensor], distance: PerceptualDistance) -> dict[str, float]:
     """Mean PSNR, SSIM and LPIPS of images."""
     sums = torch.zeros(3, dtype=torch.float64)
+    pairs = zip(originals, results, strict=True)
     with torch.inference_mode():
-        for original, result in zip(originals, results, strict=True):
-            pair = result[None], original[None]
-            sums += torch.cat([psnr(*pair), ssim(*pair), distance(*map(to_float, pair)).flatten()])
+        for _, group in groupby(pairs, lambda pair: pair[0].shape):
+            each = list(group)
+            for part in (each[first : first + 16] for first in range(0, len(each), 16)):
+                original, result = (torch.stack(side) for side in zip(*part, strict=True))
+                values = psnr(result, original), ssim(result, original), distance(to_float(result), to_float(original))
+                sums += torch.stack([value.flatten().double().sum() for value in values])
     return dict(zip(("psnr", "ssim", "lpips"), (sums / len(originals)).tolist(), strict=True))
 
 
