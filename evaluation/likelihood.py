@@ -22,7 +22,7 @@ from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
 
-from .measurement import Measurement, SetHash, check_count
+from .measurement import Measurement, SetHash, check_classes, check_count
 from .options import LikelihoodConfig
 from .receipt import environment
 
@@ -57,14 +57,7 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
         theirs, ours = codes.tokenizer_fingerprint[:12], prior.tokenizer_fingerprint[:12]
         what = f"{config.codes} holds codes of the tokenizer {theirs}"
         raise UserError(f"{what}, but the prior in {config.model} was trained on those of {ours}; give its codes")
-    classes = prior.conditioning.classes
-    names = classes.names or []
-    if classes.count and (codes.class_names or []) != names and not config.unconditional:
-        theirs, ours = ", ".join(codes.class_names or []) or "none", ", ".join(names)
-        advice = "give codes of its classes, or --unconditional"
-        raise UserError(f"{config.codes} has the classes {theirs}, the prior has {ours}; {advice}")
-    if config.unconditional and classes.informative:
-        prior.conditioning.check_absence("--unconditional:")
+    check_classes(prior, codes.class_names, config.unconditional, str(config.codes))
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
     codes.check()

@@ -2,9 +2,10 @@
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgen.devices import find_device, processes
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
 from vqgen.metric import Metric
+from vqgen.prior.model import Prior
+
+from .receipt import MEASUREMENTS
 
 T = TypeVar("T")
 
@@ -34,12 +38,17 @@ class Measurement:
 
 def measure(program: str, config: Any) -> Measurement:
     """Run the measurement of a command of `MEASUREMENTS`, without printing or writing. Raises `UserError`."""
-    return getattr(import_module(f"vqgen.evaluation.{program}"), f"measure_{program}")(config)
+    return getattr(_module_of(program), f"measure_{program}")(config)
+
+
+def _module_of(program: str) -> ModuleType:
+    package = MEASUREMENTS[program].__module__.rpartition(".")[0]
+    return import_module(f"{package}.{program}")
 
 
 def metrics_of(program: str) -> Mapping[str, Metric]:
     """Metrics that a measurement may report, by name."""
-    return import_module(f"vqgen.evaluation.{program}").METRICS
+    return _module_of(program).METRICS
 
 
 def label_of(program: str, name: str) -> tuple[str, str]:
@@ -63,6 +72,17 @@ def check_count(requested: int, available: int, option: str, source: str) -> int
     if requested > available:
         raise UsageError(f"{option}: found {requested}, but {source} holds {available}; ask for fewer")
     return requested or available
+
+
+def check_classes(prior: Prior, names: Sequence[str] | None, unconditional: bool, source: str) -> None:
+    """Raise `UserError` where the classes of `source` are not the prior's, unless it is measured without."""
+    classes = prior.conditioning.classes
+    ours = classes.names or []
+    if classes.count and list(names or []) != ours and not unconditional:
+        found = f"{source} has the classes {', '.join(names or []) or 'none'}, the prior has {', '.join(ours)}"
+        raise UserError(f"{found}; give images of its classes, or --unconditional")
+    if unconditional and classes.informative:
+        prior.conditioning.check_absence("--unconditional:")
 
 
 def start_processes(name: str) -> torch.device:

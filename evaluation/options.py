@@ -230,6 +230,8 @@ class ReplayConfig(Options):
     """Folder of samples."""
     model: Path | None = None
     """Run or model folder of the prior."""
+    plain: Path | None = None
+    """Run or model folder of the plain prior beside it."""
     codes: Path | None = None
     """Folder of code files."""
     classifier: Path | None = None
@@ -244,7 +246,3 @@ class ReplayConfig(Options):
     """auto, cpu, cuda or cuda:N."""
     without_classifier: bool = False
     """Leave out the metrics of the classifier, if it is not available."""
-
-
-MEASUREMENTS = {"reconstruction": ReconstructionConfig, "likelihood": LikelihoodConfig, "samples": SamplesConfig}
-"""Commands that write a receipt. The module of the same name has `measure_NAME` and the registry `METRICS`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import commands, values_of
+from vqgen.evaluation.tasks.options import InpaintingConfig, WindowsConfig
 
 from . import options
 from .receipt import flatten, read_receipt, write_receipt
@@ -37,9 +38,10 @@ def receipt_path(program: str, config: Any) -> Path:
     """Path of the receipt: --output, or by default a file in the folder of the model that is measured."""
     if config.output is not None:
         return config.output
-    parts = [program, config.split] + ["unconditional"] * getattr(config, "unconditional", False)
+    parts = [program, config.split] if hasattr(config, "split") else [program]
+    parts += ["unconditional"] * getattr(config, "unconditional", False)
     parts += [str(config.n)] * bool(config.n) + [config.precision] * (config.precision != "fp32")
-    return (config.model if program == "likelihood" else config.tokenizer) / f"{'-'.join(parts)}.json"
+    return (config.tokenizer if program == "reconstruction" else config.model) / f"{'-'.join(parts)}.json"
 
 
 def reconstruction(config: options.ReconstructionConfig) -> None:
@@ -50,6 +52,16 @@ def reconstruction(config: options.ReconstructionConfig) -> None:
 def likelihood(config: options.LikelihoodConfig) -> None:
     """Measure a prior's negative log-likelihood of code files, overall, by class and by position."""
     _measure_with_receipt("likelihood", config)
+
+
+def inpainting(config: InpaintingConfig) -> None:
+    """Measure how a prior fills in a hole in images: NLL, PSNR and LPIPS, steps across its border, variety."""
+    _measure_with_receipt("inpainting", config)
+
+
+def windows(config: WindowsConfig) -> None:
+    """Draw pictures larger than in training, and measure the steps across the seams of their windows."""
+    _measure_with_receipt("windows", config)
 
 
 def samples(config: options.SamplesConfig) -> None:
@@ -86,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "reconstruction": (options.ReconstructionConfig, reconstruction),
             "likelihood": (options.LikelihoodConfig, likelihood),
             "samples": (options.SamplesConfig, samples),
+            "inpainting": (InpaintingConfig, inpainting),
+            "windows": (WindowsConfig, windows),
             "classifier": (options.ClassifierTraining, classifier),
             "codebook": (options.CodebookConfig, codebook),
             "replay": (options.ReplayConfig, replay),

@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 from vqgen.config import build, options, values_of
 from vqgen.errors import UsageError, UserError
+from vqgen.evaluation.tasks.options import InpaintingConfig, WindowsConfig
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import option_name
 
-from .options import MEASUREMENTS, ReplayConfig
+from .options import LikelihoodConfig, ReconstructionConfig, ReplayConfig, SamplesConfig
 
 if TYPE_CHECKING:
     import torch
 
     from .measurement import Measurement
 
+MEASUREMENTS: dict[str, type] = {
+    "reconstruction": ReconstructionConfig,
+    "likelihood": LikelihoodConfig,
+    "samples": SamplesConfig,
+    "inpainting": InpaintingConfig,
+    "windows": WindowsConfig,
+}
+"""Commands that write a receipt. Beside the module of their options, one of the same name has `measure_NAME` and the
+registry `METRICS`."""
 KIND = "vqgen receipt"
 COMPARED = ("fingerprints", "counts", "metrics")  # by a replay
 

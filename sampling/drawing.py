@@ -67,13 +67,16 @@ class Drawer:
         check_guidance(self.conditioning, settings, conditions)
 
     @torch.inference_mode()
-    def nats(self, sequences: Tensor, batch_size: int = 64) -> Tensor:
-        """NLL of the codes of sequences, prefix first, among all ids: float64 (B,) on the CPU."""
-        layout, found = self.conditioning.plain, [torch.zeros(0, dtype=torch.float64)]
+    def nats(self, codes: Tensor, conditions: Conditions, batch_size: int = 64) -> Tensor:
+        """NLL of each code of images (B, h, w[, depth]) given their conditions and all earlier codes, among all ids:
+        float64 (B, length) in drawing order, on the CPU. `conditions` has every part, see `Conditioning.conditions`."""
+        layout, tokens = self.conditioning.layout(conditions), self.vocabulary.to_tokens(codes)
+        sequences = torch.cat([layout.prefixes(conditions, range(len(tokens))), tokens], 1)
+        found = [torch.zeros(0, self.vocabulary.length, dtype=torch.float64)]
         for part in sequences.split(batch_size):
             part = part.to(self.device)
             logits = layout.of_codes(self.prior(part[:, :-1]))
-            found.append(token_nats(logits, layout.split(part)[1]).double().sum(1).cpu())
+            found.append(token_nats(logits, layout.split(part)[1]).double().cpu())
         return torch.cat(found)
 
     def encode(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from vqgen.errors import UsageError
 from vqgen.prior.source import masked
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.seeding import step_seed
@@ -30,6 +31,18 @@ def fitted_masks(masks: Tensor, size: Sequence[int], mode: str) -> Tensor:
         return masks
     found = [center_crop(fit(255 * mask[None].to(torch.uint8), size, mode), size)[0] > 0 for mask in masks]  # type: ignore[arg-type]
     return torch.stack(found)
+
+
+def box_mask(box: Sequence[int], height: int, width: int, image: str) -> Tensor:
+    """The pixels of rectangles, X Y WIDTH HEIGHT each, bool (height, width). Raises `UsageError`, which names `image`
+    where one ends outside of it."""
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    for left, top, across, down in (box[first : first + 4] for first in range(0, len(box), 4)):
+        if left + across > width or top + down > height:
+            found = f"{left} {top} {across} {down} ends outside of {image}, which is {width}x{height} pixels"
+            raise UsageError(f"--box: {found}")
+        mask[top : top + down, left : left + across] = True
+    return mask
 
 
 def cells_of(masks: Tensor, factor: int, grow: int = 1) -> Tensor:

@@ -194,7 +194,7 @@ class Generator(Drawer):
 
     def extension(self, images: Tensor, margins: Sequence[int], pasted: bool = True) -> Filling:
         """Images with margins that are drawn, see `extend`; `margins` are those left, top, right and bottom."""
-        self._check_inpainting()
+        self.check_inpainting()
         factor, fitted = self.tokenizer.factor, self.fitted(images[None] if images.ndim == 3 else images)
         if len(margins) != 4 or min(margins) < 0 or any(margin % factor for margin in margins) or not any(margins):
             found = " ".join(map(str, margins))
@@ -212,7 +212,7 @@ class Generator(Drawer):
 
     def filling(self, images: Tensor, mask: Tensor, pasted: bool = True) -> Filling:
         """Images and the parts of them that are drawn, see `inpaint`."""
-        self._check_inpainting()
+        self.check_inpainting()
         codes, size = self.encode(images), self.tokenizer.config.image_size
         images = images[None] if images.ndim == 3 else images
         if mask.dtype != torch.bool or mask.shape not in (images.shape[2:], (len(images), *images.shape[2:])):
@@ -229,7 +229,7 @@ class Generator(Drawer):
 
     def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:
         """Images and the random share of their codes that is drawn anew, one for each of `n` results."""
-        self._check_inpainting()
+        self.check_inpainting()
         if not 0 < share <= 1:
             raise UsageError(f"vary: found {share}, expected a share above 0, at most 1")
         codes = self.encode(images)
@@ -237,7 +237,8 @@ class Generator(Drawer):
         rows = codes[[index % len(codes) for index in indices]]
         return Filling(rows, random_cells(indices, self.tokenizer.grid, share, seed), self.vocabulary, True)
 
-    def _check_inpainting(self) -> None:
+    def check_inpainting(self) -> None:
+        """Raise `UsageError` for a prior that fills in nothing."""
         if self.conditioning.source is None:
             text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
             raise UsageError(f"{text}; train one with --inpainting 0.5, or keep upper rows (--keep-rows, complete)")
@@ -304,10 +305,9 @@ class Generator(Drawer):
             classes: names or indices, one an image or one for all; by default no class.
             conditions: values by name of the part, one an image or one for all; by default none.
         """
-        tokens = self.vocabulary.to_tokens(self.encode(images))
+        codes = self.encode(images)
         chosen = self._conditions(classes, conditions, absent=True)
         for name, values in chosen.items():
-            if len(values) not in (1, len(tokens)):
-                raise UsageError(f"{name}: found {len(values)} values for {len(tokens)} images; give one an image")
-        prefixes = self.conditioning.plain.prefixes(chosen, range(len(tokens)))
-        return -self.nats(torch.cat([prefixes, tokens], 1))
+            if len(values) not in (1, len(codes)):
+                raise UsageError(f"{name}: found {len(values)} values for {len(codes)} images; give one an image")
+        return -self.nats(codes, chosen).sum(1)

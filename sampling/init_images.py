@@ -11,7 +11,7 @@ from vqgen.files import read_bytes
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES
 
-from .filling import Filling
+from .filling import Filling, box_mask
 from .generator import Generator
 from .sample import SampleConfig
 
@@ -48,12 +48,7 @@ def pixel_mask(config: SampleConfig, index: int, path: Path, image: Tensor) -> T
             found = f"{file} is {white.shape[1]}x{white.shape[0]} pixels, {path} is {width}x{height}"
             raise UserError(f"--mask: {found}; give a mask of the same size")
         mask |= white
-    box = config.box or []
-    for left, top, across, down in (box[first : first + 4] for first in range(0, len(box), 4)):
-        if left + across > width or top + down > height:
-            found = f"{left} {top} {across} {down} ends outside of {path}, which is {width}x{height} pixels"
-            raise UsageError(f"--box: {found}")
-        mask[top : top + down, left : left + across] = True
+    mask |= box_mask(config.box or [], height, width, str(path))
     if not mask.any():
         raise UserError(f"--mask: {config.mask[index % len(config.mask)] if config.mask else ''} has no white pixel")
     return mask

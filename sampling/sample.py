@@ -17,6 +17,12 @@ from vqgen.options import MOST_IMAGES, CountOrZero, Images, Options, Range, Seed
 from .settings import SamplingSettings
 
 
+def check_boxes(box: list[int] | None) -> None:
+    """Raise `UsageError` where --box is given and is not rectangles of four numbers each."""
+    if box is not None and (len(box) % 4 or not box or 0 in box[2::4] + box[3::4]):
+        raise UsageError(f"--box: found {' '.join(map(str, box))}, expected X Y WIDTH HEIGHT, or several such")
+
+
 @dataclass
 class SampleConfig(Options):
     """Model, images, conditions and output of vqgen-sample."""
@@ -89,8 +95,7 @@ class SampleConfig(Options):
             raise UsageError(f"{given[0]}: {given[1]} is given too; give one of them")
         if self.size and self.init_image:
             raise UsageError("--size: with --init-image the size is that of training; --extend makes images larger")
-        if self.box is not None and (len(self.box) % 4 or not self.box or 0 in self.box[2::4] + self.box[3::4]):
-            raise UsageError(f"--box: found {' '.join(map(str, self.box))}, expected X Y WIDTH HEIGHT, or several such")
+        check_boxes(self.box)
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -251,6 +251,42 @@ def test_receipts_of_a_run_are_shown(show, tmp_path):
     assert [image["width"] for image in maps] == ["192"]
 
 
+def test_a_prior_that_fills_in(show, tmp_path):
+    """Its losses of codes that are filled in share a chart, and its weights are those of the mean of both NLLs."""
+    prior = make_prior(tmp_path / "prior", ["--inpainting", "0.5"])
+    rows = [json.loads(line) for line in (prior / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "heldout/nats_per_token" in row:  # 2.0 at step 100 and 2.5 at step 200
+            row["heldout/inpainting_nats_per_token"] = 1.0 if row["step"] == 200 else 3.25
+        elif row["step"] == 100:
+            row["train/inpainting_loss"] = 3.125
+    history(prior, rows)
+    (prior / "vqgen.json").write_text(json.dumps({"kind": "prior", "fingerprint": "a" * 64}))
+    receipt = {
+        "kind": "vqgen receipt",
+        "program": "inpainting",
+        "options": {"split": "test"},
+        "fingerprints": {"prior": "a" * 64},
+        "counts": {"images": 9},
+        "metrics": {"hole_nats": {"surroundings": 4.5}, "seam": {"filled": 1.25}},
+        "environment": {},
+    }
+    windows = {**receipt, "program": "windows", "options": {"size": [64, 64]}, "metrics": {"seam": 1.5}}
+    for found in (receipt, windows):
+        (prior / f"{found['program']}.json").write_text(json.dumps(found))
+    page = show(prior)
+    for text in (
+        "At step 200",
+        "vqgen-eval inpainting 9 images; split test",
+        "NLL of the hole, surroundings nats per token 4.5",
+        "Step across the border over steps inside, filled 1.25",
+        "vqgen-eval windows 9 images",
+        "Step across seams over steps inside windows 1.5",
+        "codes filled in: training from 3.125 at step 100 to 3.125 at step 100; held-out from 3.25 at step 100 to 1 at",
+    ):
+        assert text in page.text, text
+
+
 def test_the_demo_ends_with_its_page(cli, tmp_path, monkeypatch):
     demo = make_demo(tmp_path / "demo")
     for name in ("tokenizer.train.train", "tokenizer.codes.writer.tokenize", "prior.train.train"):

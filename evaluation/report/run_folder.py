@@ -13,8 +13,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.options import MEASUREMENTS
-from vqgen.evaluation.receipt import flatten, read_receipt
+from vqgen.evaluation.receipt import MEASUREMENTS, flatten, read_receipt
 from vqgen.files import DESCRIPTION, is_file, read_bytes, read_json
 from vqgen.files.yaml_text import read_yaml
 from vqgen.sampling.output import FINISHED as SAMPLES

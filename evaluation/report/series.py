@@ -43,14 +43,16 @@ LOGGED: dict[str, dict[str, Metric]] = {
 }
 # Shown on a log scale where they span enough.
 LOG_SCALE = {*LOGGED[LOSSES], "mse_over_variance", "grad_norm", "discriminator_grad_norm"}
-# A prior's training loss is its negative log-likelihood in nats per token.
-ALIAS = {"train/loss": "nats_per_token"}
+# A prior's training losses are its negative log-likelihoods in nats per token.
+ALIAS = {"train/loss": "nats_per_token", "train/inpainting_loss": "inpainting_nats_per_token"}
+OF_HOLES = Metric("inpainting_nats_per_token", "Negative log-likelihood of codes filled in", "nats per token", "lower")
 SIDES = {"train": "training", "heldout": "held-out"}
 
 
 def logged_metrics(kind: Kind) -> dict[str, tuple[str, Metric]]:
     """Name -> group and metric of everything that runs of this kind may log, in the order shown."""
     registered = metrics_of("likelihood" if kind == "prior" else "reconstruction")
+    registered = {**registered, OF_HOLES.name: OF_HOLES} if kind == "prior" else registered
     groups: dict[str, Mapping[str, Metric]] = {QUALITY: registered, **LOGGED}
     return {name: (group, metric) for group, metrics in groups.items() for name, metric in metrics.items()}
 
@@ -106,11 +108,18 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
     rows, key = [row for row in run.rows if any(name.startswith("heldout/") for name in row)], "heldout/nats_per_token"
     if run.kind == "prior":
         rows = [row for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
-        rows.sort(key=lambda row: row[key], reverse=True)
+        rows.sort(key=lambda row: _selected_by(run, row[key], row.get(f"heldout/{OF_HOLES.name}")), reverse=True)
     if not rows:
         return None
     numbers = {name.partition("/")[2]: value for name, value in rows[-1].items() if name.startswith("heldout/")}
     return rows[-1]["step"], {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
+
+
+def _selected_by(run: RunFolder, nats: float, of_holes: Any) -> float:
+    """What selects a prior's weights: its held-out NLL, with that of codes filled in by their share of the steps."""
+    share = next((value for name, value in run.options.items() if name.rpartition(".")[2] == "inpainting"), None)
+    numbers = all(isinstance(value, (int, float)) for value in (share, of_holes))
+    return nats + share * (of_holes - nats) if numbers else nats  # type: ignore[operator]
 
 
 class Cell(NamedTuple):

@@ -12,6 +12,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
+from vqgen.prior.source import Source
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
@@ -76,6 +77,22 @@ def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     mark = tokenizer.save(folder / "made-of")
     conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Classes(len(names or []), names)])
     prior = Prior(PriorConfig(backbone, dim=16, layers=2, heads=2), conditioning, (3, 4, 6), mark)
+    with torch.no_grad():
+        prior.backbone.lm_head.weight.mul_(10)
+    prior.save(folder, folder / "made-of")
+    return folder
+
+
+def make_square_prior(folder: Path, inpainting: float | None = None) -> Path:
+    """A random prior of 8x8 codes with the tokenizer of its 16x16 images, which fills in where `inpainting` is set;
+    its classes are in the order of their folders."""
+    torch.manual_seed(0)
+    model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, model, VQConfig(codebook_size=SIZE, code_dim=4)))
+    mark = tokenizer.save(folder / "made-of")
+    parts = [Source(inpainting) if inpainting else None, Classes(len(NAMES), sorted(NAMES))]
+    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), parts)
+    prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 16, 16), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)
     prior.save(folder, folder / "made-of")

@@ -1,0 +1,144 @@
+"""Images that a task is measured on, their codes, and per-image metrics over all processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vqgen.devices import rank_and_world
+from vqgen.errors import UserError
+from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, warn
+from vqgen.prior.parts import ABSENT
+from vqgen.progress import progress
+from vqgen.sampling.generator import Generator
+from vqgen.seeding import epoch_slice, fixed_subset
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.losses.lpips import PerceptualDistance
+
+from .options import TaskConfig
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All images of a measurement as codes, the same in every process; image i is row i."""
+
+    indices: Tensor
+    """int64 (n,): the images' indices in the data, ascending."""
+    codes: Tensor
+    """int64 (n, h, w[, depth])."""
+    labels: list[int]
+    """Class of each image for the prior, or -1."""
+    fingerprint: str
+    """Of the pixels and labels."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """Another image for each, int64 (n,): its successor in one fixed random cycle through all of them."""
+        order = torch.from_numpy(epoch_slice(len(self), 1, 0, len(self)))
+        found = torch.empty_like(order)
+        found[order] = order.roll(-1)
+        return found
+
+
+class TaskImages:
+    """The images of --data at the size of a model; they are read as often as they are needed. Raises `UserError`."""
+
+    def __init__(self, config: TaskConfig, generator: Generator) -> None:
+        about = generator.tokenizer.config
+        self.config, self.generator = config, generator
+        self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout)
+        self.reading.workers = config.workers
+        self.dataset: ImageDataset = open_images(config.data, config.split, self.reading)
+        self.dataset.broken.report = warn
+        what = f"the {config.split} split of {config.data}"
+        self.chosen = fixed_subset(check_count(config.n, len(self.dataset), "--n", what), len(self.dataset))
+        check_classes(generator.prior, self.dataset.class_names, config.unconditional, what)
+        self.classes = generator.conditioning.classes.count and not config.unconditional
+
+    def encoded(self) -> Encoded:
+        """Encode all images, each process its share. Raises `UserError` where fewer than 2 can be read."""
+        (rank, world), pixels, rows = rank_and_world(), SetHash(), []
+        with progress(len(self.chosen), "encoding", "img", rank == 0) as bar:
+            for batch in self._batches():
+                pixels.add_images(batch.images, batch.labels)
+                rows.append((batch.indices, self.generator.encode(batch.images), batch.labels))
+                bar.update(len(batch.indices) * world)
+        rows = [row for part in gather_objects(rows) for row in part]
+        if sum(len(row[0]) for row in rows) < 2:
+            raise UserError(f"--data: {self.config.data} has fewer than 2 images to measure; give more")
+        indices, codes, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        order = indices.argsort()
+        shown = labels[order].tolist() if self.classes else [ABSENT] * len(order)
+        return Encoded(indices[order], codes[order], shown, pixels.over_processes().hexdigest())
+
+    def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share again: rows of `encoded` (B,), and uint8 images (B, C, H, W)."""
+        for batch in self._batches():
+            yield torch.searchsorted(encoded.indices, batch.indices), batch.images
+
+    def _batches(self):
+        rank, world = rank_and_world()
+        return ordered_batches(self.dataset, self.chosen[rank::world], self.config.batch_size, self.reading)
+
+
+def perceptual_of(config: TaskConfig, device: torch.device) -> PerceptualDistance | None:
+    """The network of LPIPS, where weights are named. Raises `UserError`."""
+    weights = config.perceptual_weights
+    return PerceptualDistance(config.perceptual_net, weights).to(device) if weights else None
+
+
+class Columns:
+    """Values of images by name, added batch by batch in this process, averaged over the images of all processes."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add the values (B,) of a batch."""
+        self.values.setdefault(name, []).append(values.double().cpu())
+
+    def all(self) -> dict[str, Tensor]:
+        """Name -> float64 (n,), the images of process 0 first."""
+        parts = gather_objects({name: torch.cat(values) for name, values in self.values.items()})
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Pairs of neighbouring pixels of images (H, W)."""
+
+    right: Tensor
+    """bool (H, W-1): pixels with the one on their right."""
+    below: Tensor
+    """bool (H-1, W): pixels with the one below."""
+
+    @classmethod
+    def where(cls, values: Tensor, chosen: Callable[[Tensor, Tensor], Tensor]) -> "Neighbours":
+        """The pairs of which `chosen` is true for their two values (H, W)."""
+        return cls(chosen(values[:, :-1], values[:, 1:]), chosen(values[:-1], values[1:]))
+
+    def __and__(self, other: "Neighbours") -> "Neighbours":
+        return Neighbours(self.right & other.right, self.below & other.below)
+
+    def __bool__(self) -> bool:
+        return bool(self.right.any() or self.below.any())
+
+    def step(self, images: Tensor) -> Tensor:
+        """Mean absolute difference of the pairs in images uint8 (B, C, H, W) -> (B,), of 255."""
+        values = images.double().cpu()
+        right = (values[..., :, 1:] - values[..., :, :-1]).abs()[..., self.right]
+        below = (values[..., 1:, :] - values[..., :-1, :]).abs()[..., self.below]
+        return torch.cat([right, below], -1).flatten(1).mean(1)
+
+
+def shares(count: int) -> Sequence[int]:
+    """This process's share of `count` rows."""
+    rank, world = rank_and_world()
+    return range(rank, count, world)

@@ -1,0 +1,92 @@
+"""Options of the commands of vqgen-eval that measure uses of a prior."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from vqgen.evaluation.options import Holdout, Precision
+from vqgen.options import MOST_IMAGES, CountOrZero, Options, Range, Seed, Size
+from vqgen.sampling.sample import check_boxes
+from vqgen.sampling.settings import SamplingSettings
+from vqgen.tokenizer.data.options import Split, Workers
+
+
+@dataclass
+class TaskConfig(Options):
+    """Options of every measurement that draws images from those of --data."""
+
+    model: Path
+    """Run or model folder of the prior."""
+    data: str
+    """Images: as for vqgen-train-tokenizer."""
+    split: Split = "heldout"
+    """Split of the images; publish metrics of test, on which no model was selected."""
+    n: CountOrZero = 0
+    """Images to measure, always the same ones, spread over the split; 0 = all."""
+    unconditional: bool = False
+    """Leave out the class of every image."""
+    output: Path | None = None
+    """Receipt to write or replace; by default COMMAND-SPLIT.json in --model, where vqgen-report finds it."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    """Backbone of LPIPS."""
+    perceptual_weights: str | None = None
+    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+    seed: Seed = 0
+    """Seed of what is drawn."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    batch_size: Size = 64
+    """Images per batch."""
+    workers: Workers = 0
+    """Processes that decode images; -1 = one per free core."""
+    precision: Precision = "fp32"
+    """Arithmetic of the prior; auto takes 16 bits if the hardware supports them, and the NLL changes by about 0.1 %."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+
+@dataclass
+class InpaintingConfig(TaskConfig):
+    """Options of `vqgen-eval inpainting`."""
+
+    COMMON: ClassVar = ("model", "data", "split", "n", "box", "plain", "output", "perceptual_weights")
+
+    box: list[CountOrZero] | None = None
+    """The hole in pixels of the fitted images: X Y WIDTH HEIGHT, one rectangle or several; by default the central half
+    of the height and of the width."""
+    plain: Path | None = None
+    """Another prior of the same tokenizer, whose NLL of the hole given the codes before it is reported beside."""
+    fillings: Annotated[int, Range(least=2, most=100)] = 10
+    """Fillings of one image whose differences are measured."""
+    diverse: Annotated[int, Range(least=1, most=10_000)] = 20
+    """Images of which so many fillings are drawn: the first of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_boxes(self.box)
+
+
+@dataclass
+class WindowsConfig(Options):
+    """Options of `vqgen-eval windows`."""
+
+    COMMON: ClassVar = ("model", "size", "n", "output", "seed")
+
+    model: Path
+    """Run or model folder of the prior."""
+    size: list[Size]
+    """Height and width of the images in pixels, larger than in training."""
+    n: Annotated[int, Range(least=1, most=MOST_IMAGES)] = 100
+    """Images to draw."""
+    output: Path | None = None
+    """Receipt to write or replace; by default windows.json in --model, where vqgen-report finds it."""
+    seed: Seed = 0
+    """Seed of the images."""
+    batch_size: Size = 64
+    """Images per batch."""
+    precision: Precision = "fp32"
+    """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
