@@ -107,7 +107,7 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     generator.check_inpainting()
     plain = Generator.load(config.plain, device, config.precision) if config.plain else None
     if plain:
-        ours, theirs = ((g.tokenizer.fingerprint[:12], g.tokenizer.grid) for g in (generator, plain))
+        ours, theirs = ((g.prior.tokenizer_fingerprint[:12], g.tokenizer.grid) for g in (generator, plain))
         if ours != theirs:
             found = f"{config.plain} has tokenizer and grid of codes {theirs}, --model has {ours}"
             raise UserError(f"--plain: {found}; give a prior of the same codes")
