@@ -18,10 +18,10 @@ from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import ObjectiveConfig
 from .parts import ABSENT, Classes, Part, Rows, is_absent
-from .source import Source
+from .source import MaskedSource, PairedSource
 from .vocabulary import Vocabulary
 
-PARTS: list[type[Part]] = [Source, Classes]
+PARTS: list[type[Part]] = [MaskedSource, PairedSource, Classes]
 """Every kind of conditioning, in the order of the sequence; the class is the last."""
 
 Conditions = Mapping[str, Sequence[Any]]
@@ -81,9 +81,14 @@ class Conditioning:
         return next(part for part in self.parts if isinstance(part, Classes))
 
     @property
-    def source(self) -> Source | None:
-        """The source part, where there is one."""
-        return next((part for part in self.parts if isinstance(part, Source)), None)
+    def masked_source(self) -> MaskedSource | None:
+        """The source part of a prior that was trained to fill in images."""
+        return next((part for part in self.parts if isinstance(part, MaskedSource)), None)
+
+    @property
+    def paired_source(self) -> PairedSource | None:
+        """The source part of a prior that was trained to translate images."""
+        return next((part for part in self.parts if isinstance(part, PairedSource)), None)
 
     @property
     def null(self) -> int:

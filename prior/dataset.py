@@ -48,7 +48,7 @@ class Sequences:
         """
         codes = self.codes.gather(indices, views)
         layout = self.conditioning.plain if unknown is None else self.conditioning
-        prefix = layout.of_rows(Rows(self.codes, indices, codes, unknown))
+        prefix = layout.of_rows(Rows(self.codes, indices, views, codes, unknown))
         tokens = torch.cat([prefix, layout.vocabulary.to_tokens(codes)], dim=1)
         if unknown is None:
             return Examples(tokens, layout)
@@ -72,7 +72,8 @@ class Sequences:
             random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
             views = random.integers(self.codes.views, size=len(global_batch))
             local = slice(rank * batch_size, (rank + 1) * batch_size)
-            if self.conditioning.source and random.random() < self.conditioning.source.inpainting:
+            source = self.conditioning.masked_source
+            if source and random.random() < source.inpainting:
                 masks = random_masks(len(global_batch), self.codes.grid, random)
                 found = self.rows(global_batch[local], views[local], masks[local])
                 yield Examples(found.tokens, found.layout, found.wanted, masks.float().mean().item())

@@ -142,9 +142,11 @@ class Prior(nn.Module):
             elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
                 for ours, theirs in self.conditioning.common_ids(other.conditioning):
                     own[name][ours] = value[theirs]
-            else:  # learned positions
-                count = min(len(own[name]), len(value))
-                own[name][:count] = value[:count]
+            else:  # learned positions: those of the codes in sequences that have every part that is not omissible
+                first = self.conditioning.plain.length - other.conditioning.plain.length
+                ours, theirs = own[name][max(first, 0) :], value[max(-first, 0) :]
+                count = min(len(ours), len(theirs))
+                ours[:count] = theirs[:count]
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: activations within a layer are computed again in the backward pass."""

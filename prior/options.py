@@ -44,6 +44,9 @@ class ObjectiveConfig(Options):
 
     label_dropout: Fraction = 0.1
     """Share of sequences trained without their class, which guidance needs."""
+    source_dropout: Fraction = 0.1
+    """Share of sequences trained without the source codes that the code files have, which guidance by the source and
+    drawing without one need."""
     inpainting: Fraction = 0.0
     """Share of the steps that learn to fill in images: the sequence begins with the image's own codes, some of them
     unknown, and these are predicted. The other steps are plain."""

@@ -36,6 +36,7 @@ class Rows:
 
     files: CodeFiles
     indices: np.ndarray
+    views: np.ndarray
     codes: Tensor
     """int64 (B, h, w[, depth])."""
     unknown: Tensor | None = None

@@ -1,19 +1,23 @@
 """The source of an image: codes of another image, or its own with unknown cells, in front of the sequence.
 
 Inpainting is a source of the image's own codes (Bavarian et al. 2022 move the context of a hole in front of it, for
-text): `[s_0 ... s_N-1][class][x_0 ... x_N-1]`, where s_i is x_i or `unknown`.
+text): `[s_0 ... s_N-1][class][x_0 ... x_N-1]`, where s_i is x_i or `unknown`. Translation is a source of the codes of
+another image, that of the same scene degraded or in another style.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqgen.errors import UsageError
-from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.errors import UsageError, UserError
+from vqgen.files.read import as_record
+from vqgen.tokenizer.codes.format import CodeFiles, SourceRecord
 
 from .options import ObjectiveConfig
 from .parts import Part, Rows, is_absent
@@ -54,28 +58,9 @@ class Source(Part):
     name, ids = "source", 1
     guidance = "--source-guidance-scale"
 
-    def __init__(self, inpainting: float) -> None:
-        self.inpainting, self.omissible = inpainting, True
-
     def join(self, vocabulary: Vocabulary, first: int) -> None:
         super().join(vocabulary, first)
-        self.length = vocabulary.length
-
-    @classmethod
-    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Source | None":
-        return cls(options.inpainting) if options.inpainting else None
-
-    @classmethod
-    def from_description(cls, about: Mapping[str, Any]) -> "Source | None":
-        if "inpainting" not in about:
-            return None
-        share = about["inpainting"]
-        if not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise ValueError("inpainting has to be a share between 0 and 1")
-        return cls(share)
-
-    def describe(self) -> dict[str, Any]:
-        return {"inpainting": self.inpainting}
+        self.length = self.vocabulary.length
 
     @property
     def informative(self) -> bool:
@@ -85,11 +70,6 @@ class Source(Part):
         """Token ids (B, length) of codes int64 (B, h, w[, depth]), `UNKNOWN` where a cell is unknown."""
         unknown = self.vocabulary.to_sequence(codes) < 0
         return torch.where(unknown, self.absent[0], self.vocabulary.to_tokens(codes))
-
-    def of_rows(self, rows: Rows) -> Tensor:
-        if rows.unknown is None:
-            return torch.tensor(self.absent).expand(len(rows.codes), -1)
-        return self.of_codes(masked(rows.codes, rows.unknown))
 
     def of_value(self, value: Any) -> list[int]:
         codes = torch.as_tensor(value, dtype=torch.long)
@@ -109,6 +89,44 @@ class Source(Part):
             digest.update(torch.as_tensor(value, dtype=torch.long).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def legend(self) -> str:
+        return f"{self.first} an unknown code of the source"
+
+
+class MaskedSource(Source):
+    """The image's own codes, some of them unknown, in a share of the training steps; the others have no source."""
+
+    omissible = True
+
+    def __init__(self, inpainting: float) -> None:
+        self.inpainting = inpainting
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "MaskedSource | None":
+        if options.inpainting and files.source:
+            text = (
+                f"found {options.inpainting:g}, but {files.folder} has source codes, and a prior has one kind of source"
+            )
+            raise UsageError(f"--inpainting: {text}; leave it out, or tokenize without --source")
+        return cls(options.inpainting) if options.inpainting else None
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "MaskedSource | None":
+        if "inpainting" not in about:
+            return None
+        share = about["inpainting"]
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError("inpainting has to be a share between 0 and 1")
+        return cls(share)
+
+    def describe(self) -> dict[str, Any]:
+        return {"inpainting": self.inpainting}
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        if rows.unknown is None:
+            return torch.tensor(self.absent).expand(len(rows.codes), -1)
+        return self.of_codes(masked(rows.codes, rows.unknown))
+
     @property
     def note(self) -> str:
         return (
@@ -116,8 +134,58 @@ class Source(Part):
             "unknown, and generate as before; where a code is known, allow that one alone."
         )
 
-    def legend(self) -> str:
-        return f"{self.first} an unknown code of the source"
+
+class PairedSource(Source):
+    """Codes of another image, degraded or paired: every sequence has them, all `unknown` where the source is absent."""
+
+    dropout_option = "--source-dropout"
+
+    def __init__(self, about: SourceRecord, dropout: float = 0.1) -> None:
+        self.about, self.dropout = about, dropout
+
+    def join(self, vocabulary: Vocabulary, first: int) -> None:
+        rows, columns = self.about.grid
+        super().join(dataclasses.replace(vocabulary, grid=(rows, columns)), first)
+
+    @classmethod
+    def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "PairedSource | None":
+        if files.source:
+            return cls(files.source, options.source_dropout)
+        if options.source_dropout != ObjectiveConfig().source_dropout:
+            found = f"found {options.source_dropout:g}, but {files.folder} has no source codes"
+            raise UsageError(f"--source-dropout: {found}; leave it out, or tokenize with --source")
+        return None
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "PairedSource | None":
+        if "source" not in about:
+            return None
+        found = dict(about["source"])
+        dropout = found.pop("dropout")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError("the dropout of source has to be a share")
+        if "inpainting" in about:
+            raise ValueError("source and inpainting exclude each other")
+        if unknown := found.keys() - {field.name for field in dataclasses.fields(SourceRecord)}:
+            raise ValueError(f"source has {sorted(unknown)}, which this installation does not know")
+        try:
+            return cls(as_record(Path("source"), found, SourceRecord), dropout)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": {**dataclasses.asdict(self.about), "dropout": self.dropout}}
+
+    def of_rows(self, rows: Rows) -> Tensor:
+        return self.of_codes(rows.files.gather_source(rows.indices, rows.views))
+
+    @property
+    def note(self) -> str:
+        made = " ".join(self.about.degradations) or self.about.description
+        return (
+            f"The first {self.length} ids of the prefix are the codes of a source image ({made}), in the order of "
+            f"generation, or all {self.first} for none. To translate an image, put its codes there."
+        )
 
 
 def masked(codes: Tensor, unknown: Tensor) -> Tensor:

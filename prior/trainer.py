@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -33,13 +34,14 @@ from .train import PriorTraining
 
 
 @torch.no_grad()
-def preview_codes(prior: Prior, count: int, seed: int) -> Tensor:
+def preview_codes(prior: Prior, count: int, seed: int, given: Mapping[str, Tensor] | None = None) -> Tensor:
     """Draw codes (count, h, w[, depth]) at temperature 1, every class in turn; torch's random state is restored.
 
-    By the `generate` of transformers: vqgen's own sampler is a later layer.
+    `given` are the token ids (count, length) of some parts of the prefix. By the `generate` of transformers: vqgen's
+    own sampler is a later layer.
     """
     conditioning, vocabulary, device = prior.conditioning.plain, prior.vocabulary, next(prior.parameters()).device
-    prefixes = conditioning.prefixes(conditioning.conditions(), range(count)).to(device)
+    prefixes = conditioning.prefixes(conditioning.conditions(), range(count), given).to(device)
 
     def allowed(_row: int, ids: Tensor) -> Tensor:
         return torch.arange(*vocabulary.allowed(len(ids) - conditioning.length))
@@ -141,7 +143,7 @@ class PriorTrainer:
         own, size, average = chosen[rank::world], max(1, self.run.micro_batch), cast(Prior, self.average.module)
         found = vars(likelihood(average, self.heldout_codes.ordered(own, size), self.run.accelerator))
         mean = found["nats_per_token"]
-        if source := self.conditioning.source:
+        if source := self.conditioning.masked_source:
             masks = random_masks(len(chosen), self.vocabulary.grid, np.random.default_rng(0))[rank::world]
             filled = likelihood(average, self.heldout_codes.ordered(own, size, masks), self.run.accelerator)
             found["inpainting_nats_per_token"] = filled.nats_per_token
@@ -157,15 +159,26 @@ class PriorTrainer:
         return found
 
     def _preview(self, step: int, prior: Prior) -> None:
-        """Write samples of the averaged weights to `images/step-N.png`, the classes in columns."""
+        """Write samples of the averaged weights to `images/step-N.png`, the classes in columns.
+
+        Where the prior takes source images, they have the sources and classes of the first held-out images.
+        """
         with self.run.accelerator.autocast(), torch.no_grad():
-            codes = preview_codes(prior, self.config.preview_images, self.config.run.seed)
+            codes = preview_codes(prior, self.config.preview_images, self.config.run.seed, self._preview_conditions())
             images = to_uint8(self.tokenizer.decode(codes).float())
         cycle = self.conditioning.cycle(self.conditioning.conditions())
         columns = cycle if 2 <= cycle <= 20 else 8
         grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
         if self.run.main:
             write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
+
+    def _preview_conditions(self) -> dict[str, Tensor]:
+        """Token ids of the source and class of the first held-out images; none where the prior takes no source."""
+        if self.conditioning.paired_source is None:
+            return {}
+        indices = np.arange(self.config.preview_images)
+        rows = self.heldout_codes.rows(indices % len(self.heldout_codes), np.zeros_like(indices))
+        return {name: rows.layout.part(rows.tokens, name) for name in ("source", "class")}
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         finding = overfitting(rows)

@@ -239,7 +239,7 @@ class Generator(Drawer):
 
     def check_inpainting(self) -> None:
         """Raise `UsageError` for a prior that fills in nothing."""
-        if self.conditioning.source is None:
+        if self.conditioning.masked_source is None:
             text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
             raise UsageError(f"{text}; train one with --inpainting 0.5, or keep upper rows (--keep-rows, complete)")
 

@@ -130,8 +130,8 @@ class Painter:
         for window, leading in zip(self.windows, self.leading, strict=True):
             part, unknown = window.of(codes), window.unknown[rows]
             layout, given = conditioning.plain, {}
-            if conditioning.source and not window.unknown.all():
-                layout, given = conditioning, {"source": conditioning.source.of_codes(masked(part, unknown))}
+            if conditioning.masked_source and not window.unknown.all():
+                layout, given = conditioning, {"source": conditioning.masked_source.of_codes(masked(part, unknown))}
             prefix = layout.prefixes(conditions, indices, given)
             uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
             known = Known(part, ~unknown, vocabulary).tokens

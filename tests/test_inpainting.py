@@ -23,7 +23,7 @@ from vqgen.prior.model import Prior
 from vqgen.prior.objective import objective
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts import Classes
-from vqgen.prior.source import UNKNOWN, Source, masked, random_masks
+from vqgen.prior.source import UNKNOWN, MaskedSource, masked, random_masks
 from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.filling import cells_of, paste
@@ -104,19 +104,19 @@ def test_a_share_of_the_steps_is_masked_the_same_in_every_process(tmp_path: Path
 
 def test_descriptions_keep_the_source(tmp_path: Path) -> None:
     vocabulary = Vocabulary(SIZE, 1, (2, 3))
-    found = Conditioning(vocabulary, [Source(0.25), Classes(3, NAMES)])
+    found = Conditioning(vocabulary, [MaskedSource(0.25), Classes(3, NAMES)])
     again = Conditioning.from_description(vocabulary, json.loads(json.dumps(found.describe())))
-    assert again.source is not None and again.source.inpainting == 0.25 and again.size == found.size
+    assert again.masked_source is not None and again.masked_source.inpainting == 0.25 and again.size == found.size
     without = Conditioning.from_description(vocabulary, Conditioning(vocabulary, [Classes(3, NAMES)]).describe())
-    assert without.source is None and without.plain.length == without.length
+    assert without.masked_source is None and without.plain.length == without.length
     for share in (0, 1, -0.5, "x", True):
         with pytest.raises(ValueError):
-            Source.from_description({"inpainting": share})
+            MaskedSource.from_description({"inpainting": share})
 
 
 def test_requests_with_and_without_a_source() -> None:
     vocabulary = Vocabulary(SIZE, 1, (2, 3))
-    found = Conditioning(vocabulary, [Source(0.5), Classes(3, NAMES)])
+    found = Conditioning(vocabulary, [MaskedSource(0.5), Classes(3, NAMES)])
     unknown, null = found.size - 1, found.null
     plain = found.conditions({"class": ["shoe"]})
     assert found.layout(plain).prefixes(plain, [0]).tolist() == [[SIZE + 1]]
@@ -149,7 +149,7 @@ def test_a_prior_learns_to_use_what_comes_after_a_hole(cli, tmp_path: Path, back
     last = {key: value for row in rows for key, value in row.items()}
     assert {"heldout/inpainting_nats_per_token", "train/inpainting_loss", "train/loss"} <= set(last)
     prior, files = Prior.load(tmp_path / "run"), CodeFiles(folder, "heldout")
-    assert prior.conditioning.source is not None and prior.conditioning.source.inpainting == 0.5
+    assert prior.conditioning.masked_source is not None and prior.conditioning.masked_source.inpainting == 0.5
     every, accelerator = range(len(files)), Accelerator(cpu=True)
     mask = torch.zeros(len(files), 2, 3, dtype=torch.bool)
     mask[:, 0, 0] = True
@@ -195,7 +195,7 @@ def test_a_source_takes_positions_and_one_id() -> None:
     config, vocabulary = PriorConfig(dim=16, layers=1, heads=2), Vocabulary(SIZE, 1, (2, 3))
     with_source, without = (
         Prior(config, Conditioning(vocabulary, parts), (3, 4, 6), "f" * 64)
-        for parts in ([Source(0.5), Classes(3, NAMES)], [Classes(3, NAMES)])
+        for parts in ([MaskedSource(0.5), Classes(3, NAMES)], [Classes(3, NAMES)])
     )
     assert with_source.backbone.config.max_position_embeddings == 13
     assert with_source.flops_per_token() == without.flops_per_token() + 2 * 16, "those of a plain sequence"
@@ -204,7 +204,7 @@ def test_a_source_takes_positions_and_one_id() -> None:
 def prior_with_source(folder: Path, backbone: str = "llama", depth: int = 1) -> Path:
     """A random prior of 2x3 codes that takes a source, with its tokenizer; images 4x6."""
     plain = Prior.load(make_prior(folder / "of", backbone, depth))
-    conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [Source(0.5), Classes(3, NAMES)])
+    conditioning = Conditioning(Vocabulary(SIZE, depth, (2, 3)), [MaskedSource(0.5), Classes(3, NAMES)])
     torch.manual_seed(1)
     prior = Prior(plain.config, conditioning, plain.image_shape, plain.tokenizer_fingerprint)
     with torch.no_grad():
@@ -443,7 +443,7 @@ def test_a_plain_prior_is_trained_further(cli, tmp_path: Path, backbone: str) ->
     folder.mkdir()
     write_uniform(folder, str(Prior.load(model).tokenizer_fingerprint), model / "tokenizer", NAMES)
     other = Prior.load(model)
-    conditioning = Conditioning(other.vocabulary, [Source(0.5), Classes(3, NAMES)])
+    conditioning = Conditioning(other.vocabulary, [MaskedSource(0.5), Classes(3, NAMES)])
     larger = Prior(other.config, conditioning, other.image_shape, other.tokenizer_fingerprint).eval()
     fresh = {name: value.clone() for name, value in larger.backbone.state_dict().items()}
     larger.start_from(model)

@@ -12,7 +12,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
-from vqgen.prior.source import Source
+from vqgen.prior.source import MaskedSource
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
@@ -90,7 +90,7 @@ def make_square_prior(folder: Path, inpainting: float | None = None) -> Path:
     model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, model, VQConfig(codebook_size=SIZE, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
-    parts = [Source(inpainting) if inpainting else None, Classes(len(NAMES), sorted(NAMES))]
+    parts = [MaskedSource(inpainting) if inpainting else None, Classes(len(NAMES), sorted(NAMES))]
     conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), parts)
     prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 16, 16), mark)
     with torch.no_grad():
