@@ -20,6 +20,17 @@ def corrupted(sequences: Tensor, share: float, conditioning: Conditioning) -> Te
     return torch.cat([prefix, torch.where(chosen, random, codes)], 1)
 
 
+@torch.no_grad()
+def accuracy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """Share of the targets (B, T) that are the most likely of all ids by logits (B, T, V), and among the five of these.
+
+    `weights` as in `objective`.
+    """
+    above = (logits > logits.gather(-1, targets[..., None])).sum(-1)
+    weights = torch.ones_like(above, dtype=torch.float32) if weights is None else weights
+    return {f"top{k}_accuracy": ((above < k) * weights).mean() for k in (1, 5)}
+
+
 def objective(
     logits: Tensor, targets: Tensor, config: ObjectiveConfig, weights: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:

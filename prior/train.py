@@ -18,7 +18,7 @@ class PriorTraining(Options):
     """Codes, output, model, objective and optimization of a prior run."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
-        "codes", "output", "overwrite", "dim", "layers", "dropout", "steps", "batch_size", "lr", "patience",
+        "codes", "output", "overwrite", "dim", "layers", "dropout", "steps", "minutes", "batch_size", "lr", "patience",
         "precision",
     )  # fmt: skip
 
@@ -49,12 +49,14 @@ class PriorTraining(Options):
 def train(config: PriorTraining) -> None:
     """Train an autoregressive prior on code files, and measure it on held-out codes."""
     from vqgen.devices import locked_by_main, processes
+    from vqgen.tokenizer.codes.format import CodeFiles
+    from vqgen.training.budget import settled
 
     from .trainer import build
 
     processes()
     with locked_by_main(config.output):
-        built = build(config)
+        built = build(settled(config, build, lambda: len(CodeFiles(config.codes, "train"))))
         if built:
             run, trainer = built
             run.fit(trainer)

@@ -28,7 +28,7 @@ from .conditioning import Conditioning
 from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
-from .objective import corrupted, objective
+from .objective import accuracy, corrupted, objective
 from .source import random_masks
 from .train import PriorTraining
 
@@ -85,6 +85,7 @@ class PriorTrainer:
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
+        self.examples = len(train)
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
         if config.run.compile:
             prior.compile()
@@ -117,9 +118,10 @@ class PriorTrainer:
         for index, part in enumerate(zip(inputs.chunk(count), targets.chunk(count), weights, strict=True)):
             with self.run.part(self.model, index):
                 self.last_tokens, wanted, weight = part
-                terms, loss = objective(layout.of_codes(self.model(self.last_tokens)), wanted, settings, weight)
+                logits = layout.of_codes(self.model(self.last_tokens))
+                terms, loss = objective(logits, wanted, settings, weight)
                 self.run.backward(terms, loss)
-            for name, term in terms.items():
+            for name, term in {**terms, **accuracy(logits, wanted, weight)}.items():
                 logged[name] = logged.get(name, 0) + term.detach() / count
         norm = self.run.update(self.model, self.optimizer, self.schedule, self.config.optimizer.grad_clip)
         self.optimizer.zero_grad()
@@ -148,6 +150,9 @@ class PriorTrainer:
             filled = likelihood(average, self.heldout_codes.ordered(own, size, masks), self.run.accelerator)
             found["inpainting_nats_per_token"] = filled.nats_per_token
             mean += source.inpainting * (filled.nats_per_token - mean)  # in the shares of training
+        losses = [row["train/loss"] for row in self.run.rows if "train/loss" in row]
+        if losses:
+            found["gap"] = found["nats_per_token"] - losses[-1]
         if mean < self.extra["best"]:
             self.extra.update(best=mean, stale=0)
             self.best.load_state_dict(full_tensors(average.state_dict()))

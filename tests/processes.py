@@ -273,13 +273,16 @@ def in_checkpoint(step: int) -> Callable[[], None]:
 # What a run left behind.
 
 
+TIMING = ("per_second", "mfu", "/seconds", "peak_memory_gb")
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl but for the timing; a last line that is being written is left out."""
     path = folder / "metrics.jsonl"
     found = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
         if line.endswith("\n"):
-            found.append({k: v for k, v in json.loads(line).items() if not k.endswith(("per_second", "mfu"))})
+            found.append({k: v for k, v in json.loads(line).items() if not k.endswith(TIMING)})
     return found
 
 

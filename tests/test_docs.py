@@ -72,7 +72,7 @@ def program_of(words: list[str], programs: dict[str, Any]) -> tuple[str, list[st
 def unknown_options(words: list[str], programs: dict[str, Any], program: str) -> list[str]:
     """The options among `words` that `program` does not have."""
     known = {option.flag for option in options(programs[program].config)}
-    known |= {"--no-" + flag[2:] for flag in known} | {"--config", "--help", "--help-all", "--version"}
+    known |= {"--no-" + flag[2:] for flag in known} | {"--config", "--threads", "--help", "--help-all", "--version"}
     return [word for word in words if re.match(r"--[a-z]", word) and word.partition("=")[0] not in known]
 
 
@@ -105,7 +105,11 @@ def test_command_lines_of_code_blocks_parse(path: Path, programs: dict[str, Any]
 @every_document
 def test_programs_options_and_presets_in_prose_exist(path: Path, programs: dict[str, Any]) -> None:
     every = {option.flag for found in programs.values() for option in options(found.config)}
-    every |= {"--no-" + flag[2:] for flag in every} | {"--config", "--help", "--help-all", "--version"} | FOREIGN
+    every |= (
+        {"--no-" + flag[2:] for flag in every}
+        | {"--config", "--threads", "--help", "--help-all", "--version"}
+        | FOREIGN
+    )
     changed = path.name == "CHANGELOG.md"  # names what is gone
     for span in spans(path.read_text(encoding="utf-8")):
         words = span.split()

@@ -32,7 +32,9 @@ def resumed(plan: Plan, config: OptimizerConfig, step: int, steps: int, saved: b
 def test_the_curves_are_those_of_transformers(kind, warmup, steps):
     config = OptimizerConfig(lr_schedule=kind, lr_warmup=warmup)
     expected = get_scheduler(kind, optimizer(), min(warmup, steps), steps).lr_lambdas[0]
-    assert [scheduled(config, steps, s) for s in range(steps + 1)] == [expected(s) for s in range(steps + 1)]
+    assert [scheduled(config, steps, s, min(config.lr_warmup, steps)) for s in range(steps + 1)] == [
+        expected(s) for s in range(steps + 1)
+    ]
     assert [Plan(steps).learning_rate(config, s) for s in range(steps + 1)] == [expected(s) for s in range(steps + 1)]
 
 
@@ -55,7 +57,7 @@ def test_a_change_of_steps_never_makes_the_rate_jump(kind, warmup, steps, share,
             continue
         assert after.learning_rate(config, at) == pytest.approx(before.learning_rate(config, at), abs=1e-12)
         curve = [after.learning_rate(config, s) for s in range(at, after.steps + 1)]
-        plain = [scheduled(config, after.steps, s) for s in range(at, after.steps + 1)]
+        plain = [scheduled(config, after.steps, s, after.warmup(config)) for s in range(at, after.steps + 1)]
         own = max(abs(b - a) for a, b in itertools.pairwise(plain))
         blend = after.blend_steps(config)
         assert blend >= min(warmup, after.steps - at)

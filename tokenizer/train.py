@@ -32,6 +32,7 @@ class TokenizerTraining(Options):
         "perceptual_weights",
         "gan_weight",
         "steps",
+        "minutes",
         "batch_size",
         "lr",
     )
@@ -76,12 +77,14 @@ class TokenizerTraining(Options):
 def train(config: TokenizerTraining) -> None:
     """Train a tokenizer (VQ-VAE or VQGAN) on images and validate it on held-out ones."""
     from vqgen.devices import locked_by_main, processes
+    from vqgen.tokenizer.data.sources import open_source
+    from vqgen.training.budget import settled
 
     from .trainer import build
 
     processes()
     with locked_by_main(config.output):
-        built = build(config)
+        built = build(settled(config, build, lambda: len(open_source(config.data, "train", config.images.holdout))))
         if built:
             run, trainer = built
             run.fit(trainer)

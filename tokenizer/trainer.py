@@ -37,6 +37,7 @@ class TokenizerTrainer:
         self.train_images, self.heldout_images = train, heldout
         self.validated = min(len(heldout), config.validation_images or len(heldout))
         self.extra: dict[str, Any] = {}
+        self.examples = len(train)
         torch.manual_seed(config.run.seed)
         tokenizer = self._placed(Tokenizer(config.architecture()))
         self.average = averaged(tokenizer)
@@ -151,7 +152,11 @@ class TokenizerTrainer:
             for name, value in {**terms, "loss": total}.items():
                 logged[name] = logged.get(name, 0) + value.detach() / len(parts)
         clip = self.config.optimizer.grad_clip
-        logged["grad_norm"] = self.run.update(self.model, self.optimizer, self.schedule, clip)
+        norm = logged["grad_norm"] = self.run.update(self.model, self.optimizer, self.schedule, clip)
+        clipped = (norm / clip).clamp(min=1) if clip else 1.0  # the factor by which the gradient was shortened
+        for name in ("encoder", "quantizer", "decoder"):
+            part = [p.grad for p in self.tokenizer.get_submodule(name).parameters() if p.grad is not None]
+            logged[f"{name}_grad_norm"] = clipped * nn.utils.get_total_norm(part)
         self.optimizer.zero_grad()
         update_average(self.average, self.tokenizer, self.config.optimizer.ema_decay, step)
         logged["lr"] = torch.tensor(self.schedule.get_last_lr()[0])

@@ -23,6 +23,7 @@ from .files.yaml_text import dump_yaml
 from .option_types import type_name
 from .options import choice_of, is_section, key_of, options
 from .terminal import close_stdout, noted_interrupts, prepared_streams, stdout_has_no_reader
+from .threads import limit_threads, without_threads
 
 C = TypeVar("C")
 _HELP = {"--help", "-h", "--help-all"}
@@ -50,9 +51,15 @@ def build(config: type[C], values: Mapping[str, Any]) -> C:
 
 
 def parse(config: type[C], arguments: Sequence[str]) -> C:
-    """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`."""
-    given, files = read_arguments(config, arguments)
-    return build(config, merged(config, [*(read_file(config, file) for file in files), given]))
+    """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`.
+
+    The result has the names of the options that the command line gave as `given`. `--threads` is no option of a
+    configuration: `command` sees to it.
+    """
+    given, files = read_arguments(config, without_threads(arguments)[0])
+    found = build(config, merged(config, [*(read_file(config, file) for file in files), given]))
+    vars(found)["given"] = frozenset(given.values)
+    return found
 
 
 def as_dict(config: Any) -> Any:
@@ -163,6 +170,7 @@ def _ended(
             description = (run.__doc__ or "").split("\n\n")[0]
             print(help_text(program, description, config, everything="--help-all" in words))
         else:
+            limit_threads(without_threads(words)[1])
             run(parse(config, words))
         finished = True
         print(end="", flush=True)

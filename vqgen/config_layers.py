@@ -121,7 +121,7 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
             bare.append(word)  # as it is: a comma in it is no list
             continue
         if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
-            every = [*known, "--config", "--help", "--help-all", "--version"]
+            every = [*known, "--config", "--threads", "--help", "--help-all", "--version"]
             raise UsageError(f"unknown option {flag}{_suggest(flag, every)}")
         option = known.get(flag) or known.get(negated or "")
         if option and option.type is bool:  # `--flip`, `--no-flip`, `--flip=false`

@@ -118,6 +118,17 @@ def keep_memory(device: torch.device) -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of tensors on a CUDA device, else of this process; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def describe(device: torch.device, precision: str, count: int) -> dict[str, Any]:
     """Describe hardware, `count` processes and software for metadata; nothing in it identifies a single machine."""
     processor = platform.processor() or platform.machine()

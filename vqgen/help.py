@@ -38,6 +38,7 @@ def help_text(program: str, description: str, config: type, everything: bool = F
             lines += ["", f"{'.'.join(section) or 'options'}:"]
         lines += _entries(option)
     lines += ["", "anywhere:", "  --config FILE or preset name; the later of several wins, options over all"]
+    lines += ["  --threads INT  CPU threads of each process; by default those that it may use, or $OMP_NUM_THREADS"]
     lines += ["  --help, --help-all", "  --version"]
     return "\n".join(lines)
 

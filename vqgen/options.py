@@ -13,7 +13,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 from .errors import UsageError
 
@@ -92,6 +92,9 @@ class Options:
 
     So do, of any option, integers of more than 64 bits and numbers that float32 does not have, NaN and infinity too.
     """
+
+    given: ClassVar[frozenset[str]] = frozenset()
+    """Names of the options that the command line gave, where the whole configuration comes from one."""
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))

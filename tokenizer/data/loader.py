@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vqgen.errors import UserError
+from vqgen.threads import available_cpus
 
 # Signals to a whole process group that the training process answers by saving: its workers must outlive them.
 # Without `sigwaitinfo` (macOS) a worker cannot tell its parent's SIGTERM, so it keeps obeying every one.
@@ -100,5 +101,4 @@ def worker_count(asked: int) -> int:
     """Number of worker processes: `asked`, or for -1 one a core, less one for each process on this machine."""
     if asked >= 0:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0), 16)
+    return min(max(available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0), 16)

@@ -210,7 +210,11 @@ class AdversarialTraining:
                     terms["lecam"] = self.lecam(on_real, on_fake)
                     total = total + self.config.gan_lecam * terms["lecam"]
                 self.run.backward(terms, total)
-            for name, value in terms.items():
+            accuracies = {"real_accuracy": on_real > 0, "fake_accuracy": on_fake < 0}
+            for name, value in {
+                **terms,
+                **{f"discriminator_{n}": v.float().mean() for n, v in accuracies.items()},
+            }.items():
                 logged[name] = logged.get(name, 0) + value.detach() / len(reals)
         logged["discriminator_grad_norm"] = self.run.update(self.model, self.optimizer, None, self.clip)
         self.optimizer.zero_grad()

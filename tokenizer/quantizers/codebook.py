@@ -199,8 +199,9 @@ class Codebook(nn.Module):
             loss = loss + self.entropy.entropy_weight * (each - self.entropy.entropy_diversity * mean)
             stats = {"entropy_each": each.detach(), "entropy_mean": mean.detach()}
         vectors = with_gradient(flat, quantized, config.estimator)
+        stats["code_distance"] = (flat - quantized).detach().square().sum() / flat.detach().square().sum()
         if self.training:
-            self.update(flat.detach(), codes, quantized.detach())
+            stats["codes_revived"] = self.update(flat.detach(), codes, quantized.detach())
         return QuantizedVectors(vectors, codes, loss, histogram(codes, len(self.codes))[None], stats)
 
     @torch.no_grad()
@@ -225,8 +226,8 @@ class Codebook(nn.Module):
             self.weights.fill_(1)
 
     @torch.no_grad()
-    def update(self, flat: Tensor, codes: Tensor, quantized: Tensor) -> None:
-        """Update the codes with one batch.
+    def update(self, flat: Tensor, codes: Tensor, quantized: Tensor) -> Tensor:
+        """Update the codes with one batch; return how many were revived, ().
 
         Args:
             flat: vectors (N, d) as compared.
@@ -242,6 +243,8 @@ class Codebook(nn.Module):
             dead = self.idle >= self.config.revive_after
             if dead.device.type != "cpu" or dead.any():  # on a GPU, testing would wait for the device
                 self._revive(flat, codes, dead)
+                return dead.sum().clamp(max=len(flat)).float()
+        return flat.new_zeros(())
 
     def _update_averages(self, flat: Tensor, codes: Tensor, quantized: Tensor, counts: Tensor) -> None:
         """Update the moving averages, as `e + (1 - g) sum(z - e) / (g w + (1 - g) n)`.

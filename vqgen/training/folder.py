@@ -20,10 +20,10 @@ from vqgen.options import option_name
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
-_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "patience"}
+_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "minutes", "epochs", "patience"}
 FINISHED = "finished.json"
 MACHINE = "machine.json"
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = r"step-[0-9]{8,}"
 DAMAGED = r"damaged-[0-9]{8,}"
@@ -44,7 +44,7 @@ _OWN = (
 
 def run_folder(folder: Path) -> OutputFolder:
     """The output folder of a run. Only the first line of config.yaml marks it: users have such files of their own."""
-    return OutputFolder(folder, (_CONFIG,), _OWN, is_mark=_is_marked)
+    return OutputFolder(folder, (CONFIG,), _OWN, is_mark=_is_marked)
 
 
 def checkpoints(folder: Path, pattern: str = CHECKPOINT) -> list[Path]:
@@ -65,7 +65,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
     output.refuse_foreign()
     if not output.recognised:
         return
-    saved = folder / _CONFIG
+    saved = folder / CONFIG
     try:
         before = configuration.read_saved(saved, type(config))
     except UsageError as error:
@@ -86,10 +86,10 @@ def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
     """Remove what is not to be resumed, and write the configuration."""
     output = run_folder(folder)
     if overwrite:
-        output.clear(keep=[_CONFIG])  # by which a removal that was killed is recognised
+        output.clear(keep=[CONFIG])  # by which a removal that was killed is recognised
     else:
         output.remove_leftovers()
-    configuration.save(config, folder / _CONFIG, MARK)
+    configuration.save(config, folder / CONFIG, MARK)
 
 
 def _is_marked(saved: Path) -> bool:

@@ -1,9 +1,10 @@
 """Options of a training run and of its optimizer."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from vqgen.options import Count, CountOrZero, Fraction, NotNegative, Options, Seed, Size
+from vqgen.errors import UsageError
+from vqgen.options import Count, CountOrZero, Fraction, NotNegative, Options, Range, Seed, Size
 
 
 @dataclass
@@ -12,6 +13,11 @@ class RunConfig(Options):
 
     steps: Count = 10_000
     """Optimizer steps; a run resumed with another number moves to the new learning-rate schedule without a jump."""
+    minutes: Annotated[float, Range(above=0, most=1e6)] | None = None
+    """Time to train for, in place of --steps: the first seconds measure the speed, then the number of steps is fixed.
+    What is counted in steps and not given on the command line (warm-up, intervals) changes in proportion."""
+    epochs: Annotated[float, Range(above=0, most=1e6)] | None = None
+    """Passes over the training images, in place of --steps; otherwise as --minutes."""
     batch_size: Size = 64
     """Examples per step, over all processes and accumulation parts."""
     accumulate: Size = 1
@@ -32,6 +38,11 @@ class RunConfig(Options):
     """Number of newest checkpoints that are kept."""
     log_with: list[str] = field(default_factory=list)
     """Trackers beside metrics.jsonl: tensorboard, wandb."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minutes is not None and self.epochs is not None:
+            raise UsageError("--epochs: --minutes is given too; give one of them")
 
 
 @dataclass

@@ -23,11 +23,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from vqgen.devices import describe, keep_memory, on_main, precision_of, processes
+from vqgen.devices import describe, keep_memory, on_main, peak_memory, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file, read_record, write_json, write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
+from vqgen.threads import oversubscription
 
 from .checkpoint import load_checkpoint, newest_checkpoint, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
@@ -38,6 +39,9 @@ from .options import RunConfig
 from .schedule import Plan
 from .trackers import JsonlTracker, further_trackers, read_history
 from .trainer import Trainer
+
+SHOWN = ("loss", "inpainting_loss", "reconstruction", "perceptual", "adversarial", "lr", "peak_memory_gb")
+"""Training metrics beside the progress."""
 
 
 class Run:
@@ -79,8 +83,10 @@ class Run:
             raise UsageError(f"--batch-size: found {settings.batch_size}, expected a multiple of {parts} = {split}")
         self.micro_batch = settings.batch_size // parts
         on_main(lambda: check_folder(folder, config, overwrite))
-        self.plan = Plan(settings.steps)
+        self.plan = Plan(settings.steps, bounded=True)
+        self.quiet = False
         self.done = 0  # steps
+        self.seconds = 0.0  # of the loop, those before a resume included
         self.finite = FiniteCheck(self.accelerator)
         self.rows: list[Row] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}  # metric -> sum and count since the last row
@@ -89,7 +95,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line from the main process, above any progress bar."""
-        if self.main:
+        if self.main and not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def completed(self) -> bool:
@@ -120,6 +126,7 @@ class Run:
         sums = state["extra"].pop("sums")
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
         saved_plan, step = state["extra"].pop("plan", None), state["step"]
+        self.seconds = float(state["extra"].pop("seconds", 0.0))
         trainer.extra.update(state["extra"])
         if step > self.settings.steps:
             raise UserError(f"--steps: found {self.settings.steps}, but {path} is further; use more steps")
@@ -154,7 +161,7 @@ class Run:
             raise NonFinite(f"weights {bad} after step {self.done}")
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
-        extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan)}
+        extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan), "seconds": round(self.seconds, 3)}
         folder, keep = self.folder / CHECKPOINTS, self.settings.keep_checkpoints
         save_checkpoint(folder, self.done, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
         if self.session:
@@ -198,6 +205,12 @@ class Run:
         if self.main:
             about = describe(self.device, self.accelerator.mixed_precision, self.accelerator.num_processes)
             self.session = Session(self.folder, first, about)
+        if busy := oversubscription(torch.get_num_threads()) if self.device.type == "cpu" else None:
+            self.say(f"warning: {busy}")
+        optimizer = self.config.optimizer
+        if not first and (warmup := self.plan.warmup(optimizer)) < optimizer.lr_warmup:
+            steps = self.settings.steps
+            self.say(f"--lr-warmup: {optimizer.lr_warmup} is more than half of {steps} steps; {warmup} are used")
         if not first:
             self._diagnose(trainer, 0)  # problems that are known before the first step
         trainer.begin(first)
@@ -222,7 +235,7 @@ class Run:
 
     def _loop(self, trainer: Trainer) -> None:
         settings, sums, seconds = self.settings, self._sums, 0.0
-        logged = self.done
+        logged, began = self.done, time.perf_counter() - self.seconds
         with progress(settings.steps, self.folder.name, "step", self.main, self.done) as bar:
             while self.done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, self.done, self.accelerator.process_index))
@@ -238,13 +251,14 @@ class Run:
                 if waits := log or validate or save:
                     self.finite.check()  # waits for the device, so that `seconds` is the time of its work
                 seconds += time.perf_counter() - start
+                self.seconds = time.perf_counter() - began
                 bar.update()
                 if log:
                     means = self._over_processes({name: total / count for name, (total, count) in sums.items()})
                     rate = (done - logged) * settings.batch_size / seconds
-                    means |= {"per_second": rate, **trainer.rates(rate)}
+                    means |= {"per_second": rate, **trainer.rates(rate), **self._extent(trainer)}
                     self.log({f"train/{n}": v for n, v in means.items()}, done)
-                    bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss",) if name in means})
+                    bar.set_postfix({name: f"{means[name]:.3g}" for name in SHOWN if name in means})
                     sums.clear()
                     logged, seconds = done, 0.0
                 if validate:
@@ -260,6 +274,12 @@ class Run:
         if reason := trainer.finished():
             self.say(reason)
 
+    def _extent(self, trainer: Trainer) -> dict[str, float]:
+        """How far the run is, and what it took."""
+        images = self.done * self.settings.batch_size
+        memory = peak_memory(self.device) / 1e9
+        return {"epoch": images / trainer.examples, "images": images, "seconds": self.seconds, "peak_memory_gb": memory}
+
     def _over_processes(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Means of scalars over all processes; waits for the device once."""
         if not values:
@@ -270,8 +290,15 @@ class Run:
     def _validate(self, trainer: Trainer) -> None:
         metrics = trainer.validate(self.done)
         self.log({f"heldout/{name}": value for name, value in metrics.items()}, self.done)
-        values = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-        self.say(f"step {self.done}: {values}")
+        before = next(
+            (row for row in reversed(self.rows[:-1]) if any(f"heldout/{name}" in row for name in metrics)), {}
+        )
+        values = []
+        for name, value in metrics.items():
+            former = before.get(f"heldout/{name}")
+            change = f" ({value - former:+.2g})" if isinstance(former, (int, float)) else ""
+            values.append(f"{name.replace('_', ' ')} {value:.4g}{change}")
+        self.say(f"step {self.done}: {', '.join(values)}")
         self._diagnose(trainer, self.done)
 
     def _diagnose(self, trainer: Trainer, step: int) -> None:

@@ -26,6 +26,12 @@ class Plan:
     rate: float = 0.0
     """Learning rate at `start`, as a share of the peak."""
     progress_at_start: float = 0.0
+    bounded: bool = False
+    """Whether the warm-up takes at most half of the steps, as in every run that version 0.2 began."""
+
+    def warmup(self, config: OptimizerConfig) -> int:
+        """Steps of the warm-up."""
+        return min(config.lr_warmup, max(1, self.steps // 2) if self.bounded else self.steps)
 
     def progress(self, step: int) -> float:
         """Share of the run that is done before `step` (0 is the first)."""
@@ -35,11 +41,11 @@ class Plan:
     def blend_steps(self, config: OptimizerConfig) -> int:
         """Steps over which the rate reaches the new schedule: the warm-up, or a tenth of those left if that is more."""
         left = self.steps - self.start
-        return min(max(config.lr_warmup, left // 10, 1), left)
+        return min(max(self.warmup(config), left // 10, 1), left)
 
     def learning_rate(self, config: OptimizerConfig, step: int) -> float:
         """Learning rate at `step` (0 is the first), as a share of the peak."""
-        share = scheduled(config, self.steps, step)
+        share = scheduled(config, self.steps, step, self.warmup(config))
         if self.start <= step < self.start + self.blend_steps(config) and self.start:
             return self.rate + (share - self.rate) * (step - self.start) / self.blend_steps(config)
         return share
@@ -50,6 +56,7 @@ class Plan:
         Version 0.1 `saved` no plan: the learning rate of the restored `schedule` shows how it was planned.
         """
         former = Plan(**saved) if saved else None
+        self.bounded = former.bounded if former else False
         if former and former.steps == self.steps:
             self.__dict__.update(vars(former))
             return None
@@ -64,9 +71,8 @@ class Plan:
         return f"--steps: this run was planned for {planned}, now for {self.steps}; {effect}"
 
 
-def scheduled(config: OptimizerConfig, steps: int, step: int) -> float:
+def scheduled(config: OptimizerConfig, steps: int, step: int, warmup: int) -> float:
     """Learning rate at `step` of a run of `steps`, as a share of the peak: a linear warm-up, then `lr_schedule`."""
-    warmup = min(config.lr_warmup, steps)
     if step < warmup:
         return step / warmup
     left = max(1, steps - warmup)

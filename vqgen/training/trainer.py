@@ -16,6 +16,8 @@ class Trainer(Protocol):
     """Optimizers and schedules; at least one `LambdaLR` made by `optimizer_for`."""
     extra: dict[str, Any]
     """Small JSON-serialisable state of checkpoints, e.g. the best held-out loss."""
+    examples: int
+    """Training images: an epoch."""
 
     # Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored.
     def begin(self, first_step: int) -> None: ...

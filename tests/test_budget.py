@@ -1,0 +1,136 @@
+"""A budget of minutes or epochs in place of a number of steps."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.models import SIZE, make_prior, write_codes
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import weights
+
+from vqgen.config import parse
+from vqgen.files.yaml_text import read_yaml
+from vqgen.prior.model import Prior
+from vqgen.prior.train import main
+from vqgen.tokenizer.codes.format import Manifest
+from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.training import budget
+from vqgen.training.budget import Trial, scaled
+
+SMALL = ["--dim", 16, "--layers", 1, "--heads", 2, "--batch-size", 4, "--preview-images", 0, "--patience", 0]
+
+
+def words(tmp_path: Path, *further: Any) -> list[Any]:
+    codes = tmp_path / "codes"
+    if not codes.exists():
+        codes.mkdir()
+        write_codes(codes, size=SIZE)
+        model, manifest = make_prior(tmp_path / "of"), Manifest.read(codes)
+        shutil.copytree(model / "tokenizer", codes / "tokenizer")
+        mark = str(Prior.load(model).tokenizer_fingerprint)
+        splits = {"train": manifest.splits["train"], "heldout": manifest.splits["train"]}
+        dataclasses.replace(manifest, tokenizer_fingerprint=mark, splits=splits).write(codes)
+    return ["--codes", tmp_path / "codes", "--output", tmp_path / "run", *SMALL, *further]
+
+
+def saved(tmp_path: Path) -> dict[str, Any]:
+    tree = read_yaml(tmp_path / "run" / "config.yaml")
+    return {**tree, **tree["run"], **tree["optimizer"]}
+
+
+def test_what_is_counted_in_steps_changes_in_proportion() -> None:
+    config = parse(TokenizerTraining, ["--data", "demo", "--steps", "1000", "--lr-warmup", "7"])
+    assert config.run.validate_every == 500 and config.gan.gan_start == 5000 and config.quantizer.revive_after == 100  # type: ignore[attr-defined]
+    found = scaled(config, 200)
+    assert found.run.validate_every == 100 and found.gan.gan_start == 1000 and found.gan.gan_ramp == 200
+    assert found.quantizer.revive_after == 20 and found.run.checkpoint_every == 100  # type: ignore[attr-defined]
+    assert found.optimizer.lr_warmup == 7, "the command line said so"
+    assert found.run.steps == 1000 or "steps" not in config.given
+    assert 1 - found.optimizer.ema_decay == pytest.approx(5 * (1 - config.optimizer.ema_decay))
+    assert found.optimizer.lr == config.optimizer.lr and found.run.keep_checkpoints == config.run.keep_checkpoints
+
+
+def test_a_preset_is_scaled_and_a_share_stays() -> None:
+    config = parse(TokenizerTraining, ["--data", "demo", "--config", "demo-tokenizer", "--gan-start", "0.5"])
+    found = scaled(config, 600, validations=1)
+    assert (found.run.steps, found.optimizer.lr_warmup, found.run.validate_every) == (600, 60, 600)
+    assert found.gan.gan_start == 0.5 and found.optimizer.ema_decay == config.optimizer.ema_decay
+
+
+@given(
+    start=st.floats(0, 100), step=st.floats(1e-3, 10), validation=st.floats(0, 100), seconds=st.floats(1, 1e5),
+    validations=st.integers(1, 50),
+)  # fmt: skip
+def test_a_run_keeps_to_its_time(
+    start: float, step: float, validation: float, seconds: float, validations: int
+) -> None:
+    steps, affordable = Trial(start, step, validation).steps(seconds, validations)
+    assert 1 <= affordable <= validations
+    if steps >= 1:
+        assert start + steps * step + affordable * validation <= seconds * (1 + 1e-9)
+        assert start + (steps + 1) * step + affordable * validation >= seconds * (1 - 1e-9) or steps > 10**9
+
+
+def test_epochs_become_steps(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    assert cli(main, *words(tmp_path, "--epochs", 3)).code == 0
+    images = 9
+    found = saved(tmp_path)
+    assert found["steps"] == math.ceil(3 * images / 4) and found["epochs"] == 3
+    assert found["validate_every"] == 1 and found["lr_warmup"] == 1
+
+
+def test_minutes_are_measured_once(tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = []
+
+    def trial(*_given: Any) -> Trial:
+        trials.append(1)
+        return Trial(1.0, 5.9, 0.0)
+
+    monkeypatch.setattr(budget, "measured", trial)
+    assert cli(main, *words(tmp_path, "--minutes", 1, "--lr-warmup", 2)).code == 0
+    assert saved(tmp_path)["steps"] == 10 and saved(tmp_path)["lr_warmup"] == 2
+    first = weights(tmp_path / "run")
+    assert cli(main, *words(tmp_path, "--minutes", 1, "--lr-warmup", 2)).code == 0
+    assert weights(tmp_path / "run") == first and trials == [1]
+    result = cli(main, *words(tmp_path, "--minutes", 2, "--lr-warmup", 2))
+    assert result.code == 0 and "20 steps" in result.err and saved(tmp_path)["steps"] == 20
+    assert trials == [1] and weights(tmp_path / "run") != first
+
+
+def test_a_trial_leaves_the_run_as_it_is(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """Steps of a budget that was measured give the weights of a run that was told these steps."""
+    assert cli(main, *words(tmp_path, "--minutes", 0.02, "--log-every", 5, "--seed", 3)).code == 0
+    found, first = saved(tmp_path), weights(tmp_path / "run")
+    told = ["--steps", found["steps"], "--lr-warmup", found["lr_warmup"], "--ema-decay", found["ema_decay"]]
+    told += ["--validate-every", found["validate_every"], "--log-every", 5, "--seed", 3]
+    again = words(tmp_path, *told)
+    again[again.index("--output") + 1] = tmp_path / "told"
+    assert cli(main, *again).code == 0
+    assert weights(tmp_path / "told") == first
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--minutes", 1, "--epochs", 1], "--epochs"),
+        (["--minutes", 0], "--minutes"),
+        (["--epochs", "nan"], "--epochs"),
+        (["--minutes", 1e-6], "--minutes"),
+    ],
+)
+def test_a_budget_that_holds_no_step_is_refused(
+    tmp_path: Path, cli: Callable[..., Any], given: list[Any], named: str
+) -> None:
+    result = cli(main, *words(tmp_path, *given))
+    assert result.code == 2 and result.err.count("\n") == 1 and named in result.err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_warm_up_longer_than_half_is_shortened(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    result = cli(main, *words(tmp_path, "--steps", 6, "--lr-warmup", 5))
+    assert result.code == 0 and len([line for line in result.err.splitlines() if "--lr-warmup" in line]) == 1

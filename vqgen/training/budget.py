@@ -1,0 +1,153 @@
+"""A budget of minutes or epochs in place of a number of steps.
+
+The steps follow from the budget before the run begins, and are saved with its configuration. What is counted in steps
+is then changed in the proportion of these steps to those configured: warm-up, intervals and so on.
+"""
+
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vqgen.config import read_saved
+from vqgen.devices import on_main
+from vqgen.errors import UsageError, UserError
+from vqgen.options import key_of
+
+from .folder import CONFIG, run_folder
+from .options import RunConfig
+from .run import Run
+from .trainer import Trainer
+
+C = TypeVar("C")
+IN_STEPS = {"lr_warmup", "validate_every", "checkpoint_every", "log_every"}
+IN_STEPS |= {"gan_start", "gan_warmup", "gan_ramp", "revive_after"}
+"""Options that are a number of steps."""
+TRIAL_STEPS, TRIAL_SECONDS = 30, 20.0
+"""A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
+VALIDATION = 0.2
+"""Share of the time that validations may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a trial run took, in seconds."""
+
+    start: float
+    """Until the first step."""
+    step: float
+    validation: float
+
+    def steps(self, seconds: float, validations: int) -> tuple[int, int]:
+        """Steps that fit into a time, and how many of at most `validations` take no more than their share of it."""
+        left = seconds - self.start
+        affordable = max(1, min(validations, int(VALIDATION * left / max(self.validation, 1e-9))))
+        return int((left - affordable * self.validation) / self.step), affordable
+
+
+def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
+    """The configuration with `change(name, value)` for each option that the command line did not set."""
+    given = config.given  # type: ignore[attr-defined]
+
+    def of(section: Any) -> Any:
+        values = {field.name: (key_of(field), getattr(section, field.name)) for field in dataclasses.fields(section)}
+        return dataclasses.replace(
+            section,
+            **{
+                field: of(value) if dataclasses.is_dataclass(value) else value if name in given else change(name, value)
+                for field, (name, value) in values.items()
+            },
+        )
+
+    return of(config)
+
+
+def scaled(config: C, steps: int, validations: int | None = None) -> C:
+    """The configuration for another number of steps: what is counted in steps changes in proportion.
+
+    Options of the command line stay as they are. The decay of averaged weights keeps its share of the run.
+    `validations` bounds their number.
+    """
+    run: RunConfig = config.run  # type: ignore[attr-defined]
+    factor = steps / run.steps
+
+    def change(name: str, value: Any) -> Any:
+        if name == "steps":
+            return steps
+        if name == "ema_decay":
+            return max(0.0, 1 - (1 - value) / factor) if factor < 1 else value
+        if name not in IN_STEPS or value < 1:  # a start below 1 is a share of the steps
+            return value
+        least = math.ceil(steps / validations) if name == "validate_every" and validations else 1
+        return max(least, round(value * factor))
+
+    return _changed(config, change)
+
+
+def measured(config: Any, build: Callable[[Any], tuple[Run, Trainer] | None]) -> Trial:
+    """Time a few steps and a validation of a run, in a folder that is removed again."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="vqgen-trial-") as folder:
+        # With the discriminator from the first step: the run is no slower than this.
+        parts = {"gan": dataclasses.replace(config.gan, gan_start=0, gan_warmup=0)} if hasattr(config, "gan") else {}
+        built = build(dataclasses.replace(config, output=Path(folder), overwrite=False, **parts))
+        assert built is not None, "a new folder holds no finished run"
+        run, trainer = built
+        run.quiet = True
+        trainer.begin(0)
+        start, taken = time.perf_counter() - began, list[float]()
+        while len(taken) < TRIAL_STEPS and not (len(taken) >= 4 and sum(taken) > TRIAL_SECONDS):
+            before = time.perf_counter()
+            trainer.step(len(taken))
+            run.finite.check()  # waits for the device
+            taken.append(time.perf_counter() - before)
+        before = time.perf_counter()
+        trainer.validate(0)
+        validation = time.perf_counter() - before
+        run.accelerator.free_memory()
+    # The first step allocates; steps may be of several kinds, so their mean counts.
+    return Trial(start, statistics.fmean(taken[1:]), validation)
+
+
+def _before(config: Any) -> Mapping[str, Any] | None:
+    """Options that the run in the folder was begun with, None where there is none to be resumed."""
+    found = None
+    if not config.overwrite and run_folder(config.output).recognised:
+        with suppress(UserError):  # the run itself says what is wrong with it
+            found = read_saved(config.output / CONFIG, type(config))
+    return found
+
+
+def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examples: Callable[[], int]) -> C:
+    """The configuration with a number of steps in place of its budget, if it has one.
+
+    A run that is resumed keeps its steps, in proportion to its budget where that has changed.
+
+    Args:
+        build: opens a run and its trainer.
+        examples: returns the number of training images.
+
+    Raises `UsageError` where the budget holds no step.
+    """
+    run: RunConfig = config.run  # type: ignore[attr-defined]
+    name = "minutes" if run.minutes is not None else "epochs"
+    if (budget := getattr(run, name)) is None:
+        return config
+    if (before := on_main(lambda: _before(config))) and before.get(name):
+        steps = round(before["steps"] * budget / before[name])
+        kept = {key: before[key] for key in (*IN_STEPS, "ema_decay") if key in before} | {"steps": steps}
+        return _changed(config, lambda key, value: kept.get(key, value))
+    if name == "epochs":
+        return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)))
+    trial = measured(config, build)
+    found = trial.steps(60 * budget, max(1, round(run.steps / run.validate_every)))
+    steps, validations = on_main(lambda: found)  # that of the main process in all of them
+    if steps < 1:
+        times = f"{trial.start:.0f} s to start, {trial.step:.2g} s a step, {trial.validation:.0f} s a validation"
+        raise UsageError(f"--minutes: found {budget:g}, which hold no step ({times}); give more")
+    return scaled(config, steps, validations)
