@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import commands, values_of
-from vqgen.evaluation.tasks.options import InpaintingConfig, WindowsConfig
+from vqgen.evaluation.tasks.options import InpaintingConfig, TranslationConfig, WindowsConfig
 
 from . import options
 from .receipt import flatten, read_receipt, write_receipt
@@ -64,6 +64,11 @@ def windows(config: WindowsConfig) -> None:
     _measure_with_receipt("windows", config)
 
 
+def translation(config: TranslationConfig) -> None:
+    """Measure how a prior restores degraded images: NLL, PSNR, SSIM, LPIPS, colourfulness."""
+    _measure_with_receipt("translation", config)
+
+
 def samples(config: options.SamplesConfig) -> None:
     """Compare samples with real images: FID, KID, Inception Score, precision, recall, density, coverage and more."""
     _measure_with_receipt("samples", config)
@@ -100,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "samples": (options.SamplesConfig, samples),
             "inpainting": (InpaintingConfig, inpainting),
             "windows": (WindowsConfig, windows),
+            "translation": (TranslationConfig, translation),
             "classifier": (options.ClassifierTraining, classifier),
             "codebook": (options.CodebookConfig, codebook),
             "replay": (options.ReplayConfig, replay),

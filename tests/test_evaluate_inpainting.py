@@ -1,13 +1,12 @@
 """vqgen-eval inpainting and windows: metrics against a naive computation, seams of known height, what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import NAMES, SIZE, make_prior, make_square_prior
+from helpers.models import SIZE, make_photos, make_prior, make_square_prior
 from processes import run_two
 from torch import Tensor, nn
 from torchvision.io import write_png
@@ -21,6 +20,7 @@ from vqgen.evaluation.tasks.inpainting import Hole
 from vqgen.evaluation.tasks.options import InpaintingConfig
 from vqgen.evaluation.tasks.windows import owners
 from vqgen.prior.likelihood import token_nats
+from vqgen.prior.source import MaskedSource
 from vqgen.sampling.generator import Generator
 
 DATA = 12  # images
@@ -28,22 +28,12 @@ DATA = 12  # images
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_square_prior(tmp_path_factory.mktemp("model"), inpainting=0.5)
+    return make_square_prior(tmp_path_factory.mktemp("model"), MaskedSource(0.5))
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth 16x16 images of the prior's classes, whose colours differ."""
-    root, random = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
-    ramp = torch.linspace(0, 60, 16)
-    for index in range(DATA):
-        place = root / "test" / NAMES[index % 3]
-        place.mkdir(parents=True, exist_ok=True)
-        image = torch.randint(0, 150, (3, 1, 1), generator=random) + ramp + ramp[:, None]
-        noise = torch.randint(0, 20, (3, 16, 16), generator=random)
-        write_png((image + noise).to(torch.uint8), str(place / f"{index}.png"))
-    shutil.copytree(root / "test", root / "train")
-    return root
+    return make_photos(tmp_path_factory.mktemp("photos"), DATA)
 
 
 class Distance(nn.Module):

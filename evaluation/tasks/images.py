@@ -16,6 +16,7 @@ from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice, fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
 from .options import TaskConfig
@@ -61,26 +62,31 @@ class TaskImages:
         check_classes(generator.prior, self.dataset.class_names, config.unconditional, what)
         self.classes = generator.conditioning.classes.count and not config.unconditional
 
-    def encoded(self) -> Encoded:
-        """Encode all images, each process its share. Raises `UserError` where fewer than 2 can be read."""
+    def encoded(self, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Encoded:
+        """Encode all images, each process its share. Raises `UserError` where fewer than 2 can be read.
+
+        Args:
+            change: makes other images of uint8 images (B, C, H, W) and their indices (B,), which are encoded.
+        """
         (rank, world), pixels, rows = rank_and_world(), SetHash(), []
         with progress(len(self.chosen), "encoding", "img", rank == 0) as bar:
             for batch in self._batches():
-                pixels.add_images(batch.images, batch.labels)
-                rows.append((batch.indices, self.generator.encode(batch.images), batch.labels))
+                shown = change(batch.images, batch.indices) if change else batch.images
+                pixels.add_images(shown, batch.labels)
+                rows.append((batch.indices, self.generator.encode(shown), batch.labels))
                 bar.update(len(batch.indices) * world)
         rows = [row for part in gather_objects(rows) for row in part]
         if sum(len(row[0]) for row in rows) < 2:
             raise UserError(f"--data: {self.config.data} has fewer than 2 images to measure; give more")
         indices, codes, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
         order = indices.argsort()
-        shown = labels[order].tolist() if self.classes else [ABSENT] * len(order)
-        return Encoded(indices[order], codes[order], shown, pixels.over_processes().hexdigest())
+        given = labels[order].tolist() if self.classes else [ABSENT] * len(order)
+        return Encoded(indices[order], codes[order], given, pixels.over_processes().hexdigest())
 
-    def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share again: rows of `encoded` (B,), and uint8 images (B, C, H, W)."""
+    def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This process's share again: rows of `encoded` (B,), uint8 images (B, C, H, W), indices in the data (B,)."""
         for batch in self._batches():
-            yield torch.searchsorted(encoded.indices, batch.indices), batch.images
+            yield torch.searchsorted(encoded.indices, batch.indices), batch.images, batch.indices
 
     def _batches(self):
         rank, world = rank_and_world()
@@ -91,6 +97,12 @@ def perceptual_of(config: TaskConfig, device: torch.device) -> PerceptualDistanc
     """The network of LPIPS, where weights are named. Raises `UserError`."""
     weights = config.perceptual_weights
     return PerceptualDistance(config.perceptual_net, weights).to(device) if weights else None
+
+
+@torch.inference_mode()
+def lpips(perceptual: PerceptualDistance, images: Tensor, targets: Tensor, device: torch.device) -> Tensor:
+    """LPIPS of pairs of uint8 images (B, C, H, W) -> (B,)."""
+    return perceptual(*(to_float(each.to(device)) for each in (images, targets)))
 
 
 class Columns:
@@ -108,6 +120,10 @@ class Columns:
         parts = gather_objects({name: torch.cat(values) for name, values in self.values.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+    def means(self) -> dict[str, float]:
+        """Name -> the mean over the images of all processes."""
+        return {name: values.mean().item() for name, values in self.all().items()}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from vqgen.metric import Metric
 from vqgen.progress import progress
 from vqgen.sampling.filling import Filling, box_mask, cells_of
 from vqgen.sampling.generator import Generator
-from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import psnr
 
-from .images import Columns, Encoded, Neighbours, TaskImages, perceptual_of, shares
+from .images import Columns, Encoded, Neighbours, TaskImages, lpips, perceptual_of, shares
 from .options import InpaintingConfig
 
 _METRICS = (
@@ -220,7 +219,7 @@ def pictures(
             found.add(f"{seam} {place} {name}", pairs.step(shown))
 
     with progress(len(encoded), "comparing", "img", rank == 0) as bar:
-        for part, originals in images.pixels(encoded):
+        for part, originals, _ in images.pixels(encoded):
             for seam in borders:
                 add_steps(seam, "original", originals)
             for name, all_codes in codes.items():
@@ -236,7 +235,7 @@ def pictures(
                 if perceptual is not None:
                     found.add(f"lpips {name}", lpips(perceptual, pasted, originals, generator.device))
             bar.update(len(part) * world)
-    mean = {name: values.mean().item() for name, values in found.all().items()}
+    mean = found.means()
     ways = ["filled", "before", "reconstruction"]
     metrics: dict[str, Any] = {"hole_psnr": {name: mean[f"psnr {name}"] for name in ways}}
     if perceptual is not None:
@@ -245,12 +244,6 @@ def pictures(
         ratios = {n: mean[f"{seam} across {n}"] / max(mean[f"{seam} inside {n}"], 1e-6) for n in [*ways, "original"]}
         metrics[seam] = ratios
     return metrics
-
-
-@torch.inference_mode()
-def lpips(perceptual: PerceptualDistance, images: Tensor, targets: Tensor, device: torch.device) -> Tensor:
-    """LPIPS of pairs of uint8 images (B, C, H, W) -> (B,)."""
-    return perceptual(*(to_float(each.to(device)) for each in (images, targets)))
 
 
 def diversity(
@@ -274,4 +267,4 @@ def diversity(
                 each = [lpips(perceptual, shown[a], shown[b], generator.device) for a, b in pairs]
                 found.add("lpips", torch.cat(each).mean()[None])
             bar.update()
-    return {name: values.mean().item() for name, values in found.all().items()}
+    return found.means()

@@ -68,6 +68,17 @@ class InpaintingConfig(TaskConfig):
 
 
 @dataclass
+class TranslationConfig(TaskConfig):
+    """Options of `vqgen-eval translation`."""
+
+    COMMON: ClassVar = ("model", "data", "split", "n", "source", "output", "perceptual_weights")
+
+    source: list[str] = field(default_factory=list)
+    """Degradations of the images as for vqgen-tokenize, one after the other; by default those that the prior was
+    trained on."""
+
+
+@dataclass
 class WindowsConfig(Options):
     """Options of `vqgen-eval windows`."""
 

@@ -62,7 +62,7 @@ def measure_windows(config: WindowsConfig) -> Measurement:
             columns.add("seams", seams.step(images))
             columns.add("inside", inside.step(images))
             bar.update(len(part) * world)
-    steps = {name: values.mean().item() for name, values in columns.all().items()}
+    steps = columns.means()
     return Measurement(
         {
             "prior": generator.prior.fingerprint,

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.io import write_png
 
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
-from vqgen.prior.source import MaskedSource
+from vqgen.prior.source import Source
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
@@ -83,19 +85,30 @@ def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     return folder
 
 
-def make_square_prior(folder: Path, inpainting: float | None = None) -> Path:
-    """A random prior of 8x8 codes with the tokenizer of its 16x16 images, which fills in where `inpainting` is set;
-    its classes are in the order of their folders."""
+def make_square_prior(folder: Path, source: Source | None = None) -> Path:
+    """A random prior of 8x8 codes with the tokenizer of its 16x16 images; its classes are in the order of folders."""
     torch.manual_seed(0)
     model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, model, VQConfig(codebook_size=SIZE, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
-    parts = [MaskedSource(inpainting) if inpainting else None, Classes(len(NAMES), sorted(NAMES))]
-    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), parts)
+    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), [source, Classes(len(NAMES), sorted(NAMES))])
     prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 16, 16), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)
     prior.save(folder, folder / "made-of")
+    return folder
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    """Smooth 16x16 images of these classes in train/ and, the same ones, test/; their colours differ."""
+    random, ramp = torch.Generator().manual_seed(0), torch.linspace(0, 60, 16)
+    for index in range(count):
+        place = folder / "test" / NAMES[index % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        image = torch.randint(0, 150, (3, 1, 1), generator=random) + ramp + ramp[:, None]
+        noise = torch.randint(0, 20, (3, 16, 16), generator=random)
+        write_png((image + noise).to(torch.uint8), str(place / f"{index}.png"))
+    shutil.copytree(folder / "test", folder / "train")
     return folder
 
 

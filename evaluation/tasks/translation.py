@@ -1,0 +1,147 @@
+"""Translation: images from their degraded versions, beside those, a classical method and a bound."""
+
+from typing import Any
+
+from torch import Tensor
+
+from vqgen.artifact import fingerprint
+from vqgen.devices import rank_and_world
+from vqgen.errors import UsageError
+from vqgen.evaluation.measurement import Measurement, start_processes
+from vqgen.evaluation.receipt import environment
+from vqgen.metric import Metric
+from vqgen.progress import progress
+from vqgen.sampling.generator import Generator
+from vqgen.seeding import hash64
+from vqgen.tokenizer.codes.degrade import Degradation, degrade, parse_degradations
+from vqgen.tokenizer.losses.lpips import PerceptualDistance
+from vqgen.tokenizer.metrics import SMALLEST, psnr, ssim
+
+from .classical import colourfulness, non_local_means
+from .images import Columns, Encoded, TaskImages, lpips, perceptual_of, shares
+from .options import TranslationConfig
+
+_METRICS = (
+    Metric("nats", "NLL of the codes", "nats per token", "lower"),
+    Metric("psnr", "PSNR", "dB", "higher"),
+    Metric("ssim", "SSIM", "", "higher"),
+    Metric("lpips", "LPIPS", "", "lower"),
+    Metric("colourfulness", "Colourfulness"),
+)
+METRICS = {metric.name: metric for metric in _METRICS}
+"""`nats`: given the source (`source`), none (`absent`), and that of another image (`shuffled`).
+
+`psnr`, `ssim`, `lpips` compare with the image before it was degraded: the translation (`translated`), the degraded
+image (`input`), the translation of another image's source (`shuffled`), and the tokenizer's reconstruction of the truth
+(`reconstruction`), the best that codes allow; where noise was added, also its removal by non-local means
+(`non_local_means`). `colourfulness` has them too, and that of the truth (`original`).
+"""
+
+
+def degradations_of(config: TranslationConfig, generator: Generator) -> list[str]:
+    """The degradations of --source, by default those that the prior was trained on. Raises `UsageError`."""
+    part = generator.conditioning.paired_source
+    if part is None:
+        text = f"{config.model} was trained without a source"
+        raise UsageError(f"--model: {text}; give a prior trained on codes of vqgen-tokenize --source")
+    if part.about.grid != list(generator.vocabulary.grid):
+        found = "x".join(map(str, part.about.grid))
+        raise UsageError(f"--model: its sources have {found} codes, not as many as its images; no metric compares them")
+    if not config.source and not part.about.degradations:
+        text = f"{config.model} was trained on pairs ({part.about.description})"
+        raise UsageError(f"--source: {text}, which are not made from --data; name degradations")
+    return config.source or part.about.degradations
+
+
+def measure_translation(config: TranslationConfig) -> Measurement:
+    """Measure how a prior restores degraded images. Raises `UserError`."""
+    device, (_, world) = start_processes(config.device), rank_and_world()
+    generator = Generator.load(config.model, device, config.precision)
+    specs = degradations_of(config, generator)
+    chain = parse_degradations(specs)
+    perceptual, images = perceptual_of(config, device), TaskImages(config, generator)
+
+    def degraded(originals: Tensor, indices: Tensor) -> Tensor:
+        return degrade(originals, chain, [hash64(config.seed, "source", index) for index in indices.tolist()])
+
+    truth, sources = images.encoded(), images.encoded(degraded)
+    return Measurement(
+        {
+            "prior": generator.prior.fingerprint,
+            "tokenizer": generator.tokenizer.fingerprint,
+            "data": truth.fingerprint,
+            "sources": sources.fingerprint,
+            "perceptual": fingerprint(perceptual.distance.state_dict()) if perceptual else None,
+        },
+        {"images": len(truth)},
+        {
+            "nats": _likelihoods(config, generator, truth, sources),
+            **_pictures(config, generator, images, truth, sources, chain, degraded, perceptual),
+        },
+        environment(device, generator.precision, world),
+        {"degradations": specs},
+    )
+
+
+def _conditions(generator: Generator, truth: Encoded, rows: Any, source: Tensor | None) -> dict[str, Any]:
+    given: dict[str, Any] = {"class": [truth.labels[row] for row in rows]}
+    given |= {} if source is None else {"source": list(source[list(rows)])}
+    return generator.conditioning.conditions(given, absent=True)
+
+
+def _likelihoods(config: TranslationConfig, generator: Generator, truth: Encoded, sources: Encoded) -> dict[str, float]:
+    """The mean NLL of the truth's codes by what source is given."""
+    given = {"source": sources.codes, "absent": None, "shuffled": sources.codes[truth.others]}
+    found, rows = Columns(), list(shares(len(truth)))
+    with progress(len(truth), "likelihood", "img", rank_and_world()[0] == 0) as bar:
+        for first in range(0, len(rows), config.batch_size):
+            part = rows[first : first + config.batch_size]
+            for name, source in given.items():
+                nats = generator.nats(truth.codes[part], _conditions(generator, truth, part, source))
+                found.add(name, nats.mean(1))
+            bar.update(len(part) * rank_and_world()[1])
+    return found.means()
+
+
+def _pictures(
+    config: TranslationConfig,
+    generator: Generator,
+    images: TaskImages,
+    truth: Encoded,
+    sources: Encoded,
+    chain: list[Degradation],
+    degraded: Any,
+    perceptual: PerceptualDistance | None,
+) -> dict[str, Any]:
+    """Metrics of what is drawn, and of what it is compared with."""
+    rows, (rank, world) = shares(len(truth)), rank_and_world()
+    codes = {"reconstruction": truth.codes}
+    for name, source in {"translated": sources.codes, "shuffled": sources.codes[truth.others]}.items():
+        conditions, drawn = _conditions(generator, truth, range(len(truth)), source), truth.codes.clone()
+        with progress(len(rows) * generator.vocabulary.length, f"drawing ({name})", "code", rank == 0) as bar:
+            given = conditions, config.sampling, config.seed, config.batch_size
+            drawn[list(rows)] = generator.draw_codes(rows, *given, lambda tokens, bar=bar: bar.update(len(tokens)))[0]
+        codes[name] = drawn
+    noise = [each for each in chain if each.name == "noise"]
+    sigma = 255 * sum((each.low + each.high) ** 2 / 4 for each in noise) ** 0.5  # the middle of a range
+    found: dict[str, Columns] = {}
+    with progress(len(truth), "comparing", "img", rank == 0) as bar:
+        for part, originals, indices in images.pixels(truth):
+            shown = {name: generator.decode(of[part]) for name, of in codes.items()}
+            shown["input"] = degraded(originals, indices)
+            if noise:
+                shown["non_local_means"] = non_local_means(shown["input"], sigma)
+            for name, each in shown.items():
+                values = {"psnr": psnr(each, originals)}
+                if min(each.shape[2:]) >= SMALLEST:
+                    values["ssim"] = ssim(each, originals)
+                if perceptual is not None:
+                    values["lpips"] = lpips(perceptual, each, originals, generator.device)
+                if each.shape[1] == 3:
+                    values["colourfulness"] = colourfulness(each)
+                for metric, column in values.items():
+                    found.setdefault(metric, Columns()).add(name, column)
+            if originals.shape[1] == 3:
+                found["colourfulness"].add("original", colourfulness(originals))
+            bar.update(len(part) * world)
+    return {metric: columns.means() for metric, columns in found.items()}
