@@ -18,7 +18,7 @@ from vqgen.files import read_json, write_json
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
-from vqgen.tokenizer.data.items import Files
+from vqgen.tokenizer.data.items import Rows
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Source
 
@@ -116,7 +116,7 @@ def content_hash(source: Source, chosen: Sequence[int], cache: Path) -> str:
         found.add(b"%d\n" % source.labels[index] + data)
     content = found.over_processes().hexdigest()
     # The stamp does not cover files that a table names.
-    outside = any(gather_objects(not isinstance(source.items, Files) and source.items.outside))
+    outside = any(gather_objects(isinstance(source.items, Rows) and source.items.outside))
     if stamp and not outside:
         on_main(lambda: write_json(remembered, {"content": content}))
     return content
@@ -125,7 +125,7 @@ def content_hash(source: Source, chosen: Sequence[int], cache: Path) -> str:
 def _stamp(source: Source, chosen: Sequence[int]) -> str | None:
     """Fingerprint of which images of which files these are; None if the files are not known, or too young."""
     items, rows = source.items, source.rows[np.asarray(chosen)]
-    names = [items.name(int(row)) for row in rows] if isinstance(items, Files) else items.files
+    names = items.files if isinstance(items, Rows) else [items.name(int(row)) for row in rows]
     digest = hashlib.sha256(b"".join((type(items).__name__.encode(), rows.tobytes(), source.labels[chosen].tobytes())))
     now = time.time()
     for name in names:

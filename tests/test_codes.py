@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
+from helpers.tokenizing import DIE, SIZE, content, environment, make_tokenizer, save_garments, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -44,16 +44,13 @@ from vqgen.tokenizer.codes.format import (
     used_codes,
     write_shard,
 )
-from vqgen.tokenizer.codes.writer import tokenize, view_seed
+from vqgen.tokenizer.codes.reading import view_seed
+from vqgen.tokenizer.codes.writer import tokenize
 from vqgen.tokenizer.data.dataset import flips, open_images
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
-from vqgen.tokenizer.data.sources import DEMO
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.options import VQGANConfig
-from vqgen.tokenizer.options import TokenizerConfig
-from vqgen.tokenizer.quantizers.options import VQConfig
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:
@@ -288,7 +285,7 @@ def test_used_codes_counts_each_depth_by_itself(tmp_path):
 
 # --- vqgen-tokenize -------------------------------------------------------------------------------------------------
 
-SIZE, SHARD = 16, 20
+SHARD = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -303,19 +300,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """A hundred real garments as PNG files in a folder a class."""
-    folder = tmp_path_factory.mktemp("images")
-    table = pq.read_table(DEMO / "train.parquet").slice(0, 100)
-    for number, (image, label) in enumerate(zip(table["image"].to_pylist(), table["label"].to_pylist())):
-        (folder / f"class{label}").mkdir(exist_ok=True)
-        (folder / f"class{label}" / f"{number:03d}.png").write_bytes(image["bytes"])
-    return folder
-
-
-def make_tokenizer(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = VQGANConfig(width=8, multipliers=[1, 2], blocks=1, groups=4, latent_dim=8, attention=False)
-    Tokenizer(TokenizerConfig([SIZE, SIZE], 1, model, VQConfig(codebook_size=300))).save(folder)
-    return folder
+    return save_garments(tmp_path_factory.mktemp("images"), 100)
 
 
 @pytest.fixture(scope="module")
@@ -340,23 +325,6 @@ def make(tokenizer, images) -> Callable[..., TokenizeConfig]:
         return TokenizeConfig(output=output, images=ImageConfig(**section), **(options | changes))
 
     return config
-
-
-def words(config: TokenizeConfig) -> list[str]:
-    """The command line of a configuration."""
-    found = []
-    for name, value in values_of(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            found += [flag] if value else []
-        elif value is not None:
-            found += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return found
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The files that must be the same however a folder came about."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".safetensors", ".json")}
 
 
 @pytest.fixture(scope="module")
@@ -440,25 +408,6 @@ def test_a_test_split_is_written_after_the_others(make, images, tmp_path):
     with pytest.raises(UserError) as error:
         tokenize(make(tmp_path / "new", data=str(source), shard_size=10))
     one_line(error, "--data")
-
-
-# A process that dies by a signal of its own just before it gives a file its final name.
-DIE = """
-import os, signal, sys
-replace = os.replace
-def dying(source, target):
-    if os.path.basename(target) == sys.argv[1]:
-        assert os.path.getsize(source) > 0
-        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-    replace(source, target)
-os.replace = dying
-from vqgen.tokenizer.encode import main
-sys.exit(main(sys.argv[3:]))
-"""
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_at_any_point_a_run_ends_with_the_same_bytes(make, reference, tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import Few, Options, Range, Seed, Size
+from vqgen.options import Few, Options, Range, Seed, Size, option_name
 from vqgen.tokenizer.data.options import ImageConfig
 
 
@@ -17,7 +17,8 @@ class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = tuple(
-        "tokenizer data text_column output overwrite verify views flip random_crop holdout batch_size".split()
+        "tokenizer data source source_data pair_by text_column output overwrite verify views flip random_crop "
+        "holdout batch_size".split()
     )
 
     tokenizer: Path | None = None
@@ -37,6 +38,16 @@ class TokenizeConfig(Options):
     """Images encoded at once by each process."""
     views: Few = 1
     """Grids of codes per training image: one of the image as it is, further ones of augmented copies."""
+    source: list[str] | None = None
+    """Store the codes of each image degraded, too, to learn restoring it: downscale:FACTOR, noise:SIGMA (of the range
+    from 0 to 1), grey, blur:SIGMA (pixels), jpeg:QUALITY, edges. Several are applied in order. noise:0.05-0.4 draws the
+    strength for each image and view."""
+    source_data: str | None = None
+    """Store the codes of each image's partner in this data, too, to learn turning one into the other."""
+    pair_by: str = "name"
+    """What partners have in common: a column of tables, or for folders `name`, the relative path without its ending."""
+    unpaired: Literal["error", "skip"] = "error"
+    """Images without a partner end the run with an error, or are left out."""
     shard_size: Annotated[int, Range(least=1, most=2**31)] = 8192
     """Images per file; a killed run loses at most the files it was writing."""
     seed: Seed = 0
@@ -49,14 +60,30 @@ class TokenizeConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        augmented = self.images.flip or self.images.random_crop > 0
-        if self.views > 1 and not augmented:
+        augmented, various = self.images.flip or self.images.random_crop > 0, self._check_source()
+        if self.views > 1 and not (augmented or various):
             raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-crop")
-        if self.views > 2 and self.images.random_crop == 0:
+        if self.views > 2 and not (self.images.random_crop > 0 or various):
             raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-crop for more")
         if self.views == 1 and augmented:
             option = "--flip" if self.images.flip else "--random-crop"
             raise UsageError(f"{option}: found with --views 1, which is not augmented; use --views 2 or leave it out")
+
+    def _check_source(self) -> bool:
+        """Check the options of the source; return whether those of two equal views differ. Raises `UsageError`."""
+        if self.source_data is None:
+            for name, default in ("pair_by", "name"), ("unpaired", "error"):
+                if (found := getattr(self, name)) != default:
+                    raise UsageError(
+                        f"{option_name(name)}: found {found} without --source-data; add it, or leave it out"
+                    )
+        elif self.source is not None:
+            raise UsageError("--source: found with --source-data; give one of them, as there is one source an image")
+        if self.source is None:
+            return False
+        from vqgen.tokenizer.codes.degrade import parse_degradations
+
+        return any(degradation.random for degradation in parse_degradations(self.source))
 
 
 def run(config: TokenizeConfig) -> None:

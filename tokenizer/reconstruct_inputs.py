@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vqgen.config import one_line
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
-from vqgen.tokenizer.data.items import Files, Rows
+from vqgen.tokenizer.data.items import Files, Items
 from vqgen.tokenizer.data.options import SUFFIXES
 from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.data.sources import find_splits, open_source
@@ -23,7 +23,7 @@ from .metrics import SMALLEST
 from .model import Tokenizer
 from .reconstruct import ReconstructConfig
 
-Location = tuple[Files | Rows, int]  # the items of a source, and the index of one of them
+Location = tuple[Items, int]  # the items of a source, and the index of one of them
 Change = Literal["", "resized", "shrunk", "cropped"]
 
 

@@ -7,9 +7,9 @@ resuming with other options, another tokenizer or other images is refused.
 import dataclasses
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,12 +18,15 @@ from vqgen.devices import find_device, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.files.output_folder import OutputFolder
-from vqgen.tokenizer.data.dataset import ImageDataset, open_images
+from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.options import ImageConfig, Split
+from vqgen.tokenizer.data.sources import Source, open_source
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 
-from .format import MANIFEST, Manifest, Shard, code_shape, open_shard, shard_name, verify_checksum
+from .degrade import Degradation, check_channels, parse_degradations
+from .format import MANIFEST, Manifest, Shard, SourceRecord, code_shape, open_shard, shard_name, verify_checksum
+from .pairs import Pairs, pair
 
 PLAN = "plan.json"
 CONFIG = "config.yaml"
@@ -34,6 +37,7 @@ _TEST = "data_test"  # fingerprint of the test images; plans of version 0.1 have
 _OWN = (r"manifest\.json", r"codes-[0-9]{5,}\.safetensors", rf"{TOKENIZER}/(vqgen\.json|model\.safetensors)")
 _OWN += (r"config\.yaml",)
 # Options that do not change what is written, so that they may differ when a run resumes.
+_PAIRED = {"source_data", "pair_by", "unpaired"}  # like `source`, only in the plan of what has such a source
 _OPERATIONAL = {"output", "overwrite", "verify", "batch_size", "device", "broken", "max_broken", "workers", "cache_mb"}
 
 
@@ -68,6 +72,13 @@ class Job:
     precision: str  # fp32, bf16 or fp16
     datasets: dict[Split, ImageDataset]  # train, heldout and, where the source has one, test
     shards: list[ShardRange]
+    degradations: list[Degradation] = field(default_factory=list)
+    """Of the source images; empty where there are none, or they are paired."""
+    pairs: Pairs | None = None
+
+    @property
+    def has_source(self) -> bool:
+        return bool(self.degradations) or self.pairs is not None
 
     def path(self, shard: ShardRange) -> Path:
         return self.config.output / shard_name(shard.number)
@@ -78,8 +89,9 @@ class Job:
 
     def open(self, shard: ShardRange) -> Shard:
         """Memory-map a shard that is written. Raises `UserError` where it does not fit the plan."""
-        captions = self.config.text_column is not None
-        return open_shard(self.path(shard), self.tokenizer.codebook_size, self.row_shape(shard), captions=captions)
+        row = self.row_shape(shard)
+        parts = {"source": row if self.has_source else None, "captions": self.config.text_column is not None}
+        return open_shard(self.path(shard), self.tokenizer.codebook_size, row, **parts)
 
     @property
     def data_fingerprint(self) -> str:
@@ -87,10 +99,22 @@ class Job:
         fingerprints = self.datasets["train"].fingerprint + self.datasets["heldout"].fingerprint
         return hashlib.sha256(fingerprints.encode()).hexdigest()
 
+    def source_record(self) -> SourceRecord | None:
+        """What the source codes are; None where there are none."""
+        grid, config = list(self.tokenizer.grid), self.config
+        if self.pairs:
+            about = f"{Path(str(config.source_data)).name[:500]} by {config.pair_by[:400]}"
+            return SourceRecord("paired", grid, self.pairs.fingerprint, description=about)
+        return SourceRecord("degraded", grid, self.data_fingerprint, config.source or []) if self.has_source else None
+
     def plan(self) -> dict[str, Any]:
         """Return what decides the bytes of every shard: option -> plain value, files by their fingerprints."""
-        values = {k: v for k, v in values_of(self.config).items() if k not in _OPERATIONAL}
+        given = _PAIRED if self.pairs else {"source"} if self.degradations else set[str]()
+        left_out = _OPERATIONAL | (_PAIRED | {"source"}) - given
+        values = {k: v for k, v in values_of(self.config).items() if k not in left_out}
         values |= {"precision": self.precision, "tokenizer": self.tokenizer.fingerprint, "data": self.data_fingerprint}
+        if self.pairs:
+            values["source_data"] = self.pairs.fingerprint
         if "test" in self.datasets:
             values[_TEST] = self.datasets["test"].fingerprint
         return values
@@ -118,14 +142,22 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     config = _with_image_size(config, tokenizer)
     # Decoded images are cached only where they are read again.
     once = dataclasses.replace(config.images, cache_mb=0)
-    text, views = config.text_column, config.views > 1
-    train = open_images(data, "train", config.images if views else once, augment=views, text_column=text)
-    heldout = open_images(data, "heldout", once, text_column=text)
-    datasets: dict[Split, ImageDataset] = {"train": train, "heldout": heldout}
-    if train.source.test_images:
-        datasets["test"] = open_images(data, "test", once, text_column=text)
+    often = config.images if config.views > 1 else once
+    holdout, text = config.images.holdout, config.text_column
+    sources: dict[Split, Source] = {"train": (train := open_source(data, "train", holdout, text))}
+    for split in cast(tuple[Split, ...], ("heldout", "test") if train.test_images else ("heldout",)):
+        sources[split] = open_source(data, split, holdout, text)
+    degradations, pairs = parse_degradations(config.source) if config.source else [], None
+    check_channels(degradations, tokenizer.config.channels)
+    if config.source_data is not None:
+        pairs, sources = pair(sources, config, often)
+    datasets: dict[Split, ImageDataset] = {
+        split: ImageDataset(source, often, augment=config.views > 1) if split == "train" else ImageDataset(source, once)
+        for split, source in sources.items()
+    }
     counts: dict[Split, int] = {split: len(dataset) for split, dataset in datasets.items()}
-    return Job(config, tokenizer, device, precision, datasets, shard_ranges(counts, config.views, config.shard_size))
+    shards = shard_ranges(counts, config.views, config.shard_size)
+    return Job(config, tokenizer, device, precision, datasets, shards, degradations, pairs)
 
 
 def _is_plan(path: Path) -> bool:

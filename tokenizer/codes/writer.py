@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, count, groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,9 +27,6 @@ from vqgen.config import save
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
 from vqgen.progress import progress
-from vqgen.seeding import hash64
-from vqgen.tokenizer.data.dataset import Batch, Key, flips
-from vqgen.tokenizer.data.loader import worker_count
 from vqgen.tokenizer.data.options import Split
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
@@ -49,6 +46,7 @@ from .format import (
     write_shard,
 )
 from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
+from .reading import read_views
 
 T = TypeVar("T")
 
@@ -64,33 +62,6 @@ def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, pre
         return tokenizer.encode(images).to(torch.int32)
 
 
-def view_seed(config: TokenizeConfig, index: int, view: int) -> int:
-    """Return the augmentation seed of a view, a function of (seed, image, view).
-
-    With --flip the odd views are the flipped ones, so that no view repeats another by chance.
-    """
-    seeds = (hash64("view", config.seed, index, view, attempt) for attempt in count())
-    return next(seed for seed in seeds if not config.images.flip or flips(seed) == bool(view % 2))
-
-
-def _read(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, int, Batch]]:
-    """Yield the batches of some shards of a split as one stream, each with its shard and view."""
-    dataset, size = job.datasets[split], job.config.batch_size
-    pieces = [(s, view, at) for s in shards for view in range(s.views) for at in range(s.start, s.stop, size)]
-
-    def plan(done: int) -> Iterator[Sequence[Key]]:
-        for shard, view, at in pieces[done:]:
-            indices = range(at, min(at + size, shard.stop))
-            yield [(i, view_seed(job.config, i, view)) if view else i for i in indices]
-
-    workers = worker_count(job.config.images.workers)
-    batches = dataset.read(plan, workers, cached=lambda: dataset.cached(augmented=False))
-    for batch, (shard, view, _) in zip(batches, pieces):
-        dataset.broken.add(batch.broken)
-        images = batch.images.pin_memory() if job.device.type == "cuda" else batch.images
-        yield shard, view, dataclasses.replace(batch, images=images)
-
-
 def _prefetch(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield the same items; up to `count` of them are computed in a background thread in advance."""
     with ThreadPoolExecutor(1) as pool:
@@ -102,48 +73,61 @@ def _prefetch(items: Iterator[T], count: int) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Codes (B, h, w[, depth]) of one view of some images, still on the device."""
+    """Codes (B, h, w[, depth]) of one view of some images and, where there are any, of their sources; on the device."""
 
     view: int
     indices: Tensor
     labels: Tensor
     codes: Tensor
+    source: Tensor | None
 
 
 def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
     """Assemble and write a shard; images of which a view is missing (broken ones) are left out."""
     size = shard.stop - shard.start
     codes = np.zeros((size, *job.row_shape(shard)), dtype=code_dtype(job.tokenizer.codebook_size))
+    source = np.zeros_like(codes) if job.has_source else None
     labels, views_found = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     if parts:
         rows = torch.cat([part.indices for part in parts]).numpy() - shard.start
         views = np.repeat([part.view for part in parts], [len(part.indices) for part in parts])
         codes[rows, views] = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device
+        if source is not None:
+            source[rows, views] = torch.cat([cast(Tensor, part.source) for part in parts]).cpu().numpy()
         labels[rows] = torch.cat([part.labels for part in parts]).numpy()
         np.add.at(views_found, rows, 1)
     complete = views_found == shard.views
+    source = None if source is None else source[complete]
     captions = job.datasets[shard.split].captions
     if captions is not None:
         captions = [captions[shard.start + row] for row in np.flatnonzero(complete)]
-    write_shard(job.path(shard), codes[complete], labels[complete], job.tokenizer.codebook_size, captions=captions)
+    size = job.tokenizer.codebook_size
+    write_shard(job.path(shard), codes[complete], labels[complete], size, source, captions)
 
 
 def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
     """Encode shards one after another; each is written in the background while the next is encoded."""
     total = sum((shard.stop - shard.start) * shard.views for shard in shards)
-    stream = chain.from_iterable(_read(job, split, [s for s in shards if s.split == split]) for split in job.datasets)
+    of_splits = ([shard for shard in shards if shard.split == split] for split in job.datasets)
+    stream = chain.from_iterable(read_views(job, split, some) for split, some in zip(job.datasets, of_splits))
+    told = set[str]()
     main = PartialState().is_main_process
     with ThreadPoolExecutor(1) as writer, progress(total, "tokenizing", "img", main) as bar:
         writing: Future[None] | None = None
         in_flight: deque[Any] = deque()
-        for shard, batches in groupby(_prefetch(stream, _AHEAD), key=lambda item: item[0]):
+        for shard, batches in groupby(_prefetch(stream, _AHEAD), key=lambda batch: batch.shard):
             parts: list[_Encoded] = []
-            for _, view, batch in batches:
-                for text in batch.broken if view == 0 else []:
-                    bar.write(f"skipped, broken: {text}", file=sys.stderr)
+            for batch in batches:
+                for text in batch.broken:
+                    if text not in told:
+                        bar.write(f"skipped, broken: {text}", file=sys.stderr)
+                    told.add(text)
                 if len(batch.indices):
-                    codes = encode_batch(job.tokenizer, batch.images, job.device, job.precision)
-                    parts.append(_Encoded(view, batch.indices, batch.labels, codes))
+                    codes, source = (
+                        None if images is None else encode_batch(job.tokenizer, images, job.device, job.precision)
+                        for images in (batch.images, batch.source)
+                    )
+                    parts.append(_Encoded(batch.view, batch.indices, batch.labels, cast(Tensor, codes), source))
                 if job.device.type == "cuda":
                     in_flight.append(torch.cuda.current_stream(job.device).record_event())
                     if len(in_flight) > _IN_FLIGHT:
@@ -215,6 +199,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         precision=job.precision,
         version=__version__,
         splits=splits,
+        source=job.source_record(),
         captions=config.text_column is not None,
     )
     copy_artifact(cast(Path, config.tokenizer), config.output / TOKENIZER)
@@ -238,6 +223,8 @@ def tokenize(config: TokenizeConfig) -> Manifest:
 def _tokenize(job: Job, state: PartialState) -> Manifest:
     """Encode the shards that are missing, this process its share of them, and finish the folder."""
     main, config, output = state.is_main_process, job.config, job.config.output
+    if main and job.pairs:
+        print(f"--source-data {config.source_data}: {job.pairs}")
     on_main(lambda: _prepare(job))
     if (output / MANIFEST).is_file():
         finished = Manifest.read(output)

@@ -40,13 +40,23 @@ class Rows:
     """Images in one column of tables, as bytes or as {bytes, path}.
 
     Args:
-        load: returns the column.
+        load: returns a column by its name.
+        image: the column of images.
+        columns: all columns.
         counts: name and number of rows of each table file.
         roots: folders that files named by `path` may lie in, the first also where relative ones begin.
     """
 
-    def __init__(self, load: "Callable[[], pa.ChunkedArray]", counts: Sequence[tuple[str, int]], roots: Sequence[Path]):
-        self.load, self.files, self.roots = load, [name for name, _ in counts], roots
+    def __init__(
+        self,
+        load: "Callable[[str], pa.ChunkedArray]",
+        image: str,
+        columns: Sequence[str],
+        counts: Sequence[tuple[str, int]],
+        roots: Sequence[Path],
+    ):
+        self.load, self.image, self.columns = load, image, list(columns)
+        self.files, self.roots = [name for name, _ in counts], roots
         self.starts = np.cumsum([0, *(count for _, count in counts)])
         self.outside = False  # whether an image that was read is in a file that the table names, not in the table
         self._column: Any = None
@@ -67,7 +77,7 @@ class Rows:
     def read(self, item: int) -> bytes:
         """Return the encoded bytes; empty where the row has none. Raises `OSError`, `UserError`."""
         if self._column is None:
-            self._column = self.load()
+            self._column = self.load(self.image)
             if len(self._column) != len(self):
                 found = f"{self.files[0]} has {len(self._column)} rows of images where {len(self)} were counted"
                 raise UserError(f"--data: {found}; restore it or download it again")
@@ -89,6 +99,31 @@ class Rows:
         if not any(Path(full).is_relative_to(os.path.realpath(root)) for root in self.roots):
             raise OSError(errno.EACCES, f"it names a file outside of {self.roots[0]}", full)
         return full
+
+
+class Joined:
+    """The images of several files or tables one after another."""
+
+    def __init__(self, parts: Sequence[Files | Rows]):
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _find(self, item: int) -> tuple[Files | Rows, int]:
+        part = int(np.searchsorted(self.starts, item, side="right")) - 1
+        return self.parts[part], item - int(self.starts[part])
+
+    def name(self, item: int) -> str:
+        part, within = self._find(item)
+        return part.name(within)
+
+    def read(self, item: int) -> bytes:
+        part, within = self._find(item)
+        return part.read(within)
+
+
+Items = Files | Rows | Joined
 
 
 @dataclass(frozen=True)

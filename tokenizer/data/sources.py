@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 from unicodedata import category
@@ -19,7 +19,7 @@ from vqgen.errors import UserError
 from vqgen.seeding import hash64
 
 from .captions import of_folder
-from .items import Files, FoundSplit, Rows
+from .items import Files, FoundSplit, Items
 from .options import SUFFIXES, Split
 from .tables import (
     MAX_CLASSES,
@@ -42,7 +42,7 @@ class Source:
     """The encoded images of one split; image i is item `rows[i]` of the files or tables of the source."""
 
     name: str
-    items: Files | Rows = field(repr=False)
+    items: Items = field(repr=False)
     rows: np.ndarray = field(repr=False)
     labels: np.ndarray = field(repr=False)
     class_names: list[str] | None
@@ -62,6 +62,15 @@ class Source:
     def read(self, index: int) -> bytes:
         """Return the encoded bytes of image `index`; empty where the source holds none. Raises `OSError`."""
         return self.items.read(int(self.rows[index]))
+
+    def take(self, kept: np.ndarray) -> "Source":
+        """Return the source of the images `kept` alone, bool (n,), with a fingerprint of its own unless all are."""
+        if kept.all():
+            return self
+        text = f"{self.fingerprint} {np.flatnonzero(kept).tolist()}"
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        captions = self.captions and [self.captions[i] for i in np.flatnonzero(kept)]
+        return replace(self, rows=self.rows[kept], labels=self.labels[kept], fingerprint=fingerprint, captions=captions)
 
 
 def open_source(data: str, split: Split | Literal["all"], holdout: float, text_column: str | None = None) -> Source:

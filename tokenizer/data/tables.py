@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vqgen.errors import UserError
+from vqgen.errors import UsageError, UserError
 from vqgen.files import open_regular, read_json
 
 from .captions import check_text_column, of_column
@@ -42,7 +42,7 @@ def group_by_split(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = None) -> FoundSplit:
     """Open parquet files as one split: labels and captions are read, images are not."""
-    labels, counts, listing, columns, captions, total = [], [], [], [], list[str](), 0
+    labels, counts, listing, columns, names, captions, total = [], [], [], [], list[str](), list[str](), 0
     for path in paths:
         with _open_parquet(path) as file:
             total += (size := path.stat().st_size)
@@ -62,10 +62,12 @@ def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = No
             if text_column is not None:
                 check_text_column(file.schema_arrow, text_column, path)
                 captions += of_column(file.read([text_column]).column(0), str(path), rows)
-    load = partial(_read_column if total <= IN_MEMORY_BYTES else _map_column, list(paths), columns[0].image)
+            names = file.schema_arrow.names
+    load = partial(_read_column if total <= IN_MEMORY_BYTES else _map_column, list(paths))
     raw = np.concatenate(labels) if labels else None
     found = None if text_column is None else captions
-    return FoundSplit(Rows(load, counts, [root]), listing, raw, columns[0].class_names, found)
+    items = Rows(load, columns[0].image, names, counts, [root])
+    return FoundSplit(items, listing, raw, columns[0].class_names, found)
 
 
 def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[str, Any]:
@@ -131,15 +133,35 @@ def read_dataset(data: str, dataset: Any, roots: Sequence[Path], text_column: st
         if text_column is not None:
             check_text_column(dataset.features.arrow_schema, text_column, data)
             captions = of_column(dataset.data.column(text_column), data, len(dataset))
-    load = partial(_dataset_column, dataset, columns.image, data)
-    return FoundSplit(Rows(load, [(data, len(dataset))], roots), listing, raw, columns.class_names, captions)
+    load = partial(_dataset_column, dataset, data)
+    rows = Rows(load, columns.image, dataset.column_names, [(data, len(dataset))], roots)
+    return FoundSplit(rows, listing, raw, columns.class_names, captions)
 
 
-def _dataset_column(dataset: Any, column: str, data: str) -> pa.ChunkedArray:
+def _dataset_column(dataset: Any, data: str, column: str) -> pa.ChunkedArray:
     with _reading(f"{data} cannot be read"):
         found = dataset.data.column(column)
         found.validate(full=True)  # offsets in a damaged file point anywhere in memory
     return found
+
+
+def read_keys(rows: Rows, column: str) -> list[str | None]:
+    """Values of a column of text or integers, as text; None where a row has none. Raises `UserError`."""
+    where = f"{rows.files[0]}: column {column[:80]}"
+    if rows.columns.count(column) != 1:
+        found = ", ".join(rows.columns)[:500]
+        raise UsageError(f"--pair-by: {rows.files[0]} has no column {column[:80]}, or several; it has {found}")
+    with _reading(f"{where} cannot be read"):
+        values = rows.load(column)
+        kind = _value_type(values.type)
+        if pa.types.is_integer(kind) or _is_text(kind):
+            values.validate(full=True)
+            keys = [None if value is None else str(value) for value in values.cast(kind).to_pylist()]
+        else:
+            raise UsageError(f"--pair-by: {where} is of type {str(kind)[:80]}, expected text or integers")
+    if len(keys) != len(rows):
+        raise UserError(f"--data: {where} has {len(keys)} values for {len(rows)} rows; restore it")
+    return keys
 
 
 # What pyarrow and `datasets` raise; pyarrow's own exceptions are also among these.

@@ -1,0 +1,128 @@
+"""Pairs of images of two data sets: each image of the one has a partner in the other, found by a key.
+
+The key is a column of tables or, of files, the path relative to the folder (to the split's, where it has splits)
+without its ending. The split of a pair is that of the image; its partner may be in any split of the other data.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqgen.errors import UsageError, UserError
+from vqgen.tokenizer.data.dataset import ImageDataset
+from vqgen.tokenizer.data.items import Items, Joined, Rows
+from vqgen.tokenizer.data.options import ImageConfig, Split
+from vqgen.tokenizer.data.sources import Source, find_splits
+from vqgen.tokenizer.data.tables import read_keys
+from vqgen.tokenizer.encode import TokenizeConfig
+
+NAME = "name"
+"""The --pair-by that means the path of a file."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The partners of the images of every split."""
+
+    images: ImageDataset
+    """All images of the other data."""
+    first: Mapping[Split, np.ndarray]
+    """Of each image, the place in `order` of the first partner with its key, and how many have it: (n, 2)."""
+    turn: Mapping[Split, np.ndarray]
+    """Of each image, how many images of its split before it have its key, (n,)."""
+    order: np.ndarray
+    """Indices in `images`, those of one key after another."""
+    fingerprint: str
+    """Of the other data, and of who is whose partner."""
+    summary: str
+
+    def partners(self, split: Split, indices: np.ndarray, view: int) -> np.ndarray:
+        """Return the indices in `images` of the partners of one view of images, (m,) -> (m,).
+
+        Where several have the key, images of one key take them in turn, and so do the views of an image.
+        """
+        first, count = self.first[split][indices].T
+        return self.order[first + (self.turn[split][indices] + view) % count]
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+def _keys(items: Items, by: str) -> list[str | None]:
+    """The key of each item; None where it has none. Raises `UserError`."""
+    if isinstance(items, Rows):
+        return read_keys(items, by)
+    if isinstance(items, Joined):
+        return [key for part in items.parts for key in _keys(part, by)]
+    if by != NAME:
+        raise UsageError(f"--pair-by: found {by[:80]}, but {items.root} holds files, which are paired by {NAME}")
+    return [os.path.splitext(name)[0] for name in items.names]
+
+
+def _open_all(data: str) -> Source:
+    """All images of a source, whatever their split, without labels. Raises `UserError` naming --source-data."""
+    try:
+        splits = find_splits(data)
+    except UserError as error:
+        raise type(error)(str(error).replace("--data:", "--source-data:", 1)) from error
+    items = Joined([found.items for found in splits.values()])
+    text = "\n".join(line for split, found in splits.items() for line in (split, *found.listing))
+    fingerprint = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return Source(data, items, np.arange(len(items)), np.full(len(items), -1, np.int64), None, fingerprint)
+
+
+def pair(
+    sources: Mapping[Split, Source], config: TokenizeConfig, images: ImageConfig
+) -> tuple[Pairs, dict[Split, Source]]:
+    """Find the partner of every image in --source-data; return them with the sources of the images that have one.
+
+    Args:
+        images: how the partners are read.
+
+    Raises `UserError` where there are none, or with --unpaired error some have none.
+    """
+    other, by = _open_all(str(config.source_data)), config.pair_by
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, key in enumerate(_keys(other.items, by)):
+        if key is not None:
+            places[key].append(index)
+    firsts = np.cumsum([0, *map(len, places.values())])
+    place_of = {key: (int(first), len(same)) for (key, same), first in zip(places.items(), firsts)}
+    order = np.array([index for same in places.values() for index in same], np.int64)
+    kept: dict[Split, Source] = {}
+    first: dict[Split, np.ndarray] = {}
+    turn: dict[Split, np.ndarray] = {}
+    lost: list[str] = []
+    digest = hashlib.sha256(f"{other.fingerprint} {order.tolist()}".encode())
+    for split, source in sources.items():
+        every = _keys(source.items, by)
+        keys = [every[row] for row in source.rows.tolist()]
+        found = [key for key in keys if key in place_of]
+        lost += [source.item_name(i) for i, key in enumerate(keys) if key not in place_of]
+        kept[split] = source.take(np.array([key in place_of for key in keys], bool))
+        first[split] = np.array([place_of[str(key)] for key in found], np.int64).reshape(-1, 2)
+        before: dict[str | None, int] = defaultdict(int)
+        turns: list[int] = []
+        for key in found:
+            turns.append(before[key])
+            before[key] += 1
+        turn[split] = np.array(turns, np.int64)
+        digest.update(f"{split} {first[split].tolist()} {turns}".encode())
+    total = sum(map(len, sources.values()))
+    if lost:
+        text = f"{len(lost)} of {total} images have no partner by {by[:80]} in {other.name}, the first {lost[0]}"
+        empty = [split for split, source in kept.items() if not len(source)]
+        if config.unpaired == "error":
+            raise UserError(f"--source-data: {text}; correct --pair-by, or leave them out by --unpaired skip")
+        if empty:
+            raise UserError(f"--source-data: {text}, which leaves no {empty[0]} images; correct --pair-by")
+    several = sum(len(same) > 1 for same in places.values())
+    summary = f"{total - len(lost)} of {total} images have a partner, {len(lost)} are left out"
+    if several:
+        summary += f"; {several} keys have several, which are taken in turn"
+    dataset = ImageDataset(other, images, augment=config.views > 1)
+    return Pairs(dataset, first, turn, order, digest.hexdigest(), summary), kept
