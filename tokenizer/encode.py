@@ -17,8 +17,7 @@ class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = tuple(
-        "tokenizer data source source_data pair_by text_column output overwrite verify views flip random_crop "
-        "holdout batch_size".split()
+        "tokenizer data source source_data text_column output overwrite verify views flip random_crop holdout".split()
     )
 
     tokenizer: Path | None = None
