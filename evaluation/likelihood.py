@@ -17,6 +17,9 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.likelihood import rated, tabulate
 from vqgen.prior.model import Prior
+from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.parts import Classes
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
@@ -58,6 +61,9 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
         what = f"{config.codes} holds codes of the tokenizer {theirs}"
         raise UserError(f"{what}, but the prior in {config.model} was trained on those of {ours}; give its codes")
     check_classes(prior, codes.class_names, config.unconditional, str(config.codes))
+    for problem in [] if config.unconditional else [part.misfit(codes) for part in prior.conditioning.plain.parts]:
+        if problem:
+            raise UserError(f"{config.codes} {problem}; give codes that have them, or --unconditional")
     if not len(codes):
         raise UserError(f"{config.codes} holds no {config.split} images; choose another --split")
     codes.check()
@@ -66,7 +72,8 @@ def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
 
 def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
     """Fingerprint of the codes and classes of images, of all processes together."""
-    conditioning, seen = Conditioning.for_files(codes), SetHash()
+    vocabulary = Vocabulary(codes.codebook_size, codes.depth, codes.grid)
+    conditioning, seen = Conditioning(vocabulary, [Classes.for_files(codes, ObjectiveConfig())]), SetHash()
     for batch in Sequences(codes, conditioning).ordered(chosen, 1000):
         seen.add_images(conditioning.split(batch.tokens)[1], conditioning.part(batch.tokens, "class")[:, 0])
     return seen.over_processes().hexdigest()

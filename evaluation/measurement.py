@@ -81,7 +81,7 @@ def check_classes(prior: Prior, names: Sequence[str] | None, unconditional: bool
     if classes.count and list(names or []) != ours and not unconditional:
         found = f"{source} has the classes {', '.join(names or []) or 'none'}, the prior has {', '.join(ours)}"
         raise UserError(f"{found}; give images of its classes, or --unconditional")
-    if unconditional and classes.informative:
+    if unconditional and any(part.informative for part in prior.conditioning.plain.parts):
         prior.conditioning.check_absence("--unconditional:")
 
 

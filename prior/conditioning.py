@@ -1,27 +1,30 @@
 """What a sequence is conditioned on: the tokens in front of the codes, called the prefix.
 
-A prefix has parts of fixed length in the order of `PARTS`, the class last: `[source][class or null][codes]`. A prior
-may lack any part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last
-part to the first, so that those of the class follow the codes whatever else there is.
+A prefix has parts of fixed length in the order of `PARTS`: `[text][source][class or null][codes]`. A prior may lack any
+part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last part to the
+first, so that those of the class follow the codes whatever else there is.
 """
 
 import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
+from vqgen.files import read_text, write_text
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import ObjectiveConfig
 from .parts import ABSENT, Classes, Part, Rows, is_absent
 from .source import MaskedSource, PairedSource
+from .text import Text
 from .vocabulary import Vocabulary
 
-PARTS: list[type[Part]] = [MaskedSource, PairedSource, Classes]
+PARTS: list[type[Part]] = [Text, MaskedSource, PairedSource, Classes]
 """Every kind of conditioning, in the order of the sequence; the class is the last."""
 
 Conditions = Mapping[str, Sequence[Any]]
@@ -68,12 +71,31 @@ class Conditioning:
 
     @classmethod
     def from_description(cls, vocabulary: Vocabulary, about: Mapping[str, Any]) -> "Conditioning":
-        """The inverse of `describe`."""
+        """The inverse of `describe`; `read_files` is still to be called."""
         return cls(vocabulary, [kind.from_description(about) for kind in PARTS])
 
     def describe(self) -> dict[str, Any]:
         """The keys of the conditioning in `vqgen.json`."""
         return {key: value for part in self.parts for key, value in part.describe().items()}
+
+    def write_files(self, folder: Path) -> None:
+        """Write the files that the parts need besides the description to a model folder."""
+        for part in self.parts:
+            for name, text in part.files().items():
+                write_text(folder / name, text)
+
+    def check_files(self, folder: Path) -> None:
+        """Raise `UserError` where a folder has other files than `write_files` would write, e.g. of a run that began."""
+        for part in self.parts:
+            for name, text in part.files().items():
+                if read_text(folder / name) != text:
+                    text = "was made from other captions of --codes or by another version of tokenizers"
+                    raise UserError(f"{folder / name} {text}; restore these, or start anew with --overwrite")
+
+    def read_files(self, folder: Path) -> None:
+        """Read what `write_files` wrote. Raises `UserError` where a file is missing, damaged or of another prior."""
+        for part in self.parts:
+            part.read_files(folder)
 
     @property
     def classes(self) -> Classes:
@@ -100,7 +122,7 @@ class Conditioning:
         shared = [(slice(self.vocabulary.size), slice(self.vocabulary.size))]
         theirs = {part.name: part for part in other.parts}
         for part in self.parts:
-            if part.name in theirs and theirs[part.name].ids == part.ids:
+            if part.name in theirs and part.shares_ids(theirs[part.name]):
                 first = theirs[part.name].first
                 shared.append((slice(part.first, part.first + part.ids), slice(first, first + part.ids)))
         return shared
@@ -145,18 +167,20 @@ class Conditioning:
     def conditions(self, given: Mapping[str, Any] | None = None, absent: bool = False) -> dict[str, list[Any]]:
         """The values of every part from those given by name, parsed or not. Raises `UsageError`.
 
-        A part that is not given, or is None, has its default values, or none where `absent` is set.
+        Where nothing is given, or None for each, the parts have their default values, or none where `absent` is set;
+        otherwise those that are not given have none.
         """
         given = {name: values for name, values in (given or {}).items() if values is not None}
+        flags = {kind.name: kind.flag() for kind in PARTS}
         for name in given:
             if name not in [part.name for part in self.parts]:
-                raise UsageError(f"--{name}: the model has no such condition; leave it out")
+                raise UsageError(f"{flags.get(name, f'--{name}')}: the model has no such condition; leave it out")
         found: dict[str, list[Any]] = {}
         for part in self.parts:
-            default = [ABSENT] if absent else part.default()
+            default = [ABSENT] if absent or given else part.default()
             values = found[part.name] = part.parse(given[part.name]) if part.name in given else default
             if not values:
-                raise UsageError(f"--{part.name}: found no values; give at least one, or leave it out")
+                raise UsageError(f"{part.flag()}: found no values; give at least one, or leave it out")
             part.of_values(values)  # raises for values that the model does not know
         return found
 
@@ -194,7 +218,7 @@ class Conditioning:
             )
             raise UsageError(f"{option} the model {kind}; leave it at its default")
         if conditions and all(is_absent(value) for part in informative for value in conditions[part.name]):
-            options = ", ".join(f"--{part.name}" for part in informative)
+            options = ", ".join(part.flag() for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
         if not any(part.dropout for part in informative):
             options = ", ".join(f"{part.dropout_option or f'dropout of {part.name}'} 0" for part in informative)

@@ -178,6 +178,7 @@ class Prior(nn.Module):
         self.load_tokenizer(tokenizer_folder)
         copy_artifact(tokenizer_folder, folder / "tokenizer")
         self.write_config(folder / "config.json")
+        self.conditioning.write_files(folder)
         self.fingerprint = save_artifact(folder, "prior", self.description, self.backbone.state_dict())
         return self.fingerprint
 
@@ -216,6 +217,7 @@ class Prior(nn.Module):
             config = from_dict(PriorConfig, known.prior, str(path))
             vocabulary = Vocabulary(known.codebook_size, known.depth, known.grid, config.order)
             conditioning = Conditioning.from_description(vocabulary, about)
+            conditioning.read_files(folder)
             shape, mark = known.image_shape, known.tokenizer_fingerprint
             with torch.device("meta"):
                 prior = cls(config, conditioning, shape, mark)

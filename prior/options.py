@@ -1,12 +1,16 @@
 """Options of the prior and of its training objective; needs no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
-from vqgen.options import Few, Fraction, NotNegative, Options, Share, Size
+from vqgen.options import Few, Fraction, NotNegative, Options, Range, Share, Size
 
 from .orders import ORDERS
+
+MAX_TEXT_IDS = 4096
+"""Most ids of the tokens of text."""
+MAX_TEXT_LENGTH = 1024
 
 
 @dataclass
@@ -50,6 +54,13 @@ class ObjectiveConfig(Options):
     inpainting: Fraction = 0.0
     """Share of the steps that learn to fill in images: the sequence begins with the image's own codes, some of them
     unknown, and these are predicted. The other steps are plain."""
+    text_length: Annotated[int, Range(least=0, most=MAX_TEXT_LENGTH)] | None = None
+    """Tokens of a caption that the prior reads, where the codes have captions; longer ones are cut. By default the
+    fewest that hold 99 % of the training captions, at most 64; 0 = train without text."""
+    text_vocabulary: Annotated[int, Range(least=256, most=MAX_TEXT_IDS)] = MAX_TEXT_IDS
+    """Most ids of the byte-level BPE that is trained on the captions."""
+    text_dropout: Fraction = 0.15
+    """Share of sequences trained without their caption, which guidance needs."""
     token_corruption: Share = 0.0
     """Share of the input codes that are replaced by random ones, against overfitting; the targets stay (1 - pkeep of
     Esser et al. 2021)."""

@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,6 +49,8 @@ class Part(ABC):
 
     name: ClassVar[str]
     """Key in conditions."""
+    option: ClassVar[str] = ""
+    """The option that gives its values; by default that of its name."""
     length: int = 1
     """Tokens in the prefix."""
     ids: int
@@ -93,6 +96,26 @@ class Part(ABC):
 
         Values are JSON-able: numbers, strings or lists, not tuples. Values and `ABSENT` are parsed to themselves.
         """
+
+    @classmethod
+    def flag(cls) -> str:
+        """The option that gives its values, for errors."""
+        return cls.option or f"--{cls.name}"
+
+    def files(self) -> dict[str, str]:
+        """Further files of the model folder that the part needs: name -> text."""
+        return {}
+
+    def read_files(self, folder: Path) -> None:  # noqa: B027
+        """Read what `files` gave, in a prior that is loaded. Raises `UserError`."""
+
+    def shares_ids(self, other: "Part") -> bool:
+        """Whether the ids of the same part of another prior mean the same."""
+        return self.ids == other.ids
+
+    def misfit(self, files: CodeFiles) -> str:
+        """What code files lack of the part of a trained prior, as "has no …"; empty where they fit."""
+        return ""
 
     def join(self, vocabulary: Vocabulary, first: int) -> None:
         """Take a place in a prior with these codes, with own ids from `first` on."""

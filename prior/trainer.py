@@ -99,6 +99,10 @@ class PriorTrainer:
         self.optimizers: dict[str, Any] = {"prior": optimizer, "prior_schedule": self.schedule}
 
     def begin(self, first_step: int) -> None:
+        if first_step:
+            self.conditioning.check_files(self.run.folder)
+        elif self.run.main:
+            self.conditioning.write_files(self.run.folder)
         share = self.run.micro_batch * self.config.run.accumulate
         accelerator, seed = self.run.accelerator, self.config.run.seed
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -166,7 +170,7 @@ class PriorTrainer:
     def _preview(self, step: int, prior: Prior) -> None:
         """Write samples of the averaged weights to `images/step-N.png`, the classes in columns.
 
-        Where the prior takes source images, they have the sources and classes of the first held-out images.
+        Where the prior takes more than a class, they have the conditions of the first held-out images.
         """
         with self.run.accelerator.autocast(), torch.no_grad():
             codes = preview_codes(prior, self.config.preview_images, self.config.run.seed, self._preview_conditions())
@@ -178,12 +182,13 @@ class PriorTrainer:
             write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
 
     def _preview_conditions(self) -> dict[str, Tensor]:
-        """Token ids of the source and class of the first held-out images; none where the prior takes no source."""
-        if self.conditioning.paired_source is None:
+        """Token ids of all parts for the first held-out images; none where the prior takes nothing but a class."""
+        parts = self.conditioning.plain.parts
+        if len(parts) == 1:
             return {}
         indices = np.arange(self.config.preview_images)
         rows = self.heldout_codes.rows(indices % len(self.heldout_codes), np.zeros_like(indices))
-        return {name: rows.layout.part(rows.tokens, name) for name in ("source", "class")}
+        return {part.name: rows.layout.part(rows.tokens, part.name) for part in parts}
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         finding = overfitting(rows)

@@ -62,18 +62,23 @@ class Generator(Drawer):
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
         size: Sequence[int] | None = None,
+        prompts: Sequence[str] | str | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images 0..n-1 of the endless series of this seed. Raises `UsageError` for what does not fit.
 
         Args:
-            classes: names or indices, given to the images in turn; by default every class.
+            classes: names or indices, given to the images in turn; by default every class, or none where anything
+                else is given.
             conditions: values by name of the part, given to the images in turn, as {"class": "cat"}.
             size: height and width in pixels; larger than in training they are drawn in windows.
+            prompts: texts, given to the images in turn: {"text": prompts} in `conditions`.
             settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
         """
         if n < 0:
             raise UsageError(f"--n: found {n}, expected at least 0")
+        if prompts is not None:
+            conditions = {**(conditions or {}), "text": prompts}
         if size is not None:
             return self._filled(self.canvas(size), n, classes, seed, batch_size, conditions, settings, absent=False)
         chosen = self._conditions(classes, conditions)

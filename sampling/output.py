@@ -265,9 +265,12 @@ def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
     folder = samples_folder(output)
     folder.remove_leftovers()
-    images = [
-        {"file": file, "label": k, "class": names.class_name(k), "sha256": checksum(output / file)}
-        for file, k in ((names.file(index), names.label(index)) for index in range(about["n"]))
-    ]
+    given = {name: values for name, values in about.get("conditions", {}).items() if isinstance(values, list)}
+    images = []
+    for index in range(about["n"]):
+        file, label = names.file(index), names.label(index)
+        own = {name: values[index % len(values)] for name, values in given.items()}
+        image = {"file": file, "label": label, "class": names.class_name(label), **own}
+        images.append({**image, "sha256": checksum(output / file)})
     write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
     folder.remove([output / UNFINISHED])

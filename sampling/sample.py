@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from vqgen.config import command
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
+from vqgen.files import read_text
 from vqgen.options import MOST_IMAGES, CountOrZero, Images, Options, Range, Seed, Size
 
 from .settings import SamplingSettings
+
+MAX_PROMPTS = 2**24
+"""Largest --prompt-file, in bytes."""
 
 
 def check_boxes(box: list[int] | None) -> None:
@@ -28,7 +32,7 @@ class SampleConfig(Options):
     """Model, images, conditions and output of vqgen-sample."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
-        "model", "n", "class", "output", "overwrite", "init_image", "seed", "temperature", "top_k", "top_p",
+        "model", "n", "class", "prompt", "output", "overwrite", "init_image", "seed", "temperature", "top_k", "top_p",
         "guidance_scale",
     )  # fmt: skip
 
@@ -40,7 +44,12 @@ class SampleConfig(Options):
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
-    """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class."""
+    """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class; with
+    --prompt none."""
+    prompt: list[str] | None = None
+    """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions."""
+    prompt_file: Path | None = None
+    """Text file of prompts, one a line, in place of --prompt."""
     output: Path = Path("samples")
     """Folder for the images. Samples of the same run are completed there; other files are refused."""
     overwrite: bool = False
@@ -82,6 +91,8 @@ class SampleConfig(Options):
         super().__post_init__()
         if self.n is not None and self.num_per_class is not None:
             raise UsageError("--num-per-class: --n is given too; give one of them")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UsageError("--prompt-file: --prompt is given too; give one of them")
         ways = {
             "--keep-rows": self.keep_rows,
             "--mask or --box": self.mask or self.box,
@@ -100,7 +111,17 @@ class SampleConfig(Options):
     @property
     def conditions(self) -> dict[str, Any]:
         """What was given for each part of the prefix, by the part's name."""
-        return {"class": self.class_}
+        return {"class": self.class_, "text": self.prompts}
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`."""
+        if self.prompt_file is None:
+            return self.prompt
+        found = [line for line in read_text(self.prompt_file, MAX_PROMPTS).splitlines() if line.strip()]
+        if not found:
+            raise UserError(f"--prompt-file: {self.prompt_file} holds no text; write one prompt a line")
+        return found
 
     def count(self, classes: int) -> int:
         """Number of images of a series that goes through `classes` classes."""

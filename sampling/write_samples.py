@@ -41,11 +41,14 @@ def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, l
     return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
 
 
-def write_grid(output: Path, names: Names, n: int, columns: int | None, classes: int, channels: int) -> None:
-    """Write grid.png from the first images on disk: whole rows of at most `GRID_IMAGES` images."""
+def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: int, channels: int) -> None:
+    """Write grid.png from the first images on disk: whole rows of at most `GRID_IMAGES` images.
+
+    By default each of the `cycle` conditions has a column, where they are few.
+    """
     shown = min(n, GRID_IMAGES)
     if columns is None:
-        columns = classes if 1 < classes <= min(shown, 20) else math.ceil(math.sqrt(shown))
+        columns = cycle if 1 < cycle <= min(shown, 20) else math.ceil(math.sqrt(shown))
     if n > shown > columns:
         shown -= shown % columns
     images = []
@@ -121,7 +124,7 @@ def write_samples(config: SampleConfig) -> PartialState:
             if state.is_main_process:
                 samples_folder(output).remove_leftovers()
                 if config.columns:
-                    write_grid(output, names, n, config.columns, len(classes), channels)
+                    write_grid(output, names, n, config.columns, generator.conditioning.cycle(conditions), channels)
                 print(f"{output} holds these {n} images already; --overwrite draws them again")
             return state
         about["n"] = found.n
@@ -149,7 +152,7 @@ def _draw(
     state: PartialState,
 ) -> None:
     """Draw the images that are missing in the folder, this process its share of them; write grid and list."""
-    output, n, device, classes = config.output, about["n"], generator.device, conditions["class"]
+    output, n, device = config.output, about["n"], generator.device
     missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
     state.wait_for_everyone()  # no process draws before all have listed the missing images
 
@@ -193,7 +196,8 @@ def _draw(
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        write_grid(output, names, n, config.columns, len(classes), generator.tokenizer.config.channels)
+        columns = generator.conditioning.cycle(conditions)
+        write_grid(output, names, n, config.columns, columns, generator.tokenizer.config.channels)
         finish(output, names, about)
         place = f"{device} in {generator.precision}"
         present = f" ({n - len(missing)} were there)" if len(missing) < n else ""

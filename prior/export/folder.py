@@ -94,6 +94,7 @@ def _export(config: ExportConfig) -> None:
     with atomic_path(config.output) as folder:
         folder.mkdir(parents=True)
         prior.write_config(folder / "config.json")
+        prior.conditioning.write_files(folder)
         write_json(folder / "generation_config.json", generation)
         write_tensors(folder / "model.safetensors", prior.backbone.state_dict())
         write_text(folder / "README.md", card(prior, config.dtype))
