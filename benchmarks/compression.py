@@ -247,13 +247,15 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {"whole": summary["bytes"] / count, "content": summary["stream_bits"] / 8 / count}
     own = {"bytes": sizes, **measured(originals, restored, distance)}
     found = {"images": count, "pixels": pixels, "nats_per_code": summary["nats_per_code"], "vqgen-compress": own}
-    shown = [originals, restored]
+    shown, known = [originals, restored], dict[tuple[str, int], dict[str, float]]()
     for whole, key in ((True, "whole"), (False, "content")):
         for codec, (_, _, setting) in CODECS.items():
             value, files = lowest(codec, pictures, sizes[key], whole)
             results = [decode(data, 3) for data, _ in files]
             mean = sum(len(data) if whole else content for data, content in files) / count
-            entry = {setting: value, "bytes": mean, **measured(originals, results, distance)}
+            if (codec, value) not in known:
+                known[codec, value] = measured(originals, results, distance)
+            entry = {setting: value, "bytes": mean, **known[codec, value]}
             found.setdefault(codec, {})[key] = entry
             shown += [results] if not whole and codec != "PNG" else []
             print(codec, key, entry, flush=True)

@@ -21,6 +21,7 @@ from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.decoding import decode
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
+ROOT = Path(__file__).parents[1]
 KINDS = ["exact", "rounded", "histogram"]
 
 
@@ -179,3 +180,13 @@ def test_names_take_few_bytes_and_too_many_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"more\.vqc"):
         write_archive(tmp_path / "more.vqc", dataclasses.replace(header, pictures=long), [])
     assert not (tmp_path / "more.vqc").exists()
+
+
+def test_the_documentation_has_the_measured_rates() -> None:
+    found = json.loads((ROOT / "benchmarks/results/compression/round-trip-1000.json").read_text())
+    document = (ROOT / "docs/compression.md").read_text(encoding="utf-8")
+    assert f"{found['nll']:.4f}" in document and found["exact"]["nats_per_code"] < 1.005 * found["nll"]
+    for kind in KINDS:
+        entry = found[kind]
+        sizes = [f"{entry[key] / found['images']:.1f}" for key in ("stream_bytes", "bytes")]
+        assert entry["equal"] and f"{entry['nats_per_code']:.4f}" in document and ", ".join(sizes) in document
