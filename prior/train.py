@@ -19,7 +19,6 @@ class PriorTraining(Options):
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "codes", "output", "overwrite", "dim", "layers", "dropout", "steps", "minutes", "batch_size", "lr", "patience",
-        "precision",
     )  # fmt: skip
 
     codes: Path

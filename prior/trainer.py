@@ -23,6 +23,7 @@ from vqgen.training.fsdp import full_tensors, reshard, shard, units
 from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
+from vqgen.training.summary import millions
 
 from .conditioning import Conditioning
 from .dataset import Sequences
@@ -97,6 +98,20 @@ class PriorTrainer:
         self.peak = matrix_rate(run.device, run.accelerator.mixed_precision) * run.accelerator.num_processes
         self.modules: dict[str, nn.Module] = {"prior": prior, "average": self.average, "best": self.best}
         self.optimizers: dict[str, Any] = {"prior": optimizer, "prior_schedule": self.schedule}
+
+    def summary(self) -> dict[str, str]:
+        config, files, count = self.config, self.train_codes.codes, len(self.heldout_codes)
+        rows, columns = files.grid
+        views = f" in {files.views} views" if files.views > 1 else ""
+        parts = [f"{part.name}, {part.length} token{'s' * (part.length > 1)}" for part in self.conditioning.parts]
+        model, weights = config.model, millions(self.prior.parameters())
+        return {
+            "codes": f"{config.codes}: {self.examples:,} images{views} to train on, {count:,} held out "
+            f"({min(config.validation_images or count, count):,} measured); {rows}x{columns} codes of "
+            f"{files.codebook_size}{f' x {files.depth}' * (files.depth > 1)}",
+            "prefix": "; ".join(parts),
+            "parameters": f"{model.backbone}, {model.dim} wide, {model.layers} layers: {weights}",
+        }
 
     def begin(self, first_step: int) -> None:
         if first_step:

@@ -34,7 +34,6 @@ class TokenizerTraining(Options):
         "steps",
         "minutes",
         "batch_size",
-        "lr",
     )
 
     data: str

@@ -18,6 +18,7 @@ from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.training.health import Finding, Row, non_finite_origin
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
+from vqgen.training.summary import size_of
 
 from .diagnosis import diagnose
 from .model import Tokenizer, TokenizerOutput
@@ -71,6 +72,23 @@ class TokenizerTrainer:
         """Move a module to the run's device, in channels_last layout, which is faster for convolutions."""
         return module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def summary(self) -> dict[str, str]:
+        config, images, test = self.config, self.config.images, self.train_images.source.test_images
+        height, width = images.size
+        classes = f"; {len(self.train_images.class_names)} classes" if self.train_images.class_names else ""
+        augmented = ["flips"] * images.flip + [f"crops of up to {images.random_crop:.0%}"] * (images.random_crop > 0)
+        model = {name: self.tokenizer.get_submodule(name) for name in ("encoder", "quantizer", "decoder")}
+        model |= {"discriminator": self.gan.discriminator} if self.gan else {}
+        rows, columns = self.tokenizer.grid
+        codes = f"{rows}x{columns} codes of {self.tokenizer.codebook_size}"
+        return {
+            "images": f"{config.data}: {len(self.train_images):,} to train on, {len(self.heldout_images):,} held out "
+            f"({self.validated:,} measured), {test:,} left for tests{classes}",
+            "size": f"{height}x{width} pixels, {images.channels} channels{', '.join(['', *augmented])}",
+            "codes": f"{codes}{f' x {self.tokenizer.depth}' * (self.tokenizer.depth > 1)}, by {config.quantizer.kind}",
+            "parameters": size_of(model),
+        }
+
     def begin(self, first_step: int) -> None:
         accelerator, seed = self.run.accelerator, self.config.run.seed
         share = self.run.micro_batch * self.config.run.accumulate
@@ -78,8 +96,6 @@ class TokenizerTrainer:
             dataset.broken.report = self.run.say
         if self.perceptual is None:
             self.run.say("LPIPS is not measured; --perceptual-weights gives the weights of its backbone")
-        if count := self.train_images.source.test_images:
-            self.run.say(f"{self.config.data} has a test split of {count} images; it is left for evaluation")
         if self.gan:
             self.gan.begin()
 

@@ -135,8 +135,8 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
     Raises `UsageError` where the budget holds no step.
     """
     run: RunConfig = config.run  # type: ignore[attr-defined]
-    name = "minutes" if run.minutes is not None else "epochs"
-    if (budget := getattr(run, name)) is None:
+    name, budget = ("minutes", run.minutes) if run.minutes is not None else ("epochs", run.epochs)
+    if budget is None:
         return config
     if (before := on_main(lambda: _before(config))) and before.get(name):
         steps = round(before["steps"] * budget / before[name])

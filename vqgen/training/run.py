@@ -37,11 +37,14 @@ from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
 from .schedule import Plan
+from .summary import expectation, summary
 from .trackers import JsonlTracker, further_trackers, read_history
 from .trainer import Trainer
 
 SHOWN = ("loss", "inpainting_loss", "reconstruction", "perceptual", "adversarial", "lr", "peak_memory_gb")
 """Training metrics beside the progress."""
+EXPECT_AFTER = 10.0
+"""Seconds of training after which a run says how long it is expected to take."""
 
 
 class Run:
@@ -206,7 +209,8 @@ class Run:
             about = describe(self.device, self.accelerator.mixed_precision, self.accelerator.num_processes)
             self.session = Session(self.folder, first, about)
         if busy := oversubscription(torch.get_num_threads()) if self.device.type == "cpu" else None:
-            self.say(f"warning: {busy}")
+            self.say(busy)
+        self.say(summary(self, trainer))
         optimizer = self.config.optimizer
         if not first and (warmup := self.plan.warmup(optimizer)) < optimizer.lr_warmup:
             steps = self.settings.steps
@@ -236,6 +240,7 @@ class Run:
     def _loop(self, trainer: Trainer) -> None:
         settings, sums, seconds = self.settings, self._sums, 0.0
         logged, began = self.done, time.perf_counter() - self.seconds
+        first, entered, told = self.done, time.perf_counter(), False
         with progress(settings.steps, self.folder.name, "step", self.main, self.done) as bar:
             while self.done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, self.done, self.accelerator.process_index))
@@ -252,6 +257,8 @@ class Run:
                     self.finite.check()  # waits for the device, so that `seconds` is the time of its work
                 seconds += time.perf_counter() - start
                 self.seconds = time.perf_counter() - began
+                if not told and (told := time.perf_counter() - entered >= EXPECT_AFTER):
+                    self._expect(time.perf_counter() - entered, done - first)
                 bar.update()
                 if log:
                     means = self._over_processes({name: total / count for name, (total, count) in sums.items()})
@@ -273,6 +280,13 @@ class Run:
                     raise SystemExit(128 + number)
         if reason := trainer.finished():
             self.say(reason)
+
+    def _expect(self, seconds: float, done: int) -> None:
+        """Say what the steps that are left are expected to take, after `done` steps in `seconds` without validation."""
+        left, every = self.settings.steps - self.done, self.settings.validate_every
+        if left:
+            validations = self.settings.steps // every - self.done // every
+            self.say(expectation(seconds, done, left, validations, peak_memory(self.device)))
 
     def _extent(self, trainer: Trainer) -> dict[str, float]:
         """How far the run is, and what it took."""

@@ -19,6 +19,8 @@ class Trainer(Protocol):
     examples: int
     """Training images: an epoch."""
 
+    # What is trained on what, by name of the line, for the beginning of a run.
+    def summary(self) -> dict[str, str]: ...
     # Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored.
     def begin(self, first_step: int) -> None: ...
     # Take one optimizer step; returns scalars to log. May raise `NonFinite`, see `FiniteCheck`.

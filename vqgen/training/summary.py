@@ -1,0 +1,51 @@
+"""What a run is about to do, on one screen."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .trainer import Trainer
+
+
+def size_of(parts: Mapping[str, nn.Module]) -> str:
+    """The parts of a model with their numbers of parameters, e.g. `encoder 1.20 M, decoder 2.30 M`."""
+    return ", ".join(f"{name} {millions(module.parameters())}" for name, module in parts.items())
+
+
+def millions(parameters: Iterable[nn.Parameter]) -> str:
+    """The number of parameters in millions."""
+    return f"{sum(p.numel() for p in parameters) / 1e6:.3g} M"
+
+
+def summary(run: "Run", trainer: "Trainer") -> str:
+    """The lines of a run's beginning: what is trained on what, how, for how long, where and to where."""
+    settings, optimizer, processes = run.settings, run.config.optimizer, run.accelerator.num_processes
+    epochs = settings.steps * settings.batch_size / max(1, trainer.examples)
+    parts = [f"{processes} processes"] * (processes > 1) + [f"{settings.accumulate} parts"] * (settings.accumulate > 1)
+    split = f" ({' x '.join(parts)})" if parts else ""
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    precision = run.accelerator.mixed_precision.replace("no", "fp32")
+    rows = {
+        **trainer.summary(),
+        "training": f"{settings.steps:,} steps of {settings.batch_size}{split}, {epochs:.3g} epochs",
+        "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.lr:g} after {run.plan.warmup(optimizer)} steps, "
+        f"then {optimizer.lr_schedule.replace('_', ' ')}; averages of {optimizer.ema_decay:.6g}",
+        "machine": f"{run.device}{threads}, {precision}",
+        "intervals": f"log {settings.log_every}, validation {settings.validate_every}, checkpoint "
+        f"{settings.checkpoint_every} steps",
+        "output": str(run.folder),
+    }
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
+
+
+def expectation(seconds: float, done: int, left: int, validations: int, memory: float) -> str:
+    """What `left` steps are expected to take after `done` in `seconds`; `memory` in bytes is what it took so far."""
+    left = seconds / done * left / 60
+    duration = f"{left / 60:.1f} h" if left >= 90 else f"{left:.0f} min" if left >= 2 else f"{60 * left:.0f} s"
+    more = f", and {validations} validations" if validations else ""
+    return f"expected: {duration} for the steps that are left{more}; {memory / 1e9:.1f} GB of memory so far"
