@@ -66,7 +66,7 @@ class SampleConfig(Options):
     """Images of the sizes of the --init-image, in turn: what is white is drawn anew, given all the rest. Needs a prior
     that was trained with --inpainting, as do --box and --vary."""
     box: list[CountOrZero] | None = None
-    """Rectangles that are drawn anew, in pixels of the --init-image: X Y WIDTH HEIGHT, one or several of them."""
+    """Rectangles that are drawn anew, in pixels of the --init-image: X Y WIDTH HEIGHT; may be repeated."""
     vary: Annotated[float, Range(above=0, most=1)] | None = None
     """Share of the codes of --init-image, at random, that is drawn anew."""
     extend: list[CountOrZero] | None = None

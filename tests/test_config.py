@@ -103,6 +103,13 @@ def test_defaults_sections_and_option_names() -> None:
     assert found["--class"].path == ("class",)
 
 
+def test_a_list_that_is_given_in_several_places_is_one(tmp_path: Path) -> None:
+    assert example("--class", "cat", "dog", "--scale", "1", "--class=bird").class_ == ["cat", "dog", "bird"]
+    assert example("--rates", "1", "--rates", "2", "3").inner.rates == [1.0, 2.0, 3.0]
+    assert in_file(tmp_path, "inner: {rates: [5]}", "--rates", "1", "--rates", "2").inner.rates == [1.0, 2.0]
+    assert example("--limit", "1", "--limit", "2").limit == 2
+
+
 def test_defaults_are_not_shared_between_configurations() -> None:
     first = example()
     first.inner.size.append(3)
