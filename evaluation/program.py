@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import commands, values_of
-from vqgen.evaluation.tasks.options import InpaintingConfig, TranslationConfig, WindowsConfig
+from vqgen.evaluation.tasks.options import InpaintingConfig, TextConfig, TranslationConfig, WindowsConfig
 
 from . import options
 from .receipt import flatten, read_receipt, write_receipt
@@ -69,6 +69,11 @@ def translation(config: TranslationConfig) -> None:
     _measure_with_receipt("translation", config)
 
 
+def text(config: TextConfig) -> None:
+    """Measure how images drawn of captions, and the likelihood, find the captions' own images among others."""
+    _measure_with_receipt("text", config)
+
+
 def samples(config: options.SamplesConfig) -> None:
     """Compare samples with real images: FID, KID, Inception Score, precision, recall, density, coverage and more."""
     _measure_with_receipt("samples", config)
@@ -106,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "inpainting": (InpaintingConfig, inpainting),
             "windows": (WindowsConfig, windows),
             "translation": (TranslationConfig, translation),
+            "text": (TextConfig, text),
             "classifier": (options.ClassifierTraining, classifier),
             "codebook": (options.CodebookConfig, codebook),
             "replay": (options.ReplayConfig, replay),

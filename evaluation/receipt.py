@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqgen.config import build, options, values_of
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.tasks.options import InpaintingConfig, TranslationConfig, WindowsConfig
+from vqgen.evaluation.tasks.options import InpaintingConfig, TextConfig, TranslationConfig, WindowsConfig
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import option_name
@@ -29,6 +29,7 @@ MEASUREMENTS: dict[str, type] = {
     "inpainting": InpaintingConfig,
     "windows": WindowsConfig,
     "translation": TranslationConfig,
+    "text": TextConfig,
 }
 """Commands that write a receipt. Beside the module of their options, one of the same name has `measure_NAME` and the
 registry `METRICS`."""

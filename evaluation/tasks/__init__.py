@@ -1,1 +1,1 @@
-"""Measurements of what one prior is used for: filling in, larger pictures, translation."""
+"""Measurements of what one prior is used for: filling in, larger pictures, translation, text."""

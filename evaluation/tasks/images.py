@@ -19,7 +19,7 @@ from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
-from .options import TaskConfig
+from .options import PicturesConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Encoded:
 class TaskImages:
     """The images of --data at the size of a model; they are read as often as they are needed. Raises `UserError`."""
 
-    def __init__(self, config: TaskConfig, generator: Generator) -> None:
+    def __init__(self, config: PicturesConfig, generator: Generator) -> None:
         about = generator.tokenizer.config
         self.config, self.generator = config, generator
         self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout)
@@ -93,7 +93,7 @@ class TaskImages:
         return ordered_batches(self.dataset, self.chosen[rank::world], self.config.batch_size, self.reading)
 
 
-def perceptual_of(config: TaskConfig, device: torch.device) -> PerceptualDistance | None:
+def perceptual_of(config: PicturesConfig, device: torch.device) -> PerceptualDistance | None:
     """The network of LPIPS, where weights are named. Raises `UserError`."""
     weights = config.perceptual_weights
     return PerceptualDistance(config.perceptual_net, weights).to(device) if weights else None

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from vqgen.evaluation.options import Holdout, Precision
-from vqgen.options import MOST_IMAGES, CountOrZero, Options, Range, Seed, Size
+from vqgen.errors import UsageError
+from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision
+from vqgen.options import MOST_IMAGES, CountOrZero, Few, Options, Range, Seed, Size
 from vqgen.sampling.sample import check_boxes
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
@@ -13,7 +14,7 @@ from vqgen.tokenizer.data.options import Split, Workers
 
 @dataclass
 class TaskConfig(Options):
-    """Options of every measurement that draws images from those of --data."""
+    """Options of every measurement of a prior on images of --data."""
 
     model: Path
     """Run or model folder of the prior."""
@@ -23,14 +24,8 @@ class TaskConfig(Options):
     """Split of the images; publish metrics of test, on which no model was selected."""
     n: CountOrZero = 0
     """Images to measure, always the same ones, spread over the split; 0 = all."""
-    unconditional: bool = False
-    """Leave out the class of every image."""
     output: Path | None = None
     """Receipt to write or replace; by default COMMAND-SPLIT.json in --model, where vqgen-report finds it."""
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    """Backbone of LPIPS."""
-    perceptual_weights: str | None = None
-    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
     seed: Seed = 0
     """Seed of what is drawn."""
     holdout: Holdout = 0.05
@@ -47,7 +42,19 @@ class TaskConfig(Options):
 
 
 @dataclass
-class InpaintingConfig(TaskConfig):
+class PicturesConfig(TaskConfig):
+    """Options of every measurement that compares images that are drawn with those of --data."""
+
+    unconditional: bool = False
+    """Leave out the class of every image."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    """Backbone of LPIPS."""
+    perceptual_weights: str | None = None
+    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+
+
+@dataclass
+class InpaintingConfig(PicturesConfig):
     """Options of `vqgen-eval inpainting`."""
 
     COMMON: ClassVar = ("model", "data", "split", "n", "box", "plain", "output", "perceptual_weights")
@@ -68,7 +75,7 @@ class InpaintingConfig(TaskConfig):
 
 
 @dataclass
-class TranslationConfig(TaskConfig):
+class TranslationConfig(PicturesConfig):
     """Options of `vqgen-eval translation`."""
 
     COMMON: ClassVar = ("model", "data", "split", "n", "source", "output", "perceptual_weights")
@@ -76,6 +83,39 @@ class TranslationConfig(TaskConfig):
     source: list[str] = field(default_factory=list)
     """Degradations of the images as for vqgen-tokenize, one after the other; by default those that the prior was
     trained on."""
+
+
+@dataclass
+class TextConfig(TaskConfig):
+    """Options of `vqgen-eval text`."""
+
+    COMMON: ClassVar = (
+        "model",
+        "data",
+        "text_column",
+        "split",
+        "n",
+        "output",
+        "extractor",
+        "weights",
+        "guidance_scale",
+    )
+
+    text_column: str = "text"
+    """Where the captions of --data are, as for vqgen-tokenize."""
+    n: Annotated[int, Range(least=2, most=1000)] = 100
+    """Captions that are ranked, all different, with one image each, always the same ones, spread over the split."""
+    per_prompt: Few = 1
+    """Images drawn of each caption."""
+    extractor: Literal["none"] | Network = "fd-vgg16"
+    """Network whose features are compared; none = rank by the prior's likelihood alone."""
+    weights: str | None = None
+    """Weights of --extractor: a local file, or download."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor == "none" and self.weights:
+            raise UsageError(UNUSED_WEIGHTS)
 
 
 @dataclass

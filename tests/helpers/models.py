@@ -13,8 +13,7 @@ from torchvision.io import write_png
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
-from vqgen.prior.source import Source
+from vqgen.prior.parts import Classes, Part
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
@@ -85,13 +84,13 @@ def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     return folder
 
 
-def make_square_prior(folder: Path, source: Source | None = None) -> Path:
+def make_square_prior(folder: Path, *parts: Part) -> Path:
     """A random prior of 8x8 codes with the tokenizer of its 16x16 images; its classes are in the order of folders."""
     torch.manual_seed(0)
     model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, model, VQConfig(codebook_size=SIZE, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
-    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), [source, Classes(len(NAMES), sorted(NAMES))])
+    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), [*parts, Classes(len(NAMES), sorted(NAMES))])
     prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 16, 16), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)
