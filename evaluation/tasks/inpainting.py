@@ -200,7 +200,7 @@ def pictures(
     for name, sourced in {"filled": True, "before": False}.items():
         filling, drawn = hole.filling(encoded.codes, generator, sourced), encoded.codes.clone()
         whole = generator.conditioning.conditions(conditions, absent=True)
-        with progress(len(rows) * int(hole.drawn.sum()), f"drawing ({name})", "code", rank == 0) as bar:
+        with progress(len(rows) * generator.tokens_of(filling), f"drawing ({name})", "code", rank == 0) as bar:
             on_token = lambda tokens, bar=bar: bar.update(len(tokens))  # noqa: E731
             given = filling, rows, whole, config.sampling, config.seed, config.batch_size, on_token
             drawn[list(rows)] = generator.draw_filling(*given)[0]
