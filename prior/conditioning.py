@@ -150,8 +150,19 @@ class Conditioning:
         return torch.cat([part.of_rows(rows) for part in self.parts], 1)
 
     def dropped(self, sequences: Tensor) -> Tensor:
-        """Sequences in which each part is absent in a random share of the rows, its `dropout`."""
-        prefix = [part.dropped(ids) for part, ids in self._by_part(sequences)]
+        """Sequences in which each part is absent in a random share of the rows, its `dropout`.
+
+        Where one is, all of them are in half of the rows: guidance by several compares with sequences without any.
+        """
+        rows, device = len(sequences), sequences.device
+        chosen = {part.name: torch.rand(rows, device=device) < part.dropout for part in self.parts}
+        if sum(part.dropout > 0 for part in self.parts) > 1:
+            together = torch.stack(list(chosen.values())).any(0) & (torch.rand(rows, device=device) < 0.5)
+            chosen = {part.name: chosen[part.name] | (together & (part.dropout > 0)) for part in self.parts}
+        prefix = [
+            torch.where(chosen[part.name][:, None], ids.new_tensor(part.absent), ids)
+            for part, ids in self._by_part(sequences)
+        ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
     def without(self, sequences: Tensor, parts: Collection[Part] | None = None) -> Tensor:

@@ -62,7 +62,8 @@ class Part(ABC):
     omissible: bool = False
     """Whether sequences may have no tokens of this part at all: training has sequences of both layouts."""
     dropout: float = 0.0
-    """Share of the training sequences without this part; at 0 there is no guidance on it."""
+    """Share of the training sequences without this part, besides those that lack all of them
+    (`Conditioning.dropped`); at 0 there is no guidance on it."""
     dropout_option: str = ""
     """The option that sets it."""
     guidance: ClassVar[str] = "--guidance-scale"
@@ -152,11 +153,6 @@ class Part(ABC):
         """Token ids (B, length) of values."""
         found = [self.absent if is_absent(value) else self.of_value(value) for value in values]
         return torch.tensor(found, dtype=torch.long).reshape(len(found), self.length)
-
-    def dropped(self, ids: Tensor) -> Tensor:
-        """Token ids (B, length), absent in a random share `dropout` of the rows."""
-        chosen = torch.rand(len(ids), device=ids.device) < self.dropout
-        return torch.where(chosen[:, None], torch.tensor(self.absent, device=ids.device), ids)
 
 
 class Classes(Part):

@@ -75,6 +75,19 @@ def test_dropout_takes_the_source_away_as_a_whole(tmp_path: Path) -> None:
     assert torch.equal(layout.without(tokens, [layout.paired_source])[:, :6], torch.full((400, 6), NULL + 1))
 
 
+def test_all_parts_are_left_out_together_in_half_of_the_rows(tmp_path: Path) -> None:
+    """Independent dropout alone leaves hardly a row without any condition, with which guidance by both compares."""
+    write_codes(tmp_path, size=SIZE, source=True)
+    files = CodeFiles(tmp_path, "train")
+    layout = Conditioning.for_files(files, ObjectiveConfig(source_dropout=0.2, label_dropout=0.2))
+    tokens = Sequences(files, layout).rows(np.arange(8000) % 9, np.zeros(8000, np.int64)).tokens
+    torch.manual_seed(0)
+    dropped = layout.dropped(tokens)
+    source, label = (dropped[:, :6] == NULL + 1).all(1), dropped[:, 6] == NULL
+    for found, share in ((source & label, 0.2), (source & ~label, 0.08), (label & ~source, 0.08)):
+        assert abs(found.float().mean() - share) < 0.02
+
+
 def test_a_source_has_a_grid_of_its_own() -> None:
     layout = layout_of(grid=(1, 2))
     assert layout.length == 3 and layout.vocabulary.length == 6
