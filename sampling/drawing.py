@@ -12,6 +12,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
+from vqgen.prior.parts import is_absent
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 
@@ -65,6 +66,31 @@ class Drawer:
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
         check_guidance(self.conditioning, settings, conditions)
+        source = self.conditioning.paired_source
+        if source and conditions and not source.dropout and any(is_absent(value) for value in conditions["source"]):
+            text = "the prior was trained with --source-dropout 0, always with a source image"
+            raise UsageError(f"--source-image: {text}; give one to each image")
+
+    def check_inpainting(self) -> None:
+        """Raise `UsageError` for a prior that fills in nothing."""
+        if self.conditioning.masked_source is None:
+            text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
+            raise UsageError(f"{text}; train one with --inpainting 0.5, or keep upper rows (--keep-rows, complete)")
+
+    def check_translation(self) -> None:
+        """Raise `UsageError` for a prior that translates nothing."""
+        if self.conditioning.paired_source is None:
+            masked = self.conditioning.masked_source is not None
+            kind = "to fill in images (--init-image), not on source codes" if masked else "without source codes"
+            text = f"the prior was trained {kind}; train one on codes of vqgen-tokenize --source"
+            raise UsageError(f"--source-image: {text}")
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the source images of the prior."""
+        source = self.conditioning.paired_source
+        rows, columns = source.about.grid if source else self.tokenizer.grid
+        return rows * self.tokenizer.factor, columns * self.tokenizer.factor
 
     @torch.inference_mode()
     def nats(self, codes: Tensor, conditions: Conditions, batch_size: int = 64) -> Tensor:
@@ -79,12 +105,15 @@ class Drawer:
             found.append(token_nats(logits, layout.split(part)[1]).double().cpu())
         return torch.cat(found)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU."""
+    def encode(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """uint8 images of any size (C, H, W) or (B, C, H, W) -> codes int64 (B, h, w[, depth]) on the CPU.
+
+        `size` is the height and width that they are fitted to, by default those of training.
+        """
         if not isinstance(images, Tensor):
             raise UserError(f"images are of type {type(images).__name__}, expected a tensor; use torch.from_numpy")
         images = images[None] if images.ndim == 3 else images
-        config, size = self.tokenizer.config, self.tokenizer.config.image_size
+        config, size = self.tokenizer.config, size or self.tokenizer.config.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != config.channels:
             found = f"{images.dtype} {tuple(images.shape)}"
             raise UserError(f"images: found {found}, expected uint8 (B, {config.channels}, H, W)")
@@ -92,13 +121,13 @@ class Drawer:
             return self.tokenizer.encode(images.new_zeros(0, config.channels, *size)).cpu()
 
         def encoded(part: Tensor) -> Tensor:
-            return self.tokenizer.encode(self.fitted(part).to(self.device)).cpu()
+            return self.tokenizer.encode(self.fitted(part, size).to(self.device)).cpu()
 
         return torch.cat(self._in_parts(encoded, images, size))
 
-    def fitted(self, images: Tensor) -> Tensor:
-        """Images uint8 (B, C, H, W) resized and cropped as in training."""
-        config, size = self.tokenizer.config, self.tokenizer.config.image_size
+    def fitted(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Images uint8 (B, C, H, W) resized and cropped as in training, to another `size` where one is given."""
+        config, size = self.tokenizer.config, size or self.tokenizer.config.image_size
         if images.shape[-2:] == torch.Size(size):
             return images
         return torch.stack([center_crop(fit(image, size, config.fit), size) for image in images])

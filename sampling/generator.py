@@ -182,6 +182,33 @@ class Generator(Drawer):
         filling = self.extension(images, (left, top, right, bottom), pasted)
         return self._filled(filling, n, classes, seed, batch_size, conditions, settings)
 
+    def translate(
+        self,
+        images: Tensor,
+        n: int | None = None,
+        classes: Classes = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        conditions: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Draw images of which `images` are the sources: restored, or in the other style, as the prior has learned.
+
+        Raises `UsageError` for what does not fit, and for a prior that was not trained on source codes.
+
+        Args:
+            images: uint8 (C, H, W) or (B, C, H, W), of any size: they are fitted as in training.
+            n: how many translations, the images in turn; by default one each.
+            classes: as in `sample`, but by default none.
+            conditions: as in `sample`, but by default none.
+            settings: those of `SamplingSettings`, as `source_guidance_scale=1.5`.
+        """
+        self.check_translation()
+        codes = self.encode(images, self.source_size)
+        chosen = self._conditions(classes, {**(conditions or {}), "source": codes}, absent=True)
+        indices = range(len(codes) if n is None else n)
+        return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size)
+
     def canvas(self, size: Sequence[int]) -> Filling:
         """An empty image of `size`, height and width in pixels."""
         grid = self._grid(size, "--size")
@@ -241,12 +268,6 @@ class Generator(Drawer):
         indices = range(len(codes) if n is None else n)
         rows = codes[[index % len(codes) for index in indices]]
         return Filling(rows, random_cells(indices, self.tokenizer.grid, share, seed), self.vocabulary, True)
-
-    def check_inpainting(self) -> None:
-        """Raise `UsageError` for a prior that fills in nothing."""
-        if self.conditioning.masked_source is None:
-            text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
-            raise UsageError(f"{text}; train one with --inpainting 0.5, or keep upper rows (--keep-rows, complete)")
 
     def _filled(
         self,

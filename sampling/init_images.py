@@ -1,6 +1,8 @@
-"""What vqgen-sample draws of --init-image (--keep-rows, --mask, --box, --vary, --extend), or of an empty --size."""
+"""What vqgen-sample is given as images: --init-image, of which a part is kept (--keep-rows, --mask, --box, --vary,
+--extend), or an empty --size, and --source-image, which is translated."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,11 +10,14 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
+from vqgen.seeding import hash64
+from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES
 
 from .filling import Filling, box_mask
 from .generator import Generator
+from .output import path_word
 from .sample import SampleConfig
 
 
@@ -82,3 +87,40 @@ def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None
     cells = torch.zeros(codes.shape[:3], dtype=torch.bool)
     cells[:, kept:] = True
     return Filling(codes, cells, generator.vocabulary, sourced=False)
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """Images that are translated in turn."""
+
+    paths: list[Path]
+    codes: Tensor
+    """int64 (m, h, w[, depth])."""
+
+    def __len__(self) -> int:
+        """Number of images m."""
+        return len(self.paths)
+
+    def stems(self) -> list[str]:
+        """Names of the files without suffixes and what file systems forbid. Raises `UsageError` for equal ones."""
+        found: dict[str, Path] = {}
+        stems = [path_word(path.stem, f"{number:05d}") for number, path in enumerate(self.paths)]
+        for stem, path in zip(stems, self.paths, strict=True):
+            if (other := found.setdefault(stem.casefold(), path)) is not path:
+                text = f"{other} and {path} would have the same file, {stem}.png"
+                raise UsageError(f"--source-image: {text}; rename one of them")
+        return stems
+
+
+def chosen_sources(config: SampleConfig, generator: Generator) -> SourceImages | None:
+    """The images of --source-image, degraded by --source. Raises `UserError`, `UsageError`."""
+    if not config.source_image:
+        return None
+    generator.check_translation()
+    chain = parse_degradations(config.source) if config.source is not None else []
+    paths, channels = image_files(config.source_image, "--source-image"), generator.tokenizer.config.channels
+    size, images = generator.source_size, []
+    for number, path in enumerate(paths):
+        image = generator.fitted(read_image(path, channels, "--source-image")[None], size)
+        images.append(degrade(image, chain, [hash64("source", config.seed, number)]))
+    return SourceImages(paths, generator.encode(torch.cat(images), size))

@@ -28,11 +28,24 @@ from .settings import SamplingSettings
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
 # Settings that may differ between a run and the one that continues it.
-MAY_DIFFER = ("n", "former", "version", "model", "init_images", "images", "grid")
+MAY_DIFFER = ("n", "former", "version", "model", "init_images", "source_images", "images", "grid")
 # All names that files of a run can have, in order of removal: the finished list must not outlive an image.
-_OWN = (r"samples\.json", r"[0-9]{5,}(-.+)?\.png", r"images/.+/[0-9]{5,}\.png", r"grid\.png")
+_OWN = (
+    r"samples\.json",
+    r"[0-9]{5,}(-.+)?\.png",
+    r"images/.+/[0-9]{5,}\.png",
+    r"translated/.+\.png",
+    r"grid\.png",
+)
 _INDEX = re.compile(r"(?:images/.+/)?([0-9]{5,})(?:-.+)?\.png")
 _LARGEST = 2**28  # bytes of an image that is verified
+
+
+def path_word(name: str, otherwise: str) -> str:
+    """A name without what file systems forbid in a path component, of at most 80 bytes; `otherwise` if none is left."""
+    name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)
+    # File systems limit bytes, not characters.
+    return name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or otherwise
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class Names:
     labels: Sequence[int]
     """The classes that the series goes through in turn."""
     class_names: Sequence[str] | None
+    stems: Sequence[str] | None = None
+    """Names of the images in a flat layout, translated/NAME.png, where these are not numbers."""
 
     def label(self, index: int) -> int:
         return self.labels[index % len(self.labels)]
@@ -60,9 +75,7 @@ class Names:
         found: dict[int, str] = {}
         taken: set[str] = set()
         for label in sorted(set(self.labels)):
-            name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", self.class_name(label) or "none")
-            # File systems limit bytes, not characters.
-            name = name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or str(label)
+            name = path_word(self.class_name(label) or "none", str(label))
             if name.casefold() in taken:
                 name = f"{name}-{label}"
             while name.casefold() in taken:
@@ -73,10 +86,17 @@ class Names:
 
     def file(self, index: int) -> str:
         """Path of image `index`, relative to the output folder."""
-        name = self._words[self.label(index)] if self.layout != "flat" else ""
+        if self.layout == "flat":
+            return f"translated/{self.stems[index]}.png" if self.stems else f"{index:05d}.png"
+        name = self._words[self.label(index)]
         if self.layout == "folders":
             return f"images/{name}/{index:05d}.png"
-        return f"{index:05d}-{name}.png" if self.layout == "labels" else f"{index:05d}.png"
+        return f"{index:05d}-{name}.png"
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """All files that are not named by their number."""
+        return frozenset(self.file(index) for index in range(len(self.stems or [])))
 
 
 @dataclass(frozen=True)
@@ -93,12 +113,13 @@ class _Run:
     layout: Layout
     labels: Annotated[list[Annotated[int, Ge(-1)]], MinLen(1)]
     class_names: list[str] | None
+    stems: list[str] | None = None
     former: list[str] = field(default_factory=list)
     images: list[_Image] = field(default_factory=list)
 
     @cached_property
     def names(self) -> Names:
-        return Names(self.layout, self.labels, self.class_names)
+        return Names(self.layout, self.labels, self.class_names, self.stems)
 
     @cached_property
     def sums(self) -> dict[str, str | None]:
@@ -116,6 +137,8 @@ class _Run:
 
 def in_series(name: str, names: Names, n: int) -> bool:
     """Whether a path is that of one of the first `n` images of a series."""
+    if names.stems:
+        return name in names.kept
     found = _INDEX.fullmatch(name)
     return found is not None and int(found[1]) < n and names.file(int(found[1])) == name
 
@@ -125,6 +148,10 @@ def _read_list(path: Path) -> _Run:
     run = read_record(path, _Run)
     if run.class_names and max(run.labels) >= len(run.class_names):
         found = f"label {max(run.labels)} of {len(run.class_names)} classes"
+        raise UserError(f"{path} is no list of samples ({found}); remove it or choose another --output")
+    wrong = next((stem for stem in run.stems or [] if stem != path_word(stem, "_")), None)
+    if wrong is not None or (run.stems and (len(run.stems) != run.n or run.layout != "flat")):
+        found = f"{len(run.stems or [])} stems for {run.n} images" if wrong is None else f"the stem {wrong[:80]!r}"
         raise UserError(f"{path} is no list of samples ({found}); remove it or choose another --output")
     return run
 
@@ -148,7 +175,8 @@ def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             return _difference(before, now)
-        return f"{key.replace('_', ' ')} {before!r}, now {now!r}"
+        texts = (text if len(text) < 200 else f"{text[:200]}..." for text in (repr(before), repr(now)))
+        return f"{key.replace('_', ' ')} {', now '.join(texts)}"
     return ""
 
 

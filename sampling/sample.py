@@ -32,15 +32,15 @@ class SampleConfig(Options):
     """Model, images, conditions and output of vqgen-sample."""
 
     COMMON: ClassVar[tuple[str, ...]] = (
-        "model", "n", "class", "prompt", "output", "overwrite", "init_image", "seed", "temperature", "top_k", "top_p",
-        "guidance_scale",
+        "model", "n", "class", "prompt", "output", "overwrite", "init_image", "source_image", "seed", "temperature",
+        "top_k", "top_p", "guidance_scale",
     )  # fmt: skip
 
     model: Path | None = None
     """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
     comes with the package."""
     n: Images | None = None
-    """Number of images; 64 unless --num-per-class says otherwise."""
+    """Number of images; 64 unless --num-per-class says otherwise, or one for each --source-image."""
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
@@ -75,6 +75,12 @@ class SampleConfig(Options):
     """Height and width of the images, when larger than those of training: they are drawn in overlapping windows."""
     paste: bool = True
     """Put the known pixels back around what --mask and --box draw, over a soft edge; otherwise all are decoded."""
+    source_image: list[Path] | None = None
+    """Image files, or folders of them, to translate, for a prior that was trained on source codes: image i is made of
+    the i-th of them, in turn; its class is that of the i-th --class, or none without --class. With one image for each,
+    they keep their names, translated/NAME.png."""
+    source: list[str] | None = None
+    """Degradations of each --source-image before it is translated, as those of vqgen-tokenize: noise:0.1, grey."""
     seed: Seed = 0
     """Image i depends on the seed, i, its class and the settings below, not on the other images."""
     batch_size: Size = 64
@@ -104,6 +110,11 @@ class SampleConfig(Options):
             raise UsageError(f"{given[0]}: needs --init-image, the image of which a part is kept")
         if len(given) > 1:
             raise UsageError(f"{given[0]}: {given[1]} is given too; give one of them")
+        others = {"--init-image": self.init_image, "--size": self.size}
+        if self.source_image and (given := [name for name, value in others.items() if value]):
+            raise UsageError(f"--source-image: {given[0]} is given too; give one of them")
+        if self.source is not None and not self.source_image:
+            raise UsageError("--source: needs --source-image, the images that are degraded")
         if self.size and self.init_image:
             raise UsageError("--size: with --init-image the size is that of training; --extend makes images larger")
         check_boxes(self.box)
@@ -123,9 +134,9 @@ class SampleConfig(Options):
             raise UserError(f"--prompt-file: {self.prompt_file} holds no text; write one prompt a line")
         return found
 
-    def count(self, classes: int) -> int:
-        """Number of images of a series that goes through `classes` classes."""
-        found = self.num_per_class * classes if self.num_per_class else self.n or 64
+    def count(self, classes: int, otherwise: int = 64) -> int:
+        """Number of images of a series that goes through `classes` classes; `otherwise` where no option says it."""
+        found = self.num_per_class * classes if self.num_per_class else self.n or otherwise
         if found > MOST_IMAGES:
             raise UsageError(f"--num-per-class: of {classes} classes these are {found} images, at most {MOST_IMAGES}")
         return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditions
+from vqgen.prior.parts import is_absent
 from vqgen.prior.source import masked
 from vqgen.seeding import hash64
 
@@ -108,6 +109,8 @@ class Painter:
         """Codes (B, H, W[, depth]) of images of a series, and the NLL of those that were drawn, float64 (B,)."""
         if settings.oversample != 1:
             raise UsageError(f"--oversample: found {settings.oversample:g}, but images in windows need 1; leave it out")
+        if self.drawer.conditioning.paired_source and any(not is_absent(value) for value in conditions["source"]):
+            raise UsageError("--size: a source image tells one window alone; images in windows take none")
         indices = list(indices)
         parts = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
         found = [self._batch(part, conditions, settings, seed, batch_size, on_token) for part in parts]

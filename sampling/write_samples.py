@@ -28,7 +28,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .filling import Filling
 from .generator import Generator, find_model
-from .init_images import chosen_filling
+from .init_images import SourceImages, chosen_filling, chosen_sources
 from .output import GRID, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
@@ -36,9 +36,11 @@ from .sample import SampleConfig
 GRID_IMAGES = 100
 
 
-def chosen_conditions(config: SampleConfig, generator: Generator) -> dict[str, list[Any]]:
-    """The values of every part of the prefix, from the options; by default completions have no condition."""
-    return generator.conditioning.conditions(config.conditions, absent=bool(config.init_image))
+def chosen_conditions(config: SampleConfig, generator: Generator, sources: SourceImages | None) -> dict[str, list[Any]]:
+    """The values of every part of the prefix, from the options; by default completions and translations have no other
+    condition than their image."""
+    given = {**config.conditions, "source": sources.codes} if sources else config.conditions
+    return generator.conditioning.conditions(given, absent=bool(config.init_image or sources))
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: int, channels: int) -> None:
@@ -63,8 +65,8 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: i
 def describe(
     config: SampleConfig, generator: Generator, names: Names, n: int, conditions: Conditions, filling: Filling | None
 ) -> dict[str, Any]:
-    """The description of a run: enough to draw every image again, together with the --init-image files."""
-    about = {
+    """The description of a run: enough to draw every image again, together with the files of given images."""
+    about: dict[str, Any] = {
         "version": __version__,
         "model": str(find_model(config.model)),
         "prior_fingerprint": generator.prior.fingerprint,
@@ -80,6 +82,8 @@ def describe(
     }
     if others := generator.conditioning.record(conditions):
         about["conditions"] = others
+    if names.stems:
+        about["stems"] = names.stems
     if filling:
         kept = filling.kept
         about["init_images"] = [str(path) for path in config.init_image or []]
@@ -104,7 +108,8 @@ def write_samples(config: SampleConfig) -> PartialState:
     # Every process checks everything before any of them writes, so that all stop together.
     generator = Generator.load(config.model, device, config.precision)
     filling = chosen_filling(config, generator)
-    conditions = chosen_conditions(config, generator)
+    sources = chosen_sources(config, generator)
+    conditions = chosen_conditions(config, generator, sources)
     generator.check(config.sampling, conditions)
     classes = conditions["class"]
     if config.layout != "flat" and classes == [ABSENT]:
@@ -114,8 +119,12 @@ def write_samples(config: SampleConfig) -> PartialState:
     if config.num_per_class and len(set(classes)) < len(classes):
         raise UsageError("--num-per-class: --class names a class twice; name each once")
     channels = generator.tokenizer.config.channels
-    names, n = Names(config.layout, classes, generator.conditioning.classes.names), config.count(len(classes))
+    n = config.count(len(classes), len(sources) if sources else 64)
+    stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
+    names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
     about = describe(config, generator, names, n, conditions, filling)
+    if sources:
+        about["source_images"] = [str(path) for path in sources.paths]
     with locked_by_main(output):
         factor, grid = generator.tokenizer.factor, filling.grid if filling else generator.tokenizer.grid
         size = grid[1] * factor, grid[0] * factor

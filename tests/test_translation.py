@@ -9,12 +9,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import NAMES, SIZE, make_prior, write_codes
+from processes import run_two
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import vqgen.sampling.sample as program
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
+from vqgen.prior.export.program import main as export
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
@@ -22,6 +25,7 @@ from vqgen.prior.parts import Classes
 from vqgen.prior.source import UNKNOWN, MaskedSource, PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
+from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
@@ -32,6 +36,8 @@ from vqgen.tokenizer.codes.format import (
     shard_name,
     write_shard,
 )
+from vqgen.tokenizer.data.decoding import decode
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
 GREY = SourceRecord("degraded", [2, 3], "d" * 64, ["grey"])
 NULL = SIZE + 3
@@ -208,3 +214,249 @@ def test_a_plain_prior_is_where_a_source_prior_starts(tmp_path: Path, backbone: 
     # And an inpainting prior, whose id for unknown codes it shares.
     masked = Conditioning(prior.vocabulary, [MaskedSource(0.5), Classes(3, NAMES)])
     assert (slice(NULL + 1, NULL + 2),) * 2 in layout_of().common_ids(masked)
+
+
+# Translating
+
+
+def model_with(folder: Path, parts: list, backbone: str = "llama", depth: int = 1) -> Path:
+    """A random prior of 2x3 codes with these parts, with its tokenizer; images 4x6."""
+    plain = Prior.load(make_prior(folder / "of", backbone, depth))
+    torch.manual_seed(1)
+    conditioning = Conditioning(plain.vocabulary, parts)
+    prior = Prior(plain.config, conditioning, plain.image_shape, plain.tokenizer_fingerprint)
+    with torch.no_grad():
+        for weight in prior.backbone.parameters():
+            weight.mul_(4 if weight.ndim > 1 else 1)  # so that sources differ
+    prior.save(folder / "prior", folder / "of" / "tokenizer")
+    return folder / "prior"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_with(tmp_path_factory.mktemp("model"), [PairedSource(GREY, 0.1), Classes(3, NAMES)])
+
+
+@pytest.fixture(scope="module")
+def generator(model: Path) -> Generator:
+    return Generator.load(model, "cpu", "fp32")
+
+
+def photos(count: int = 3, height: int = 4, width: int = 6) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=random)
+
+
+def test_translations_are_drawn_with_the_codes_of_their_sources(generator: Generator) -> None:
+    images = photos()
+    found = generator.translate(images, seed=3)
+    assert found.images.shape == (3, 3, 4, 6) and found.labels.tolist() == [-1, -1, -1]
+    given = {"source": generator.encode(images), "class": [-1]}
+    assert torch.equal(found.codes, generator.draw(range(3), given, seed=3).codes)
+    assert not torch.equal(found.codes, generator.translate(images.flip(0), seed=3).codes)
+    more = generator.translate(images, n=8, classes=["bag", "shoe"], seed=3)
+    assert more.labels.tolist() == [2, 1] * 4
+    assert torch.equal(generator.translate(images[1], classes="shoe", n=2, seed=3).codes[1], more.codes[1])
+    larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert generator.translate(larger).codes.shape == (3, 2, 3)
+    # Completion has the source, too.
+    half = generator.complete(images, mask_rows=1, conditions={"source": generator.encode(images)})
+    assert torch.equal(half.codes[:, 0], generator.encode(images)[:, 0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "source_guidance_scale": 3.0}, {"oversample": 1.25}])
+def test_a_translation_depends_on_no_batch_and_no_number_of_threads(generator: Generator, settings: dict) -> None:
+    images, threads = photos(5), torch.get_num_threads()
+    whole = generator.translate(images, n=20, classes=["bag", "shoe"], batch_size=32, **settings)
+    try:
+        for count, size in ((1, 7), (2, 3), (2, 64)):
+            torch.set_num_threads(count)
+            again = generator.translate(images, n=20, classes=["bag", "shoe"], batch_size=size, **settings)
+            assert torch.equal(again.codes, whole.codes) and torch.equal(again.nats, whole.nats)
+            assert torch.equal(again.images, whole.images)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("scales", "classes", "rows"),
+    [
+        ((1, 1), "bag", 1),
+        ((2, 1), "bag", 2),
+        ((1, 2), None, 2),
+        ((1, 2), "bag", 3),
+        ((2, 2), "bag", 2),
+        ((2, 3), "bag", 3),
+        ((2, 0), "bag", 3),
+    ],
+)
+def test_only_rows_that_count_are_computed(generator: Generator, monkeypatch, scales, classes, rows) -> None:
+    started: list[int] = []
+    start = generator.decoder.start
+    monkeypatch.setattr(generator.decoder, "start", lambda count: (started.append(count), start(count))[1])
+    both = dict(zip(("guidance_scale", "source_guidance_scale"), map(float, scales)))
+    found = generator.translate(photos(1), n=16, classes=classes, **both)
+    plain = started[0] // rows
+    assert started == [plain * rows] and plain >= 16
+    # What is drawn follows the equation: here the probability of the first code at low temperature.
+    layout = generator.conditioning
+    conditions = layout.conditions({"source": generator.encode(photos(1)), "class": classes}, absent=True)
+    prefix = layout.prefixes(conditions, [0])
+    source = layout.without(prefix, [layout.classes])
+    assert layout.paired_source is not None
+    none = layout.without(source, [layout.paired_source])
+    with torch.no_grad():
+        a, b, c = (generator.prior(ids)[:, -1, :SIZE] for ids in (prefix, source, none))
+    wanted = c + scales[1] * (b - c) + scales[0] * (a - b)
+    greedy = generator.translate(photos(1), classes=classes, temperature=0, **both).codes
+    assert int(greedy.flatten()[0]) == int(wanted.argmax()) and found.codes.shape == (16, 2, 3)
+
+
+def test_what_a_prior_cannot_do_is_one_line(tmp_path: Path, generator: Generator) -> None:
+    for name, parts, word in (("masked", [MaskedSource(0.5)], "fill in"), ("plain", [], "without source codes")):
+        other = Generator.load(model_with(tmp_path / name, [*parts, Classes(3, NAMES)]), "cpu", "fp32")
+        with pytest.raises(UsageError, match=f"--source-image: .*{word}"):
+            other.translate(photos())
+        with pytest.raises(UsageError, match="--source-guidance-scale: found 2"):
+            other.sample(1, source_guidance_scale=2.0)
+    with pytest.raises(UsageError, match=r"--source-guidance-scale: found 2, .*no condition"):
+        generator.sample(1, source_guidance_scale=2.0)
+    with pytest.raises(UsageError, match=r"--guidance-scale: found 2, .*--class"):
+        generator.translate(photos(), guidance_scale=2.0)
+    with pytest.raises(UsageError, match="--size"):
+        generator.sample(1, size=(8, 12), conditions={"source": generator.encode(photos())})
+    assert generator.sample(1, size=(8, 12)).images.shape == (1, 3, 8, 12)
+    with pytest.raises(UsageError, match="--inpainting"):
+        generator.vary(photos(), 0.5)
+    always = Generator.load(
+        model_with(tmp_path / "always", [PairedSource(GREY, 0.0), Classes(3, NAMES)]), "cpu", "fp32"
+    )
+    with pytest.raises(UsageError, match="--source-dropout 0"):
+        always.sample(1)
+    with pytest.raises(UsageError, match=r"--source-guidance-scale: .*--source-dropout 0"):
+        always.translate(photos(), source_guidance_scale=2.0)
+    assert len(always.translate(photos()).codes) == 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_transformers_translates_as_we_do(cli, tmp_path: Path, depth: int) -> None:
+    """By the model card: source codes, class, and greedy codes of the allowed ids."""
+    model = model_with(tmp_path, [PairedSource(GREY, 0.1), Classes(3, NAMES)], depth=depth)
+    assert cli(export, "--model", model, "--output", tmp_path / "export").code == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    generator, null = Generator.load(model, "cpu", "fp32"), SIZE * depth + 3
+    ours = generator.translate(photos(), classes="shoe", temperature=0)
+    vocabulary = generator.vocabulary
+    source = vocabulary.to_tokens(generator.encode(photos()))
+    prefix = torch.cat([source, torch.full((3, 1), null - 2)], 1)
+
+    def allowed(_row: int, ids: Tensor) -> list[int]:
+        return list(range(*vocabulary.allowed(len(ids) - prefix.shape[1])))
+
+    tokens = theirs.generate(
+        prefix,
+        attention_mask=torch.ones_like(prefix),  # else codes of the source with the id that pads are hidden
+        do_sample=False,
+        prefix_allowed_tokens_fn=allowed,
+        max_new_tokens=vocabulary.length,
+        pad_token_id=0,
+    )
+    assert torch.equal(vocabulary.to_codes(tokens[:, prefix.shape[1] :]), ours.codes)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"{null + 1} an unknown code" in card and f"first {6 * depth} ids" in card and "(grey)" in card
+
+
+# The command line
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images, one of them with a name that the grid of samples has."""
+    for image, name in zip(photos(5, 8, 8), ("b", "a", "grid", "x y", "c.d"), strict=True):
+        write_png_atomic(tmp_path / "given" / f"{name}.png", image)
+    return tmp_path / "given"
+
+
+@pytest.fixture
+def sample(cli, model: Path, tmp_path: Path):
+    def run(*words):
+        output = [] if "--output" in words else ["--output", tmp_path / "out"]
+        return cli(program.main, "--model", model, "--device", "cpu", *output, *words)
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+STEMS = ["a", "b", "c.d", "grid", "x y"]
+
+
+def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_path: Path, generator) -> None:
+    result = sample("--source-image", folder, "--source-guidance-scale", 1.5, "--seed", 2)
+    assert result.code == 0, result.err
+    found, about = files(tmp_path / "out"), json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert list(found) == ["grid.png", *(f"translated/{stem}.png" for stem in STEMS)]
+    assert about["stems"] == STEMS and about["settings"]["source_guidance_scale"] == 1.5
+    assert [each["file"] for each in about["images"]] == list(found)[1:]
+    assert about["source_images"][0].endswith("a.png") and len(about["conditions"]["source"]) == 64
+    images = torch.stack([decode(path.read_bytes(), 3) for path in sorted(folder.iterdir())])
+    drawn = generator.translate(images, source_guidance_scale=1.5, seed=2)
+    for image, stem in zip(drawn.images, STEMS, strict=True):
+        assert torch.equal(decode(found[f"translated/{stem}.png"], 3), image)
+    # It is continued and checked as any run.
+    words = "--source-image", folder, "--source-guidance-scale", 1.5, "--seed", 2
+    assert "holds these 5 images" in sample(*words).out
+    (tmp_path / "out" / "translated" / "a.png").unlink()
+    (tmp_path / "out" / "translated" / "b.png").write_bytes(b"")
+    again = sample(*words)
+    assert "2 images in" in again.out and "b.png was damaged" in again.err and files(tmp_path / "out") == found
+    (tmp_path / "out" / "translated" / "mine.png").write_bytes(b"mine")
+    for more in (["--n", 7], ["--source-guidance-scale", 2], ["--source", "grey"]):
+        refused = sample(*words, *more)
+        assert refused.code == 2 and "another run" in refused.err and len(refused.err) < 1000
+    assert sample(*words[:2], "--n", 3, "--overwrite").code == 0
+    assert list(files(tmp_path / "out")) == ["00000.png", "00001.png", "00002.png", "grid.png", "translated/mine.png"]
+
+
+def test_two_processes_translate_what_one_translates(sample, model, folder: Path, tmp_path: Path) -> None:
+    words = ["--source-image", folder, "--n", 9, "--source-guidance-scale", 2, "--class", "bag", "shoe"]
+    words += ["--guidance-scale", 3, "--layout", "folders", "--source", "noise:0.1"]
+    two = ["--model", model, *words, "--batch-size", 2, "--device", "cpu", "--output", tmp_path / "two"]
+    for ended in run_two("vqgen.sampling.sample", *two):
+        ended.ok()
+    assert sample(*words).code == 0
+    assert files(tmp_path / "two") == files(tmp_path / "out") and len(files(tmp_path / "out")) == 10
+    plain = sample(*words[:-2], "--output", tmp_path / "plain")
+    assert plain.code == 0 and files(tmp_path / "plain") != files(tmp_path / "out"), "noise changes the sources"
+
+
+def test_sources_that_do_not_fit_are_one_line(sample, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    shutil.copy(folder / "a.png", tmp_path / "more" / "A.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for words, code, parts in (
+        (["--source-image", folder, tmp_path / "more"], 2, ["a.png", "A.png", "--source-image"]),
+        (["--source-image", tmp_path / "broken.png"], 1, ["broken.png"]),
+        (["--source-image", tmp_path / "none.png"], 1, ["none.png"]),
+        (["--source-image", folder, "--init-image", folder], 2, ["--init-image"]),
+        (["--source-image", folder, "--size", 8, 12], 2, ["--size"]),
+        (["--source", "grey"], 2, ["--source-image"]),
+        (["--source-image", folder, "--source", "sepia"], 2, ["--source", "sepia"]),
+        (["--source-image", folder, "--guidance-scale", 2], 2, ["--guidance-scale", "--class"]),
+    ):
+        result = sample(*words)
+        assert result.code == code and len(result.err.strip().splitlines()) == 1, result.err
+        assert all(part in result.err for part in parts), result.err
+    assert not (tmp_path / "out").exists()
+    assert sample("--source-image", folder, tmp_path / "more", "--n", 12).code == 0, "numbers need no names"
+
+
+@pytest.mark.parametrize("stems", [["../a"], ["a/b"], [".a"], [""], ["a", "b"], "a"])
+def test_a_list_with_odd_names_is_refused(sample, folder: Path, tmp_path: Path, stems) -> None:
+    assert sample("--source-image", folder / "a.png").code == 0
+    path = tmp_path / "out" / "samples.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stems": stems}))
+    result = sample("--source-image", folder / "a.png", "--overwrite")
+    assert result.code == 1 and "samples.json" in result.err and (tmp_path / "out" / "translated" / "a.png").exists()
