@@ -55,7 +55,7 @@ def random_masks(count: int, grid: tuple[int, int], random: np.random.Generator)
 class Source(Part):
     """Codes of a source image in drawing order, under the ids of the codes; one further id is `unknown`."""
 
-    name, ids = "source", 1
+    name, ids, option = "source", 1, "--source-image"
     guidance = "--source-guidance-scale"
 
     def join(self, vocabulary: Vocabulary, first: int) -> None:

@@ -33,7 +33,7 @@ class SampleConfig(Options):
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "model", "n", "class", "prompt", "output", "overwrite", "init_image", "source_image", "seed", "temperature",
-        "top_k", "top_p", "guidance_scale",
+        "top_p", "guidance_scale",
     )  # fmt: skip
 
     model: Path | None = None
