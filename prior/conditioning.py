@@ -231,7 +231,7 @@ class Conditioning:
         if conditions and all(is_absent(value) for part in informative for value in conditions[part.name]):
             options = ", ".join(part.flag() for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
-        if not any(part.dropout for part in informative):
+        if not any(part.guidable for part in informative):
             options = ", ".join(f"{part.dropout_option or f'dropout of {part.name}'} 0" for part in informative)
             trained = f"the prior was trained with {options}, always with its condition"
             raise UsageError(f"{option} {trained}; leave it at its default")

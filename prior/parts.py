@@ -141,6 +141,11 @@ class Part(ABC):
         return self.ids > 1
 
     @property
+    def guidable(self) -> bool:
+        """Whether training has sequences in which the part says nothing, so that guidance can compare with these."""
+        return self.dropout > 0
+
+    @property
     def absent(self) -> list[int]:
         """Token ids of the part where it is left out."""
         return [self.first + self.ids - 1] * self.length

@@ -119,6 +119,10 @@ class MaskedSource(Source):
             raise ValueError("inpainting has to be a share between 0 and 1")
         return cls(share)
 
+    @property
+    def guidable(self) -> bool:
+        return True  # a tenth of the sources are all unknown
+
     def describe(self) -> dict[str, Any]:
         return {"inpainting": self.inpainting}
 

@@ -41,7 +41,7 @@ class Guidance:
         else two. They depend on all conditions of the series, not on those of a batch."""
         levels: list[tuple[list[Part], float]] = []
         for option, scale in scales_of(settings).items():
-            parts = [part for part in layout.parts if part.guidance == option and part.dropout]
+            parts = [part for part in layout.parts if part.guidance == option and part.guidable]
             if any(not is_absent(value) for part in parts for value in conditions[part.name]):
                 levels.append(([*(levels[-1][0] if levels else []), *parts], scale))
         following = [*(scale for _, scale in levels[1:]), 1.0]

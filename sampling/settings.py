@@ -27,8 +27,8 @@ class SamplingSettings(Options):
     guidance_scale: NotNegative = 1.0
     """Classifier-free guidance: 1 = none, more = closer to the class and less varied, 0 = class ignored."""
     source_guidance_scale: NotNegative = 1.0
-    """Classifier-free guidance by the --source-image: 1 = none, more = closer to it, 0 = source ignored. It adds to
-    that of --guidance-scale (Brooks et al. 2023, eq. 3)."""
+    """Classifier-free guidance by the --source-image, or by what surrounds the holes of --init-image: 1 = none, more =
+    closer to it, 0 = ignored. It adds to that of --guidance-scale (Brooks et al. 2023, eq. 3)."""
     guidance_schedule: Literal["constant", "linear", "cosine", "power-cosine", "interval"] = "constant"
     """How both scales grow from 1 at the first code to their value at the last; power-cosine = late, by
     --guidance-exponent (Yu et al. 2024); interval = full within --guidance-interval and none outside (Kynkaanniemi et

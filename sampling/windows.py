@@ -138,7 +138,7 @@ class Painter:
             prefix = layout.prefixes(conditions, indices, given)
             uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
             known = Known(part, ~unknown, vocabulary).tokens
-            guidance = Guidance.of(layout, settings, conditions)
+            guidance = Guidance.of(layout, settings, {**conditions, **{name: list(ids) for name, ids in given.items()}})
             drawn = self.drawer.tokens(guidance, prefix, uniforms, settings, known, leading, batch_size, on_token)
             codes[:, window.rows, window.columns] = vocabulary.to_codes(drawn.tokens.cpu())
             nats += drawn.nats.cpu()

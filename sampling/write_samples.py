@@ -110,7 +110,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     filling = chosen_filling(config, generator)
     sources = chosen_sources(config, generator)
     conditions = chosen_conditions(config, generator, sources)
-    generator.check(config.sampling, conditions)
+    generator.check(config.sampling, generator.seen(conditions, filling) if filling else conditions)
     classes = conditions["class"]
     if config.layout != "flat" and classes == [ABSENT]:
         raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")

@@ -26,8 +26,11 @@ from vqgen.prior.parts import Classes
 from vqgen.prior.source import UNKNOWN, MaskedSource, masked, random_masks
 from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
+from vqgen.sampling.decoding.generate import image_uniforms
+from vqgen.sampling.decoding.logits import choose
 from vqgen.sampling.filling import cells_of, paste
 from vqgen.sampling.generator import Generator
+from vqgen.sampling.settings import SamplingSettings
 from vqgen.sampling.windows import windows
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
@@ -551,3 +554,39 @@ def test_the_program_draws_larger_images(sample, cli, with_source: Path, tmp_pat
     ):
         result = cli(program.main, *words, "--overwrite", *wrong)
         assert result.code == 2 and named in result.err, result.err
+
+
+def test_what_surrounds_a_hole_can_be_amplified(tmp_path: Path) -> None:
+    """A prior with --inpainting is guided by the known codes against none at all: on its grid, and in windows."""
+    generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
+    images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:2, :2] = True
+    filling = generator.filling(images, mask)
+    plain = generator.inpaint(images, mask, n=12)
+    guided = generator.inpaint(images, mask, n=12, source_guidance_scale=6.0)
+    assert not torch.equal(plain.codes, guided.codes)
+    assert torch.equal(
+        generator.inpaint(images, mask, n=12, batch_size=5, source_guidance_scale=6.0).codes, guided.codes
+    )
+    # Against the prior's own logits of the first code, with the source and with all of it unknown.
+    conditions = generator.seen(generator.conditioning.conditions(absent=True), filling)
+    layout = generator.conditioning.layout(conditions)
+    prefix = layout.prefixes(conditions, range(12))
+    source = generator.conditioning.masked_source
+    assert source is not None
+    with torch.no_grad():
+        given, none = (
+            generator.prior(ids)[:, -1, : generator.vocabulary.size]
+            for ids in (prefix, layout.without(prefix, [source]))
+        )
+    uniforms = image_uniforms(0, range(12), generator.vocabulary.length)
+    expected = choose(none + 6 * (given - none), uniforms[:, 0], SamplingSettings(source_guidance_scale=6.0))
+    first = generator.vocabulary.to_tokens(guided.codes)[:, 0]
+    assert torch.equal(first, expected) and layout.without(prefix, [source])[:, :6].unique().numel() == 1
+    larger = {"n": 3, "size": (8, 12), "seed": 1}
+    assert not torch.equal(
+        generator.sample(**larger).codes, generator.sample(**larger, source_guidance_scale=6.0).codes
+    )
+    with pytest.raises(UsageError, match="--source-guidance-scale"):
+        generator.sample(2, source_guidance_scale=6.0)
