@@ -262,7 +262,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.picture:
         chosen = range(0, count, max(1, count // arguments.shown))[: arguments.shown]
         rows = [torch.cat([each[number] for number in chosen], 2) for each in shown]
-        write_png_atomic(arguments.picture, torch.cat(rows, 1))
+        write_png_atomic(arguments.picture, torch.cat(rows, 2 if arguments.beside else 1))
     return found
 
 
@@ -299,6 +299,7 @@ def main() -> None:
             command.add_argument("--largest", type=int, help="only so many images, those of most pixels")
             command.add_argument("--vgg16", type=Path, required=True, help="VGG16's convolutions, for LPIPS")
             command.add_argument("--picture", type=Path, help="PNG with rows of originals, ours, JPEG and WebP")
+            command.add_argument("--beside", action="store_true", help="put these rows of --picture beside each other")
             command.add_argument("--shown", type=int, default=4, help="images in --picture")
         else:
             command.add_argument("--probabilities", nargs="+", choices=KINDS, default=["exact"])

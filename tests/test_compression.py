@@ -1,6 +1,7 @@
 """Compression: what is restored is what was encoded, in as many bits as the prior needs, and damage is told."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import zlib
@@ -180,6 +181,19 @@ def test_names_take_few_bytes_and_too_many_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"more\.vqc"):
         write_archive(tmp_path / "more.vqc", dataclasses.replace(header, pictures=long), [])
     assert not (tmp_path / "more.vqc").exists()
+
+
+def test_the_documentation_has_the_tables_of_equal_bytes() -> None:
+    spec = importlib.util.spec_from_file_location("compression", ROOT / "benchmarks" / "compression.py")
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    document = (ROOT / "docs/compression.md").read_text(encoding="utf-8")
+    results = list(benchmark.RESULTS.glob("quality-*.json"))
+    assert results
+    for path in results:
+        found = "\n".join(benchmark.table(json.loads(path.read_text())))
+        assert found in document, f"the table of {path.stem} is now\n{found}"
 
 
 def test_the_documentation_has_the_measured_rates() -> None:
