@@ -199,7 +199,9 @@ def test_text_stands_first_and_has_the_highest_ids(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dropped = layout.dropped(batch[:1].expand(4000, -1))
     share = (dropped[:, :3] == null).float().mean(0)
-    assert torch.equal(share, share[:1].expand(3)) and 0.13 < share[0] < 0.17
+    assert torch.equal(share, share[:1].expand(3)) and 0.17 < share[0] < 0.215, (
+        "0.15, and half of the rows without a class"
+    )
     assert layout.without(batch)[:, :3].eq(null).all()
 
 
