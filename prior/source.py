@@ -72,11 +72,23 @@ class Source(Part):
         return torch.where(unknown, self.absent[0], self.vocabulary.to_tokens(codes))
 
     def of_value(self, value: Any) -> list[int]:
-        codes = torch.as_tensor(value, dtype=torch.long)
-        if codes.shape != torch.Size(self.vocabulary.shape) or int(codes.max()) >= self.vocabulary.codebook_size:
-            wanted = f"codes {self.vocabulary.shape} below {self.vocabulary.codebook_size}"
-            raise UsageError(f"source: found {tuple(codes.shape)} up to {int(codes.max())}, expected {wanted}")
-        return self.of_codes(codes[None])[0].tolist()
+        return self.of_values([value])[0].tolist()
+
+    def of_values(self, values: Sequence[Any]) -> Tensor:
+        # All at once: a series has as many sources as images.
+        ids = torch.tensor(self.absent).repeat(len(values), 1)
+        given = [row for row, value in enumerate(values) if not is_absent(value)]
+        codes = [torch.as_tensor(values[row], dtype=torch.long) for row in given]
+        wanted = f"expected codes {self.vocabulary.shape} below {self.vocabulary.codebook_size}"
+        for each in codes:
+            if each.shape != torch.Size(self.vocabulary.shape):
+                raise UsageError(f"source: found {tuple(each.shape)}, {wanted}")
+        if codes:
+            stacked = torch.stack(codes)
+            if (largest := int(stacked.max())) >= self.vocabulary.codebook_size:
+                raise UsageError(f"source: found {largest}, {wanted}")
+            ids[given] = self.of_codes(stacked)
+        return ids
 
     def parse(self, given: Any) -> list[Any]:
         if isinstance(given, Tensor):

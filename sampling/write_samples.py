@@ -125,6 +125,8 @@ def write_samples(config: SampleConfig) -> PartialState:
     about = describe(config, generator, names, n, conditions, filling)
     if sources:
         about["source_images"] = [str(path) for path in sources.paths]
+        if config.source:
+            about["degradations"] = config.source
     with locked_by_main(output):
         factor, grid = generator.tokenizer.factor, filling.grid if filling else generator.tokenizer.grid
         size = grid[1] * factor, grid[0] * factor

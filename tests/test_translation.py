@@ -1,6 +1,7 @@
 """Translation: a prior that is given the codes of another image, and the images that it makes of them."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from vqgen.prior.export.program import main as export
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts import ABSENT, Classes
 from vqgen.prior.source import UNKNOWN, MaskedSource, PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
@@ -92,6 +93,20 @@ def test_all_parts_are_left_out_together_in_half_of_the_rows(tmp_path: Path) -> 
     source, label = (dropped[:, :6] == NULL + 1).all(1), dropped[:, 6] == NULL
     for found, share in ((source & label, 0.2), (source & ~label, 0.08), (label & ~source, 0.08)):
         assert abs(found.float().mean() - share) < 0.02
+
+
+def test_sources_of_a_series_are_checked_and_encoded_as_each_alone(generator: Generator) -> None:
+    part = generator.conditioning.paired_source
+    assert part is not None
+    shape = part.vocabulary.shape
+    codes = torch.arange(math.prod(shape)).reshape(shape) % part.vocabulary.codebook_size
+    values = [codes, ABSENT, (codes * 0).tolist(), torch.full(shape, UNKNOWN)]
+    rows = part.of_values(values)
+    assert rows.tolist() == [part.of_values([value])[0].tolist() for value in values]
+    assert rows[0].tolist() == part.of_value(codes) and rows[1].tolist() == rows[3].tolist() == part.absent
+    for wrong in (codes[1:], codes + part.vocabulary.codebook_size):
+        with pytest.raises(UsageError, match="source: found"):
+            part.of_values([codes, wrong])
 
 
 def test_a_source_has_a_grid_of_its_own() -> None:
@@ -428,6 +443,7 @@ def test_two_processes_translate_what_one_translates(sample, model, folder: Path
         ended.ok()
     assert sample(*words).code == 0
     assert files(tmp_path / "two") == files(tmp_path / "out") and len(files(tmp_path / "out")) == 10
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["degradations"] == ["noise:0.1"]
     plain = sample(*words[:-2], "--output", tmp_path / "plain")
     assert plain.code == 0 and files(tmp_path / "plain") != files(tmp_path / "out"), "noise changes the sources"
 
