@@ -101,6 +101,17 @@ def test_noise_is_that_of_the_seed_and_removed_by_the_classical_method(measured)
     assert other["fingerprints"]["data"] == found["fingerprints"]["data"]
 
 
+def test_a_prior_that_always_had_a_source_has_no_nll_without(measured, tmp_path: Path) -> None:
+    always = PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"]), 0.0)
+    found = measured("--model", make_square_prior(tmp_path / "always", always), "--n", 4)
+    assert found["metrics"]["nats"].keys() == {"source", "shuffled"}
+
+
+def test_noise_of_any_strength_is_removed() -> None:
+    images = torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)
+    assert torch.equal(non_local_means(images, 255 * 8**0.5), images)
+
+
 def test_non_local_means_is_that_of_a_naive_loop() -> None:
     """Of a small image, with the window cut to what can be mirrored."""
     random = torch.Generator().manual_seed(0)

@@ -1,5 +1,7 @@
 """What restoration is compared with: a classical method, and the colourfulness of an image."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,9 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
     Args:
         sigma: standard deviation of the noise, of 255.
     """
-    radius, h = next((r, c * sigma) for most, r, c in ((25, 1, 0.55), (55, 2, 0.4), (256, 3, 0.35)) if sigma <= most)
+    radius, h = next(
+        (r, c * sigma) for most, r, c in ((25, 1, 0.55), (55, 2, 0.4), (math.inf, 3, 0.35)) if sigma <= most
+    )
     height, width = images.shape[2:]
     reach = min(SEARCHED, min(height, width) - 1 - radius)
     values = images.float()

@@ -29,7 +29,8 @@ _METRICS = (
     Metric("colourfulness", "Colourfulness"),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
-"""`nats`: given the source (`source`), none (`absent`), and that of another image (`shuffled`).
+"""`nats`: given the source (`source`), that of another image (`shuffled`), and, where it was dropped in training, none
+(`absent`).
 
 `psnr`, `ssim`, `lpips` compare with the image before it was degraded: the translation (`translated`), the degraded
 image (`input`), the translation of another image's source (`shuffled`), and the tokenizer's reconstruction of the truth
@@ -65,6 +66,7 @@ def measure_translation(config: TranslationConfig) -> Measurement:
         return degrade(originals, chain, [hash64(config.seed, "source", index) for index in indices.tolist()])
 
     truth, sources = images.encoded(), images.encoded(degraded)
+    generator.check(config.sampling, _conditions(generator, truth, range(len(truth)), sources.codes))
     return Measurement(
         {
             "prior": generator.prior.fingerprint,
@@ -91,7 +93,10 @@ def _conditions(generator: Generator, truth: Encoded, rows: Any, source: Tensor 
 
 def _likelihoods(config: TranslationConfig, generator: Generator, truth: Encoded, sources: Encoded) -> dict[str, float]:
     """The mean NLL of the truth's codes by what source is given."""
-    given = {"source": sources.codes, "absent": None, "shuffled": sources.codes[truth.others]}
+    given: dict[str, Tensor | None] = {"source": sources.codes, "shuffled": sources.codes[truth.others]}
+    part = generator.conditioning.paired_source
+    if part and part.dropout:
+        given["absent"] = None
     found, rows = Columns(), list(shares(len(truth)))
     with progress(len(truth), "likelihood", "img", rank_and_world()[0] == 0) as bar:
         for first in range(0, len(rows), config.batch_size):
