@@ -1,7 +1,7 @@
 """Options of drawing codes."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
@@ -25,7 +25,7 @@ class SamplingSettings(Options):
     min_p: Share = 0.0
     """Drop codes less likely than this share of the most likely one (Nguyen et al. 2024); 0 = none."""
     guidance_scale: NotNegative = 1.0
-    """Classifier-free guidance: 1 = none, more = closer to the class and less varied, 0 = class ignored."""
+    """Classifier-free guidance: 1 = none, more = closer to class and text and less varied, 0 = both ignored."""
     source_guidance_scale: NotNegative = 1.0
     """Classifier-free guidance by the --source-image, or by what surrounds the holes of --init-image: 1 = none, more =
     closer to it, 0 = ignored. It adds to that of --guidance-scale (Brooks et al. 2023, eq. 3)."""
@@ -61,6 +61,11 @@ class SamplingSettings(Options):
     def guided(self) -> bool:
         """Whether logits with fewer conditions are needed at all."""
         return self.guidance_scale != 1 or self.source_guidance_scale != 1
+
+    def without_source_guidance(self) -> "SamplingSettings":
+        """The settings of the same series drawn without a source; without a schedule where nothing else is guided."""
+        unscheduled = {"guidance_schedule": "constant", "guidance_exponent": EXPONENT, "guidance_interval": [0.0, 1.0]}
+        return replace(self, source_guidance_scale=1.0, **unscheduled if self.guidance_scale == 1 else {})
 
     def guidance_at(self, scale: float, position: int, length: int) -> float:
         """What the schedule makes of a guidance scale at code `position` of an image's `length`."""

@@ -1,6 +1,7 @@
 """vqgen-eval inpainting and windows: metrics against a naive computation, seams of known height, what is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_the_nll_is_that_of_sequences_made_by_hand(measured, model: Path, photos
     both = measured("--plain", model)
     assert both["metrics"]["hole_nats"]["plain"] == both["metrics"]["hole_nats"]["before"]
     assert both["metrics"]["gain_over_plain"] == both["metrics"]["gain"]
+
+
+def test_a_hole_in_the_corner_has_no_edge_and_guidance_by_the_source_is_of_fillings_alone(measured) -> None:
+    words = ["--box", 12, 12, 4, 4, "--diverse", 1, "--fillings", 2, "--n", 6]
+    plain = measured(*words)
+    guided = measured(*words, "--source-guidance-scale", 5, "--guidance-schedule", "linear")
+    for found in (plain, guided):
+        assert "edge_nats" not in found["metrics"] and found["metrics"]["gain"].keys() == {"hole"}
+        assert all(math.isfinite(value) for _, value in flatten(found["metrics"]))
+    psnr = [found["metrics"]["hole_psnr"] for found in (plain, guided)]
+    assert psnr[0]["before"] == psnr[1]["before"] and psnr[0]["filled"] != psnr[1]["filled"]
 
 
 def test_every_image_gets_the_surroundings_of_another() -> None:
@@ -237,6 +249,10 @@ def test_seams_of_windows_are_measured_at_borders_of_codes(cli, tmp_path: Path, 
     assert found["metrics"]["step"]["inside"] == pytest.approx(inside.mean().item())
     assert found["metrics"]["seam"] == pytest.approx(right[15].item() / inside.mean().item())
     assert cli(evaluate.main, "replay", model / "windows-5.json").out.startswith("same: ")
+    guided = cli(evaluate.main, "windows", *words, "--source-guidance-scale", 3, "--output", model / "guided.json")
+    assert guided.code == 0, guided.err
+    other = json.loads((model / "guided.json").read_text())
+    assert other["fingerprints"]["images"] != found["fingerprints"]["images"]
     for wrong in ([16, 16], [16, 17], [16]):
         result = cli(evaluate.main, "windows", *words, "--size", *wrong)
         assert result.code == 2 and "--size" in result.err and result.err.count("\n") == 1, result.err

@@ -38,8 +38,9 @@ METRICS = {metric.name: metric for metric in _METRICS}
 """Each has a value for each of several ways to fill the hole.
 
 `hole_nats`, `edge_nats`: the mean NLL of the codes of the hole (those that have a pixel in it), and of those among them
-whose neighbour on the right or below is known, given all that surrounds the hole (`surroundings`), the codes before
-each alone (`before`), another image's surroundings (`shuffled`), and by --plain the codes before (`plain`).
+whose neighbour on the right or below is known, if there are any. Given is what surrounds the hole (`surroundings`), the
+codes before each alone (`before`), another image's surroundings (`shuffled`), and by --plain the codes before
+(`plain`).
 
 `hole_psnr`, `lpips`, `seam`: of images filled as vqgen-sample does (`filled`), filled given the codes before alone
 (`before`), and with the tokenizer's reconstruction in the hole (`reconstruction`), the best that codes allow. `seam`
@@ -113,6 +114,8 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     perceptual, hole = perceptual_of(config, device), Hole.of(config, generator)
     images = TaskImages(config, generator)
     encoded = images.encoded()
+    whole = generator.conditioning.conditions({"class": encoded.labels}, absent=True)
+    generator.check(config.sampling, generator.seen(whole, hole.filling(encoded.codes, generator, True)))
     metrics, details = likelihoods(config, generator, plain, hole, encoded)
     metrics |= pictures(config, generator, hole, images, encoded, perceptual)
     metrics["diversity"] = diversity(config, generator, hole, encoded, perceptual)
@@ -136,6 +139,7 @@ def likelihoods(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The NLL of the hole by what is given, and the standard errors of what the surroundings save."""
     unknown, found, rows = hole.cells, Columns(), list(shares(len(encoded)))
+    places = {name: cells for name, cells in {"hole": hole.cells, "edge": hole.edge}.items() if cells.any()}
     with progress(len(encoded), "likelihood", "img", rank_and_world()[0] == 0) as bar:
         for first in range(0, len(rows), config.batch_size):
             part = rows[first : first + config.batch_size]
@@ -148,18 +152,16 @@ def likelihoods(
             }
             nats |= {"plain": hole_nats(plain, labels, codes)} if plain else {}
             for name, values in nats.items():
-                found.add(f"hole {name}", values[:, hole.cells].mean(1))
-                found.add(f"edge {name}", values[:, hole.edge].mean(1))
+                for where, cells in places.items():
+                    found.add(f"{where} {name}", values[:, cells].mean(1))
             bar.update(len(part) * rank_and_world()[1])
     columns = found.all()
     mean = {name: values.mean().item() for name, values in columns.items()}
     given = ["surroundings", "before", "shuffled", *["plain"] * bool(plain)]
-    metrics: dict[str, Any] = {
-        f"{where}_nats": {name: mean[f"{where} {name}"] for name in given} for where in ("hole", "edge")
-    }
+    metrics: dict[str, Any] = {f"{where}_nats": {name: mean[f"{where} {name}"] for name in given} for where in places}
     errors = {}
     for name, other in {"gain": "before", **({"gain_over_plain": "plain"} if plain else {})}.items():
-        saved = {where: columns[f"{where} {other}"] - columns[f"{where} surroundings"] for where in ("hole", "edge")}
+        saved = {where: columns[f"{where} {other}"] - columns[f"{where} surroundings"] for where in places}
         scale = {where: 100 / mean[f"{where} {other}"] for where in saved}
         metrics[name] = {where: scale[where] * values.mean().item() for where, values in saved.items()}
         errors[name] = {w: scale[w] * values.std().item() / len(values) ** 0.5 for w, values in saved.items()}
@@ -202,7 +204,8 @@ def pictures(
         whole = generator.conditioning.conditions(conditions, absent=True)
         with progress(len(rows) * generator.tokens_of(filling), f"drawing ({name})", "code", rank == 0) as bar:
             on_token = lambda tokens, bar=bar: bar.update(len(tokens))  # noqa: E731
-            given = filling, rows, whole, config.sampling, config.seed, config.batch_size, on_token
+            settings = config.sampling if sourced else config.sampling.without_source_guidance()
+            given = filling, rows, whole, settings, config.seed, config.batch_size, on_token
             drawn[list(rows)] = generator.draw_filling(*given)[0]
         codes[name] = drawn
     borders = {
@@ -212,6 +215,7 @@ def pictures(
             Neighbours.where(hole.drawn_pixels, torch.logical_and),
         ),
     }
+    borders = {seam: pairs for seam, pairs in borders.items() if all(pairs)}  # a hole of one pixel has none inside
     found = Columns()
 
     def add_steps(seam: str, name: str, shown: Tensor) -> None:

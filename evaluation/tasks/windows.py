@@ -43,7 +43,7 @@ def measure_windows(config: WindowsConfig) -> Measurement:
         found = " ".join(map(str, config.size))
         raise UsageError(f"--size: {found} is the size of training, drawn in one window; give a larger one")
     conditions = generator.conditioning.conditions()
-    generator.check(config.sampling, conditions)
+    generator.check(config.sampling, generator.seen(conditions, canvas))
 
     def over_pixels(values: Tensor) -> Tensor:
         return values.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
