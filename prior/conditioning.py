@@ -7,6 +7,7 @@ first, so that those of the class follow the codes whatever else there is.
 
 import copy
 import math
+import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,12 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import read_text, write_text
 from vqgen.tokenizer.codes.format import CodeFiles
 
-from .options import ObjectiveConfig
+from .options import PART_CLASSES, ObjectiveConfig
 from .parts import ABSENT, Classes, Part, Rows, is_absent
 from .source import MaskedSource, PairedSource
-from .text import Text
 from .vocabulary import Vocabulary
 
-PARTS: list[type[Part]] = [Text, MaskedSource, PairedSource, Classes]
+PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
 """Every kind of conditioning, in the order of the sequence; the class is the last."""
 
 Conditions = Mapping[str, Sequence[Any]]

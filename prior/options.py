@@ -8,6 +8,13 @@ from vqgen.options import Few, Fraction, NotNegative, Options, Range, Share, Siz
 
 from .orders import ORDERS
 
+PART_CLASSES = (
+    "vqgen.prior.text:Text",
+    "vqgen.prior.source:MaskedSource",
+    "vqgen.prior.source:PairedSource",
+    "vqgen.prior.parts:Classes",
+)
+"""Every kind of conditioning as "module:class", in the order of the sequence; `Classes` is the last."""
 MAX_TEXT_IDS = 4096
 """Most ids of the tokens of text."""
 MAX_TEXT_LENGTH = 1024

@@ -1,6 +1,7 @@
 """The parts that a prefix may have, each a kind of conditioning with token ids of its own.
 
-Another kind is a subclass of `Part`, listed in `PARTS`; `Conditioning` puts the parts of a prior together.
+Another kind is a subclass of `Part`, listed in `PART_CLASSES` (`options.py`); `Conditioning` puts the parts of a prior
+together.
 """
 
 import difflib

@@ -187,7 +187,7 @@ class BrightSampleConfig(SampleConfig):
 
 
 def test_another_kind_of_conditioning(cli, tmp_path, monkeypatch):
-    """A class in prior/conditioning.py (and an option in prior/options.py), an option in sampling/sample.py."""
+    """A class in a module of prior/, its name and option in prior/options.py, an option in sampling/sample.py."""
     monkeypatch.setattr(conditioning, "PARTS", [Brightness, Classes])
     codes, model = write_dark_and_light(tmp_path / "codes"), tmp_path / "prior"
     generator = trained(codes, model, 60)
