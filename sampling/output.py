@@ -43,9 +43,10 @@ _LARGEST = 2**28  # bytes of an image that is verified
 
 def path_word(name: str, otherwise: str) -> str:
     """A name without what file systems forbid in a path component, of at most 80 bytes; `otherwise` if none is left."""
-    name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name)
+    # Bytes that are no UTF-8 become "?" first, so that a word of a word is itself.
+    name = re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "_", name.encode("utf-8", "replace").decode())
     # File systems limit bytes, not characters.
-    return name.encode("utf-8", "replace")[:80].decode(errors="ignore").strip(" .") or otherwise
+    return name.encode()[:80].decode(errors="ignore").strip(" .") or otherwise
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ class SampleConfig(Options):
         """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`."""
         if self.prompt_file is None:
             return self.prompt
-        found = [line for line in read_text(self.prompt_file, MAX_PROMPTS).splitlines() if line.strip()]
+        text = read_text(self.prompt_file, MAX_PROMPTS).removeprefix("\ufeff")
+        found = [line for line in text.splitlines() if line.strip()]
         if not found:
             raise UserError(f"--prompt-file: {self.prompt_file} holds no text; write one prompt a line")
         return found

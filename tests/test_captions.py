@@ -70,7 +70,8 @@ def test_a_caption_is_one_line(text: str) -> None:
 def test_text_files_beside_the_images(folder: Path) -> None:
     listed = names(folder)
     for index, name in enumerate(listed[:-1]):
-        (folder / name).with_suffix(".txt").write_bytes(f"  {words(index)}\r\n\tblue ".encode())
+        text = f"  {words(index)}\r\n\tblue "
+        (folder / name).with_suffix(".txt").write_text(text, encoding=("utf-8", "utf-8-sig")[index % 2], newline="")
     found = captions(folder, "txt")
     assert found == {str(folder / name): f"{words(i)} blue" for i, name in enumerate(listed[:-1])} | {
         str(folder / listed[-1]): ""

@@ -301,7 +301,7 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     with Image.open(tmp_path / "one" / "grid.png") as grid:
         assert grid.size == (2 * 8 + 2, 2 * 6 + 2), "one column a prompt"
     # A file of prompts is the same run, which goes on; another prompt is another run.
-    (tmp_path / "prompts.txt").write_text("a small red square\n\n  a large blue square\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffa small red square\n\n  a large blue square\n")
     words[3] = 6
     more = cli(program.main, *words, "--prompt-file", tmp_path / "prompts.txt", "--output", tmp_path / "one")
     assert more.code == 0 and "(4 were there)" in more.out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -433,6 +434,17 @@ def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_
         assert refused.code == 2 and "another run" in refused.err and len(refused.err) < 1000
     assert sample(*words[:2], "--n", 3, "--overwrite").code == 0
     assert list(files(tmp_path / "out")) == ["00000.png", "00001.png", "00002.png", "grid.png", "translated/mine.png"]
+
+
+def test_names_that_are_no_text_are_replaced(sample, folder: Path, tmp_path: Path) -> None:
+    for name in (b"\xff\xfe.png", b"n\nl?.png", b"e\xe9.png"):
+        shutil.copy(folder / "a.png", os.fsdecode(os.fsencode(folder) + b"/" + name))
+    result = sample("--source-image", folder)
+    assert result.code == 0, result.err
+    found = files(tmp_path / "out")
+    assert len(found) == 9
+    (tmp_path / "out" / "translated" / "a.png").unlink()
+    assert "1 images in" in sample("--source-image", folder).out and files(tmp_path / "out") == found
 
 
 def test_two_processes_translate_what_one_translates(sample, model, folder: Path, tmp_path: Path) -> None:

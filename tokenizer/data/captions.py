@@ -80,7 +80,9 @@ def of_folder(root: Path, names: Sequence[str], column: str) -> list[str]:
 
 
 def _beside(path: Path) -> str:
-    return as_caption(read_text(path, 8 * MAX_CAPTION), str(path)) if is_file(path) else ""
+    if not is_file(path):
+        return ""
+    return as_caption(read_text(path, 8 * MAX_CAPTION).removeprefix("\ufeff"), str(path))
 
 
 def _metadata(root: Path, names: Sequence[str], column: str) -> dict[str, str]:
