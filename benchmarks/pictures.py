@@ -52,7 +52,7 @@ def drawn(folder: Path, *words: Any) -> list[Tensor]:
     output = Path(tempfile.mkdtemp(dir=folder)) / "drawn"
     if sample.main([*given, "--output", str(output)]):
         raise SystemExit(1)
-    paths = sorted(path for path in output.glob("*.png") if path.name != "grid.png")
+    paths = sorted(path for path in output.rglob("*.png") if path.name != "grid.png")
     return [decode(read_bytes(path), 3) for path in paths]
 
 
@@ -104,8 +104,8 @@ def filling(options: argparse.Namespace, folder: Path) -> None:
 def restored(options: argparse.Namespace, folder: Path) -> None:
     """Draw images before and after what a prior was trained to restore."""
     images, names = first_of_each_class(options.data, options.model)
-    about = getattr(Prior.load(options.model).conditioning.source, "about", None)
-    specs = options.source or (list(about.degradations) if about else [])
+    source = Prior.load(options.model).conditioning.paired_source
+    specs = options.source or (list(source.about.degradations) if source else [])
     if not specs:
         raise SystemExit(f"{options.model} was not trained on degraded images; name them with --source")
     given = degrade(images, parse_degradations(specs), range(len(images)))
