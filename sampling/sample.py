@@ -40,14 +40,16 @@ class SampleConfig(Options):
     """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
     comes with the package."""
     n: Images | None = None
-    """Number of images; 64 unless --num-per-class says otherwise, or one for each --source-image."""
+    """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts, or one for each
+    --source-image."""
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
     """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class; with
     --prompt none."""
     prompt: list[str] | None = None
-    """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions."""
+    """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions; an empty
+    one is none."""
     prompt_file: Path | None = None
     """Text file of prompts, one a line, in place of --prompt."""
     output: Path = Path("samples")
@@ -129,7 +131,10 @@ class SampleConfig(Options):
         """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`."""
         if self.prompt_file is None:
             return self.prompt
-        text = read_text(self.prompt_file, MAX_PROMPTS).removeprefix("\ufeff")
+        try:
+            text = read_text(self.prompt_file, MAX_PROMPTS).removeprefix("\ufeff")
+        except UserError as error:
+            raise UserError(f"--prompt-file: {error}") from error
         found = [line for line in text.splitlines() if line.strip()]
         if not found:
             raise UserError(f"--prompt-file: {self.prompt_file} holds no text; write one prompt a line")

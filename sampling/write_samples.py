@@ -119,7 +119,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     if config.num_per_class and len(set(classes)) < len(classes):
         raise UsageError("--num-per-class: --class names a class twice; name each once")
     channels = generator.tokenizer.config.channels
-    n = config.count(len(classes), len(sources) if sources else 64)
+    n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
     stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
     names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
     about = describe(config, generator, names, n, conditions, filling)

@@ -309,7 +309,7 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     assert other.code == 2 and "--output" in other.err and "a square" in other.err
     for wrong, code, parts in (
         (["--prompt", "a", "--prompt-file", tmp_path / "prompts.txt"], 2, ("--prompt-file",)),
-        (["--prompt-file", tmp_path / "none.txt"], 1, ("none.txt",)),
+        (["--prompt-file", tmp_path / "none.txt"], 1, ("--prompt-file", "none.txt")),
         (["--prompt", "one two three four five six"], 2, ("--prompt", "tokens")),
         (["--prompt", "a square", "--layout", "folders"], 2, ("--layout",)),
     ):
@@ -318,6 +318,9 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     (tmp_path / "empty.txt").write_text(" \n")
     found = cli(program.main, *words, "--prompt-file", tmp_path / "empty.txt", "--output", tmp_path / "two")
     assert found.code == 1 and "empty.txt" in found.err
+    (tmp_path / "many.txt").write_text("a square\n" * 66)
+    found = cli(program.main, *words[:2], "--prompt-file", tmp_path / "many.txt", "--output", tmp_path / "many")
+    assert found.code == 0 and len(list((tmp_path / "many").glob("[0-9]*.png"))) == 66, "every prompt is drawn"
     plain = make_prior(tmp_path / "plain")
     found = cli(program.main, "--model", plain, "--prompt", "a shoe", "--output", tmp_path / "two")
     assert found.code == 2 and "--prompt" in found.err and not (tmp_path / "two").exists()

@@ -58,7 +58,11 @@ class Lines:
         self.close()
 
 
-def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> tqdm | Lines:
+Progress = tqdm | Lines
+"""A bar or lines; both have `update`, `set_postfix` and `write`."""
+
+
+def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> Progress:
     """Return the progress of a job, shown by the main process."""
     if not sys.stderr.isatty():
         return Lines(total, what, unit, main, done)

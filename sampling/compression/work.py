@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from vqgen import __version__
 from vqgen.devices import describe
 from vqgen.errors import UsageError, UserError
 from vqgen.files import write_json
 from vqgen.files.output_folder import new_folder
-from vqgen.progress import progress
+from vqgen.progress import Progress, progress
 from vqgen.sampling.decoding.threads import on_threads
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.init_images import image_files, read_image
@@ -127,7 +126,7 @@ def compress_images(config: CompressConfig) -> None:
 
 
 def _encoded(
-    generator: Generator, config: CompressConfig, blocks: tuple[Tensor, ...], bar: tqdm
+    generator: Generator, config: CompressConfig, blocks: tuple[Tensor, ...], bar: Progress
 ) -> list[NDArray[np.uint32]]:
     coder = Coder(generator, config.probabilities)
 
@@ -144,7 +143,7 @@ def _decoded(
     probabilities: Any,
     streams: list[NDArray[np.uint32]],
     counts: list[int],
-    bar: tqdm,
+    bar: Progress,
 ) -> list[Tensor]:
     coder = Coder(generator, probabilities)
 

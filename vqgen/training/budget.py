@@ -30,6 +30,8 @@ IN_STEPS |= {"gan_start", "gan_warmup", "gan_ramp", "revive_after"}
 """Options that are a number of steps."""
 TRIAL_STEPS, TRIAL_SECONDS = 30, 20.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
+EPOCHS_VALIDATIONS = 10
+"""Most validations of a run that is given epochs, whose time is not known."""
 VALIDATION = 0.2
 """Share of the time that validations may take."""
 
@@ -143,7 +145,7 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
         kept = {key: before[key] for key in (*IN_STEPS, "ema_decay") if key in before} | {"steps": steps}
         return _changed(config, lambda key, value: kept.get(key, value))
     if name == "epochs":
-        return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)))
+        return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS)
     trial = measured(config, build)
     found = trial.steps(60 * budget, max(1, round(run.steps / run.validate_every)))
     steps, validations = on_main(lambda: found)  # that of the main process in all of them

@@ -45,7 +45,8 @@ def summary(run: "Run", trainer: "Trainer") -> str:
 
 def expectation(seconds: float, done: int, left: int, validations: int, memory: float) -> str:
     """What `left` steps are expected to take after `done` in `seconds`; `memory` in bytes is what it took so far."""
-    left = seconds / done * left / 60
-    duration = f"{left / 60:.1f} h" if left >= 90 else f"{left:.0f} min" if left >= 2 else f"{60 * left:.0f} s"
+    minutes = seconds / done * left / 60
+    long = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+    duration = long if minutes >= 2 else f"{60 * minutes:.0f} s"
     more = f", and {validations} validations" if validations else ""
     return f"expected: {duration} for the steps that are left{more}; {memory / 1e9:.1f} GB of memory so far"

@@ -21,7 +21,7 @@ def _split(path: Path) -> tuple[bytes, Any, bytearray]:
         raise NotApplicable from error
 
 
-def _join(path: Path, magic: bytes, text: bytes, codes: bytes) -> None:
+def _join(path: Path, magic: bytes, text: bytes, codes: bytes | bytearray) -> None:
     data = magic + len(text).to_bytes(4, "little") + text + codes
     path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
 
