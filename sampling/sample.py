@@ -47,7 +47,7 @@ class SampleConfig(Options):
     class_: list[str] | None = None
     """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class; with
     --prompt none."""
-    prompt: list[str] | None = None
+    prompt: list[str] | None = field(default=None, metadata={"repeatable": True})
     """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions; an empty
     one is none."""
     prompt_file: Path | None = None
@@ -67,7 +67,7 @@ class SampleConfig(Options):
     mask: list[Path] | None = None
     """Images of the sizes of the --init-image, in turn: what is white is drawn anew, given all the rest. Needs a prior
     that was trained with --inpainting, as do --box and --vary."""
-    box: list[CountOrZero] | None = None
+    box: list[CountOrZero] | None = field(default=None, metadata={"repeatable": True})
     """Rectangles that are drawn anew, in pixels of the --init-image: X Y WIDTH HEIGHT; may be repeated."""
     vary: Annotated[float, Range(above=0, most=1)] | None = None
     """Share of the codes of --init-image, at random, that is drawn anew."""

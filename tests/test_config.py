@@ -67,7 +67,7 @@ class Example:
     """Precision."""
     channels: Literal[1, 3] = 3
     """Channels."""
-    class_: list[str] | None = None
+    class_: list[str] | None = field(default=None, metadata={"repeatable": True})
     """Classes."""
     files: list[Path] = field(default_factory=list)
     """Files."""
@@ -105,8 +105,8 @@ def test_defaults_sections_and_option_names() -> None:
 
 def test_a_list_that_is_given_in_several_places_is_one(tmp_path: Path) -> None:
     assert example("--class", "cat", "dog", "--scale", "1", "--class=bird").class_ == ["cat", "dog", "bird"]
-    assert example("--rates", "1", "--rates", "2", "3").inner.rates == [1.0, 2.0, 3.0]
-    assert in_file(tmp_path, "inner: {rates: [5]}", "--rates", "1", "--rates", "2").inner.rates == [1.0, 2.0]
+    assert in_file(tmp_path, "class: [horse]", "--class", "cat", "--class", "dog").class_ == ["cat", "dog"]
+    assert example("--rates", "1", "--rates", "2", "3").inner.rates == [2.0, 3.0], "it is not repeatable"
     assert example("--limit", "1", "--limit", "2").limit == 2
 
 

@@ -389,8 +389,8 @@ def test_training_says_that_a_test_split_is_left_for_evaluation(rows, tmp_path, 
     words = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --steps 1".split()
     words += "--batch-size 4 --holdout 0.25 --precision fp32 --codebook-size 16".split()
     result = cli(train.main, "--data", tmp_path / "images", "--output", tmp_path / "run", *words)
-    said = [line for line in (result.out + result.err).splitlines() if "test split" in line]
-    assert result.code == 0 and len(said) == 1 and "5 images" in said[0], result.err
+    said = [line for line in (result.out + result.err).splitlines() if line.startswith("images ")]
+    assert result.code == 0 and len(said) == 1 and "5 left for tests" in said[0], result.err
 
 
 def test_three_splits_are_kept_and_a_missing_one_is_an_error(rows, tmp_path):

@@ -39,7 +39,7 @@ STAGE_ONE = (
 STAGE_TWO = (
     "--dim 16 --layers 1 --heads 2 --dropout 0.2 --label-dropout 0.3 --patience 2 --preview-images 10 --ema-decay 0.5 "
     "--batch-size 8 --accumulate 2 --steps 60 --precision fp32 --log-every 1 --validate-every 3 --checkpoint-every 4 "
-    "--lr 12 --lr-warmup 60"  # the rate rises until the loss does, too: early stopping has something to do
+    "--lr 6 --lr-warmup 30"  # the rate rises until the loss does, too: early stopping has something to do
 ).split()
 
 

@@ -2,8 +2,9 @@
 
 YAML sections nest, with keys in snake_case; on the command line every option goes by its own name in kebab-case
 (`training.batch_size` is `--batch-size`), unique in a program, and wins over `--config FILE` wherever either stands.
-A list with `metadata={"positional": "FILES"}` also takes the words that belong to no option. `options.py` has the
-declarations, `config_layers.py` reads the sources.
+A list with `metadata={"positional": "FILES"}` also takes the words that belong to no option, one with
+`{"repeatable": True}` goes on where it is given again. `options.py` has the declarations, `config_layers.py` reads the
+sources.
 """
 
 import dataclasses

@@ -137,8 +137,8 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
         if option is None:
             files.append(words[0])
         else:
-            former = layer.values[option.name][0] if many and option.name in layer.values else ()
-            layer.values[option.name] = ((*former, *words), flag)  # a list that is given in several places is one
+            former = layer.values[option.name][0] if option.repeatable and option.name in layer.values else ()
+            layer.values[option.name] = ((*former, *words), flag)
     if takes_bare and bare:
         if takes_bare.name in layer.values:
             raise UsageError(f"{takes_bare.flag}: given twice, also as {bare[0]!r}; name all of them in one place")

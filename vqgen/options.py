@@ -160,6 +160,8 @@ class Option:
     ranges: tuple[Range, ...] = ()
     positional: str = ""
     """What help calls the words of the command line that belong to no option, where they are this option's."""
+    repeatable: bool = False
+    """Whether a list goes on where the option is given again; else the later one wins."""
     choice: Choice | None = None
     """The choice that it belongs to."""
     kinds: tuple[str, ...] = ()
@@ -240,7 +242,8 @@ def _options(
             yield from _options(hint, selected, here, default)
         else:
             ranges = tuple(ranges_of(hints[field.name]))
-            yield Option(config, field.name, here, hint, default, ranges, field.metadata.get("positional", ""))
+            stated = {name: field.metadata[name] for name in ("positional", "repeatable") if name in field.metadata}
+            yield Option(config, field.name, here, hint, default, ranges, **stated)
 
 
 def _options_of_kinds(declared: Choice, path: Place, default: Any, selected: Mapping[str, Any]) -> Iterator[Option]:
