@@ -16,6 +16,8 @@ from .mutations import Change
 from .place import Place
 from .runner import Ended
 
+TIMING = ("per_second", "mfu", "seconds", "peak_memory_gb")
+"""Ends of the names of what metrics.jsonl has of time and memory, which differ from run to run."""
 Results = dict[str, str]
 """Relative name of a result -> its digest."""
 
@@ -55,9 +57,7 @@ def digests(output: Path, patterns: tuple[str, ...]) -> Results:
 def _lasting(path: Path) -> bytes:
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return json.dumps(
-            [{k: v for k, v in row.items() if not k.endswith(("per_second", "mfu", "seconds"))} for row in rows]
-        ).encode()
+        return json.dumps([{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in rows]).encode()
     if path.suffix == ".json":
         tree = json.loads(path.read_text())
         if tree.get("kind") == "vqgen receipt":
