@@ -43,14 +43,15 @@ def saved(tmp_path: Path) -> dict[str, Any]:
     return {**tree, **tree["run"], **tree["optimizer"]}
 
 
-def test_what_is_counted_in_steps_changes_in_proportion() -> None:
-    config = parse(TokenizerTraining, ["--data", "demo", "--steps", "1000", "--lr-warmup", "7"])
+def test_what_is_counted_in_steps_changes_in_proportion(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("run: {steps: 1000}")
+    config = parse(TokenizerTraining, ["--data", "demo", "--config", str(tmp_path / "run.yaml"), "--lr-warmup", "7"])
     assert config.run.validate_every == 500 and config.gan.gan_start == 5000 and config.quantizer.revive_after == 100  # type: ignore[attr-defined]
     found = scaled(config, 200)
     assert found.run.validate_every == 100 and found.gan.gan_start == 1000 and found.gan.gan_ramp == 200
     assert found.quantizer.revive_after == 20 and found.run.checkpoint_every == 100  # type: ignore[attr-defined]
     assert found.optimizer.lr_warmup == 7, "the command line said so"
-    assert found.run.steps == 1000 or "steps" not in config.given
+    assert found.run.steps == 200
     assert 1 - found.optimizer.ema_decay == pytest.approx(5 * (1 - config.optimizer.ema_decay))
     assert found.optimizer.lr == config.optimizer.lr and found.run.keep_checkpoints == config.run.keep_checkpoints
 
@@ -118,6 +119,7 @@ def test_a_trial_leaves_the_run_as_it_is(tmp_path: Path, cli: Callable[..., Any]
     ("given", "named"),
     [
         (["--minutes", 1, "--epochs", 1], "--epochs"),
+        (["--minutes", 1, "--steps", 5], "--steps"),
         (["--minutes", 0], "--minutes"),
         (["--epochs", "nan"], "--epochs"),
         (["--minutes", 1e-6], "--minutes"),

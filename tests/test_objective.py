@@ -9,13 +9,23 @@ from helpers.models import conditioning_of, small_prior, tokens_for
 
 from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
-from vqgen.prior.objective import corrupted, objective
+from vqgen.prior.objective import accuracy, corrupted, objective
 from vqgen.prior.options import ObjectiveConfig
 
 
 def given(seed=0) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     return torch.randn(4, 6, 11), torch.randint(11, (4, 6))
+
+
+def test_accuracy_is_the_share_among_the_likeliest():
+    logits, targets = given()
+    wanted = torch.rand(4, 6) < 0.5
+    for weights, chosen in ((None, torch.ones_like(wanted)), (wanted / wanted.float().mean(), wanted)):
+        found = accuracy(logits, targets, weights)
+        for k in (1, 5):
+            right = (logits.topk(k).indices == targets[..., None]).any(-1)
+            torch.testing.assert_close(found[f"top{k}_accuracy"], right[chosen].float().mean())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

@@ -519,9 +519,10 @@ def test_dead_codes_are_revived_after_exactly_so_many_steps(codebook, l2):
     # Code 2 is used once more at the second step, so that code 3 dies at the third step, code 2 at the fifth.
     for step, used in enumerate([[0, 1], [0, 1, 2], [0, 1], [0, 1], [0, 1]], start=1):
         z = near(codes, used, step)
-        revived(z)
+        stats = revived(z).stats
         plain(z)
         dead = {3: 3, 5: 2}.get(step)
+        assert stats["codes_revived"] == (dead is not None)
         if dead is not None:
             batch = revived.codebook.scaled(revived.vectors(z))
             nearest_latent = (batch - revived.codebook.codes[dead]).norm(dim=1).min()

@@ -1,6 +1,7 @@
 """A run that was stopped, however, ends as if it had not been: real processes, killed and signalled."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -85,6 +86,12 @@ def test_the_reference_uses_what_is_to_be_resumed(one: Path, two: Path) -> None:
     train = [row for row in rows(one) if "train/loss" in row]
     assert [row["step"] for row in train] == list(range(1, 13))
     assert {"train/discriminator", "train/adversarial", "train/adaptive_ratio"} <= train[-1].keys()
+    for row in train:
+        parts = [row[f"train/{part}_grad_norm"] for part in ("encoder", "quantizer", "decoder")]
+        assert math.hypot(*parts) == pytest.approx(row["train/grad_norm"], rel=1e-4), "the parts are the whole"
+        assert row["train/images"] == 8 * row["step"]
+        assert all(0 <= row.get(f"train/discriminator_{images}_accuracy", 0) <= 1 for images in ("real", "fake"))
+    assert max(row["train/codes_revived"] for row in train) > 0
     checkpoint = one / "checkpoints/step-00000012"
     modules = {path.stem for path in checkpoint.glob("*.safetensors")}
     assert modules == {"tokenizer", "average", "discriminator"}

@@ -140,6 +140,8 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
     name, budget = ("minutes", run.minutes) if run.minutes is not None else ("epochs", run.epochs)
     if budget is None:
         return config
+    if "steps" in config.given:  # type: ignore[attr-defined]
+        raise UsageError(f"--{name}: --steps is given too; give one of them")
     if (before := on_main(lambda: _before(config))) and before.get(name):
         steps = round(before["steps"] * budget / before[name])
         kept = {key: before[key] for key in (*IN_STEPS, "ema_decay") if key in before} | {"steps": steps}

@@ -152,6 +152,10 @@ class Run:
         scaler = self.accelerator.scaler
         return trainer.optimizers if scaler is None else {**trainer.optimizers, "scaler": scaler}
 
+    def logs(self, step: int) -> bool:
+        """Whether a row of training metrics follows step `step` (0 is the first)."""
+        return (step + 1) % self.settings.log_every == 0 or step + 1 == self.settings.steps
+
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append a row to metrics.jsonl and send it to the other trackers."""
         self.rows.append({"step": step, **values})
