@@ -1,25 +1,23 @@
 """A prior's model folder as one object that draws images: conditions to codes to pixels."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
-from vqgen.prior.conditioning import Conditions
 from vqgen.prior.model import Prior
 
-from .drawing import Drawer, Samples
-from .filling import Filling, cells_of, fitted_masks, random_cells
+from .drawing import Samples
+from .filling import Filling
+from .inpainter import Inpainter
 from .known import Known
 from .settings import SamplingSettings
-from .windows import Painter
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
@@ -37,8 +35,8 @@ def find_model(model: Path | None) -> Path:
     return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else SHIPPED
 
 
-class Generator(Drawer):
-    """A prior and its tokenizer as one object that draws, completes and fills in images."""
+class Generator(Inpainter):
+    """A prior and its tokenizer as one object that draws, completes, fills in and translates images."""
 
     @classmethod
     def load(
@@ -209,66 +207,6 @@ class Generator(Drawer):
         indices = range(len(codes) if n is None else n)
         return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size)
 
-    def canvas(self, size: Sequence[int]) -> Filling:
-        """An empty image of `size`, height and width in pixels."""
-        grid = self._grid(size, "--size")
-        cells = torch.ones(1, *grid, dtype=torch.bool)
-        shape = (1, *grid, *self.vocabulary.shape[2:])
-        return Filling(torch.zeros(shape, dtype=torch.long), cells, self.vocabulary, False)
-
-    def _grid(self, size: Sequence[int], option: str) -> tuple[int, int]:
-        """The grid of codes of images of a size in pixels. Raises `UsageError`."""
-        factor, (least_h, least_w) = self.tokenizer.factor, self.tokenizer.config.image_size
-        if len(size) != 2 or size[0] < least_h or size[1] < least_w or size[0] % factor or size[1] % factor:
-            wanted = f"a height and width of at least {least_h} and {least_w}, multiples of {factor}"
-            raise UsageError(f"{option}: found {' '.join(map(str, size))}, expected {wanted}")
-        return size[0] // factor, size[1] // factor
-
-    def extension(self, images: Tensor, margins: Sequence[int], pasted: bool = True) -> Filling:
-        """Images with margins that are drawn, see `extend`; `margins` are those left, top, right and bottom."""
-        self.check_inpainting()
-        factor, fitted = self.tokenizer.factor, self.fitted(images[None] if images.ndim == 3 else images)
-        if len(margins) != 4 or min(margins) < 0 or any(margin % factor for margin in margins) or not any(margins):
-            found = " ".join(map(str, margins))
-            raise UsageError(f"--extend: found {found}, expected LEFT TOP RIGHT BOTTOM, multiples of {factor} pixels")
-        left, top, right, bottom = margins
-        originals = F.pad(fitted, (left, right, top, bottom))
-        pixels = torch.ones(len(fitted), *originals.shape[2:], dtype=torch.bool)
-        height, width = fitted.shape[2:]
-        pixels[:, top : top + height, left : left + width] = False
-        cells = cells_of(pixels, factor)
-        codes = torch.zeros(*cells.shape, *self.vocabulary.shape[2:], dtype=torch.long)
-        inside = slice(top // factor, (top + height) // factor), slice(left // factor, (left + width) // factor)
-        codes[:, inside[0], inside[1]] = self.encode(fitted)
-        return Filling(codes, cells, self.vocabulary, True, originals if pasted else None, pixels)
-
-    def filling(self, images: Tensor, mask: Tensor, pasted: bool = True) -> Filling:
-        """Images and the parts of them that are drawn, see `inpaint`."""
-        self.check_inpainting()
-        codes, size = self.encode(images), self.tokenizer.config.image_size
-        images = images[None] if images.ndim == 3 else images
-        if mask.dtype != torch.bool or mask.shape not in (images.shape[2:], (len(images), *images.shape[2:])):
-            wanted = f"bool {tuple(images.shape[2:])}, or one for each of {len(images)} images"
-            raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
-        if not mask.flatten(-2).any(-1).all():
-            raise UsageError("mask: no pixel of an image is to be drawn; mark some of them True")
-        pixels = fitted_masks(mask.cpu().expand(len(images), *images.shape[2:]), size, self.tokenizer.config.fit)
-        if not pixels.flatten(1).any(1).all():
-            raise UsageError(f"mask: of one nothing is left after the image is fitted to {size[0]}x{size[1]} pixels")
-        cells = cells_of(pixels, self.tokenizer.factor)
-        originals = self.fitted(images) if pasted else None
-        return Filling(codes, cells, self.vocabulary, True, originals, pixels)
-
-    def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:
-        """Images and the random share of their codes that is drawn anew, one for each of `n` results."""
-        self.check_inpainting()
-        if not 0 < share <= 1:
-            raise UsageError(f"vary: found {share}, expected a share above 0, at most 1")
-        codes = self.encode(images)
-        indices = range(len(codes) if n is None else n)
-        rows = codes[[index % len(codes) for index in indices]]
-        return Filling(rows, random_cells(indices, self.tokenizer.grid, share, seed), self.vocabulary, True)
-
     def _filled(
         self,
         filling: Filling,
@@ -286,36 +224,6 @@ class Generator(Drawer):
         codes, nats = self.draw_filling(filling, indices, chosen, SamplingSettings(**settings), seed, batch_size)
         labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
         return Samples(indices, labels, codes, nats, filling.finished(indices, self.decode(codes)))
-
-    def draw_filling(
-        self,
-        filling: Filling,
-        indices: Sequence[int],
-        conditions: Conditions,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
-        if filling.grid == self.vocabulary.grid:
-            given = self.seen(conditions, filling)
-            return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)
-        conditions = self.conditioning.conditions(conditions)
-        self.check(settings, self.seen(conditions, filling))
-        return Painter(self, filling).draw(indices, conditions, settings, seed, batch_size, on_token)
-
-    def seen(self, conditions: Conditions, filling: Filling) -> Conditions:
-        """The conditions of a series with the source that filling in adds; of larger grids only that there is one."""
-        if filling.grid == self.vocabulary.grid:
-            return {**conditions, **filling.conditions}
-        return {**conditions, "source": list(filling.codes)} if self.conditioning.masked_source else conditions
-
-    def tokens_of(self, filling: Filling) -> int:
-        """Codes that are drawn or fed one by one for each image of a filling."""
-        if filling.grid == self.vocabulary.grid:
-            return self.vocabulary.length - filling.known.leading
-        return Painter(self, filling).tokens
 
     def _conditions(
         self, classes: Classes, conditions: Mapping[str, Any] | None, absent: bool = False
