@@ -87,6 +87,7 @@ class PriorTrainer:
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
         self.examples = len(train)
+        self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
         if config.run.compile:
             prior.compile()
@@ -107,11 +108,14 @@ class PriorTrainer:
         model, weights = config.model, millions(self.prior.parameters())
         return {
             "codes": f"{config.codes}: {self.examples:,} images{views} to train on, {count:,} held out "
-            f"({min(config.validation_images or count, count):,} measured); {rows}x{columns} codes of "
+            f"({self.validated:,} measured); {rows}x{columns} codes of "
             f"{files.codebook_size}{f' x {files.depth}' * (files.depth > 1)}",
             "prefix": "; ".join(parts),
             "parameters": f"{model.backbone}, {model.dim} wide, {model.layers} layers: {weights}",
         }
+
+    def loading(self) -> float:
+        return 0.0
 
     def begin(self, first_step: int) -> None:
         if first_step:

@@ -148,6 +148,9 @@ class TokenizerTrainer:
                 break
         self.tokenizer.quantizer.initialize(torch.cat(latents))
 
+    def loading(self) -> float:
+        return self.train_images.first_read()
+
     def _tensors(self, batch: Batch) -> list[Tensor]:
         """Return a batch as float images in [-1, 1] on the device, one tensor for each part of accumulation."""
         images = to_float(batch.images.to(self.run.device, non_blocking=True))

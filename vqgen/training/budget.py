@@ -91,8 +91,16 @@ def scaled(config: C, steps: int, validations: int | None = None) -> C:
     return _changed(config, change)
 
 
-def measured(config: Any, build: Callable[[Any], tuple[Run, Trainer] | None]) -> Trial:
-    """Time a few steps and a validation of a run, in a folder that is removed again."""
+def measured(
+    config: Any,
+    build: Callable[[Any], tuple[Run, Trainer] | None],
+    steps: int = TRIAL_STEPS,
+    seconds: float = TRIAL_SECONDS,
+) -> Trial:
+    """Time at most `steps` steps and a validation of a run, in a folder that is removed again.
+
+    After four steps it ends with the step that `seconds` fall into.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vqgen-trial-") as folder:
         # With the discriminator from the first step: the run is no slower than this.
@@ -102,8 +110,8 @@ def measured(config: Any, build: Callable[[Any], tuple[Run, Trainer] | None]) ->
         run, trainer = built
         run.quiet = True
         trainer.begin(0)
-        start, taken = time.perf_counter() - began, list[float]()
-        while len(taken) < TRIAL_STEPS and not (len(taken) >= 4 and sum(taken) > TRIAL_SECONDS):
+        start, taken, first = time.perf_counter() - began, list[float](), trainer.loading()
+        while len(taken) < steps and not (len(taken) >= 4 and sum(taken) > seconds):
             before = time.perf_counter()
             trainer.step(len(taken))
             run.finite.check()  # waits for the device
@@ -113,7 +121,12 @@ def measured(config: Any, build: Callable[[Any], tuple[Run, Trainer] | None]) ->
         validation = time.perf_counter() - before
         run.accelerator.free_memory()
     # The first step allocates; steps may be of several kinds, so their mean counts.
-    return Trial(start, statistics.fmean(taken[1:]), validation)
+    step = statistics.fmean(taken[1:])
+    # Images of which the decoded pixels are kept: the trial read them for the first time, the run does so once.
+    share = config.run.batch_size / run.accelerator.num_processes
+    new = min(1.0, trainer.examples / (share * len(taken)))
+    later = max(step - first * share * new, step / 10)
+    return Trial(start + first * trainer.examples, later, max(validation - first * trainer.validated, validation / 10))
 
 
 def _before(config: Any) -> Mapping[str, Any] | None:

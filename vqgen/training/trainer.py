@@ -18,11 +18,15 @@ class Trainer(Protocol):
     """Small JSON-serialisable state of checkpoints, e.g. the best held-out loss."""
     examples: int
     """Training images: an epoch."""
+    validated: int
+    """Held-out images that a validation measures."""
 
     # What is trained on what, by name of the line, for the beginning of a run.
     def summary(self) -> dict[str, str]: ...
     # Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored.
     def begin(self, first_step: int) -> None: ...
+    # Seconds by which an image takes longer the first time it is read, measured on a few; 0 where all times are alike.
+    def loading(self) -> float: ...
     # Take one optimizer step; returns scalars to log. May raise `NonFinite`, see `FiniteCheck`.
     def step(self, step: int) -> dict[str, Tensor]: ...
     # Throughput metrics to log, from the examples per second.
