@@ -1,0 +1,247 @@
+"""How the plan of vqgen-train is made: choose by the rules, try it, and choose less where that would not fit."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqgen.config_layers import find_preset
+from vqgen.errors import UsageError, UserError
+from vqgen.files import write_text
+from vqgen.files.yaml_text import dump_yaml, parse_yaml
+
+from . import rules
+from .machine import Machine
+from .plan import TRIAL, Expected, Request, Row, file_of
+from .survey import Survey
+from .trial import Measured, Stage, tried
+
+MEMORY = 0.8
+"""Share of the free memory that a stage may take."""
+CACHE_MB = 2048
+"""Decoded images that are kept in memory."""
+
+
+class TooSlow(UsageError):
+    """Raised where images of a size leave too little time; the message is the reason."""
+
+
+def merged(*trees: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; the later wins."""
+    found: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            former = found.get(key)
+            found[key] = merged(former, value) if isinstance(former, dict) and isinstance(value, dict) else value
+    return found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A training: its configuration, and what its trial measured."""
+
+    values: dict[str, Any]
+    measured: Measured
+
+    def expected(self, seconds: float) -> Expected:
+        """What it takes to train for so many seconds."""
+        return Expected(seconds + TRIAL, self.measured.memory, max(0, self.measured.steps(seconds)))
+
+    def __str__(self) -> str:
+        parts, found = self.values["run"].get("accumulate", 1), self.measured
+        divided = f" in {parts} parts, to fit into the memory" * (parts > 1)
+        return f"steps of {found.batch}{divided}, {found.step:.2g} s each; {found.memory / 1e9:.1f} GB"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Everything for one size of the images."""
+
+    size: list[int]
+    factor: int
+    """Downsampling."""
+    views: int
+    shape: rules.Prior
+    shares: rules.Time
+    tokenizer: Tried
+    prior: Tried
+    why_size: str
+    why_shape: str
+
+    @property
+    def expected(self) -> dict[str, Expected]:
+        """What each stage is expected to take, in order."""
+        return {
+            "tokenizer": self.tokenizer.expected(self.shares.tokenizer),
+            "codes": Expected(self.shares.encoding, 0.0, 0),
+            "prior": self.prior.expected(self.shares.prior),
+            "samples": Expected(self.shares.drawing, 0.0, 0),
+        }
+
+
+class Planner:
+    """Makes a plan: chooses by the rules, tries what it chose, and chooses less where that would not fit.
+
+    Args:
+        deadline: of the whole, by `time.perf_counter`.
+        output: folder that gets plan/, with a YAML file for each stage.
+    """
+
+    def __init__(self, request: Request, survey: Survey, machine: Machine, deadline: float, output: Path) -> None:
+        self.request, self.survey, self.machine, self.deadline, self.output = request, survey, machine, deadline, output
+        self.rows: list[Row] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time that is left for the stages."""
+        return self.deadline - time.perf_counter() - 2 * TRIAL
+
+    def plan(self) -> tuple[list[Row], dict[str, Expected]]:
+        """Write the configurations; returns the choices and what each stage is expected to take.
+
+        Raises `UserError`.
+        """
+        given, survey = self.request.size, self.survey
+        grids = rules.grids(given, survey.side, survey.train)
+        why = "--size" if given else f"the shorter side of half of the images has {survey.side} pixels or more"
+        while True:
+            (size, most), *grids = grids
+            try:
+                draft = self._draft(size, rules.factor(size, most), why, last=not grids)
+                break
+            except TooSlow as found:
+                if not grids:
+                    raise
+                why = f"with {size[0]}x{size[1]} pixels {found}"
+        self._describe(draft)
+        return self.rows, draft.expected
+
+    def _draft(self, size: list[int], factor: int, why: str, last: bool) -> Draft:
+        """Choose the rest for images of this size, and write the configurations.
+
+        Raises `TooSlow` where a training would have too few steps, unless there is no smaller choice, and `UserError`.
+        """
+        if any(side % factor for side in size):
+            raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor} pixels")
+        survey, length = self.survey, size[0] * size[1] // factor**2
+        tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, length))
+        self._enough("tokenizer", tokenizer.measured.steps(self.seconds * 0.45), last)
+        codes = self._codes()
+        self._write("codes", codes)
+        encoding = 5 + (survey.train * codes["views"] + survey.heldout + survey.test) / tokenizer.measured.encoded
+        self._write("samples", self._samples())
+        index, reason = rules.prior_for(survey.train * length), "for so many codes"
+        while True:
+            prior = self._fitting("prior", self._prior(index))
+            found = prior.measured
+            shares = rules.share_time(self.seconds, encoding, survey.train / found.batch * found.step)
+            if shares is None:
+                needed = 2 * (encoding + rules.LEAST_DRAWING) + 4 * TRIAL
+                text = f"encoding the images takes about {encoding / 60:.1f} min"
+                raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed / 60:.0f} or more")
+            steps = max(found.steps(shares.prior), 0)
+            if rules.affordable(index, steps * found.batch * length):
+                break
+            reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
+            index -= 1
+        self._enough("prior", steps, last)
+        return Draft(size, factor, codes["views"], rules.PRIORS[index], shares, tokenizer, prior, why, reason)
+
+    def _enough(self, stage: str, steps: int, last: bool) -> None:
+        if not last and steps < (least := rules.LEAST_STEPS[stage]):
+            raise TooSlow(f"only {max(steps, 0)} steps of the {stage} would fit into the time, less than {least}")
+
+    def _say(self, name: str, choice: str, why: str = "") -> None:
+        self.rows.append(Row(name, choice, why))
+
+    def _write(self, stage: str, values: dict[str, Any]) -> None:
+        heading = f"# Planned by vqgen-train for {self.request.data!r}; change it before the stage begins.\n"
+        write_text(file_of(self.output, stage), heading + dump_yaml(values))
+
+    def _describe(self, draft: Draft) -> None:
+        """Put the choices into words."""
+        s, flips = self.survey, self.request.flip
+        labels = [f"{s.classes} classes"] * (s.classes > 0) + [f"{s.captions:,} captions"] * (s.captions > 0)
+        broken = f", {s.unreadable:.0%} of those looked at cannot be read" if s.unreadable else ""
+        what = ", ".join([f"{s.train:,} to train on, {s.heldout:,} held out, {s.test:,} for tests", *labels])
+        self._say("images", what, f"median {s.height}x{s.width} pixels{broken}")
+        self._say("machine", self.machine.name, f"{self.machine.memory / 1e9:.1f} GB free")
+        (height, width), factor, tokenizer = draft.size, draft.factor, draft.tokenizer.values
+        self._say("size", f"{height}x{width} pixels, {tokenizer['images']['channels']} channels", draft.why_size)
+        rows, columns = height // factor, width // factor
+        why = f"{rows * columns * s.train:,} codes of training images, about 1,000 for each of the codebook"
+        self._say("codes", f"{rows}x{columns} of {tokenizer['quantizer']['codebook_size']}", why)
+        losses = "squared error, LPIPS and a discriminator"
+        if not self.request.perceptual_weights:
+            losses = "squared error alone; --perceptual-weights gives sharper pictures"
+        preset = rules.TOKENIZERS[rules.image_side(min(draft.size))]
+        self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
+        if draft.views > 1:
+            self._say("views", f"{draft.views} of each image", f"{'flips and ' * flips}crops, against overfitting")
+        shape = draft.shape
+        text = f"{shape.weights / 1e6:.1f} M weights: {shape.dim} wide, {shape.layers} layers"
+        self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
+
+    # ---- the configurations ----
+
+    def _tokenizer(self, size: list[int], factor: int, length: int) -> dict[str, Any]:
+        request, survey, side = self.request, self.survey, rules.image_side(min(size))
+        images: dict[str, Any] = {"size": size, "channels": request.channels or survey.channels}
+        images |= {"flip": request.flip, "random_crop": 0.1, "cache_mb": CACHE_MB}
+        changed: dict[str, Any] = {
+            "data": request.data,
+            "images": images,
+            "model": rules.network(factor, side, self.machine.cuda),
+            "quantizer": {"codebook_size": rules.codebook_size(length * survey.train)},
+            "loss": {"perceptual_weights": request.perceptual_weights},
+        }
+        if not request.perceptual_weights:
+            changed = merged(changed, {"loss": {"perceptual_weight": 0.0}, "gan": {"gan_weight": 0.0}})
+        return merged(parse_yaml(find_preset(rules.TOKENIZERS[side])[1]), changed)
+
+    def _codes(self) -> dict[str, Any]:
+        views = rules.views(self.survey.train)
+        values: dict[str, Any] = {"data": self.request.data, "views": views}
+        if views > 1:
+            values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
+        if self.request.text_column:
+            values["text_column"] = self.request.text_column
+        return values
+
+    def _samples(self) -> dict[str, Any]:
+        guided = self.survey.classes > 0 or self.survey.captions > 0
+        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if guided else {})}
+        return {"n": 64, "sampling": sampling}
+
+    def _prior(self, index: int) -> dict[str, Any]:
+        shape = rules.PRIORS[index]
+        values = {
+            "model": {"dropout": rules.dropout(self.survey.train)},
+            "optimizer": {"lr_warmup": 200, "weight_decay": 0.1, "ema_decay": 0.999},
+            "run": {"steps": 5000, "batch_size": 64, "validate_every": 250, "checkpoint_every": 250},
+            "patience": 5,
+        }
+        return merged(shape.values(), values)
+
+    # ---- trials ----
+
+    def _fitting(self, stage: str, values: dict[str, Any]) -> Tried:
+        """Write and try the configuration of a stage, its steps in more parts until it fits into the memory."""
+        memory = MEMORY * self.machine.memory
+        while True:
+            self._write(stage, values)
+            found = tried(self._trial(stage))
+            parts = values["run"].get("accumulate", 1)
+            if found.memory <= memory:
+                return Tried(values, found)
+            if parts * 2 > values["run"]["batch_size"]:
+                short = f"{found.memory / 1e9:.1f} GB, {memory / 1e9:.1f} are free for it"
+                raise UserError(f"--data: the {stage} would take {short}; choose a smaller --size")
+            values = merged(values, {"run": {"accumulate": parts * 2}})
+
+    def _trial(self, stage: str) -> Stage:
+        request, survey = self.request, self.survey
+        tokenizer = ["--config", str(file_of(self.output, "tokenizer")), *request.tokenizer]
+        prior = ["--config", str(file_of(self.output, "prior")), *request.prior] if stage == "prior" else []
+        images = [survey.train, max(survey.heldout, 1)]
+        return Stage(tokenizer, prior, images, survey.classes, request.text_column)

@@ -1,0 +1,154 @@
+"""The rules by which vqgen-train chooses sizes: pure functions of the images, the tokens and the time. Needs no torch.
+
+Each returns its choice; `plan.py` says why it was made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SIZES = (32, 64, 128, 256)
+"""Sides of the square images, in pixels, that there is a network for."""
+FEW, MANY = 64, 256
+"""Most codes of an image: 8x8 or 16x16."""
+FEW_IMAGES = 2000
+"""Below so many training images a longer sequence has too few examples: images of 64 pixels get `FEW` codes."""
+TOKENIZERS = {32: "vqgan-cifar10", 64: "vqgan-64", 128: "vqgan-128", 256: "vqgan"}
+"""Side of the images -> the preset that the tokenizer starts from."""
+LEAST_STEPS = {"tokenizer": 600, "prior": 300}
+"""Steps below which smaller images or fewer codes are chosen; the demo's prior has 450."""
+LEAST_DRAWING = 15.0
+"""Seconds."""
+MOST_EPOCHS = 100
+"""Passes over the images after which a prior no longer gains: it has stopped early in every run so far."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Sizes of a transformer, and how it is optimized at these sizes."""
+
+    dim: int
+    layers: int
+    heads: int
+    optimizer: str
+    lr: float
+
+    @property
+    def weights(self) -> int:
+        """Weights of its blocks: four attention matrices and three of the feed-forward layers, 8/3 dim wide."""
+        return 12 * self.dim**2 * self.layers
+
+    def values(self) -> dict[str, Any]:
+        """The sections of a configuration of vqgen-train-prior."""
+        model = {"dim": self.dim, "layers": self.layers, "heads": self.heads}
+        return {"model": model, "optimizer": {"optimizer": self.optimizer, "lr": self.lr}}
+
+
+PRIORS = (
+    Prior(128, 4, 4, "muon", 2e-3),
+    Prior(192, 4, 6, "muon", 2e-3),
+    Prior(256, 4, 4, "muon", 2e-3),
+    Prior(384, 6, 6, "muon", 2e-3),
+    Prior(512, 8, 8, "adamw", 1e-3),
+    Prior(768, 12, 12, "adamw", 3e-4),
+    Prior(1024, 24, 16, "adamw", 1e-4),
+)
+"""From 0.8 to 302 million weights; the last four are the presets prior-tiny, -small, -base and -large."""
+
+
+def image_side(median: int) -> int:
+    """The largest side that enlarges no more than half of the images, whose median shorter side is `median` pixels."""
+    return max((size for size in SIZES if size <= median), default=SIZES[0])
+
+
+def grids(size: Sequence[int] | None, side: int, images: int) -> list[tuple[list[int], int]]:
+    """Sizes of images with the most codes of each, from the best to the cheapest.
+
+    Args:
+        size: height and width where they are given.
+        side: median of the shorter sides of the images; none is made larger.
+        images: for training.
+    """
+    sizes = [list(size)] if size else [[s, s] for s in SIZES[::-1] if s <= image_side(side)]
+    found: list[tuple[list[int], int]] = []
+    for each in sizes:
+        small, few = min(each) <= 32, min(each) <= 64 and images < FEW_IMAGES
+        found += [(each, most) for most in (MANY, FEW) if most == FEW or not (small or few)]
+    # 64 codes of 128 pixels and more would be a blur: then smaller images are better.
+    return [(each, most) for each, most in found if size or most == MANY or min(each) <= 64]
+
+
+def factor(size: Sequence[int], most: int) -> int:
+    """The least downsampling by 4 to 32 that leaves at most so many codes of an image of this height and width."""
+    return next((f for f in (4, 8, 16) if size[0] * size[1] <= most * f * f), 32)
+
+
+def network(factor: int, side: int, cuda: bool) -> dict[str, Any]:
+    """Options of the network for this downsampling. A patch of 2 or 4 pixels makes it fast enough for a CPU."""
+    if cuda and side == 256 and factor == 16:
+        return {}  # as in the preset
+    patch, multipliers = {4: (2, [1, 2]), 8: (4, [1, 2]), 16: (4, [1, 2, 2]), 32: (4, [1, 2, 2, 4])}[factor]
+    return {"width": 64, "patch": patch, "multipliers": multipliers, "blocks": 1, "latent_dim": 64, "groups": 16}
+
+
+def codebook_size(tokens: int) -> int:
+    """A power of two from 256 to 16,384, such that each code stands for about 1,000 of the training tokens.
+
+    The demo and ImageNet have these sizes: 512 codes for 0.5 million tokens, 16,384 for 300 million (LlamaGen).
+    """
+    return 2 ** min(14, max(8, round(math.log2(max(tokens, 1) / 1000))))
+
+
+def prior_weights(tokens: int) -> float:
+    """Weights of a prior for so many different training tokens: 11 million for 3.2 million tokens, to the power 0.7.
+
+    A line through priors that worked: the demo (3.5 million weights, 0.54 million tokens), CIFAR-10 (11, 3.2) and
+    LlamaGen-B to -L on ImageNet (111 to 343, 328; Sun et al. 2024, table 1).
+    """
+    return 11e6 * (tokens / 3.2e6) ** 0.7
+
+
+def prior_for(tokens: int) -> int:
+    """Index in `PRIORS` of the one whose weights are nearest to `prior_weights`, as a ratio."""
+    wanted = prior_weights(tokens)
+    return min(range(len(PRIORS)), key=lambda i: abs(math.log(PRIORS[i].weights / wanted)))
+
+
+def affordable(index: int, tokens: float) -> bool:
+    """Whether a prior sees at least half as many tokens as it has weights, as the demo's does; counted with repeats."""
+    return index == 0 or tokens >= PRIORS[index].weights / 2
+
+
+def views(images: int) -> int:
+    """Augmented views of each image that are encoded: 8 of a thousand, one of a million."""
+    return next(count for count, most in ((8, 5_000), (4, 20_000), (2, 200_000), (1, math.inf)) if images < most)
+
+
+def dropout(images: int) -> float:
+    """Dropout of the prior."""
+    return next(share for share, most in ((0.3, 5_000), (0.2, 100_000), (0.1, math.inf)) if images < most)
+
+
+@dataclass(frozen=True)
+class Time:
+    """How the time of a run is shared, in seconds."""
+
+    tokenizer: float
+    encoding: float
+    prior: float
+    drawing: float
+
+
+def share_time(total: float, encoding: float, epoch: float) -> Time | None:
+    """Divide `total` seconds; None where encoding and drawing leave less than half of them.
+
+    Drawing and the report get a twentieth, at least `LEAST_DRAWING`. Of the rest the prior gets half, but no more than
+    `MOST_EPOCHS` passes of `epoch` seconds; the tokenizer gets what is left.
+    """
+    drawing = max(LEAST_DRAWING, total / 20)
+    rest = total - encoding - drawing
+    if rest < total / 2:
+        return None
+    prior = min(rest / 2, MOST_EPOCHS * epoch)
+    return Time(rest - prior, encoding, prior, drawing)

@@ -1,0 +1,111 @@
+"""The four stages from images to new images, each a program that is called with the words of its command line."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqgen.config import parse
+from vqgen.errors import UsageError
+from vqgen.files import is_file, read_json
+from vqgen.options import Options
+from vqgen.prior.train import PriorTraining
+from vqgen.sampling.sample import SampleConfig
+from vqgen.tokenizer.encode import TokenizeConfig
+from vqgen.tokenizer.train import TokenizerTraining
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the whole path."""
+
+    title: str
+    program: str
+    config: type[Options]
+    run: Callable[[Any], None]
+
+    def parsed(self, words: Sequence[str]) -> Any:
+        """The configuration of a command line. Raises `UsageError` that names the program."""
+        try:
+            return parse(self.config, words)
+        except UsageError as error:
+            raise UsageError(f"{self.program}: {error}") from error
+
+    def __call__(self, words: Sequence[str], number: int) -> float:
+        """Announce and run the stage; returns its seconds."""
+        began = time.perf_counter()
+        print(f"\n[{number}/{len(STAGES)}] {self.title}", file=sys.stderr, flush=True)
+        self.run(self.parsed(words))
+        return time.perf_counter() - began
+
+
+def _train_tokenizer(config: TokenizerTraining) -> None:
+    from vqgen.tokenizer.train import train
+
+    train(config)
+
+
+def _tokenize(config: TokenizeConfig) -> None:
+    from vqgen.tokenizer.codes.writer import tokenize
+
+    tokenize(config)
+
+
+def _train_prior(config: PriorTraining) -> None:
+    from vqgen.prior.train import train
+
+    train(config)
+
+
+def _draw(config: SampleConfig) -> None:
+    from vqgen.sampling.write_samples import write_samples
+
+    if config.model is not None and samples_are_drawn(config.output, config.model):
+        print(f"{config.output} holds the samples of this prior already", file=sys.stderr)
+    else:
+        write_samples(config)
+
+
+def samples_are_drawn(samples: Path, prior: Path) -> bool:
+    """Return whether `samples` holds a finished run of vqgen-sample with the weights in `prior`."""
+    path, fingerprint = samples / "samples.json", read_json(prior / "vqgen.json").get("fingerprint")
+    return is_file(path) and fingerprint is not None and read_json(path).get("prior_fingerprint") == fingerprint
+
+
+STAGES = {
+    "tokenizer": Stage(
+        "train the tokenizer, which turns an image into codes and back",
+        "vqgen-train-tokenizer",
+        TokenizerTraining,
+        _train_tokenizer,
+    ),
+    "codes": Stage("encode every image", "vqgen-tokenize", TokenizeConfig, _tokenize),
+    "prior": Stage(
+        "train the prior, which predicts each code from those before it",
+        "vqgen-train-prior",
+        PriorTraining,
+        _train_prior,
+    ),
+    "samples": Stage("draw new images", "vqgen-sample", SampleConfig, _draw),
+}
+"""In order; each writes the folder of its name, and reads those before it."""
+
+
+def folders(output: Path, name: str, overwrite: bool) -> list[str]:
+    """The words of a stage that name what it reads and writes in `output`."""
+    reads = {"codes": ("--tokenizer", "tokenizer"), "prior": ("--codes", "codes"), "samples": ("--model", "prior")}
+    words = ["--output", str(output / name), *["--overwrite"] * overwrite]
+    if name in reads:
+        option, folder = reads[name]
+        words = [option, str(output / folder), *words]
+    return words
+
+
+def write_page(output: Path) -> Path:
+    """Write the report of the stages' folders. Raises `UserError`."""
+    from vqgen.evaluation.report.program import ReportConfig, write_report
+
+    write_report(ReportConfig([output], output / "report.html"))
+    return output / "report.html"

@@ -1,0 +1,87 @@
+"""What a data set is, as far as a plan depends on it: numbers of images, their sizes, colours, classes and captions."""
+
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqgen.errors import UserError
+from vqgen.tokenizer.data.decoding import BrokenImage, decode, read_size
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.sources import Source, open_source
+
+HEADERS, PIXELS = 400, 100
+"""Training images, spread evenly, whose sizes are read and that are looked at for colour."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A data set in numbers."""
+
+    train: int
+    """Images to train on."""
+    heldout: int
+    test: int
+    classes: int
+    captions: int
+    """Training images with a caption."""
+    height: int
+    """Median over the images that were looked at, in pixels; so is `width`."""
+    width: int
+    side: int
+    """Median of the shorter sides."""
+    channels: int
+    """1 where every image that was looked at is grey."""
+    unreadable: float
+    """Share of the images that were looked at that are none."""
+
+
+def look(data: str, text_column: str | None) -> Survey:
+    """Survey a source. Raises `UserError` where it has no images that can be read."""
+    holdout = ImageConfig().holdout
+    train = open_source(data, "train", holdout, text_column)
+    heldout = open_source(data, "heldout", holdout, text_column)
+    sizes = _sizes(train)
+    if not sizes:
+        raise UserError(f"--data: none of the images of {data} can be read; look at {train.item_name(0)}")
+    return Survey(
+        train=len(train),
+        heldout=len(heldout),
+        test=train.test_images,
+        classes=len(train.class_names or []),
+        captions=sum(map(bool, train.captions or [])),
+        height=round(statistics.median(height for height, _ in sizes)),
+        width=round(statistics.median(width for _, width in sizes)),
+        side=round(statistics.median(min(size) for size in sizes)),
+        channels=1 if _all_grey(train) else 3,
+        unreadable=1 - len(sizes) / len(_spread(train, HEADERS)),
+    )
+
+
+def _spread(source: Source, count: int) -> list[int]:
+    """Indices of at most `count` images, spread evenly."""
+    return np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+
+
+def _sizes(source: Source) -> list[tuple[int, int]]:
+    """Height and width of the images that can be read among those looked at."""
+    found = []
+    for index in _spread(source, HEADERS):
+        try:
+            height, width, _ = read_size(source.read(index))
+        except (BrokenImage, OSError):
+            continue
+        found.append((height, width))
+    return found
+
+
+def _all_grey(source: Source) -> bool:
+    """Whether the images that are looked at have no colour, however they are stored."""
+    for index in _spread(source, PIXELS):
+        try:
+            red, green, blue = decode(source.read(index), 3)
+        except (BrokenImage, OSError):
+            continue
+        if not (red.equal(green) and green.equal(blue)):
+            return False
+    return True

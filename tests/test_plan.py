@@ -1,0 +1,256 @@
+"""The rules and the plan of vqgen-train, with what a trial measures made up."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vqgen.app import planner, rules
+from vqgen.app.machine import Machine
+from vqgen.app.plan import TRIAL, Expected, Plan, Request, saved_plan
+from vqgen.app.planner import Planner
+from vqgen.app.survey import Survey, look
+from vqgen.app.trial import Measured, Stage, tried
+from vqgen.config import parse
+from vqgen.errors import UsageError, UserError
+from vqgen.prior.train import PriorTraining
+from vqgen.tokenizer.encode import TokenizeConfig
+from vqgen.tokenizer.train import TokenizerTraining
+
+PHOTOS = Survey(1000, 50, 0, 0, 0, 480, 640, 480, 3, 0.0)
+REQUEST = Request("photos", None, None, True, None, None, [], [], [], [])
+CPU = Machine("2 CPU threads", False, 8e9)
+
+
+# ---- rules ----
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([rules.FEW, rules.MANY]))
+def test_the_grid_has_at_most_so_many_codes_and_not_far_fewer(rows: int, columns: int, most: int) -> None:
+    size, factor = [8 * rows, 8 * columns], rules.factor([8 * rows, 8 * columns], most)
+    codes = size[0] * size[1] / factor**2
+    assert factor in (4, 8, 16, 32)
+    assert codes <= most or factor == 32
+    assert codes > most / 4 or factor == 4
+
+
+@given(st.integers(1, 10**10), st.integers(1, 10**10))
+def test_more_tokens_never_make_a_codebook_or_a_prior_smaller(one: int, two: int) -> None:
+    less, more = sorted((one, two))
+    assert rules.codebook_size(less) <= rules.codebook_size(more)
+    assert rules.prior_for(less) <= rules.prior_for(more)
+    assert rules.codebook_size(less) in [2**n for n in range(8, 15)]
+
+
+def test_the_rules_give_what_the_models_they_come_from_have() -> None:
+    demo, cifar, imagenet = 8550 * 64, 50_000 * 64, 1_281_167 * 256
+    assert (rules.codebook_size(demo), rules.codebook_size(imagenet)) == (512, 16384)
+    assert rules.PRIORS[rules.prior_for(demo)].dim == 256
+    assert rules.PRIORS[rules.prior_for(cifar)].dim == 384
+    assert rules.PRIORS[rules.prior_for(imagenet)].dim == 1024
+
+
+def test_images_are_not_enlarged() -> None:
+    assert [rules.image_side(side) for side in (10, 28, 32, 63, 64, 160, 255, 4000)] == [
+        32,
+        32,
+        32,
+        32,
+        64,
+        128,
+        128,
+        256,
+    ]
+
+
+@given(st.floats(1, 1e6), st.floats(0, 1e6), st.floats(1e-3, 1e4))
+def test_the_time_is_shared_without_rest(total: float, encoding: float, epoch: float) -> None:
+    found = rules.share_time(total, encoding, epoch)
+    if found is None:
+        assert encoding + max(rules.LEAST_DRAWING, total / 20) > total / 2
+    else:
+        assert found.tokenizer + found.encoding + found.prior + found.drawing == pytest.approx(total)
+        assert min(found.tokenizer, found.prior) > 0 and found.prior <= found.tokenizer + 1e-6 * total
+        assert found.prior <= rules.MOST_EPOCHS * epoch * (1 + 1e-9)
+
+
+# ---- survey ----
+
+
+def save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def test_a_survey_finds_sizes_colours_classes_and_captions(tmp_path: Path) -> None:
+    for index in range(40):
+        size = (50, 40) if index % 4 else (500, 400)
+        save(tmp_path / ("a" if index % 2 else "b") / f"{index}.png", Image.new("RGB", size, (index, index, index)))
+    (tmp_path / "a" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "a" / "1.txt").write_text("a grey square")
+    found = look(str(tmp_path), "txt")
+    assert (found.height, found.width, found.side, found.channels, found.classes) == (40, 50, 40, 1, 2)
+    assert found.train + found.heldout == 41 and found.captions <= 1
+    assert found.unreadable in (0, pytest.approx(1 / found.train))
+    save(tmp_path / "b" / "0.png", Image.new("RGB", (50, 40), (200, 0, 0)))
+    for name in "2", "4", "6":
+        save(tmp_path / "b" / f"{name}.png", Image.new("RGB", (50, 40), (200, 0, 0)))
+    assert look(str(tmp_path), None).channels == 3
+
+
+def test_a_survey_of_nothing_that_can_be_read_is_refused(tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="--data"):
+        look(str(tmp_path), None)
+
+
+# ---- plans ----
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    """What was tried; a trial takes a time in proportion to the pixels, or to the weights and codes."""
+    found: list[Stage] = []
+
+    def measure(stage: Stage) -> Measured:
+        found.append(stage)
+        tokenizer = parse(TokenizerTraining, stage.tokenizer)
+        if not stage.prior:
+            pixels = math.prod(tokenizer.images.size) * tokenizer.run.batch_size
+            memory = 4e9 * pixels / 2**16 / tokenizer.run.accumulate
+            return Measured(1.0, pixels / 1e5, 5.0, tokenizer.run.batch_size, 8, memory, 200.0)
+        prior = parse(PriorTraining, [*stage.prior, "--codes", "codes"])
+        weights = 12 * prior.model.dim**2 * prior.model.layers
+        return Measured(1.0, weights * 64 / 1e8, 1.0, prior.run.batch_size, 20, 1e9, 0.0)
+
+    monkeypatch.setattr(planner, "tried", measure)
+    return found
+
+
+def plan(
+    output: Path, minutes: float, request: Request = REQUEST, survey: Survey = PHOTOS, machine: Machine = CPU
+) -> dict[str, Expected]:
+    return Planner(request, survey, machine, time.perf_counter() + 60 * minutes, output).plan()[1]
+
+
+def read(output: Path) -> tuple[TokenizerTraining, TokenizeConfig, PriorTraining]:
+    files = {name: ["--config", str(output / "plan" / f"{name}.yaml")] for name in ("tokenizer", "codes", "prior")}
+    codes = parse(TokenizeConfig, files["codes"])
+    return parse(TokenizerTraining, files["tokenizer"]), codes, parse(PriorTraining, [*files["prior"], "--codes", "c"])
+
+
+def test_a_plan_keeps_to_the_time(tmp_path: Path, trials: list[Stage]) -> None:
+    for minutes in (10, 60, 600):
+        began = time.perf_counter()
+        expected = plan(tmp_path, minutes)
+        planning = time.perf_counter() - began
+        assert 60 * minutes - planning <= sum(found.seconds for found in expected.values()) <= 60 * minutes
+        assert expected["tokenizer"].steps > 0 and expected["prior"].steps > 0
+
+
+def test_little_time_makes_images_smaller(tmp_path: Path, trials: list[Stage]) -> None:
+    sides = []
+    for minutes in (6, 60, 6000):
+        plan(tmp_path, minutes)
+        tokenizer, _, _ = read(tmp_path)
+        sides.append(tokenizer.images.size[0])
+        assert rules.FEW <= math.prod(tokenizer.images.size) / tokenizer.model.factor**2 <= rules.MANY
+    assert sides[0] < sides[1] <= sides[2] == 256
+
+
+def test_what_the_user_says_is_kept(tmp_path: Path, trials: list[Stage]) -> None:
+    request = replace(REQUEST, size=[64, 96], channels=1, flip=False, tokenizer=["--codebook-size", "300"])
+    plan(tmp_path, 60, request, replace(PHOTOS, train=100_000))
+    tokenizer, codes, _ = read(tmp_path)
+    assert tokenizer.images.size == [64, 96] and tokenizer.images.channels == 1
+    assert not tokenizer.images.flip and not codes.images.flip
+    assert all(stage.tokenizer[-2:] == ["--codebook-size", "300"] for stage in trials)
+
+
+def test_memory_splits_steps_into_parts(tmp_path: Path, trials: list[Stage]) -> None:
+    plan(tmp_path, 600, replace(REQUEST, size=[128, 128]), machine=replace(CPU, memory=3e9))
+    tokenizer, _, _ = read(tmp_path)
+    assert tokenizer.run.accumulate > 1
+    with pytest.raises(UserError, match="--size"):
+        plan(tmp_path, 600, replace(REQUEST, size=[128, 128]), machine=replace(CPU, memory=3e7))
+
+
+def test_without_weights_there_is_no_perceptual_loss_and_with_them_there_is(
+    tmp_path: Path, trials: list[Stage]
+) -> None:
+    plan(tmp_path, 60)
+    tokenizer, _, _ = read(tmp_path)
+    assert tokenizer.loss.perceptual_weights is None and not tokenizer.gan.gan_weight
+    plan(tmp_path, 60, replace(REQUEST, perceptual_weights="weights.safetensors"))
+    tokenizer, _, _ = read(tmp_path)
+    assert tokenizer.loss.perceptual_weights == "weights.safetensors" and tokenizer.loss.perceptual_weight
+    assert tokenizer.gan.gan_weight
+
+
+def test_few_images_get_more_views_and_dropout_than_many(tmp_path: Path, trials: list[Stage]) -> None:
+    plan(tmp_path, 600)
+    _, few, prior = read(tmp_path)
+    plan(tmp_path, 60_000, survey=replace(PHOTOS, train=1_000_000))
+    _, many, large = read(tmp_path)
+    assert few.views > many.views == 1 and prior.model.dropout > large.model.dropout
+    assert large.model.dim > prior.model.dim
+
+
+def test_images_that_take_too_long_to_encode_are_refused(tmp_path: Path, trials: list[Stage]) -> None:
+    with pytest.raises(UsageError, match="--minutes"):
+        plan(tmp_path, 20, survey=replace(PHOTOS, train=1_000_000))
+
+
+def test_a_size_that_fits_no_grid_is_refused(tmp_path: Path, trials: list[Stage]) -> None:
+    with pytest.raises(UsageError, match="--size"):
+        plan(tmp_path, 20, replace(REQUEST, size=[65, 64]))
+    assert not trials
+
+
+def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:
+    expected = {n: Expected(s, 0.0, 0) for n, s in {"tokenizer": 500, "codes": 50, "prior": 500, "samples": 60}.items()}
+    made = Plan(REQUEST, 20, None, [], expected, {"plan": 60.0, "tokenizer": 500.0, "codes": 50.0})
+    assert made.settled().prior_minutes == pytest.approx((1200 - 610 - 60 - TRIAL) / 60, abs=1e-3)
+    late = replace(made, spent={"plan": 60.0, "tokenizer": 5000.0, "codes": 50.0}).settled()
+    assert late.prior_minutes == pytest.approx(made.planned_prior_minutes / 2, abs=1e-3)
+    longer = made.settled().lengthened(30)
+    assert longer.prior_minutes == pytest.approx(made.settled().prior_minutes + 10)  # type: ignore[operator]
+    made.save(tmp_path)
+    assert saved_plan(tmp_path) == made
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"minutes": 3}', '{"request": 1}'])
+def test_a_damaged_record_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json"):
+        saved_plan(tmp_path)
+
+
+# ---- trials ----
+
+TINY = "--data demo --channels 1 --size 16 --width 8 --multipliers 1 2 --groups 4 --blocks 1 --latent-dim 8 "
+TINY += "--no-attention --codebook-size 16 --batch-size 8 --validation-images 16"
+
+
+def test_a_trial_measures_both_trainings() -> None:
+    stage = Stage(TINY.split(), [], [100, 16], 10, None)
+    found = tried(stage)
+    assert found.step > 0 and found.encoded > 0 and found.memory > 1e8 and found.batch == 8
+    words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
+    found = tried(replace(stage, prior=words))
+    assert found.step > 0 and found.batch == 4 and found.steps(10) > 0
+
+
+def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tried(Stage([*TINY.split(), "--groups", "3"], [], [1, 1], 0, None))
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert "--groups" in said and said.count("\n") == 1

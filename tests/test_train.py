@@ -1,0 +1,156 @@
+"""vqgen-train: the whole path in tiny size on real images, its interruptions, and what it refuses."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import tree, weights
+
+from vqgen.app import planner, stages
+from vqgen.app.plan import Plan, saved_plan
+from vqgen.app.train import main, words_of
+from vqgen.app.trial import Measured, Stage
+
+TOKENIZER = "steps=3 width=8 groups=4 latent-dim=8 no-attention codebook-size=16 batch-size=8".split()
+TOKENIZER += ["validation-images=16"]
+PRIOR = "steps=3 dim=16 layers=1 heads=2 batch-size=8 validation-images=16 preview-images=0".split()
+CODES, SAMPLES = ["views=1", "no-flip", "random-crop=0"], ["n=4"]
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    """What was tried, in no time."""
+    found: list[Stage] = []
+
+    def measure(stage: Stage) -> Measured:
+        found.append(stage)
+        return Measured(1.0, 0.1, 1.0, 8, 8, 1e9, 0.0 if stage.prior else 1000.0)
+
+    monkeypatch.setattr(planner, "tried", measure)
+    return found
+
+
+def words(output: Path, *further: Any) -> list[Any]:
+    given = {"--tokenizer": TOKENIZER, "--codes": CODES, "--prior": PRIOR, "--samples": SAMPLES}
+    options = [word for name, values in given.items() for word in (name, *values)]
+    return ["--data", "demo", "--output", output, "--minutes", 20, *options, *further]
+
+
+def test_the_whole_path_from_images_to_images(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, prior = tmp_path / "run", stages.STAGES["prior"]
+
+    def interrupted(_config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.STAGES, "prior", dataclasses.replace(prior, run=interrupted))
+    assert cli(main, *words(run)).code == 130
+    monkeypatch.setitem(stages.STAGES, "prior", prior)
+    tokenizer, planned = weights(run / "tokenizer"), len(trials)
+    assert planned >= 2 and {"tokenizer", "codes", "prior"} <= set((saved_plan(run) or pytest.fail()).spent)
+    result = cli(main, *words(run))
+    assert result.code == 0, result.err
+    assert weights(run / "tokenizer") == tokenizer and len(trials) == planned, "it went on"
+    assert {"samples/grid.png", "report.html", "plan/plan.json", "prior/model.safetensors"} <= set(tree(run))
+    assert len(list((run / "samples").glob("0*.png"))) == 4
+    assert str(run / "samples" / "grid.png") in result.out
+    # Once more: nothing is done again.
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert cli(main, *words(run)).code == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    # Another request is not mixed into this run.
+    for further, named in ((["--size", 64], "--size"), (["--no-flip"], "--flip"), (["--samples", "n=5"], "--samples")):
+        result = cli(main, *words(run), *further)
+        assert (result.code, result.err.count("\n")) == (2, 1) and named in result.err and "--overwrite" in result.err
+    result = cli(main, *words(run), "--minutes", 10)
+    assert result.code == 2 and "--minutes" in result.err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_more_minutes_are_the_priors(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    made = saved_plan(tmp_path) or pytest.fail()
+    dataclasses.replace(made, prior_minutes=8.0).save(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    assert cli(main, *words(tmp_path, "--plan", "--minutes", 30)).code == 0
+    longer = saved_plan(tmp_path) or pytest.fail()
+    assert (longer.minutes, longer.prior_minutes) == (30, 18)
+    assert longer.tokenizer_minutes == made.tokenizer_minutes
+
+
+def test_a_plan_is_printed_with_command_lines_and_nothing_else_is_done(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], programs: dict[str, Any]
+) -> None:
+    result = cli(main, *words(tmp_path, "--plan"))
+    assert result.code == 0
+    lines = [shlex.split(line) for line in result.out.splitlines() if line.startswith("vqgen-")]
+    found = {line[0]: stage for line, stage in zip(lines, stages.STAGES.values())}
+    assert [line[0] for line in lines] == [stage.program for stage in stages.STAGES.values()]
+    for line in lines:
+        found[line[0]].parsed(line[1:])
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} <= {"plan", ".vqgen.lock"}
+    # Nothing has begun: another request makes another plan.
+    assert cli(main, *words(tmp_path, "--plan", "--size", 64)).code == 0
+    assert (saved_plan(tmp_path) or pytest.fail()).request.size == [64, 64]
+
+
+def test_a_file_of_the_plan_may_be_edited_before_its_stage(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]
+) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    plan: Plan = saved_plan(tmp_path) or pytest.fail()
+    file = tmp_path / "plan" / "prior.yaml"
+    file.write_text(file.read_text().replace("patience: 5", "patience: 3"))
+    assert stages.STAGES["prior"].parsed(words_of(plan, tmp_path, "prior")).patience == 3
+
+
+def test_a_budget_is_left_to_who_gives_another(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    plan = saved_plan(tmp_path) or pytest.fail()
+    assert "--minutes" not in words_of(plan, tmp_path, "prior")
+    request = dataclasses.replace(plan.request, prior=["--dim=32"])
+    assert "--minutes" in words_of(dataclasses.replace(plan, request=request), tmp_path, "prior")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--tokenizer", "widht=8"], "--width"),
+        (["--prior", "--dim"], "--prior"),
+        (["--tokenizer", "size=64"], "size"),
+        (["--prior", "output=elsewhere"], "output"),
+        (["--codes", "config=x.yaml"], "config"),
+        (["--size", 64, 64, 64], "--size"),
+        (["--channels", 2], "--channels"),
+        (["--minutes", 0], "--minutes"),
+        (["--data", "missing-folder/"], "missing-folder"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], given: list[Any], named: str
+) -> None:
+    result = cli(main, "--data", "demo", "--output", tmp_path / "run", *given)
+    assert result.code in (1, 2) and named in result.err
+    assert "Traceback" not in result.err and not trials
+    assert not (tmp_path / "run" / "plan" / "plan.json").exists()
+
+
+def test_several_processes_are_told_what_to_launch(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = cli(main, "--data", "demo", "--output", tmp_path)
+    assert result.code == 2 and "--plan" in result.err and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"minutes": "many"}))
+    result = cli(main, "--data", "demo", "--output", tmp_path)
+    assert result.code == 1 and "plan.json" in result.err and result.err.count("\n") == 1
