@@ -1,5 +1,6 @@
 """How the plan of vqgen-train is made: choose by the rules, try it, and choose less where that would not fit."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ class Planner:
     def __init__(self, request: Request, survey: Survey, machine: Machine, deadline: float, output: Path) -> None:
         self.request, self.survey, self.machine, self.deadline, self.output = request, survey, machine, deadline, output
         self.rows: list[Row] = []
+        self.too_long = math.inf
+        """Codes of an image of which the prior has too few steps, whatever the size of the image."""
 
     @property
     def seconds(self) -> float:
@@ -106,33 +109,37 @@ class Planner:
         why = "--size" if given else f"the shorter side of half of the images has {survey.side} pixels or more"
         while True:
             (size, most), *grids = grids
+            factor = rules.factor(size, most)
+            length = size[0] * size[1] // factor**2
+            if grids and length >= self.too_long:
+                continue
             try:
-                draft = self._draft(size, rules.factor(size, most), why, last=not grids)
+                draft = self._draft(size, factor, length, why, last=not grids)
                 break
             except TooSlow as found:
                 if not grids:
                     raise
-                why = f"with {size[0]}x{size[1]} pixels {found}"
+                why = f"with {size[0]}x{size[1]} pixels as {length} codes {found}"
         self._describe(draft)
         return self.rows, draft.expected
 
-    def _draft(self, size: list[int], factor: int, why: str, last: bool) -> Draft:
+    def _draft(self, size: list[int], factor: int, length: int, why: str, last: bool) -> Draft:
         """Choose the rest for images of this size, and write the configurations.
 
         Raises `TooSlow` where a training would have too few steps, unless there is no smaller choice, and `UserError`.
         """
         if any(side % factor for side in size):
             raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor} pixels")
-        survey, length = self.survey, size[0] * size[1] // factor**2
+        survey = self.survey
         tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, length))
-        self._enough("tokenizer", tokenizer.measured.steps(self.seconds * 0.45), last)
+        self._enough("tokenizer", tokenizer.measured.steps(self.seconds * 0.45), rules.LEAST_STEPS, last)
         codes = self._codes()
         self._write("codes", codes)
         encoding = 5 + (survey.train * codes["views"] + survey.heldout + survey.test) / tokenizer.measured.encoded
         self._write("samples", self._samples())
         index, reason = rules.prior_for(survey.train * length), "for so many codes"
         while True:
-            prior = self._fitting("prior", self._prior(index))
+            prior = self._fitting("prior", self._prior(index, length))
             found = prior.measured
             shares = rules.share_time(self.seconds, encoding, survey.train / found.batch * found.step)
             if shares is None:
@@ -144,11 +151,13 @@ class Planner:
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index -= 1
-        self._enough("prior", steps, last)
+        if steps < rules.least_prior_steps(length):
+            self.too_long = length
+        self._enough("prior", steps, rules.least_prior_steps(length), last)
         return Draft(size, factor, codes["views"], rules.PRIORS[index], shares, tokenizer, prior, why, reason)
 
-    def _enough(self, stage: str, steps: int, last: bool) -> None:
-        if not last and steps < (least := rules.LEAST_STEPS[stage]):
+    def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
+        if not last and steps < least:
             raise TooSlow(f"only {max(steps, 0)} steps of the {stage} would fit into the time, less than {least}")
 
     def _say(self, name: str, choice: str, why: str = "") -> None:
@@ -213,12 +222,17 @@ class Planner:
         sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if guided else {})}
         return {"n": 64, "sampling": sampling}
 
-    def _prior(self, index: int) -> dict[str, Any]:
+    def _prior(self, index: int, length: int) -> dict[str, Any]:
         shape = rules.PRIORS[index]
         values = {
             "model": {"dropout": rules.dropout(self.survey.train)},
             "optimizer": {"lr_warmup": 200, "weight_decay": 0.1, "ema_decay": 0.999},
-            "run": {"steps": 5000, "batch_size": 64, "validate_every": 250, "checkpoint_every": 250},
+            "run": {
+                "steps": 5000,
+                "batch_size": rules.prior_batch(length, self.machine.cuda),
+                "validate_every": 250,
+                "checkpoint_every": 250,
+            },
             "patience": 5,
         }
         return merged(shape.values(), values)

@@ -16,8 +16,8 @@ FEW_IMAGES = 2000
 """Below so many training images a longer sequence has too few examples: images of 64 pixels get `FEW` codes."""
 TOKENIZERS = {32: "vqgan-cifar10", 64: "vqgan-64", 128: "vqgan-128", 256: "vqgan"}
 """Side of the images -> the preset that the tokenizer starts from."""
-LEAST_STEPS = {"tokenizer": 600, "prior": 300}
-"""Steps below which smaller images or fewer codes are chosen; the demo's prior has 450."""
+LEAST_STEPS = 600
+"""Steps of a tokenizer below which smaller images are chosen."""
 LEAST_DRAWING = 15.0
 """Seconds."""
 MOST_EPOCHS = 100
@@ -118,6 +118,19 @@ def prior_for(tokens: int) -> int:
 def affordable(index: int, tokens: float) -> bool:
     """Whether a prior sees at least half as many tokens as it has weights, as the demo's does; counted with repeats."""
     return index == 0 or tokens >= PRIORS[index].weights / 2
+
+
+def least_prior_steps(length: int) -> int:
+    """Steps of a prior over so many codes below which fewer codes are chosen: 300 for 64 codes, where the demo has 450.
+
+    With 200 steps on 256 codes of 1,000 photographs, samples were patches of one colour.
+    """
+    return 300 * length // FEW
+
+
+def prior_batch(length: int, cuda: bool) -> int:
+    """Sequences of a step: 8,192 codes on a CPU, where more steps are worth more than larger ones, at most 64."""
+    return 64 if cuda else max(8, min(64, 8192 // length))
 
 
 def views(images: int) -> int:
