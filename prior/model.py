@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.errors import UserError
-from vqgen.files import read_json, read_record, write_text
+from vqgen.files import DESCRIPTION, read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
 
 from .conditioning import Conditioning
@@ -25,14 +25,15 @@ from .vocabulary import Vocabulary
 
 def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:
     """The transformers configuration of a prior of this size."""
-    gpt2, heads, dropout = config.backbone == "gpt2", config.heads, config.dropout
+    gpt2, heads, dropout = config.model_type == "gpt2", config.heads, config.dropout
     hidden = config.hidden_dim or -(-int(config.dim * (4 if gpt2 else 8 / 3)) // 64) * 64
     if gpt2:
         own = {"n_inner": hidden, "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
+        own["activation_function"] = "gelu" if config.backbone == "mingpt" else "gelu_new"
     else:
         own = {"intermediate_size": hidden, "num_key_value_heads": heads, "head_dim": config.dim // heads}
     return AutoConfig.for_model(
-        config.backbone,
+        config.model_type,
         vocab_size=conditioning.size,
         hidden_size=config.dim,
         num_hidden_layers=config.layers,
@@ -101,6 +102,26 @@ class _Description:
     tokenizer_fingerprint: str
 
 
+def read_conditioning(folder: Path) -> tuple[PriorConfig, Conditioning]:
+    """Read what a prior's model folder says of its backbone and sequences; no weights are read. Raises `UserError`."""
+    path = folder / DESCRIPTION
+    about = read_json(path)
+    if (kind := about.get("kind")) != "prior":
+        raise UserError(f"{path} describes a {kind}, where a prior is needed")
+    try:
+        known = read_record(path, _Description)
+        if (order := known.prior.get("order", "raster")) not in ORDERS:
+            text = f"has the order {order!r}, this installation knows {', '.join(ORDERS)}"
+            raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
+        config = from_dict(PriorConfig, known.prior, str(path))
+        vocabulary = Vocabulary(known.codebook_size, known.depth, known.grid, config.order)
+        conditioning = Conditioning.from_description(vocabulary, about)
+        conditioning.read_files(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
+    return config, conditioning
+
+
 class Prior(nn.Module):
     """An autoregressive model of code sequences; it returns logits and nothing else.
 
@@ -122,8 +143,12 @@ class Prior(nn.Module):
         self.fingerprint: str | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids int64 (B, T) -> logits (B, T, conditioning.size); position t sees tokens 0..t."""
-        return self.backbone(input_ids=tokens, use_cache=False).logits
+        """Token ids int64 (B, T) -> logits (B, T, V); position t sees tokens 0..t.
+
+        V is conditioning.size, or vocabulary.size where the backbone predicts codes alone (mingpt).
+        """
+        logits = self.backbone(input_ids=tokens, use_cache=False).logits
+        return logits[..., : self.vocabulary.size] if self.config.backbone == "mingpt" else logits
 
     def start_from(self, folder: Path) -> None:
         """Copy the weights of another prior; token ids that it lacks keep their own. Raises `UserError`."""
@@ -207,18 +232,11 @@ class Prior(nn.Module):
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
         """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
         folder = Path(folder)
-        artifact, path = load_artifact(folder, "prior"), folder / "vqgen.json"
-        about = artifact.description
+        artifact, path = load_artifact(folder, "prior"), folder / DESCRIPTION
+        about, known = artifact.description, read_record(path, _Description)
+        config, conditioning = read_conditioning(folder)
+        shape, mark = known.image_shape, known.tokenizer_fingerprint
         try:
-            known = read_record(path, _Description)
-            if (order := known.prior.get("order", "raster")) not in ORDERS:
-                text = f"has the order {order!r}, this installation knows {', '.join(ORDERS)}"
-                raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
-            config = from_dict(PriorConfig, known.prior, str(path))
-            vocabulary = Vocabulary(known.codebook_size, known.depth, known.grid, config.order)
-            conditioning = Conditioning.from_description(vocabulary, about)
-            conditioning.read_files(folder)
-            shape, mark = known.image_shape, known.tokenizer_fingerprint
             with torch.device("meta"):
                 prior = cls(config, conditioning, shape, mark)
         except (KeyError, TypeError, ValueError) as error:

@@ -24,8 +24,9 @@ MAX_TEXT_LENGTH = 1024
 class PriorConfig(Options):
     """The transformer."""
 
-    backbone: Literal["llama", "qwen3", "gpt2"] = "llama"
-    """Architecture, by its name in transformers."""
+    backbone: Literal["llama", "qwen3", "gpt2", "mingpt"] = "llama"
+    """Architecture, by its name in transformers; mingpt = gpt2 with the exact GELU, whose output layer predicts codes
+    alone, as the transformer of taming-transformers."""
     dim: Size = 512
     """Width of the residual stream."""
     layers: Few = 8
@@ -33,17 +34,23 @@ class PriorConfig(Options):
     heads: Size = 8
     """Attention heads; must divide --dim."""
     hidden_dim: Size | None = None
-    """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2, rounded up to 64."""
+    """Width of the feed-forward layers; none = 8/3 dim for llama and qwen3, 4 dim for gpt2 and mingpt, rounded up
+    to 64."""
     dropout: Fraction = 0.1
     """Dropout of embeddings, attention output and feed-forward output."""
     order: str = "raster"
     """Order in which the codes of an image are predicted, by its name in prior/orders.py."""
 
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers."""
+        return "gpt2" if self.backbone == "mingpt" else self.backbone
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim % self.heads:
             raise UsageError(f"--heads: {self.heads} does not divide --dim {self.dim}; choose a divisor")
-        if self.backbone != "gpt2" and self.dim // self.heads % 2:
+        if self.model_type != "gpt2" and self.dim // self.heads % 2:
             raise UsageError(f"--heads: --dim / --heads is {self.dim // self.heads}, rotary positions need it even")
         if self.order not in ORDERS:
             raise UsageError(f"--order: found {self.order}, expected one of {', '.join(ORDERS)}")

@@ -66,7 +66,10 @@ class Drawer:
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
         check_guidance(self.conditioning, settings, conditions)
-        source = self.conditioning.paired_source
+        source, classes = self.conditioning.paired_source, self.conditioning.classes
+        if conditions and classes.informative and not classes.guidable and any(map(is_absent, conditions["class"])):
+            text = "the prior was trained with --label-dropout 0, always with a class"
+            raise UsageError(f"--class: {text}; give one to each image")
         if source and conditions and not source.dropout and any(is_absent(value) for value in conditions["source"]):
             text = "the prior was trained with --source-dropout 0, always with a source image"
             raise UsageError(f"--source-image: {text}; give one to each image")

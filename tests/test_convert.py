@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vqgen.artifact import fingerprint
 from vqgen.errors import UserError
+from vqgen.prior.convert.program import main
 from vqgen.tokenizer import encode
-from vqgen.tokenizer.convert.program import main
 from vqgen.tokenizer.convert.read import read_checkpoint
 from vqgen.tokenizer.convert.weights import DIFFUSERS, LLAMAGEN, TAMING, Foreign, to_diffusers
 from vqgen.tokenizer.model import Tokenizer

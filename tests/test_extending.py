@@ -17,6 +17,7 @@ from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
 from vqgen.metric import Metric
 from vqgen.prior import conditioning
+from vqgen.prior.convert import program as convert
 from vqgen.prior.export import program as export
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.orders import ORDERS
@@ -29,7 +30,6 @@ from vqgen.sampling.sample import SampleConfig
 from vqgen.sampling.write_samples import write_samples as draw_samples
 from vqgen.tokenizer import encode, train
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, write_shard
-from vqgen.tokenizer.convert import program as convert
 from vqgen.tokenizer.metrics import RECONSTRUCTION
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig, VQGANConfig

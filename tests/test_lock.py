@@ -121,7 +121,7 @@ PROGRAMS = {
     "prior.train": f"--codes {OLD}/codes",
     "tokenizer.encode": f"--data {OLD}/images --tokenizer {OLD}/tokenizer",
     "tokenizer.reconstruct": f"{OLD}/images --tokenizer {OLD}/tokenizer",
-    "tokenizer.convert.program": f"--input {OLD}/tokenizer --to diffusers",
+    "prior.convert.program": f"--input {OLD}/tokenizer --to diffusers",
     "prior.export.program": f"--model {OLD}/prior",
     "sampling.sample": f"--model {OLD}/prior --device cpu",
     "evaluation.program codebook": f"--tokenizer {OLD}/tokenizer",

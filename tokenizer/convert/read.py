@@ -14,7 +14,7 @@ from vqgen.files.yaml_text import read_yaml
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.options import TokenizerConfig
 
-from .program import ConvertConfig
+from .options import ConvertConfig
 from .weights import (
     DIFFUSERS,
     LLAMAGEN,
@@ -109,16 +109,26 @@ def _agree(where: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -
 # ---- configurations of each project ----
 
 
-def _taming_config(path: Path) -> dict[str, Any]:
-    """Read `ddconfig` of a taming configuration, with `dropout`, and with `n_embed` and `embed_dim` of the model."""
+def taming_params(path: Path) -> Mapping[str, Any]:
+    """Read `model.params` of a taming configuration. Raises `UserError`."""
     try:
         params = read_yaml(path)["model"]["params"]
-        codebook = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
-        return {**params["ddconfig"], **codebook, "dropout": float(params["ddconfig"].get("dropout", 0))}
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params is {params}")
+        return params
     except UserError as error:
         raise UserError(f"--taming-config: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--taming-config: {path} has no readable model.params ({error})") from error
+
+
+def _taming_keys(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`ddconfig` among the parameters of a VQModel, with `dropout`, and with `n_embed` and `embed_dim` of the model."""
+    try:
+        codebook = {key: params[key] for key in ("n_embed", "embed_dim") if key in params}
+        return {**params["ddconfig"], **codebook, "dropout": float(params["ddconfig"].get("dropout", 0))}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--taming-config: {path} has no readable model.params.ddconfig ({error})") from error
+        raise UserError(f"--taming-config: {path} has no readable ddconfig of a VQModel ({error})") from error
 
 
 def _check_taming(path: Path, found: dict[str, Any], config: TokenizerConfig) -> None:
@@ -180,53 +190,75 @@ def _check_vqmodel(path: Path, found: Mapping[str, Any], config: TokenizerConfig
 # ---- the input of a conversion ----
 
 
-def load(config: ConvertConfig) -> tuple[Tokenizer, str, list[str]]:
+def read_input(config: ConvertConfig) -> dict[str, Tensor] | None:
+    """Read the tensors of `--input` where it is a file; None where it is a folder. Raises `UserError`."""
+    if config.input is None:
+        raise UsageError("--input is required; --help lists all options")
+    if not config.input.exists():
+        raise UserError(f"--input: {config.input} does not exist")
+    return None if config.input.is_dir() else read_checkpoint(config.input)
+
+
+def load(config: ConvertConfig, tensors: Mapping[str, Tensor] | None) -> tuple[Tokenizer, str, list[str]]:
     """Load the tokenizer in `--input`; return it, its project, and the names of tensors left out of it.
 
-    Raises `UserError` naming the first parameter that does not exist in vqgen's architecture.
+    `tensors` is what `read_input` returned. Raises `UserError` naming the first parameter that does not exist in
+    vqgen's architecture.
     """
     path = config.input
-    if path is None:
-        raise UsageError("--input is required; --help lists all options")
-    if not path.exists():
-        raise UserError(f"--input: {path} does not exist")
-    if not path.is_dir():
-        return _load_file(path, config)
+    assert path is not None
+    if tensors is not None:
+        return _load_file(path, config, tensors)
     if (path / DESCRIPTION).exists():
-        _expect(config, "vqgen")
+        expect(config, "vqgen")
         if config.size:
             raise UsageError(f"--size: {path} contains its own; leave the option out")
         return Tokenizer.load(path), "vqgen", []
     if not (path / VQMODEL_CONFIG).exists():
         raise UserError(f"--input: {path} contains neither {DESCRIPTION} (vqgen) nor {VQMODEL_CONFIG} (diffusers)")
-    _expect(config, "diffusers")
+    expect(config, "diffusers")
     keys = read_json(path / VQMODEL_CONFIG)
     tokenizer = _vqmodel(path, keys).tokenizer(_size(config, keys.get("sample_size")))
     _check_vqmodel(path / VQMODEL_CONFIG, keys, tokenizer.config)
     return tokenizer, "diffusers", []
 
 
-def _load_file(path: Path, config: ConvertConfig) -> tuple[Tokenizer, str, list[str]]:
-    """Load a file of taming-transformers or LlamaGen; see `load`."""
-    tensors = read_checkpoint(path)
+def _load_file(path: Path, config: ConvertConfig, tensors: Mapping[str, Tensor]) -> tuple[Tokenizer, str, list[str]]:
+    """Load the tensors of a file of taming-transformers or LlamaGen; see `load`."""
     starts = {"encoder.down.": TAMING, "encoder.conv_blocks.": LLAMAGEN}
     names = next((names for start, names in starts.items() for name in tensors if name.startswith(start)), None)
+    if "layers.0.attention.wqkv.weight" in tensors:
+        text = "LlamaGen's GPT: its rotary positions have two dimensions, those of a Llama of transformers have one"
+        raise UserError(f"--input: {path} is {text}, so it cannot be converted; its tokenizer (vq_ds16_c2i.pt) can")
     if names is None:
         first = next(iter(tensors), "no tensor")
         raise UserError(f"--input: {path} is not of taming-transformers or LlamaGen; its first tensor is {first}")
-    _expect(config, names.project)
-    keys = {} if config.taming_config is None else _taming_config(config.taming_config)
-    gumbel = names is TAMING and "quantize.proj.weight" in tensors
-    tensors = folded_gumbel(tensors, str(path)) if gumbel else tensors
-    unit = names is LLAMAGEN and _unit(config, tensors)
-    foreign = Foreign(str(path), names, tensors, dropout=keys.get("dropout", 0.0), gumbel=gumbel, unit=unit)
+    expect(config, names.project)
+    if names is TAMING:
+        params = None if config.taming_config is None else taming_params(config.taming_config)
+        return load_taming(config, str(path), tensors, params)
+    foreign = Foreign(str(path), names, tensors, unit=_unit(config, tensors))
+    return foreign.tokenizer(_size(config, None)), names.project, foreign.left_out()
+
+
+def load_taming(
+    config: ConvertConfig, where: str, tensors: Mapping[str, Tensor], params: Mapping[str, Any] | None
+) -> tuple[Tokenizer, str, list[str]]:
+    """Load a VQModel or GumbelVQ of taming-transformers with these parameters in `--taming-config`; see `load`.
+
+    `where` names the tensors in errors.
+    """
+    keys = {} if params is None else _taming_keys(config.taming_config or Path(), params)
+    gumbel = "quantize.proj.weight" in tensors
+    tensors = folded_gumbel(tensors, where) if gumbel else tensors
+    foreign = Foreign(where, TAMING, tensors, dropout=keys.get("dropout", 0.0), gumbel=gumbel)
     tokenizer = foreign.tokenizer(_size(config, keys.get("resolution")))
     if config.taming_config is not None:
         _check_taming(config.taming_config, keys, tokenizer.config)
-    return tokenizer, names.project, foreign.left_out()
+    return tokenizer, "taming", foreign.left_out()
 
 
-def _expect(config: ConvertConfig, kind: str) -> None:
+def expect(config: ConvertConfig, kind: str) -> None:
     """Raise `UsageError` where the options do not apply to an --input of this kind."""
     if config.from_ not in ("auto", kind):
         raise UsageError(f"--from: found {config.from_}, but {config.input} is of {kind}")
