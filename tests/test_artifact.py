@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import vqgen
@@ -416,3 +418,28 @@ def test_what_is_written_follows_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == {"a.safetensors": 0o640, "b.json": 0o640}
+
+
+def test_the_weights_say_what_they_are_and_equal_weights_are_equal_files(tmp_path: Path) -> None:
+    """safetensors writes metadata in random order; `name`, `version` and `fingerprint` change no fingerprint."""
+    files = set()
+    for n in range(8):
+        mark = save_artifact(tmp_path / str(n), "prior", {}, weights())
+        files.add((tmp_path / str(n) / WEIGHTS).read_bytes())
+    assert len(files) == 1 and mark == fingerprint(weights())
+    with safe_open(tmp_path / "0" / WEIGHTS, "pt") as file:
+        known = {"format": "pt", "name": "vqgen prior", "version": vqgen.__version__, "fingerprint": mark}
+        assert file.metadata() == known
+    # Files of version 0.1, or of other writers, say less; what they say has to be right.
+    for metadata, loads in (
+        ({"format": "pt"}, True),
+        (None, True),
+        ({**known, "fingerprint": "0" * 64}, False),
+        ({**known, "name": "vqgen tokenizer"}, False),
+        ({key: value for key, value in known.items() if key != "version"}, False),
+    ):
+        save_file(weights(), tmp_path / "0" / WEIGHTS, metadata=metadata)
+        if loads:
+            assert load_artifact(tmp_path / "0", "prior").fingerprint == mark
+        else:
+            assert str(tmp_path / "0" / WEIGHTS) in refusal(load_artifact, tmp_path / "0", "prior")

@@ -4,6 +4,7 @@ The fingerprint, a sha256 over the tensors, ties codes and priors to their token
 """
 
 import hashlib
+import json
 import os
 import shutil
 import zipfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -90,10 +91,26 @@ def refuse_others(tensors: Mapping[str, Tensor], promised: Mapping[str, Tensor],
             )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors (contiguous CPU copies are made where needed)."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically as safetensors (contiguous CPU copies are made where needed), with further metadata."""
+    known = {"format": "pt", **(metadata or {})}
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=known)
+        if len(known) > 1:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which has them in another order each time: equal weights
+    are to be equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, f"a header of {size} bytes became one of {len(text)}"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -122,9 +139,24 @@ def save_artifact(folder: Path, kind: str, description: Mapping[str, Any], tenso
     weights' fingerprint and is written last, so an interrupted save is recognised.
     """
     mark = fingerprint(tensors)
-    write_tensors(folder / WEIGHTS, tensors)
+    # Tensors that lose their folder still say what they are.
+    write_tensors(folder / WEIGHTS, tensors, _metadata(kind, __version__, mark))
     write_json(folder / DESCRIPTION, {"kind": kind, "version": __version__, "fingerprint": mark, **description})
     return mark
+
+
+def _metadata(kind: str, version: Any, mark: str) -> dict[str, Any]:
+    """What the safetensors file of a model folder says of itself, since version 0.2."""
+    return {"name": f"vqgen {kind}", "version": version, "fingerprint": mark}
+
+
+def _check_metadata(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the metadata of a safetensors file are damaged; files without any are of version 0.1."""
+    with safe_open(path, "pt") as file:
+        found = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+    if found.keys() & expected.keys() and found != expected:
+        text = ", ".join(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
+        raise UserError(f"{path} has other metadata ({text}) than {DESCRIPTION} and the tensors need; restore both")
 
 
 def load_artifact(folder: Path, kind: str) -> Artifact:
@@ -145,6 +177,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     if found != description.get("fingerprint"):
         named = str(description.get("fingerprint"))[:12]
         raise UserError(f"{folder / WEIGHTS} has fingerprint {found[:12]}, {DESCRIPTION} names {named}; restore it")
+    _check_metadata(folder / WEIGHTS, _metadata(kind, description.get("version"), found))
     refuse_non_finite(tensors, folder / WEIGHTS)
     rest = {k: v for k, v in description.items() if k not in ("kind", "version", "fingerprint")}
     return Artifact(rest, tensors, found)
