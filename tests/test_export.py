@@ -1,14 +1,23 @@
 """vqgen-export: folders that transformers itself reads."""
 
+import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from helpers.models import SIZE, make_prior
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import vqgen
 import vqgen.prior.export.program as exporting
+from vqgen.prior.export.card import task_of
 from vqgen.prior.model import Prior
+from vqgen.sampling import sample
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.model import Tokenizer
@@ -98,3 +107,100 @@ def test_exporting_replaces_nothing(cli, tmp_path):
     result = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
     assert result.code == 2 and "--output" in result.err and "mine" in result.err
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["mine"]
+
+
+# ---- the model card ----
+
+
+def exported(cli, model: Path, output: Path, *words: object) -> tuple[dict, str, str]:
+    """Front matter and text of the card of an export, and what the program printed."""
+    result = cli(exporting.main, "--model", model, "--output", output, *words)
+    assert result.code == 0, result.err
+    _, front, text = (output / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), text, result.out
+
+
+def test_both_layouts_are_model_folders_with_a_fingerprint_in_the_weights(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    for layout in ("transformers", "vqgen"):
+        _, text, out = exported(cli, model, tmp_path / layout, "--to", layout)
+        assert f"hf upload USERNAME/{layout} {tmp_path / layout}" in out.splitlines()[-1]
+        prior = Generator.load(tmp_path / layout, "cpu", "fp32").prior
+        assert prior.fingerprint == Prior.load(model).fingerprint
+        with safe_open(tmp_path / layout / "model.safetensors", "pt") as file:
+            known = {"format": "pt", "name": "vqgen prior", "version": vqgen.__version__}
+            assert file.metadata() == {**known, "fingerprint": prior.fingerprint}
+        assert prior.fingerprint in text
+
+
+def test_the_card_states_what_is_given_and_nothing_else(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    front, text, _ = exported(cli, model, tmp_path / "plain")
+    assert front.keys() == {"library_name", "pipeline_tag", "tags"} and "grid.png" not in text
+    assert "nats_per_token" not in text and "--temperature" not in text
+    words = ["--license", "cc-by-4.0", "--dataset", "uoft-cs/cifar10", "mnist"]
+    front, text, _ = exported(cli, model, tmp_path / "stated", *words)
+    assert (front["license"], front["datasets"]) == ("cc-by-4.0", ["uoft-cs/cifar10", "mnist"])
+    assert "cc-by-4.0" in text and "uoft-cs/cifar10, mnist" in text
+    for option, value in (("--license", "my own: licence"), ("--dataset", "/home/me/data/")):
+        refused = cli(exporting.main, "--model", model, "--output", tmp_path / "no", option, value)
+        assert refused.code == 2 and option in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_metrics_are_those_of_these_weights(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    rows = [{"heldout/nats_per_token": nats, "step": step} for step, nats in ((1, 3.5), (2, 3.25), (3, 3.75))]
+    lines = [json.dumps(row) for row in [*rows, {"step": 4, "train/loss": 1.0}]]
+    (model / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "heldout/na']))
+    receipt = {
+        "kind": "vqgen receipt",
+        "program": "likelihood",
+        "options": {"split": "test"},
+        "fingerprints": {"prior": Prior.load(model).fingerprint},
+        "counts": {"images": 90},
+        "metrics": {"perplexity": 26.25, "nats_by_class": {"shoe": 1.125}, "psnr": {"restored": 21.5}, "at": {"9": {}}},
+        "environment": {},
+    }
+    (model / "likelihood.json").write_text(json.dumps(receipt))
+    other = {**receipt, "fingerprints": {"prior": "0" * 64}, "metrics": {"perplexity": 17.75}}
+    (model / "other.json").write_text(json.dumps(other))
+    (model / "damaged.json").write_text('{"kind": ')
+    _, text, _ = exported(cli, model, tmp_path / "export", "--dtype", "float16")
+    table = [line for line in text.splitlines() if re.match(r"\| (nats_per_token|perplexity|nats_by_class) ", line)]
+    assert len(table) == 2 and "3.25" in table[0] and "step 2" in table[0]
+    assert "26.25" in table[1] and "test split" in table[1] and "90 images" in table[1]
+    assert "1.125" not in text and "| psnr.restored | 21.5 |" in text
+    assert "17.75" not in text and "float16" in text.split("## Metrics")[1].split("##")[0]
+
+
+def test_recommended_settings_are_passed_on_and_stated(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    settings = {"temperature": 0.875, "top_k": 0, "vqgen": {"guidance_scale": 2.5, "guidance_interval": [0.25, 1.0]}}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    for layout in ("transformers", "vqgen"):
+        _, text, _ = exported(cli, model, tmp_path / layout, "--to", layout)
+        assert "--temperature 0.875" in text and "--guidance-scale 2.5 --guidance-interval 0.25 1.0" in text
+        written = json.loads((tmp_path / layout / "generation_config.json").read_text())
+        assert settings.items() <= written.items() and written["max_new_tokens"] == 6
+
+
+def test_the_grid_of_samples_of_this_prior_is_shown(cli, tmp_path):
+    model, other = make_prior(tmp_path / "model"), make_prior(tmp_path / "other", "gpt2")
+    assert cli(sample.main, "--model", model, "--n", 3, "--output", tmp_path / "samples", "--device", "cpu").code == 0
+    _, text, _ = exported(cli, model, tmp_path / "export", "--samples", tmp_path / "samples")
+    assert "(grid.png)" in text
+    assert (tmp_path / "export/grid.png").read_bytes() == (tmp_path / "samples/grid.png").read_bytes()
+    for words in (["--model", other, "--samples", tmp_path / "samples"], ["--model", model, "--samples", tmp_path]):
+        refused = cli(exporting.main, *words, "--output", tmp_path / "no")
+        assert refused.code == 1 and "--samples" in refused.err and len(refused.err.splitlines()) == 1
+        assert not (tmp_path / "no").exists()
+
+
+def test_the_task_is_that_of_the_parts(tmp_path):
+    def task(*parts: str) -> str:
+        made = SimpleNamespace(parts=[SimpleNamespace(name=name) for name in (*parts, "class")])
+        made.paired_source = "source" if "source" in parts else None
+        return task_of(SimpleNamespace(conditioning=made))  # type: ignore[arg-type]
+
+    assert task() == "unconditional-image-generation" and task("text") == "text-to-image"
+    assert task("source") == task("text", "source") == "image-to-image"

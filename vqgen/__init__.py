@@ -12,12 +12,14 @@ _PUBLIC = {
     "Tokenizer": ".tokenizer.model",
     "CodeFiles": ".tokenizer.codes.format",
     "Prior": ".prior.model",
+    "CodesOnly": ".prior.export.logits_processor",
     "Generator": ".sampling.generator",
     "UserError": ".errors",
 }
-__all__ = ["CodeFiles", "Generator", "Prior", "Tokenizer", "UserError", "__version__"]
+__all__ = ["CodeFiles", "CodesOnly", "Generator", "Prior", "Tokenizer", "UserError", "__version__"]
 
 if TYPE_CHECKING:
+    from vqgen.prior.export.logits_processor import CodesOnly  # pyright: ignore[reportMissingImports]
     from vqgen.prior.model import Prior  # pyright: ignore[reportMissingImports]
     from vqgen.sampling.generator import Generator  # pyright: ignore[reportMissingImports]
     from vqgen.tokenizer.codes.format import CodeFiles  # pyright: ignore[reportMissingImports]

@@ -1,17 +1,19 @@
 """vqgen-export: write a prior, its tokenizer and a model card to a folder.
 
-`--to transformers` writes what `AutoModelForCausalLM` and serving engines read: weights under the names of the model
-folder, a generation_config.json of the right length, and a README.md that explains the token ids. `--to vqgen` writes a
-model folder like that of a run, in 16 bits with `--dtype`; both models get new fingerprints.
+Both layouts are model folders of vqgen that `AutoModelForCausalLM` loads, too. `--to transformers` adds a
+generation_config.json of the right length for `generate` and serving engines, and keeps the tokenizer as it is;
+`--to vqgen` writes both models in `--dtype`. Weights in 16 bits have other fingerprints.
 """
 
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from vqgen.config import command
+from vqgen.errors import UsageError
 from vqgen.options import Options
 
 
@@ -22,11 +24,27 @@ class ExportConfig(Options):
     model: Path
     """Run or model folder of the prior."""
     to: Literal["transformers", "vqgen"] = "transformers"
-    """Layout of the folder: what transformers loads, or a model folder of vqgen (which transformers loads, too)."""
+    """Layout of the folder: what transformers and serving engines draw from, or a model folder of vqgen (which
+    transformers loads, too)."""
     output: Path = Path("export")
     """Folder to write; one that exists is refused."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the prior's weights; with --to vqgen of the tokenizer's, too."""
+    license: str | None = None
+    """License of the weights, by the hub's identifier, as mit or cc-by-4.0; the model card states it."""
+    dataset: list[str] = field(default_factory=list)
+    """Data that both models were trained on, by their names on the hub, as uoft-cs/cifar10; the model card states
+    them."""
+    samples: Path | None = None
+    """Folder of vqgen-sample, drawn from --model: its grid.png is copied into the folder and shown in the model
+    card."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, values in (("--license", [self.license]), ("--dataset", self.dataset)):
+            for value in values:
+                if value is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value, re.ASCII):
+                    raise UsageError(f"{option}: found {value!r}, expected a name as the hub has it")
 
 
 def export(config: ExportConfig) -> None:
