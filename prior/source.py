@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files.read import as_record
+from vqgen.tokenizer.codes.degrade import Keep, keep_of
 from vqgen.tokenizer.codes.format import CodeFiles, SourceRecord
 
 from .options import ObjectiveConfig
@@ -162,6 +163,11 @@ class PairedSource(Source):
     def join(self, vocabulary: Vocabulary, first: int) -> None:
         rows, columns = self.about.grid
         super().join(dataclasses.replace(vocabulary, grid=(rows, columns)), first)
+
+    @property
+    def keep(self) -> Keep | None:
+        """How drawn images get what their sources show as it was; None where that is nothing, as of pairs."""
+        return keep_of(self.about.degradations)
 
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "PairedSource | None":

@@ -13,6 +13,7 @@ from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.parts import is_absent
+from vqgen.tokenizer.codes.degrade import Keep
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 
@@ -20,7 +21,7 @@ from .decoding.cached_transformer import CachedTransformer
 from .decoding.generate import Drawn, generate, image_uniforms
 from .decoding.threads import on_threads
 from .guidance import Guidance, check_guidance
-from .known import Known
+from .known import Known, Sources
 from .oversample import batches, selected_rows, with_candidates
 from .settings import SamplingSettings
 
@@ -94,6 +95,19 @@ class Drawer:
         source = self.conditioning.paired_source
         rows, columns = source.about.grid if source else self.tokenizer.grid
         return rows * self.tokenizer.factor, columns * self.tokenizer.factor
+
+    @property
+    def keep(self) -> Keep | None:
+        """How drawn images get what their sources show as it was; None where that is nothing, or of another size."""
+        source = self.conditioning.paired_source
+        return source.keep if source and self.source_size == tuple(self.tokenizer.config.image_size) else None
+
+    def sources(self, images: Tensor, paste: bool = True) -> Sources:
+        """Encode images uint8 (C, H, W) or (B, C, H, W) to make others from. Raises `UsageError`; see `translate`."""
+        self.check_translation()
+        codes, keep = self.encode(images, self.source_size), self.keep if paste else None
+        images = images[None] if images.ndim == 3 else images
+        return Sources(codes, keep, self.fitted(images).cpu() if keep and len(images) else None)
 
     @torch.inference_mode()
     def nats(self, codes: Tensor, conditions: Conditions, batch_size: int = 64) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Generator(Inpainter):
         seed: int = 0,
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
-        pasted: bool = True,
+        paste: bool = True,
         **settings: Any,
     ) -> Samples:
         """Draw the pixels of a mask anew, given all that surrounds it. Raises `UsageError` for what does not fit.
@@ -142,9 +143,9 @@ class Generator(Inpainter):
             n: how many fillings, the images in turn; by default one each.
             classes: as in `sample`, but by default none.
             conditions: as in `sample`, but by default none.
-            pasted: put the known pixels back; else all pixels are decoded from codes.
+            paste: put the known pixels back; else all pixels are decoded from codes.
         """
-        return self._filled(self.filling(images, mask, pasted), n, classes, seed, batch_size, conditions, settings)
+        return self._filled(self.filling(images, mask, paste), n, classes, seed, batch_size, conditions, settings)
 
     def vary(
         self,
@@ -173,11 +174,11 @@ class Generator(Inpainter):
         seed: int = 0,
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
-        pasted: bool = True,
+        paste: bool = True,
         **settings: Any,
     ) -> Samples:
         """Draw pixels around images, this many on each side; otherwise as `inpaint`."""
-        filling = self.extension(images, (left, top, right, bottom), pasted)
+        filling = self.extension(images, (left, top, right, bottom), paste)
         return self._filled(filling, n, classes, seed, batch_size, conditions, settings)
 
     def translate(
@@ -188,6 +189,7 @@ class Generator(Inpainter):
         seed: int = 0,
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
+        paste: bool = True,
         **settings: Any,
     ) -> Samples:
         """Draw images of which `images` are the sources: restored, or in the other style, as the prior has learned.
@@ -199,13 +201,15 @@ class Generator(Inpainter):
             n: how many translations, the images in turn; by default one each.
             classes: as in `sample`, but by default none.
             conditions: as in `sample`, but by default none.
+            paste: keep what a source without colour shows exactly, its luma, where the prior was trained on such
+                sources; else all of an image is decoded from codes.
             settings: those of `SamplingSettings`, as `source_guidance_scale=1.5`.
         """
-        self.check_translation()
-        codes = self.encode(images, self.source_size)
-        chosen = self._conditions(classes, {**(conditions or {}), "source": codes}, absent=True)
-        indices = range(len(codes) if n is None else n)
-        return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size)
+        sources = self.sources(images, paste)
+        chosen = self._conditions(classes, {**(conditions or {}), "source": sources.codes}, absent=True)
+        indices = range(len(sources) if n is None else n)
+        drawn = self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size)
+        return replace(drawn, images=sources.finished(indices, drawn.images))
 
     def _filled(
         self,

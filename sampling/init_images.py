@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
-from vqgen.seeding import hash64
-from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
+from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES
 
 from .filling import Filling, box_mask
 from .generator import Generator
+from .known import Sources
 from .output import path_word
 from .sample import SampleConfig
 
@@ -91,11 +91,10 @@ def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None
 
 @dataclass(frozen=True)
 class SourceImages:
-    """Images that are translated in turn."""
+    """Files of images that are translated in turn."""
 
     paths: list[Path]
-    codes: Tensor
-    """int64 (m, h, w[, depth])."""
+    read: Sources
 
     def __len__(self) -> int:
         """Number of images m."""
@@ -122,5 +121,5 @@ def chosen_sources(config: SampleConfig, generator: Generator) -> SourceImages |
     size, images = generator.source_size, []
     for number, path in enumerate(paths):
         image = generator.fitted(read_image(path, channels, "--source-image")[None], size)
-        images.append(degrade(image, chain, [hash64("source", config.seed, number)]))
-    return SourceImages(paths, generator.encode(torch.cat(images), size))
+        images.append(degrade(image, chain, [source_seed(config.seed, number)]))
+    return SourceImages(paths, generator.sources(torch.cat(images), config.paste))

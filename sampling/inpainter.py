@@ -33,7 +33,7 @@ class Inpainter(Drawer):
             raise UsageError(f"{option}: found {' '.join(map(str, size))}, expected {wanted}")
         return size[0] // factor, size[1] // factor
 
-    def extension(self, images: Tensor, margins: Sequence[int], pasted: bool = True) -> Filling:
+    def extension(self, images: Tensor, margins: Sequence[int], paste: bool = True) -> Filling:
         """Images with margins that are drawn, see `Generator.extend`: left, top, right and bottom."""
         self.check_inpainting()
         factor, fitted = self.tokenizer.factor, self.fitted(images[None] if images.ndim == 3 else images)
@@ -49,9 +49,9 @@ class Inpainter(Drawer):
         codes = torch.zeros(*cells.shape, *self.vocabulary.shape[2:], dtype=torch.long)
         inside = slice(top // factor, (top + height) // factor), slice(left // factor, (left + width) // factor)
         codes[:, inside[0], inside[1]] = self.encode(fitted)
-        return Filling(codes, cells, self.vocabulary, True, originals if pasted else None, pixels)
+        return Filling(codes, cells, self.vocabulary, True, originals if paste else None, pixels)
 
-    def filling(self, images: Tensor, mask: Tensor, pasted: bool = True) -> Filling:
+    def filling(self, images: Tensor, mask: Tensor, paste: bool = True) -> Filling:
         """Images and the parts of them that are drawn, see `Generator.inpaint`."""
         self.check_inpainting()
         codes, size = self.encode(images), self.tokenizer.config.image_size
@@ -65,7 +65,7 @@ class Inpainter(Drawer):
         if not pixels.flatten(1).any(1).all():
             raise UsageError(f"mask: of one nothing is left after the image is fitted to {size[0]}x{size[1]} pixels")
         cells = cells_of(pixels, self.tokenizer.factor)
-        originals = self.fitted(images) if pasted else None
+        originals = self.fitted(images) if paste else None
         return Filling(codes, cells, self.vocabulary, True, originals, pixels)
 
     def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:

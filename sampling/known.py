@@ -1,5 +1,6 @@
-"""Codes of images that are known before drawing."""
+"""What is known of images before they are drawn: some of their codes, or what they are made from."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vqgen.prior.vocabulary import Vocabulary
+from vqgen.tokenizer.codes.degrade import Keep
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,30 @@ class Known:
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Tokens (B, length) of images of the series."""
         return self.tokens[[index % len(self) for index in indices]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Images that others are made from; image i of a series is made from row i % m."""
+
+    codes: Tensor
+    """int64 (m, h, w[, depth])."""
+    keep: Keep | None = None
+    """Gives drawn images what their sources show as it was."""
+    images: Tensor | None = None
+    """uint8 (m, C, H, W), of the size of what is drawn, where something of them is kept."""
+
+    def __len__(self) -> int:
+        """Number of rows m."""
+        return len(self.codes)
+
+    def finished(self, indices: Sequence[int], images: Tensor) -> Tensor:
+        """Decoded images uint8 (B, C, H, W) of a series, with what is kept of their sources."""
+        if self.keep is None or self.images is None:
+            return images
+        return self.keep(images, self.images[[index % len(self) for index in indices]])
+
+    @property
+    def fingerprint(self) -> str | None:
+        """sha256 of the pixels of which something is kept."""
+        return None if self.images is None else hashlib.sha256(self.images.numpy().tobytes()).hexdigest()

@@ -27,8 +27,11 @@ from .settings import SamplingSettings
 
 FINISHED, UNFINISHED, GRID = "samples.json", "samples.partial.json", "grid.png"
 Layout = Literal["flat", "labels", "folders"]  # labels: written by version 0.1
+PARTS = ("mask", "box", "vary", "extend", "keep_rows")
+"""Options that say which part of --init-image is drawn. What they come to has the keys `_OF_PARTS`."""
+_OF_PARTS = ("kept_codes", "kept_fingerprint", "code_grid", "mask_fingerprint")
 # Settings that may differ between a run and the one that continues it.
-MAY_DIFFER = ("n", "former", "version", "model", "init_images", "source_images", "images", "grid")
+MAY_DIFFER = ("n", "former", "version", "model", "init_images", "source_images", "images", "grid", *PARTS)
 # All names that files of a run can have, in order of removal: the finished list must not outlive an image.
 _OWN = (
     r"samples\.json",
@@ -176,9 +179,21 @@ def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             return _difference(before, now)
-        texts = (text if len(text) < 200 else f"{text[:200]}..." for text in (repr(before), repr(now)))
-        return f"{key.replace('_', ' ')} {', now '.join(texts)}"
+        if key == "stems" and not (before and now):
+            names = "named after their sources", "numbered, as they are not one for each source"
+            return f"its files are {names[not before]}, those of --n {wanted['n']} {names[not now]}"
+        if key in _OF_PARTS:  # the option tells more, where it was recorded
+            key = next((part for part in PARTS if part in former and former[part] != wanted.get(part)), key)
+        return f"{key.replace('_', ' ')} {_short(former.get(key))}, now {_short(wanted.get(key))}"
     return ""
+
+
+def _short(value: object) -> str:
+    """A value of a list as text, of a fingerprint its first digits."""
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def _state(path: Path, sha256: str | None, size: tuple[int, int] | None) -> Literal["ours", "damaged", "other"]:

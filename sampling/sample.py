@@ -76,7 +76,8 @@ class SampleConfig(Options):
     size: list[Size] | None = None
     """Height and width of the images, when larger than those of training: they are drawn in overlapping windows."""
     paste: bool = True
-    """Put the known pixels back around what --mask and --box draw, over a soft edge; otherwise all are decoded."""
+    """Keep what is known exactly, otherwise all is decoded: of --init-image the pixels around what --mask, --box and
+    --extend draw, over a soft edge; of --source-image the luma, where the prior was trained on --source grey."""
     source_image: list[Path] | None = None
     """Image files, or folders of them, to translate, for a prior that was trained on source codes: image i is made of
     the i-th of them, in turn; its class is that of the i-th --class, or none without --class. With one image for each,

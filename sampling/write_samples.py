@@ -29,7 +29,8 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import SourceImages, chosen_filling, chosen_sources
-from .output import GRID, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
+from .known import Sources
+from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
 
@@ -39,8 +40,14 @@ GRID_IMAGES = 100
 def chosen_conditions(config: SampleConfig, generator: Generator, sources: SourceImages | None) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions and translations have no other
     condition than their image."""
-    given = {**config.conditions, "source": sources.codes} if sources else config.conditions
+    given = {**config.conditions, "source": sources.read.codes} if sources else config.conditions
     return generator.conditioning.conditions(given, absent=bool(config.init_image or sources))
+
+
+def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The options of these names that were given, as plain values."""
+    found = {name: value for name, value in as_dict(config).items() if name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: int, channels: int) -> None:
@@ -85,6 +92,7 @@ def describe(
     if names.stems:
         about["stems"] = names.stems
     if filling:
+        about |= given_options(config, PARTS)
         kept = filling.kept
         about["init_images"] = [str(path) for path in config.init_image or []]
         about["kept_codes"] = len(kept) // len(filling)
@@ -127,6 +135,9 @@ def write_samples(config: SampleConfig) -> PartialState:
         about["source_images"] = [str(path) for path in sources.paths]
         if config.source:
             about["degradations"] = config.source
+        if generator.keep:
+            about["paste"] = config.paste
+            about["source_fingerprint"] = sources.read.fingerprint
     with locked_by_main(output):
         factor, grid = generator.tokenizer.factor, filling.grid if filling else generator.tokenizer.grid
         size = grid[1] * factor, grid[0] * factor
@@ -142,7 +153,7 @@ def write_samples(config: SampleConfig) -> PartialState:
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
         on_main(lambda: _begin(output, about, found))
-        _draw(config, generator, names, about, conditions, filling, state)
+        _draw(config, generator, names, about, conditions, filling, sources.read if sources else None, state)
     return state
 
 
@@ -160,6 +171,7 @@ def _draw(
     about: dict[str, Any],
     conditions: Conditions,
     filling: Filling | None,
+    sources: Sources | None,
     state: PartialState,
 ) -> None:
     """Draw the images that are missing in the folder, this process its share of them; write grid and list."""
@@ -175,7 +187,8 @@ def _draw(
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
         decoded = generator.decode(codes)
-        decoded = filling.finished(indices, decoded) if filling else decoded
+        if given := filling or sources:
+            decoded = given.finished(indices, decoded)
         if not (output / UNFINISHED).is_file():
             raise UserError(
                 f"{output} was moved or removed while images were drawn into it; run the same command again"

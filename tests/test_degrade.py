@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.codes.degrade import DEGRADATIONS, MOST, degrade, parse_degradations
+from vqgen.tokenizer.codes.degrade import DEGRADATIONS, MOST, degrade, keep_of, parse_degradations
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import DEMO
@@ -174,3 +174,32 @@ def test_chains_are_bounded() -> None:
 def test_another_number_of_seeds_is_an_error(garments: Tensor) -> None:
     with pytest.raises(ValueError, match="12 images, 1"):
         degrade(garments, parse_degradations(["blur:1"]), [0])
+
+
+def luma(images: Tensor) -> Tensor:
+    return (images.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+
+
+def test_what_grey_leaves_of_an_image_can_be_put_back(garments: Tensor) -> None:
+    """The luma is that of the source, the colour that of what was drawn, in whatever range that leaves it."""
+    keep = keep_of(["grey"])
+    assert keep is not None
+    grey, random = apply(garments, "grey"), torch.Generator().manual_seed(0)
+    assert (keep(garments, grey).int() - garments.int()).abs().max() <= 1, "the truth stays the truth"
+    drawn = torch.randint(256, garments.shape, dtype=torch.uint8, generator=random)
+    for source in (grey, garments, drawn.flip(0), torch.zeros_like(grey), torch.full_like(grey, 255)):
+        before = drawn.clone(), source.clone()
+        found = keep(drawn, source)
+        assert torch.equal(before[0], drawn) and torch.equal(before[1], source) and found.dtype == torch.uint8
+        assert (luma(found) - luma(source)).abs().max() <= 0.51
+        # The differences to the luma have the direction of those drawn: the hue is the same.
+        ours, theirs = (images.float() - luma(images)[:, None] for images in (found, drawn))
+        share = (ours * theirs).sum(1, keepdim=True) / theirs.square().sum(1, keepdim=True).clamp(min=1)
+        assert (ours - share * theirs).abs().max() <= 1.1 and share.min() >= -0.1
+    assert torch.equal(keep(grey, grey), grey)
+
+
+def test_only_a_degradation_that_leaves_something_as_it_was_gives_it_back() -> None:
+    assert [spec for spec in EVERY if keep_of([spec])] == ["grey"]
+    for chain in ([], ["downscale:2", "grey"], ["grey", "jpeg:10"], ["sepia"]):
+        assert keep_of(chain) is None

@@ -150,7 +150,7 @@ def test_pictures_are_those_of_the_generator(measured, model: Path, photos: Path
         assert found["hole_psnr"][name] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-4)
     error = (filled.double() - images).abs().mean() / 127.5
     assert found["lpips"]["filled"] == pytest.approx(error.item(), rel=1e-4)
-    unpasted = generator.inpaint(images, mask, classes=labels, pasted=False, **given).images.double()
+    unpasted = generator.inpaint(images, mask, classes=labels, paste=False, **given).images.double()
     for seam, shown, low, high in (("seam", filled.double(), 4, 12), ("seam_of_codes", unpasted, 2, 14)):
         rows, columns = shown[..., low:high, :], shown[..., low:high]
         across = [rows[..., x] - rows[..., x - 1] for x in (low, high)]

@@ -15,7 +15,8 @@ from vqgen.evaluation.tasks.images import Encoded
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.source import MaskedSource, PairedSource
 from vqgen.sampling.generator import Generator
-from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
+from vqgen.seeding import fixed_subset
+from vqgen.tokenizer.codes.degrade import degrade, keep_of, parse_degradations, source_seed
 from vqgen.tokenizer.codes.manifest import SourceRecord
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
@@ -55,7 +56,7 @@ def images_of(folder: Path) -> tuple[Tensor, list[int]]:
 
 def test_metrics_are_those_of_the_generators_translations(cli, measured, tmp_path: Path, model: Path, photos: Path):
     found = measured("--seed", 3, "--source-guidance-scale", 1.5, "--batch-size", 5)
-    assert found["details"] == {"degradations": ["grey"]} and found["counts"] == {"images": DATA}
+    assert found["details"] == {"degradations": ["grey"], "source_kept": True} and found["counts"] == {"images": DATA}
     generator, (images, labels) = Generator.load(model, "cpu", "fp32"), images_of(photos)
     grey = degrade(images, parse_degradations(["grey"]), range(DATA))
     codes, sources = generator.encode(images), generator.encode(grey)
@@ -74,6 +75,12 @@ def test_metrics_are_those_of_the_generators_translations(cli, measured, tmp_pat
     for name, source in {"translated": sources, "shuffled": others}.items():
         drawn = generator.draw(range(DATA), {"source": list(source), "class": labels}, settings, seed=3)
         shown[name] = drawn.images
+    # What is decoded gets the luma of its own source, as users do.
+    shown["decoded"], keep = shown["translated"], keep_of(["grey"])
+    assert keep is not None
+    shown |= {name: keep(shown[name], grey) for name in ("reconstruction", "translated", "shuffled")}
+    pasted = generator.translate(grey, classes=labels, seed=3, source_guidance_scale=1.5)
+    assert torch.equal(shown["translated"], pasted.images)
     for name, each in shown.items():
         for metric, function in {"psnr": psnr, "ssim": ssim}.items():
             assert found["metrics"][metric][name] == pytest.approx(function(each, images).mean().item(), rel=1e-4)
@@ -82,6 +89,9 @@ def test_metrics_are_those_of_the_generators_translations(cli, measured, tmp_pat
     assert found["metrics"]["colourfulness"]["input"] == 0 < found["metrics"]["colourfulness"]["original"]
     assert set(found["metrics"]["psnr"]) == set(shown) and "lpips" not in found["metrics"]
     assert cli(evaluate.main, "replay", tmp_path / "receipt.json").out.startswith("same: ")
+    plain = measured("--seed", 3, "--source-guidance-scale", 1.5, "--no-paste")
+    assert plain["details"]["source_kept"] is False and "decoded" not in plain["metrics"]["psnr"]
+    assert plain["metrics"]["psnr"]["translated"] == pytest.approx(found["metrics"]["psnr"]["decoded"])
 
 
 def generator_settings(**given: Any):
@@ -90,10 +100,15 @@ def generator_settings(**given: Any):
     return SamplingSettings(**given)
 
 
-def test_noise_is_that_of_the_seed_and_removed_by_the_classical_method(measured) -> None:
+def test_noise_is_that_of_the_seed_and_removed_by_the_classical_method(measured, photos: Path) -> None:
     found = measured("--source", "noise:0.1-0.2", "--n", 6)
     assert found["metrics"]["psnr"]["non_local_means"] > found["metrics"]["psnr"]["input"] + 3
     assert 13 < found["metrics"]["psnr"]["input"] < 20.5, "between the limits of that noise"
+    images, chain = images_of(photos)[0], parse_degradations(["noise:0.1-0.2"])
+    noisy = degrade(images, chain, [source_seed(0, index) for index in range(DATA)])
+    chosen = fixed_subset(6, DATA)
+    expected = psnr(noisy, images)[chosen].mean().item()
+    assert found["metrics"]["psnr"]["input"] == pytest.approx(expected, rel=1e-5), "as vqgen-tokenize would"
     again = measured("--source", "noise:0.1-0.2", "--n", 6, "--batch-size", 4)
     assert again["fingerprints"] == found["fingerprints"]
     other = measured("--source", "noise:0.1-0.2", "--n", 6, "--seed", 1)

@@ -307,7 +307,7 @@ def test_fillings_are_a_series_like_any_other(tmp_path: Path) -> None:
     other = images.clone()
     other[:, :, :, :2] = 255 - other[:, :, :, :2]
     assert not torch.equal(generator.inpaint(other, mask, n=3, seed=5).codes[:, hidden], whole.codes[:3, hidden])
-    unpasted = generator.inpaint(images, mask, n=7, seed=5, pasted=False)
+    unpasted = generator.inpaint(images, mask, n=7, seed=5, paste=False)
     assert torch.equal(unpasted.codes, whole.codes)
     assert torch.equal(unpasted.images[:, :, mask], whole.images[:, :, mask])
     assert torch.equal(unpasted.images, generator.decode(whole.codes))
@@ -389,6 +389,7 @@ def test_the_program_draws_what_is_white(sample, with_source: Path, tmp_path: Pa
     (tmp_path / "out" / "00003.png").unlink()
     assert sample("--box", 4, 2, 2, 2, "--n", 6, "--seed", 3).code == 0, "the same pixels by a box"
     assert torch.equal(drawn_images(tmp_path / "out")[:5], found)
+    assert about["mask"] and "box" not in about and "vary" not in about
     for other in (["--box", 3, 2, 2, 2], ["--box", 4, 2, 2, 2, "--no-paste"], ["--vary", 0.5], ["--keep-rows", 1], []):
         result = sample("--n", 6, "--seed", 3, *other)
         assert result.code == 2 and "--overwrite" in result.err, other
@@ -398,7 +399,13 @@ def test_the_program_varies_and_takes_several_boxes(sample, with_source: Path, t
     assert sample("--vary", 0.5, "--n", 4, "--batch-size", 3).code == 0
     ours = Generator.load(with_source, "cpu", "fp32").vary(photos(1), 0.5, n=4)
     assert torch.equal(drawn_images(tmp_path / "out"), ours.images)
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["vary"] == 0.5
+    refused = sample("--vary", 0.2, "--n", 4)
+    assert refused.code == 2 and "vary 0.5, now 0.2" in refused.err
     assert sample("--box", 0, 0, 1, 1, 5, 3, 1, 1, "--n", 2, "--overwrite").code == 0
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["box"] == [0, 0, 1, 1, 5, 3, 1, 1]
+    refused = sample("--box", 0, 0, 1, 1, "--n", 2)
+    assert refused.code == 2 and "[0, 0, 1, 1, 5, 3, 1, 1], now [0, 0, 1, 1]" in refused.err
     mask = torch.zeros(4, 6, dtype=torch.bool)
     mask[0, 0] = mask[3, 5] = True
     ours = Generator.load(with_source, "cpu", "fp32").inpaint(photos(1), mask, n=2)
@@ -522,12 +529,12 @@ def test_larger_images_are_a_series_like_any_other(tmp_path: Path, sourced: bool
 def test_images_are_extended_on_every_side(tmp_path: Path) -> None:
     generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
     images = photos(2, 4, 6)
-    found = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, pasted=True)
+    found = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, paste=True)
     assert found.images.shape == (3, 3, 12, 16)
     beside = generator.extend(images, left=6)
     # Beyond the soft edge, two pixels as wide as a code, the image is as it was.
     assert torch.equal(beside.images[..., 8:], images[..., 2:]) and not torch.equal(beside.images[..., 6:], images)
-    unpasted = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, pasted=False)
+    unpasted = generator.extend(images, left=6, top=2, right=4, bottom=6, n=3, paste=False)
     assert torch.equal(unpasted.codes, found.codes)
     for margins in ({"left": 3}, {"left": -2}, {}):
         with pytest.raises(UsageError, match="--extend"):

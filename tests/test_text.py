@@ -275,7 +275,7 @@ def test_what_is_no_prompt_is_one_line(generator: Generator, tmp_path: Path) -> 
 def test_holes_are_filled_by_the_prompt(generator: Generator) -> None:
     images = generator.sample(2, prompts=[caption(4)], seed=1).images
     mask = torch.ones(4, 6, dtype=torch.bool)
-    found = generator.inpaint(images, mask, n=8, conditions={"text": [caption(2), caption(9)]}, pasted=False).codes
+    found = generator.inpaint(images, mask, n=8, conditions={"text": [caption(2), caption(9)]}, paste=False).codes
     right = found.flatten(1).eq(torch.tensor([2, 9]).repeat(4)[:, None]).float().mean()
     assert right > 0.8
     kept = generator.complete(images, 1, conditions={"text": caption(4)})

@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json
 from vqgen.tokenizer import encode
-from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
+from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
 from vqgen.tokenizer.codes.format import MANIFEST, CodeFiles, shard_name
 from vqgen.tokenizer.codes.plan import PLAN
-from vqgen.tokenizer.codes.reading import source_seed, view_seed
+from vqgen.tokenizer.codes.reading import view_seed
 from vqgen.tokenizer.codes.writer import tokenize
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
@@ -100,7 +100,7 @@ def test_source_codes_are_those_of_the_degraded_view(make: Make, degraded: Path,
         for view in range(files.views):
             indices = list(range(len(files)))
             plain = batch_of(config, str(images), split, view, indices, indices)
-            worse = degrade(plain, chain, [source_seed(config, i, view) for i in indices])
+            worse = degrade(plain, chain, [source_seed(config.seed, i, view) for i in indices])
             assert agreement(files.gather(indices, [view] * len(files)), model.encode(plain)) > 0.999
             assert agreement(files.gather_source(indices, [view] * len(files)), model.encode(worse)) > 0.999
             assert agreement(model.encode(plain), model.encode(worse)) < 0.9

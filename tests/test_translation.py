@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
+import vqgen.tokenizer.codes.degrade as degrade_module
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
@@ -258,6 +259,10 @@ def generator(model: Path) -> Generator:
     return Generator.load(model, "cpu", "fp32")
 
 
+def luma(images: Tensor) -> Tensor:
+    return (images.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
+
+
 def photos(count: int = 3, height: int = 4, width: int = 6) -> Tensor:
     random = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=random)
@@ -275,9 +280,35 @@ def test_translations_are_drawn_with_the_codes_of_their_sources(generator: Gener
     assert torch.equal(generator.translate(images[1], classes="shoe", n=2, seed=3).codes[1], more.codes[1])
     larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert generator.translate(larger).codes.shape == (3, 2, 3)
+    # The prior is for grey sources: images have the luma of theirs, and all else from their codes.
+    plain = generator.translate(images, seed=3, paste=False)
+    assert torch.equal(plain.images, generator.decode(found.codes)) and torch.equal(plain.codes, found.codes)
+    assert torch.equal(found.images, degrade_module.keep_of(["grey"])(plain.images, images))
+    assert (luma(found.images) - luma(images)).abs().max() <= 0.51 < (luma(plain.images) - luma(images)).abs().max()
+    assert torch.equal(more.images[4], generator.translate(images, n=5, classes=["bag", "shoe"], seed=3).images[4])
     # Completion has the source, too.
     half = generator.complete(images, mask_rows=1, conditions={"source": generator.encode(images)})
     assert torch.equal(half.codes[:, 0], generator.encode(images)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        SourceRecord("degraded", [2, 3], "d" * 64, ["noise:0.1"]),
+        SourceRecord("degraded", [2, 3], "d" * 64, ["downscale:2", "grey"]),
+        SourceRecord("paired", [2, 3], "d" * 64, description="sketches by name"),
+        SourceRecord("degraded", [1, 2], "d" * 64, ["grey"]),
+    ],
+)
+def test_nothing_is_kept_of_other_sources(cli, tmp_path: Path, about: SourceRecord) -> None:
+    model = model_with(tmp_path, [PairedSource(about, 0.1), Classes(3, NAMES)])
+    generator = Generator.load(model, "cpu", "fp32")
+    found = generator.translate(photos())
+    assert torch.equal(found.images, generator.decode(found.codes))
+    write_png_atomic(tmp_path / "a.png", photos(1)[0])
+    words = ["--model", model, "--device", "cpu", "--source-image", tmp_path / "a.png", "--output", tmp_path / "out"]
+    assert cli(program.main, *words).code == 0
+    assert "paste" not in json.loads((tmp_path / "out" / "samples.json").read_text())
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "source_guidance_scale": 3.0}, {"oversample": 1.25}])
@@ -409,7 +440,8 @@ def files(folder: Path) -> dict[str, bytes]:
 STEMS = ["a", "b", "c.d", "grid", "x y"]
 
 
-def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_path: Path, generator) -> None:
+def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_path: Path, generator, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = sample("--source-image", folder, "--source-guidance-scale", 1.5, "--seed", 2)
     assert result.code == 0, result.err
     found, about = files(tmp_path / "out"), json.loads((tmp_path / "out" / "samples.json").read_text())
@@ -421,6 +453,11 @@ def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_
     drawn = generator.translate(images, source_guidance_scale=1.5, seed=2)
     for image, stem in zip(drawn.images, STEMS, strict=True):
         assert torch.equal(decode(found[f"translated/{stem}.png"], 3), image)
+    assert about["paste"] is True and len(about["source_fingerprint"]) == 64
+    plain = sample("--source-image", folder, "--source-guidance-scale", 1.5, "--seed", 2, "--no-paste", "--output", "x")
+    assert plain.code == 0 and files(Path("x")).keys() == found.keys() and files(Path("x")) != found
+    decoded = generator.decode(drawn.codes)
+    assert torch.equal(decode((Path("x") / "translated" / "b.png").read_bytes(), 3), decoded[1])
     # It is continued and checked as any run.
     words = "--source-image", folder, "--source-guidance-scale", 1.5, "--seed", 2
     assert "holds these 5 images" in sample(*words).out
@@ -429,11 +466,40 @@ def test_translations_keep_the_names_of_their_sources(sample, folder: Path, tmp_
     again = sample(*words)
     assert "2 images in" in again.out and "b.png was damaged" in again.err and files(tmp_path / "out") == found
     (tmp_path / "out" / "translated" / "mine.png").write_bytes(b"mine")
-    for more in (["--n", 7], ["--source-guidance-scale", 2], ["--source", "grey"]):
+    for more, named in (
+        (["--n", 7], "--n 7"),
+        (["--source-guidance-scale", 2], "source guidance scale 1.5, now 2"),
+        (["--source", "grey"], "source "),
+        (["--no-paste"], "paste True, now False"),
+    ):
         refused = sample(*words, *more)
-        assert refused.code == 2 and "another run" in refused.err and len(refused.err) < 1000
+        assert refused.code == 2 and "another run" in refused.err and len(refused.err) < 400
+        assert named in refused.err and "stems" not in refused.err, refused.err
+    assert sample(*words, "--n", 7, "--output", "numbered").code == 0
+    refused = sample(*words, "--output", "numbered")
+    assert refused.code == 2 and "--n 5" in refused.err and "stems" not in refused.err
     assert sample(*words[:2], "--n", 3, "--overwrite").code == 0
     assert list(files(tmp_path / "out")) == ["00000.png", "00001.png", "00002.png", "grid.png", "translated/mine.png"]
+
+
+def test_pixels_of_a_source_that_are_kept_tell_runs_apart(sample, folder: Path, tmp_path: Path, generator) -> None:
+    """Its codes alone would not: other pixels may have the same ones."""
+    first = decode((folder / "a.png").read_bytes(), 3)
+    other = first ^ 1
+    assert torch.equal(generator.encode(first), generator.encode(other))
+    assert sample("--source-image", folder / "a.png").code == 0
+    write_png_atomic(folder / "a.png", other)
+    refused = sample("--source-image", folder / "a.png")
+    assert refused.code == 2 and "source fingerprint" in refused.err
+
+
+def test_sources_are_degraded_by_the_seed_and_their_place(sample, folder: Path, tmp_path: Path, generator) -> None:
+    assert sample("--source-image", folder, "--source", "noise:0.2", "--seed", 4).code == 0
+    images = torch.stack([decode(path.read_bytes(), 3) for path in sorted(folder.iterdir())])
+    seeds = [degrade_module.source_seed(4, index) for index in range(5)]
+    noisy = degrade_module.degrade(generator.fitted(images), degrade_module.parse_degradations(["noise:0.2"]), seeds)
+    ours = generator.translate(noisy, seed=4).images
+    assert torch.equal(decode((tmp_path / "out" / "translated" / "c.d.png").read_bytes(), 3), ours[2])
 
 
 def test_names_that_are_no_text_are_replaced(sample, folder: Path, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ class TranslationConfig(PicturesConfig):
     source: list[str] = field(default_factory=list)
     """Degradations of the images as for vqgen-tokenize, one after the other; by default those that the prior was
     trained on."""
+    paste: bool = True
+    """Keep what the source shows exactly, as vqgen-sample does for priors trained on --source grey."""
 
 
 @dataclass

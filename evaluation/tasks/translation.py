@@ -12,8 +12,7 @@ from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
-from vqgen.seeding import hash64
-from vqgen.tokenizer.codes.degrade import Degradation, degrade, parse_degradations
+from vqgen.tokenizer.codes.degrade import Degradation, degrade, parse_degradations, source_seed
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import SMALLEST, psnr, ssim
 
@@ -35,7 +34,9 @@ METRICS = {metric.name: metric for metric in _METRICS}
 `psnr`, `ssim`, `lpips` compare with the image before it was degraded: the translation (`translated`), the degraded
 image (`input`), the translation of another image's source (`shuffled`), and the tokenizer's reconstruction of the truth
 (`reconstruction`), the best that codes allow; where noise was added, also its removal by non-local means
-(`non_local_means`). `colourfulness` has them too, and that of the truth (`original`).
+(`non_local_means`). Where the prior keeps what sources show as it was, as the luma of grey ones, all that is decoded
+from codes gets it; `decoded` is the translation without. `colourfulness` has them too, and that of the truth
+(`original`).
 """
 
 
@@ -63,7 +64,7 @@ def measure_translation(config: TranslationConfig) -> Measurement:
     perceptual, images = perceptual_of(config, device), TaskImages(config, generator)
 
     def degraded(originals: Tensor, indices: Tensor) -> Tensor:
-        return degrade(originals, chain, [hash64(config.seed, "source", index) for index in indices.tolist()])
+        return degrade(originals, chain, [source_seed(config.seed, index) for index in indices.tolist()])
 
     truth, sources = images.encoded(), images.encoded(degraded)
     generator.check(config.sampling, _conditions(generator, truth, range(len(truth)), sources.codes))
@@ -81,7 +82,7 @@ def measure_translation(config: TranslationConfig) -> Measurement:
             **_pictures(config, generator, images, truth, sources, chain, degraded, perceptual),
         },
         environment(device, generator.precision, world),
-        {"degradations": specs},
+        {"degradations": specs, "source_kept": config.paste and generator.keep is not None},
     )
 
 
@@ -134,6 +135,9 @@ def _pictures(
         for part, originals, indices in images.pixels(truth):
             shown = {name: generator.decode(of[part]) for name, of in codes.items()}
             shown["input"] = degraded(originals, indices)
+            if config.paste and generator.keep:
+                kept = {name: generator.keep(shown[name], shown["input"]) for name in codes}
+                shown |= {"decoded": shown["translated"], **kept}
             if noise:
                 shown["non_local_means"] = non_local_means(shown["input"], sigma)
             for name, each in shown.items():

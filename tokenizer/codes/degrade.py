@@ -22,6 +22,9 @@ from vqgen.seeding import hash64
 
 MOST = 8
 """Degradations in one chain."""
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""Drawn images, and the degraded ones that they were drawn from -> the drawn ones with what these show as it was; all
+uint8 (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Kind:
     strengths: Range | None = None
     whole: bool = False
     """Whether the strength is an integer."""
+    keep: "Keep | None" = None
+    """Gives drawn images what it leaves of an image as it was; None where it changes all."""
 
 
 def _to_uint8(pixels: Tensor) -> Tensor:
@@ -81,6 +86,23 @@ def _noise(image: Tensor, sigma: float, random: np.random.Generator) -> Tensor:
 def _grey(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
     """Luma (ITU-R BT.601) in all three channels."""
     return _to_uint8(transforms.rgb_to_grayscale(image.float(), num_output_channels=3))
+
+
+def _luma(images: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601) of images (B, 3, H, W), float (B, 1, H, W) in their range."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    return (images.float() * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def _keep_luma(drawn: Tensor, grey: Tensor) -> Tensor:
+    """The colour differences of `drawn` to its luma, on the luma of `grey`.
+
+    Where a channel would leave its range all three differences shrink alike: that keeps the luma, and the hue.
+    """
+    luma, drawn = _luma(grey), drawn.float()
+    colour = drawn - _luma(drawn)
+    room = torch.where(colour > 0, 255 - luma, luma) / colour.abs().clamp(min=1e-3)
+    return _to_uint8(luma + room.amin(1, keepdim=True).clamp(max=1) * colour)
 
 
 def _blur(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
@@ -108,7 +130,7 @@ def _edges(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
 DEGRADATIONS = {
     "downscale": Kind(_downscale, "FACTOR", Range(above=1, most=64)),
     "noise": Kind(_noise, "SIGMA", Range(above=0, most=1)),
-    "grey": Kind(_grey),
+    "grey": Kind(_grey, keep=_keep_luma),
     "blur": Kind(_blur, "SIGMA", Range(above=0, most=20)),
     "jpeg": Kind(_jpeg, "QUALITY", Range(least=1, most=100), whole=True),
     "edges": Kind(_edges),
@@ -146,6 +168,21 @@ def _parse(spec: str) -> Degradation:
     if not within or (kind.whole and not (low.is_integer() and high.is_integer())):
         raise UsageError(f"--source: found {spec[:80]!r}, {expected}")
     return Degradation(name, low, high)
+
+
+def keep_of(specs: Sequence[str]) -> Keep | None:
+    """How drawn images get what a chain of degradations leaves of an image as it was; None where that is nothing.
+
+    A chain of several leaves nothing: each changes what another may leave.
+    """
+    kind = DEGRADATIONS.get(specs[0].partition(":")[0]) if len(specs) == 1 else None
+    return kind.keep if kind else None
+
+
+def source_seed(seed: int, index: int, view: int = 0) -> int:
+    """The seed of `degrade` for a view of an image by the --seed of any program: of the image `index` of a split, or of
+    those that are given."""
+    return hash64("source", seed, index, view)
 
 
 def check_channels(degradations: Sequence[Degradation], channels: int) -> None:

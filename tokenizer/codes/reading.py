@@ -15,7 +15,7 @@ from vqgen.tokenizer.data.loader import worker_count
 from vqgen.tokenizer.data.options import Split
 from vqgen.tokenizer.encode import TokenizeConfig
 
-from .degrade import degrade
+from .degrade import degrade, source_seed
 from .plan import Job, ShardRange
 
 
@@ -43,11 +43,6 @@ def view_seed(config: TokenizeConfig, index: int, view: int) -> int:
     """
     seeds = (hash64("view", config.seed, index, view, attempt) for attempt in count())
     return next(seed for seed in seeds if not config.images.flip or flips(seed) == bool(view % 2))
-
-
-def source_seed(config: TokenizeConfig, index: int, view: int) -> int:
-    """Return the seed by which the source of a view is degraded, a function of (seed, image, view)."""
-    return hash64("source", config.seed, index, view)
 
 
 def read_views(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator[ViewBatch]:
@@ -90,7 +85,7 @@ def read_views(job: Job, split: Split, shards: Sequence[ShardRange]) -> Iterator
             images, found, labels = images[kept], found[kept], labels[kept]
             source, broken = other.images[torch.from_numpy(intact[partner_intact])], broken + other.broken
         elif job.degradations:
-            seeds = [source_seed(config, i, view) for i in found.tolist()]
+            seeds = [source_seed(config.seed, i, view) for i in found.tolist()]
             source = degrade(images, job.degradations, seeds)
         out = ViewBatch(shard, view, images, source, labels, found, broken)
         if job.device.type == "cuda":
