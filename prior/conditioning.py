@@ -31,6 +31,25 @@ Conditions = Mapping[str, Sequence[Any]]
 """Name of a part -> the values that the images of a series have in turn: image i has value i % len."""
 
 
+class Values(dict[str, list[Any]]):
+    """Values of every part of a series, parsed and checked, with their token ids: a series is drawn batch by batch."""
+
+    def __init__(self, values: Mapping[str, list[Any]], parts: Sequence[Part]) -> None:
+        """Encode values of every part. Raises `UsageError` for values that the model does not know."""
+        super().__init__(values)
+        self.parts = list(parts)
+        self.ids = {part.name: part.of_values(self[part.name]) for part in parts}
+
+    def having(self, values: Mapping[str, list[Any]]) -> "Values":
+        """The same with other values of some parts."""
+        found = copy.copy(self)
+        found.update(values)
+        found.ids = self.ids | {
+            part.name: part.of_values(found[part.name]) for part in self.parts if part.name in values
+        }
+        return found
+
+
 class Conditioning:
     """The parts of a prior's prefix over its vocabulary of codes: lengths, token ids and requests."""
 
@@ -175,12 +194,14 @@ class Conditioning:
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
-    def conditions(self, given: Mapping[str, Any] | None = None, absent: bool = False) -> dict[str, list[Any]]:
+    def conditions(self, given: Mapping[str, Any] | None = None, absent: bool = False) -> Values:
         """The values of every part from those given by name, parsed or not. Raises `UsageError`.
 
         Where nothing is given, or None for each, the parts have their default values, or none where `absent` is set;
         otherwise those that are not given have none.
         """
+        if isinstance(given, Values) and given.parts == self.parts:
+            return given
         given = {name: values for name, values in (given or {}).items() if values is not None}
         flags = {kind.name: kind.flag() for kind in PARTS}
         for name in given:
@@ -192,8 +213,7 @@ class Conditioning:
             values = found[part.name] = part.parse(given[part.name]) if part.name in given else default
             if not values:
                 raise UsageError(f"{part.flag()}: found no values; give at least one, or leave it out")
-            part.of_values(values)  # raises for values that the model does not know
-        return found
+        return Values(found, self.parts)
 
     def record(self, conditions: Conditions) -> dict[str, Any]:
         """What samples.json holds of the conditions besides the classes; parts that are omitted are not in it."""
@@ -214,7 +234,9 @@ class Conditioning:
         for part in self.parts:
             if part.name not in ids:
                 values = conditions[part.name]
-                ids[part.name] = part.of_values([values[i % len(values)] for i in indices])
+                rows = [i % len(values) for i in indices]
+                encoded = conditions.ids[part.name] if isinstance(conditions, Values) else part.of_values(values)
+                ids[part.name] = encoded[rows]
         return torch.cat([ids[part.name] for part in self.parts], 1)
 
     def check_absence(self, option: str, conditions: Conditions | None = None, guidance: str | None = None) -> None:

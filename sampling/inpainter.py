@@ -89,17 +89,17 @@ class Inpainter(Drawer):
         on_token: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
+        conditions = self.conditioning.conditions(conditions)
         if filling.grid == self.vocabulary.grid:
             given = self.seen(conditions, filling)
             return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)
-        conditions = self.conditioning.conditions(conditions)
         self.check(settings, self.seen(conditions, filling))
         return Painter(self, filling).draw(indices, conditions, settings, seed, batch_size, on_token)
 
     def seen(self, conditions: Conditions, filling: Filling) -> Conditions:
         """The conditions of a series with the source that filling in adds; of larger grids only that there is one."""
         if filling.grid == self.vocabulary.grid:
-            return {**conditions, **filling.conditions}
+            return self.conditioning.conditions(conditions).having(filling.conditions)
         return {**conditions, "source": list(filling.codes)} if self.conditioning.masked_source else conditions
 
     def tokens_of(self, filling: Filling) -> int:

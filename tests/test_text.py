@@ -255,6 +255,23 @@ def test_the_prompt_decides_what_is_drawn(place: Path, generator: Generator) -> 
     assert (place / "prior" / FILE).is_file() and (place / "prior" / "images" / "step-00000250.png").is_file()
 
 
+def test_every_prompt_is_encoded_once_for_a_whole_series(cli, place: Path, tmp_path: Path, monkeypatch) -> None:
+    """Not for every batch, nor for every image that has it."""
+    encoded: list[str] = []
+    of_value = Text.of_value
+    monkeypatch.setattr(Text, "of_value", lambda self, value: (encoded.append(value), of_value(self, value))[1])
+    words = ["--model", place / "prior", "--n", 12, "--batch-size", 2, "--device", "cpu", "--precision", "fp32"]
+    given = [caption(code) for code in (1, 5, 9)]
+    words = [*words, "--prompt", *given, "--guidance-scale", 2]
+    assert cli(program.main, *words, "--output", tmp_path / "plain").code == 0
+    assert encoded == given
+    encoded.clear()
+    words += ["--init-image", tmp_path / "plain" / "00000.png", "--box", 0, 0, 2, 2]
+    result = cli(program.main, *words, "--output", tmp_path / "filled")
+    assert result.code == 0, result.err
+    assert encoded == given
+
+
 def test_what_is_no_prompt_is_one_line(generator: Generator, tmp_path: Path) -> None:
     length = text_of(generator.conditioning).length
     assert length == 4
