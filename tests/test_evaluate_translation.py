@@ -19,8 +19,10 @@ from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.degrade import degrade, keep_of, parse_degradations, source_seed
 from vqgen.tokenizer.codes.manifest import SourceRecord
 from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.decoding import decode
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.metrics import psnr, ssim
+from vqgen.tokenizer.reconstruction import write_png_atomic
 
 DATA = 12  # images
 
@@ -116,6 +118,36 @@ def test_noise_is_that_of_the_seed_and_removed_by_the_classical_method(measured,
     assert other["fingerprints"]["data"] == found["fingerprints"]["data"]
 
 
+def test_pairs_are_measured_with_the_partners_of_other_data(measured, tmp_path: Path, photos: Path) -> None:
+    """As a degradation that gives the same sources; an image without a partner is an error, or is left out."""
+    paired = PairedSource(SourceRecord("paired", [8, 8], "d" * 64, description="upside by name"), 0.1)
+    model, partners = make_square_prior(tmp_path / "pairs", paired), tmp_path / "upside"
+    for path in photos.rglob("*.png"):  # in another split: partners are looked up in all
+        if "test" in path.parts:
+            place = partners / "train" / path.relative_to(photos / "test")
+            write_png_atomic(place, decode(path.read_bytes(), 3).flip(1))
+    (partners / "test" / "bag").mkdir(parents=True)
+    write_png_atomic(partners / "test" / "bag" / "more.png", torch.zeros(3, 16, 16, dtype=torch.uint8))
+    words = ["--model", model, "--source-data", partners, "--batch-size", 5]
+    found = measured(*words)
+    images, labels = images_of(photos)
+    upside = images.flip(2)
+    generator = Generator.load(model, "cpu", "fp32")
+    translated = generator.translate(upside, classes=labels).images
+    for name, shown in {"input": upside, "translated": translated}.items():
+        assert found["metrics"]["psnr"][name] == pytest.approx(psnr(shown, images).mean().item(), rel=1e-5)
+    assert found["details"]["source_kept"] is False and "12 of 12" in found["details"]["pairs"]
+    # One partner less.
+    next((partners / "train").rglob("*.png")).unlink()
+    with pytest.raises(AssertionError, match="--source-data"):
+        measured(*words)
+    assert measured(*words, "--unpaired", "skip")["counts"] == {"images": DATA - 1}
+    damaged = next((partners / "train").rglob("*.png"))
+    damaged.write_bytes(b"no image")
+    with pytest.raises(AssertionError, match=damaged.name):
+        measured(*words, "--unpaired", "skip")
+
+
 def test_a_prior_that_always_had_a_source_has_no_nll_without(measured, tmp_path: Path) -> None:
     always = PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"]), 0.0)
     found = measured("--model", make_square_prior(tmp_path / "always", always), "--n", 4)
@@ -166,9 +198,15 @@ def test_what_does_not_fit_is_named(cli, tmp_path: Path, model: Path, photos: Pa
         (["--model", pairs], "--source: "),
         (["--model", small], "4x4"),
         (["--source", "noise:3"], "noise:3"),
+        (["--model", pairs, "--source-data", photos, "--source", "grey"], "--source"),
+        (["--pair-by", "key"], "--pair-by"),
+        (["--unpaired", "skip"], "--unpaired"),
         (["--n", 13], "--n: found 13"),
     ):
         given = ["--model", model, "--data", photos, "--split", "test", "--output", tmp_path / "receipt.json", *words]
         result = cli(evaluate.main, "translation", *given)
         assert result.code == 2 and named in result.err and result.err.count("\n") == 1, (words, result.err)
+    missing = [*given[:-2], "--model", pairs, "--source-data", tmp_path / "none"]
+    result = cli(evaluate.main, "translation", *missing)
+    assert result.code == 1 and "--source-data" in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "receipt.json").exists()

@@ -55,12 +55,16 @@ class TaskImages:
         self.config, self.generator = config, generator
         self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout)
         self.reading.workers = config.workers
-        self.dataset: ImageDataset = open_images(config.data, config.split, self.reading)
+        self.dataset = self.opened()
         self.dataset.broken.report = warn
         what = f"the {config.split} split of {config.data}"
         self.chosen = fixed_subset(check_count(config.n, len(self.dataset), "--n", what), len(self.dataset))
         check_classes(generator.prior, self.dataset.class_names, config.unconditional, what)
         self.classes = generator.conditioning.classes.count and not config.unconditional
+
+    def opened(self) -> ImageDataset:
+        """The split of --data, not yet limited to `--n` images."""
+        return open_images(self.config.data, self.config.split, self.reading)
 
     def encoded(self, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Encoded:
         """Encode all images, each process its share. Raises `UserError` where fewer than 2 can be read.

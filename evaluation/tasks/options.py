@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
 from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision
-from vqgen.options import MOST_IMAGES, CountOrZero, Few, Options, Range, Seed, Size
+from vqgen.options import MOST_IMAGES, CountOrZero, Few, Options, Range, Seed, Size, option_name
 from vqgen.sampling.sample import check_boxes
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
@@ -78,13 +78,27 @@ class InpaintingConfig(PicturesConfig):
 class TranslationConfig(PicturesConfig):
     """Options of `vqgen-eval translation`."""
 
-    COMMON: ClassVar = ("model", "data", "split", "n", "source", "output", "perceptual_weights")
+    COMMON: ClassVar = ("model", "data", "split", "n", "source", "source_data", "output", "perceptual_weights")
 
     source: list[str] = field(default_factory=list)
     """Degradations of the images as for vqgen-tokenize, one after the other; by default those that the prior was
     trained on."""
+    source_data: str | None = None
+    """In place of --source the data in which each image of --data has the partner that it is translated from."""
+    pair_by: str = "name"
+    """What partners have in common, as for vqgen-tokenize: a column of tables, or for folders `name`."""
+    unpaired: Literal["error", "skip"] = "error"
+    """Images without a partner end the measurement with an error, or are left out."""
     paste: bool = True
     """Keep what the source shows exactly, as vqgen-sample does for priors trained on --source grey."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source_data and self.source:
+            raise UsageError("--source: found with --source-data; give one of them")
+        for name, default in ("pair_by", "name"), ("unpaired", "error"):
+            if (found := getattr(self, name)) != default and not self.source_data:
+                raise UsageError(f"{option_name(name)}: found {found} without --source-data; add it, or leave it out")
 
 
 @dataclass

@@ -1,18 +1,22 @@
-"""Translation: images from their degraded versions, beside those, a classical method and a bound."""
+"""Translation: images from their degraded versions or partners, beside those, a classical method and a bound."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from vqgen.artifact import fingerprint
 from vqgen.devices import rank_and_world
-from vqgen.errors import UsageError
+from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.measurement import Measurement, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.degrade import Degradation, degrade, parse_degradations, source_seed
+from vqgen.tokenizer.codes.pairs import pair
+from vqgen.tokenizer.data.dataset import ImageDataset
+from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import SMALLEST, psnr, ssim
 
@@ -31,17 +35,37 @@ METRICS = {metric.name: metric for metric in _METRICS}
 """`nats`: given the source (`source`), that of another image (`shuffled`), and, where it was dropped in training, none
 (`absent`).
 
-`psnr`, `ssim`, `lpips` compare with the image before it was degraded: the translation (`translated`), the degraded
-image (`input`), the translation of another image's source (`shuffled`), and the tokenizer's reconstruction of the truth
-(`reconstruction`), the best that codes allow; where noise was added, also its removal by non-local means
-(`non_local_means`). Where the prior keeps what sources show as it was, as the luma of grey ones, all that is decoded
-from codes gets it; `decoded` is the translation without. `colourfulness` has them too, and that of the truth
-(`original`).
+`psnr`, `ssim`, `lpips` compare with the image before it was degraded, or that of --data: the translation
+(`translated`), the degraded image or the partner (`input`), the translation of another image's source (`shuffled`), and
+the tokenizer's reconstruction of the truth (`reconstruction`), the best that codes allow; where noise was added, also
+its removal by non-local means (`non_local_means`). Where the prior keeps what sources show as it was, as the luma of
+grey ones, all that is decoded from codes gets it; `decoded` is the translation without. `colourfulness` has them too,
+and that of the truth (`original`).
 """
 
 
+class PairedImages(TaskImages):
+    """The images of --data that have a partner in --source-data. Raises `UserError`."""
+
+    config: TranslationConfig
+
+    def opened(self) -> ImageDataset:
+        config, split = self.config, self.config.split
+        source, data = open_source(config.data, split, config.holdout), str(config.source_data)
+        self.pairs, kept = pair({split: source}, data, config.pair_by, config.unpaired, self.reading)
+        return ImageDataset(kept[split], self.reading)
+
+    def partners(self, originals: Tensor, indices: Tensor) -> Tensor:
+        """The partners of images, both uint8 (B, C, H, W), by their indices in the data. Raises `UserError`."""
+        found = self.pairs.images.__getitems__(self.pairs.partners(self.config.split, indices.numpy(), 0).tolist())
+        if len(found.images) < len(originals):
+            raise UserError(f"--source-data: {found.broken[0]}; replace it, or remove it and add --unpaired skip")
+        return found.images
+
+
 def degradations_of(config: TranslationConfig, generator: Generator) -> list[str]:
-    """The degradations of --source, by default those that the prior was trained on. Raises `UsageError`."""
+    """The degradations of --source, by default those that the prior was trained on, none with --source-data. Raises
+    `UsageError`."""
     part = generator.conditioning.paired_source
     if part is None:
         text = f"{config.model} was trained without a source"
@@ -49,9 +73,11 @@ def degradations_of(config: TranslationConfig, generator: Generator) -> list[str
     if part.about.grid != list(generator.vocabulary.grid):
         found = "x".join(map(str, part.about.grid))
         raise UsageError(f"--model: its sources have {found} codes, not as many as its images; no metric compares them")
+    if config.source_data:
+        return []
     if not config.source and not part.about.degradations:
         text = f"{config.model} was trained on pairs ({part.about.description})"
-        raise UsageError(f"--source: {text}, which are not made from --data; name degradations")
+        raise UsageError(f"--source: {text}; give --source-data with the partners of --data, or name degradations")
     return config.source or part.about.degradations
 
 
@@ -60,13 +86,18 @@ def measure_translation(config: TranslationConfig) -> Measurement:
     device, (_, world) = start_processes(config.device), rank_and_world()
     generator = Generator.load(config.model, device, config.precision)
     specs = degradations_of(config, generator)
-    chain = parse_degradations(specs)
-    perceptual, images = perceptual_of(config, device), TaskImages(config, generator)
+    chain = parse_degradations(specs) if specs else []
+    perceptual = perceptual_of(config, device)
 
     def degraded(originals: Tensor, indices: Tensor) -> Tensor:
         return degrade(originals, chain, [source_seed(config.seed, index) for index in indices.tolist()])
 
-    truth, sources = images.encoded(), images.encoded(degraded)
+    if config.source_data:
+        images = PairedImages(config, generator)
+        source_of, details = images.partners, {"pairs": str(images.pairs)}
+    else:
+        images, source_of, details = TaskImages(config, generator), degraded, {"degradations": specs}
+    truth, sources = images.encoded(), images.encoded(source_of)
     generator.check(config.sampling, _conditions(generator, truth, range(len(truth)), sources.codes))
     return Measurement(
         {
@@ -79,10 +110,10 @@ def measure_translation(config: TranslationConfig) -> Measurement:
         {"images": len(truth)},
         {
             "nats": _likelihoods(config, generator, truth, sources),
-            **_pictures(config, generator, images, truth, sources, chain, degraded, perceptual),
+            **_pictures(config, generator, images, truth, sources, chain, source_of, perceptual),
         },
         environment(device, generator.precision, world),
-        {"degradations": specs, "source_kept": config.paste and generator.keep is not None},
+        {**details, "source_kept": config.paste and generator.keep is not None},
     )
 
 
@@ -116,7 +147,7 @@ def _pictures(
     truth: Encoded,
     sources: Encoded,
     chain: list[Degradation],
-    degraded: Any,
+    source_of: Callable[[Tensor, Tensor], Tensor],
     perceptual: PerceptualDistance | None,
 ) -> dict[str, Any]:
     """Metrics of what is drawn, and of what it is compared with."""
@@ -134,7 +165,7 @@ def _pictures(
     with progress(len(truth), "comparing", "img", rank == 0) as bar:
         for part, originals, indices in images.pixels(truth):
             shown = {name: generator.decode(of[part]) for name, of in codes.items()}
-            shown["input"] = degraded(originals, indices)
+            shown["input"] = source_of(originals, indices)
             if config.paste and generator.keep:
                 kept = {name: generator.keep(shown[name], shown["input"]) for name in codes}
                 shown |= {"decoded": shown["translated"], **kept}

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,10 +19,11 @@ from vqgen.tokenizer.data.items import Items, Joined, Rows
 from vqgen.tokenizer.data.options import ImageConfig, Split
 from vqgen.tokenizer.data.sources import Source, find_splits
 from vqgen.tokenizer.data.tables import read_keys
-from vqgen.tokenizer.encode import TokenizeConfig
 
 NAME = "name"
 """The --pair-by that means the path of a file."""
+Unpaired = Literal["error", "skip"]
+"""What becomes of images without a partner."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,17 @@ def _open_all(data: str) -> Source:
 
 
 def pair(
-    sources: Mapping[Split, Source], config: TokenizeConfig, images: ImageConfig
+    sources: Mapping[Split, Source], data: str, by: str, unpaired: Unpaired, images: ImageConfig, augment: bool = False
 ) -> tuple[Pairs, dict[Split, Source]]:
-    """Find the partner of every image in --source-data; return them with the sources of the images that have one.
+    """Find the partner of every image in other data; return them with the sources of the images that have one.
 
     Args:
-        images: how the partners are read.
+        data, by, unpaired: the options --source-data, --pair-by and --unpaired.
+        images: how the partners are read, with the same augmentation as the images where `augment` is set.
 
     Raises `UserError` where there are none, or with --unpaired error some have none.
     """
-    other, by = _open_all(str(config.source_data)), config.pair_by
+    other = _open_all(data)
     places: dict[str, list[int]] = defaultdict(list)
     for index, key in enumerate(_keys(other.items, by)):
         if key is not None:
@@ -116,7 +119,7 @@ def pair(
     if lost:
         text = f"{len(lost)} of {total} images have no partner by {by[:80]} in {other.name}, the first {lost[0]}"
         empty = [split for split, source in kept.items() if not len(source)]
-        if config.unpaired == "error":
+        if unpaired == "error":
             raise UserError(f"--source-data: {text}; correct --pair-by, or leave them out by --unpaired skip")
         if empty:
             raise UserError(f"--source-data: {text}, which leaves no {empty[0]} images; correct --pair-by")
@@ -124,5 +127,5 @@ def pair(
     summary = f"{total - len(lost)} of {total} images have a partner, {len(lost)} are left out"
     if several:
         summary += f"; {several} keys have several, which are taken in turn"
-    dataset = ImageDataset(other, images, augment=config.views > 1)
+    dataset = ImageDataset(other, images, augment=augment)
     return Pairs(dataset, first, turn, order, digest.hexdigest(), summary), kept

@@ -150,7 +150,7 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     degradations, pairs = parse_degradations(config.source) if config.source else [], None
     check_channels(degradations, tokenizer.config.channels)
     if config.source_data is not None:
-        pairs, sources = pair(sources, config, often)
+        pairs, sources = pair(sources, config.source_data, config.pair_by, config.unpaired, often, config.views > 1)
     datasets: dict[Split, ImageDataset] = {
         split: ImageDataset(source, often, augment=config.views > 1) if split == "train" else ImageDataset(source, once)
         for split, source in sources.items()
