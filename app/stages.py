@@ -11,6 +11,7 @@ from vqgen.config import parse
 from vqgen.errors import UsageError
 from vqgen.files import is_file, read_json
 from vqgen.options import Options
+from vqgen.prior.options import GENERATION
 from vqgen.prior.train import PriorTraining
 from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
@@ -64,8 +65,19 @@ def _draw(config: SampleConfig) -> None:
 
     if config.model is not None and samples_are_drawn(config.output, config.model):
         print(f"{config.output} holds the samples of this prior already", file=sys.stderr)
-    else:
-        write_samples(config)
+        return
+    if config.model is not None:
+        recommend(config, config.model)
+    write_samples(config)
+
+
+def recommend(config: SampleConfig, prior: Path) -> None:
+    """Let a prior's folder recommend the settings that `config` states, unless it recommends some already."""
+    from vqgen.prior.model import Prior
+    from vqgen.sampling.settings import combined, write_recommended
+
+    if config.given_settings and not is_file(prior / GENERATION):
+        write_recommended(prior, combined(config.given_settings, {}), Prior.load(prior).generation_config())
 
 
 def samples_are_drawn(samples: Path, prior: Path) -> bool:

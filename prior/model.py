@@ -228,6 +228,12 @@ class Prior(nn.Module):
         settings["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
+    def generation_config(self) -> dict[str, Any]:
+        """Contents of transformers' `generation_config.json`: as many tokens as an image has, from all ids."""
+        length = self.vocabulary.length
+        found = {"bos_token_id": self.conditioning.null, "do_sample": True, "top_k": 0}
+        return found | {"max_new_tokens": length, "min_new_tokens": length}
+
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
         """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""

@@ -15,6 +15,10 @@ PART_CLASSES = (
     "vqgen.prior.parts:Classes",
 )
 """Every kind of conditioning as "module:class", in the order of the sequence; `Classes` is the last."""
+GENERATION, RECOMMENDED = "generation_config.json", "vqgen"
+"""File of transformers in a prior's folder, and the key by which its settings are those that the prior recommends."""
+SHARED = ("temperature", "top_k", "top_p", "min_p")
+"""Recommended settings that transformers knows, under the same names; all others stand below `RECOMMENDED`."""
 MAX_TEXT_IDS = 4096
 """Most ids of the tokens of text."""
 MAX_TEXT_LENGTH = 1024

@@ -1,8 +1,9 @@
 """Drawing images of a series by their indices: conditions to codes to pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .decoding.threads import on_threads
 from .guidance import Guidance, check_guidance
 from .known import Known, Sources
 from .oversample import batches, selected_rows, with_candidates
-from .settings import SamplingSettings
+from .settings import SCALES, SamplingSettings, combined
 
 # Convolutions choose their algorithm by the shape of the batch: parts depend on the image size alone.
 PART_PIXELS = {"cpu": 2**13, "cuda": 2**18}
@@ -53,8 +54,19 @@ class Drawer:
     holds at a given batch size: another one may round the logits differently in the last bits.
     """
 
-    def __init__(self, prior: Prior, tokenizer: Tokenizer, device: torch.device, precision: str = "auto") -> None:
-        """Move both models to `device` and cast the prior's weights to `precision` (auto, fp32, bf16, fp16)."""
+    def __init__(
+        self,
+        prior: Prior,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        precision: str = "auto",
+        recommended: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Move both models to `device` and cast the prior's weights to `precision` (auto, fp32, bf16, fp16).
+
+        `recommended` are the settings of `settings`, by name, where no others are given.
+        """
+        self.recommended = dict(recommended or {})
         self.precision = precision_of(precision, device).replace("no", "fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         for parameter in prior.backbone.parameters():
@@ -74,6 +86,18 @@ class Drawer:
         if source and conditions and not source.dropout and any(is_absent(value) for value in conditions["source"]):
             text = "the prior was trained with --source-dropout 0, always with a source image"
             raise UsageError(f"--source-image: {text}; give one to each image")
+
+    def settings(self, given: Mapping[str, Any], conditions: Conditions | None = None) -> SamplingSettings:
+        """The given settings, by name, and for all others the recommended ones that have an effect on such images."""
+        recommended = dict(self.recommended)
+        for name in SCALES:
+            if recommended.get(name, 1) != 1:
+                alone = SamplingSettings(**{name: recommended[name]})
+                try:
+                    check_guidance(self.conditioning, alone, conditions)
+                except UsageError:
+                    del recommended[name]
+        return combined(given, recommended)
 
     def check_inpainting(self) -> None:
         """Raise `UsageError` for a prior that fills in nothing."""

@@ -18,7 +18,7 @@ from .drawing import Samples
 from .filling import Filling
 from .inpainter import Inpainter
 from .known import Known
-from .settings import SamplingSettings
+from .settings import read_recommended
 
 DEFAULT_MODEL = Path("runs/demo/prior")
 SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
@@ -51,7 +51,7 @@ class Generator(Inpainter):
         if own != stated:
             text = f"says codebook size, depth and grid {stated}, its tokenizer has {own}; restore the file"
             raise UserError(f"{folder / DESCRIPTION} {text}")
-        return cls(prior, tokenizer, place, precision)
+        return cls(prior, tokenizer, place, precision, read_recommended(folder))
 
     def sample(
         self,
@@ -72,7 +72,8 @@ class Generator(Inpainter):
             conditions: values by name of the part, given to the images in turn, as {"class": "cat"}.
             size: height and width in pixels; larger than in training they are drawn in windows.
             prompts: texts, given to the images in turn: {"text": prompts} in `conditions`.
-            settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`.
+            settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`; others are as the prior recommends
+                (`recommended`, from generation_config.json in its folder), or plain.
         """
         if n < 0:
             raise UsageError(f"--n: found {n}, expected at least 0")
@@ -81,7 +82,7 @@ class Generator(Inpainter):
         if size is not None:
             return self._filled(self.canvas(size), n, classes, seed, batch_size, conditions, settings, absent=False)
         chosen = self._conditions(classes, conditions)
-        return self.draw(range(n), chosen, SamplingSettings(**settings), seed, batch_size)
+        return self.draw(range(n), chosen, self.settings(settings, chosen), seed, batch_size)
 
     def complete(
         self,
@@ -121,7 +122,7 @@ class Generator(Inpainter):
         known = Known(codes, ~mask.cpu().expand(len(codes), rows, columns), self.vocabulary)
         chosen = self._conditions(classes, conditions, absent=True)
         indices = range(len(codes) if n is None else n)
-        return self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size, known=known)
+        return self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size, known=known)
 
     def inpaint(
         self,
@@ -208,7 +209,7 @@ class Generator(Inpainter):
         sources = self.sources(images, paste)
         chosen = self._conditions(classes, {**(conditions or {}), "source": sources.codes}, absent=True)
         indices = range(len(sources) if n is None else n)
-        drawn = self.draw(indices, chosen, SamplingSettings(**settings), seed, batch_size)
+        drawn = self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size)
         return replace(drawn, images=sources.finished(indices, drawn.images))
 
     def _filled(
@@ -225,7 +226,8 @@ class Generator(Inpainter):
         """Draw the missing parts of a series of images."""
         chosen = self._conditions(classes, conditions, absent)
         indices = list(range(len(filling) if n is None else n))
-        codes, nats = self.draw_filling(filling, indices, chosen, SamplingSettings(**settings), seed, batch_size)
+        applied = self.settings(settings, self.seen(chosen, filling))
+        codes, nats = self.draw_filling(filling, indices, chosen, applied, seed, batch_size)
         labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
         return Samples(indices, labels, codes, nats, filling.finished(indices, self.decode(codes)))
 

@@ -15,7 +15,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import read_text
 from vqgen.options import MOST_IMAGES, CountOrZero, Images, Options, Range, Seed, Size
 
-from .settings import SamplingSettings
+from .settings import SamplingOptions
 
 MAX_PROMPTS = 2**24
 """Largest --prompt-file, in bytes."""
@@ -94,7 +94,7 @@ class SampleConfig(Options):
     """Arithmetic of the prior; auto takes 16 bits where the hardware computes in them."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +128,11 @@ class SampleConfig(Options):
         return {"class": self.class_, "text": self.prompts}
 
     @property
+    def given_settings(self) -> dict[str, Any]:
+        """The settings that files or the command line gave, by name; all where the configuration comes from neither."""
+        return {name: v for name, v in vars(self.sampling).items() if self.stated is None or name in self.stated}
+
+    @property
     def prompts(self) -> list[str] | None:
         """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`."""
         if self.prompt_file is None:
@@ -150,7 +155,8 @@ class SampleConfig(Options):
 
 
 def sample(config: SampleConfig) -> None:
-    """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are."""
+    """Draw images from a trained prior: PNG files, a grid of them, and a list of what they are. Settings of sampling
+    that are not given are as the prior's folder recommends, if it does, or as below."""
     from .write_samples import write_samples
 
     write_samples(config).destroy_process_group()

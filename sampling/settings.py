@@ -1,20 +1,28 @@
-"""Options of drawing codes."""
+"""Options of drawing codes, and those that a prior's folder recommends."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from vqgen.errors import UsageError
-from vqgen.options import CountOrZero, Options, Range, Share
+from vqgen.config import from_dict
+from vqgen.errors import UsageError, UserError
+from vqgen.files import is_file, read_json, write_json
+from vqgen.options import CountOrZero, Options, Range, Share, option_name
+from vqgen.prior.options import GENERATION, RECOMMENDED, SHARED
 
 SCHEDULES = ("constant", "linear", "cosine", "power-cosine", "interval")
 EXPONENT = 2.75
 NotNegative = Annotated[float, Range(least=0, most=1e6)]
 
 
+SCALES = ("guidance_scale", "source_guidance_scale")
+
+
 @dataclass(frozen=True)
-class SamplingSettings(Options):
-    """How codes are drawn. Applied in this order: guidance, temperature, top-k, top-p, min-p."""
+class SamplingOptions(Options):
+    """Settings one by one, as options give them: what they need of each other is not checked."""
 
     temperature: NotNegative = 1.0
     """Divides the logits: below 1 safer, above 1 more varied, 0 = always the most likely code."""
@@ -49,7 +57,15 @@ class SamplingSettings(Options):
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2 or not interval[0] < interval[1]:
             raise UsageError(f"--guidance-interval: found {interval}, expected two ascending shares, as 0.2 0.8")
-        if list(interval) != [0.0, 1.0] and self.guidance_schedule != "interval":
+
+
+@dataclass(frozen=True)
+class SamplingSettings(SamplingOptions):
+    """How codes are drawn. Applied in this order: guidance, temperature, top-k, top-p, min-p."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.guidance_interval) != [0.0, 1.0] and self.guidance_schedule != "interval":
             raise UsageError("--guidance-interval: needs --guidance-schedule interval")
         if self.guidance_exponent != EXPONENT and self.guidance_schedule != "power-cosine":
             raise UsageError("--guidance-exponent: needs --guidance-schedule power-cosine")
@@ -79,3 +95,67 @@ class SamplingSettings(Options):
             exponent = self.guidance_exponent if self.guidance_schedule == "power-cosine" else 1
             share = (1 - math.cos(math.pi * share**exponent)) / 2
         return 1 + (scale - 1) * share
+
+
+def read_recommended(folder: Path) -> dict[str, Any]:
+    """Name -> value of the settings that a prior's folder recommends; none where its file is of transformers alone.
+
+    Raises `UserError` for values that are no settings.
+    """
+    path = folder / GENERATION
+    tree = read_json(path) if is_file(path) else {}
+    if RECOMMENDED not in tree:
+        return {}
+    own, wanted = tree[RECOMMENDED], f"the settings that only vqgen knows below {RECOMMENDED}; correct or remove it"
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: found {RECOMMENDED} {own!r:.80}, expected {wanted}")
+    if misplaced := next((name for name in SHARED if name in own), None):
+        raise UserError(f"{path}: found {RECOMMENDED}.{misplaced}, expected {wanted}")
+    stated = {name: tree[name] for name in SHARED if name in tree} | own
+    try:
+        settings = vars(from_dict(SamplingSettings, stated, str(path)))
+    except UserError as error:
+        text = str(error).rpartition("; it was written by")[0] or str(error)
+        raise UserError(f"{text}; correct or remove it") from error
+    return {name: settings[name] for name in stated}
+
+
+def write_recommended(folder: Path, settings: SamplingSettings, generation: Mapping[str, Any]) -> None:
+    """Write settings as those that a prior's folder recommends; `generation` is `Prior.generation_config()`."""
+    plain = SamplingSettings()
+    own = {name: value for name, value in vars(settings).items() if value != getattr(plain, name)}
+    shared = {name: getattr(settings, name) for name in SHARED}
+    further = {name: value for name, value in own.items() if name not in SHARED}
+    write_json(folder / GENERATION, {**generation, **shared, RECOMMENDED: further})
+
+
+def combined(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
+    """The given settings, and the recommended ones for all others that these leave an effect. Raises `UsageError`."""
+    chosen = {**recommended, **given}
+    plain = SamplingSettings()
+
+    def without(name: str) -> None:
+        if name not in given:
+            chosen.pop(name, None)
+
+    if not any(chosen.get(name, 1) != 1 for name in SCALES):
+        without("guidance_schedule")
+    schedule = chosen.get("guidance_schedule", plain.guidance_schedule)
+    if schedule != "power-cosine":
+        without("guidance_exponent")
+    if schedule != "interval":
+        without("guidance_interval")
+    return SamplingSettings(**chosen)
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Settings as words of a command line."""
+    words = []
+    for name, value in values.items():
+        texts = (f"{each:g}" if isinstance(each, float) else str(each) for each in _as_list(value))
+        words += [option_name(name), *texts]
+    return " ".join(words)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

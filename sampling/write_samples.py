@@ -21,6 +21,7 @@ from vqgen.devices import find_device, locked_by_main, on_main, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
 from vqgen.prior.conditioning import Conditions
+from vqgen.prior.options import GENERATION
 from vqgen.prior.parts import ABSENT
 from vqgen.progress import progress
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
@@ -33,6 +34,7 @@ from .known import Sources
 from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
+from .settings import SamplingSettings, in_words
 
 GRID_IMAGES = 100
 
@@ -70,7 +72,13 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: i
 
 
 def describe(
-    config: SampleConfig, generator: Generator, names: Names, n: int, conditions: Conditions, filling: Filling | None
+    config: SampleConfig,
+    generator: Generator,
+    settings: SamplingSettings,
+    names: Names,
+    n: int,
+    conditions: Conditions,
+    filling: Filling | None,
 ) -> dict[str, Any]:
     """The description of a run: enough to draw every image again, together with the files of given images."""
     about: dict[str, Any] = {
@@ -78,7 +86,7 @@ def describe(
         "model": str(find_model(config.model)),
         "prior_fingerprint": generator.prior.fingerprint,
         "tokenizer_fingerprint": generator.tokenizer.fingerprint,
-        "settings": as_dict(config.sampling),
+        "settings": as_dict(settings),
         "seed": config.seed,
         "n": n,
         "precision": generator.precision,
@@ -118,7 +126,9 @@ def write_samples(config: SampleConfig) -> PartialState:
     filling = chosen_filling(config, generator)
     sources = chosen_sources(config, generator)
     conditions = chosen_conditions(config, generator, sources)
-    generator.check(config.sampling, generator.seen(conditions, filling) if filling else conditions)
+    seen = generator.seen(conditions, filling) if filling else conditions
+    settings = generator.settings(config.given_settings, seen)
+    generator.check(settings, seen)
     classes = conditions["class"]
     if config.layout != "flat" and classes == [ABSENT]:
         raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
@@ -130,7 +140,7 @@ def write_samples(config: SampleConfig) -> PartialState:
     n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
     stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
     names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
-    about = describe(config, generator, names, n, conditions, filling)
+    about = describe(config, generator, settings, names, n, conditions, filling)
     if sources:
         about["source_images"] = [str(path) for path in sources.paths]
         if config.source:
@@ -152,9 +162,22 @@ def write_samples(config: SampleConfig) -> PartialState:
         about["n"] = found.n
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
+        if state.is_main_process:
+            print(_stated(settings, config, generator))
         on_main(lambda: _begin(output, about, found))
-        _draw(config, generator, names, about, conditions, filling, sources.read if sources else None, state)
+        read = sources.read if sources else None
+        _draw(config, generator, settings, names, about, conditions, filling, read, state)
     return state
+
+
+def _stated(settings: SamplingSettings, config: SampleConfig, generator: Generator) -> str:
+    """The settings of a series as text: those that were given, and those that the prior recommends."""
+    given, recommended, plain = config.given_settings, generator.recommended, vars(SamplingSettings())
+    used = {name: value for name, value in vars(settings).items() if value != plain[name] or name in recommended}
+    own = in_words({name: value for name, value in used.items() if name in given})
+    others = in_words({name: value for name, value in used.items() if name not in given and value != plain[name]})
+    origin = f"recommended by {find_model(config.model) / GENERATION}"
+    return f"settings: {', '.join(filter(None, [own, others and f'{others} ({origin})'])) or '--temperature 1'}"
 
 
 def _begin(output: Path, about: dict[str, Any], found: Found) -> None:
@@ -167,6 +190,7 @@ def _begin(output: Path, about: dict[str, Any], found: Found) -> None:
 def _draw(
     config: SampleConfig,
     generator: Generator,
+    settings: SamplingSettings,
     names: Names,
     about: dict[str, Any],
     conditions: Conditions,
@@ -182,7 +206,7 @@ def _draw(
     start = time.perf_counter()
     cycle = math.lcm(generator.conditioning.cycle(conditions), len(filling) if filling else 1)
     batch_size = min(config.batch_size, max(1, math.ceil(len(missing) / state.num_processes)))
-    oversample = config.sampling.oversample
+    oversample = settings.oversample
     own = batches(missing, cycle, oversample, batch_size)[state.process_index :: state.num_processes]
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
@@ -207,7 +231,7 @@ def _draw(
 
         for indices in own:
             try:
-                given = indices, conditions, config.sampling, config.seed, config.batch_size, advance
+                given = indices, conditions, settings, config.seed, config.batch_size, advance
                 codes, _ = generator.draw_filling(filling, *given) if filling else generator.draw_codes(*given)
             except torch.OutOfMemoryError as error:
                 text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"

@@ -54,12 +54,13 @@ def build(config: type[C], values: Mapping[str, Any]) -> C:
 def parse(config: type[C], arguments: Sequence[str]) -> C:
     """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`.
 
-    The result has the names of the options that the command line gave as `given`. `--threads` is no option of a
-    configuration: `command` sees to it.
+    The result has the names of the options that the command line gave as `given`, with those of files as `stated`.
+    `--threads` is no option of a configuration: `command` sees to it.
     """
     given, files = read_arguments(config, without_threads(arguments)[0])
-    found = build(config, merged(config, [*(read_file(config, file) for file in files), given]))
-    vars(found)["given"] = frozenset(given.values)
+    values = merged(config, [*(read_file(config, file) for file in files), given])
+    found = build(config, values)
+    vars(found).update(given=frozenset(given.values), stated=frozenset(values))
     return found
 
 

@@ -95,6 +95,8 @@ class Options:
 
     given: ClassVar[frozenset[str]] = frozenset()
     """Names of the options that the command line gave, where the whole configuration comes from one."""
+    stated: ClassVar[frozenset[str] | None] = None
+    """Names of the options that files or the command line gave; None where the configuration comes from neither."""
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))

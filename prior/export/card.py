@@ -14,12 +14,11 @@ from vqgen import __version__
 from vqgen.errors import UserError
 from vqgen.files import is_file, read_json, read_text
 from vqgen.prior.model import Prior
+from vqgen.prior.options import GENERATION, RECOMMENDED, SHARED
 
 from .program import ExportConfig
 
 GRID = "grid.png"
-SHARED = ("temperature", "top_k", "top_p", "min_p")
-"""Recommended settings that transformers knows; the others stand below `vqgen` in generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Row:
 
 def recommended(model: Path) -> dict[str, Any]:
     """The generation_config.json of a prior's folder where it holds recommended settings (`vqgen`); else nothing."""
-    path = model / "generation_config.json"
+    path = model / GENERATION
     found = read_json(path) if is_file(path) else {}
-    return found if isinstance(found.get("vqgen"), dict) else {}
+    return found if isinstance(found.get(RECOMMENDED), dict) else {}
 
 
 def measured(model: Path, prior: Prior) -> list[Row]:
@@ -106,7 +105,7 @@ def _front_matter(prior: Prior, config: ExportConfig) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """Recommended settings as options of vqgen-sample."""
-    chosen = {name: settings[name] for name in SHARED if name in settings} | dict(settings.get("vqgen", {}))
+    chosen = {name: settings[name] for name in SHARED if name in settings} | dict(settings.get(RECOMMENDED, {}))
     words = []
     for name, value in chosen.items():
         values = value if isinstance(value, list) else [value]

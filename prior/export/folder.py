@@ -12,6 +12,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import atomic_path, is_file, read_json, write_json, write_text
 from vqgen.files.output_folder import new_folder
 from vqgen.prior.model import Prior
+from vqgen.prior.options import GENERATION
 
 from .card import GRID, card, measured, recommended
 from .program import ExportConfig
@@ -51,9 +52,7 @@ def _export(config: ExportConfig) -> None:
     if config.samples is not None:
         _check_samples(config.samples, prior)
     metrics, settings = measured(config.model, prior), recommended(config.model)
-    dtype, length = getattr(torch, config.dtype), prior.vocabulary.length
-    generation = {"bos_token_id": prior.conditioning.null, "do_sample": True, "top_k": 0}
-    generation |= {"max_new_tokens": length, "min_new_tokens": length, **settings}
+    dtype, generation = getattr(torch, config.dtype), prior.generation_config() | settings
     _cast(prior.backbone, dtype)
     with tempfile.TemporaryDirectory() as scratch, atomic_path(config.output) as folder:
         if config.to == "vqgen":
@@ -62,7 +61,7 @@ def _export(config: ExportConfig) -> None:
             prior.tokenizer_fingerprint = tokenizer.save(source)
         prior.save(folder, source)
         if config.to == "transformers" or settings:
-            write_json(folder / "generation_config.json", generation)
+            write_json(folder / GENERATION, generation)
         if config.samples is not None:
             shutil.copyfile(config.samples / GRID, folder / GRID)
         write_text(folder / "README.md", card(prior, config, metrics, settings))

@@ -32,7 +32,7 @@ CHECKPOINT_FILE = r"(\w+\.safetensors|optimizers\.pt|state\.json)"
 _OWN = (
     rf"{CHECKPOINTS}/({CHECKPOINT}|{DAMAGED})/{CHECKPOINT_FILE}",
     FINISHED.replace(".", r"\."),
-    r"(vqgen|config|machine|text_tokenizer)\.json",
+    r"(vqgen|config|machine|text_tokenizer|generation_config)\.json",
     r"model\.safetensors",
     r"tokenizer/(vqgen\.json|model\.safetensors)",
     r"metrics\.jsonl",
