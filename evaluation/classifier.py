@@ -1,6 +1,8 @@
 """A small image classifier, to measure whether samples are of the class that they were drawn as."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from vqgen.files.output_folder import new_folder
 from vqgen.metric import Metric
 from vqgen.options import Options, Size
 from vqgen.progress import progress
+from vqgen.seeding import epoch_slice
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
@@ -62,13 +65,22 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(before, len(config.class_names)))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images).mean(dim=(2, 3)))
+        return self.head(self.pooled(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> features (B, 4 * width), of which the head makes the logits."""
+        return self.features(images).mean(dim=(2, 3))
 
     @torch.inference_mode()
     def choose(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) -> most likely classes (B,), on the CPU."""
-        device = next(self.parameters()).device
-        return self(to_float(images.to(device))).argmax(dim=1).cpu()
+        return self.judge(images)[0]
+
+    @torch.inference_mode()
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, C, H, W) -> most likely classes (B,) and features (B, 4 * width), on the CPU."""
+        pooled = self.pooled(to_float(images.to(next(self.parameters()).device)))
+        return self.head(pooled).argmax(dim=1).cpu(), pooled.cpu()
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
@@ -102,23 +114,11 @@ def _train(config: ClassifierTraining) -> None:
         raise UserError(f"--data: {config.data} has no labels; give one whose subfolders or labels are classes")
     if min(images.size) < 16:
         raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
-    torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = ClassifierConfig(images.size, images.channels, train.class_names, config.width)
-    model = Classifier(described).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=config.steps)
     batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
-    with progress(config.steps, "classifier", "step", True) as bar:
-        for _, batch in zip(range(config.steps), batches):
-            labels, logits = batch.labels.to(device), model(to_float(batch.images.to(device)))
-            loss = F.cross_entropy(logits, labels, label_smoothing=0.1, ignore_index=-1, reduction="sum")
-            (loss / (labels >= 0).sum().clamp(min=1)).backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.update()
-    model.eval()
+    shown = ((batch.images, batch.labels) for batch in batches)
+    model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device)
     correct = [
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
         for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
@@ -127,3 +127,45 @@ def _train(config: ClassifierTraining) -> None:
         save_artifact(folder, "classifier", {"classifier": asdict(described)}, model.state_dict())
     shares = torch.cat(correct).float()
     print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")
+
+
+def fit_classifier(
+    config: ClassifierConfig,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    seed: int,
+    device: torch.device,
+    title: str = "classifier",
+) -> Classifier:
+    """Train a new classifier, `seed` its initial weights and dropout; return it in evaluation mode.
+
+    Args:
+        batches: at least `steps` of uint8 images (B, C, H, W) and labels (B,), -1 for none.
+        lr: peak of a one-cycle schedule of AdamW.
+    """
+    torch.manual_seed(seed)
+    model = Classifier(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    with progress(steps, title, "step", True) as bar:
+        for _, (images, labels) in zip(range(steps), batches):
+            labels, logits = labels.to(device), model(to_float(images.to(device)))
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1, ignore_index=-1, reduction="sum")
+            (loss / (labels >= 0).sum().clamp(min=1)).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.update()
+    return model.eval()
+
+
+def shuffled_batches(
+    images: Tensor, labels: Tensor, batch_size: int, seed: int, flip: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of images (N, C, H, W) and labels (N,) in shuffled epochs; half of them mirrored with `flip`."""
+    random = torch.Generator().manual_seed(seed)
+    for step in count():
+        chosen = torch.from_numpy(epoch_slice(len(images), seed, step * batch_size, batch_size))
+        mirrored = torch.rand(len(chosen), 1, 1, 1, generator=random) < (0.5 if flip else 0)
+        yield torch.where(mirrored, images[chosen].flip(-1), images[chosen]), labels[chosen]

@@ -3,16 +3,26 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqgen.config import commands, values_of
-from vqgen.evaluation.tasks.options import InpaintingConfig, TextConfig, TranslationConfig, WindowsConfig
+from vqgen.evaluation.tasks.options import (
+    AccuracyConfig,
+    InpaintingConfig,
+    SettingsConfig,
+    TextConfig,
+    TranslationConfig,
+    WindowsConfig,
+)
 
 from . import options
 from .receipt import flatten, read_receipt, write_receipt
 
+if TYPE_CHECKING:
+    from .measurement import Measurement
 
-def _measure_with_receipt(program: str, config: Any) -> None:
+
+def _measure_with_receipt(program: str, config: Any) -> "Measurement":
     """Measure; the main process prints the metrics and writes the receipt."""
     from vqgen.devices import processes, rank_and_world
     from vqgen.files import check_writable
@@ -32,6 +42,7 @@ def _measure_with_receipt(program: str, config: Any) -> None:
         counts = ", ".join(f"{count} {what}" for what, count in found.counts.items())
         print(f"of {counts}; receipt: {path}")
     processes().destroy_process_group()
+    return found
 
 
 def receipt_path(program: str, config: Any) -> Path:
@@ -79,6 +90,19 @@ def samples(config: options.SamplesConfig) -> None:
     _measure_with_receipt("samples", config)
 
 
+def accuracy(config: AccuracyConfig) -> None:
+    """Train classifiers on samples alone, and test them on real images: the classification accuracy score."""
+    _measure_with_receipt("accuracy", config)
+
+
+def settings(config: SettingsConfig) -> None:
+    """Try sampling settings of a prior on validation images, and write the best as those that it recommends."""
+    from .tasks.settings import check_folder, write_choice
+
+    check_folder(config.model)
+    write_choice(config, _measure_with_receipt("settings", config))
+
+
 def classifier(config: options.ClassifierTraining) -> None:
     """Train a classifier on real images, by which `vqgen-eval samples` measures the classes of samples."""
     from .classifier import train_classifier
@@ -108,12 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "reconstruction": (options.ReconstructionConfig, reconstruction),
             "likelihood": (options.LikelihoodConfig, likelihood),
             "samples": (options.SamplesConfig, samples),
+            "accuracy": (AccuracyConfig, accuracy),
             "inpainting": (InpaintingConfig, inpainting),
             "windows": (WindowsConfig, windows),
             "translation": (TranslationConfig, translation),
             "text": (TextConfig, text),
             "classifier": (options.ClassifierTraining, classifier),
             "codebook": (options.CodebookConfig, codebook),
+            "settings": (SettingsConfig, settings),
             "replay": (options.ReplayConfig, replay),
         },
         arguments,

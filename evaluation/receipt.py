@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from vqgen.config import build, options, values_of
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.tasks.options import InpaintingConfig, TextConfig, TranslationConfig, WindowsConfig
+from vqgen.evaluation.tasks.options import (
+    AccuracyConfig,
+    InpaintingConfig,
+    SettingsConfig,
+    TextConfig,
+    TranslationConfig,
+    WindowsConfig,
+)
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import option_name
@@ -26,10 +33,12 @@ MEASUREMENTS: dict[str, type] = {
     "reconstruction": ReconstructionConfig,
     "likelihood": LikelihoodConfig,
     "samples": SamplesConfig,
+    "accuracy": AccuracyConfig,
     "inpainting": InpaintingConfig,
     "windows": WindowsConfig,
     "translation": TranslationConfig,
     "text": TextConfig,
+    "settings": SettingsConfig,
 }
 """Commands that write a receipt. Beside the module of their options, one of the same name has `measure_NAME` and the
 registry `METRICS`."""

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,15 @@ class _Samples:
     class_names: list[str] | None
 
 
-def open_samples(folder: Path, config: SamplesConfig) -> tuple[ImageDataset, list[str] | None]:
+class Reading(Protocol):
+    """Options by which images of a folder are read."""
+
+    fit: Literal["crop", "pad"] | None
+    holdout: float
+    workers: int
+
+
+def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str] | None]:
     """Open the images of a folder, all of one size, with the names of their classes. Raises `UserError`."""
     if not folder.is_dir():
         raise UserError(f"--samples: {folder} is no folder; name one that vqgen-sample wrote, or one of images")

@@ -6,7 +6,19 @@ from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
 from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision
-from vqgen.options import MOST_IMAGES, CountOrZero, Few, Options, Range, Seed, Size, option_name
+from vqgen.options import (
+    MOST_IMAGES,
+    Count,
+    CountOrZero,
+    Few,
+    Options,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    Size,
+    option_name,
+)
 from vqgen.sampling.sample import check_boxes
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
@@ -157,3 +169,95 @@ class WindowsConfig(Options):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+
+@dataclass
+class AccuracyConfig(Options):
+    """Options of `vqgen-eval accuracy`."""
+
+    COMMON: ClassVar = ("samples", "data", "split", "n", "tokenizer", "output", "seeds", "steps")
+
+    samples: Path
+    """Labelled samples: a folder written by vqgen-sample, or any folder of images whose subfolders are classes."""
+    data: str
+    """Real images of the same classes: as for vqgen-train-tokenizer. Those of train are what samples compete with."""
+    split: Literal["heldout", "test"] = "test"
+    """Split of the real images on which the classifiers are tested; of heldout a model may have been selected."""
+    n: CountOrZero = 0
+    """Images in each training set: the first samples, and as many real ones; 0 = all samples."""
+    tokenizer: Path | None = None
+    """Run or model folder of a tokenizer, whose reconstructions of the real images are a third training set."""
+    output: Path = Path("receipt.json")
+    """Receipt to write; an earlier receipt is replaced."""
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
+    """One classifier of each training set is trained with each of these seeds; accuracies are means over them."""
+    steps: Count = 1500
+    """Optimizer steps of each classifier."""
+    lr: Positive = 4e-3
+    """Peak learning rate of AdamW under a one-cycle schedule."""
+    width: Size = 32
+    """Channels at the first level of the classifier, a multiple of 8."""
+    flip: bool = True
+    """Mirror half of the training images at random."""
+    fit: Literal["crop", "pad"] | None = None
+    """How real images are brought to the size of --samples, by default crop."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    batch_size: Size = 64
+    """Images per step."""
+    workers: Workers = 0
+    """Processes that decode images; -1 = one per free core."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 8:
+            raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"--seeds: found {' '.join(map(str, self.seeds)) or 'none'}, expected different ones")
+
+
+@dataclass
+class SettingsConfig(Options):
+    """Options of `vqgen-eval settings`: a prior, what its samples are judged by, and candidates, all combined."""
+
+    COMMON: ClassVar = (
+        "model", "data", "classifier", "n", "temperature", "guidance_scale", "guidance_schedule", "min_p", "top_p",
+        "output",
+    )  # fmt: skip
+
+    model: Path
+    """Run or model folder of the prior, into which generation_config.json is written."""
+    data: str
+    """Real images: as for vqgen-train-tokenizer. Samples are compared with those of its heldout split."""
+    classifier: Path
+    """Classifier of `vqgen-eval classifier` of the same classes, trained on other images than those of heldout."""
+    n: Annotated[int, Range(least=20, most=MOST_IMAGES)] = 1000
+    """Images drawn with each candidate, always with the same random numbers."""
+    temperature: list[Annotated[float, Range(above=0, most=1e6)]] = field(default_factory=lambda: [1.0])
+    """Temperatures to try."""
+    guidance_scale: list[Annotated[float, Range(least=0, most=1e6)]] = field(default_factory=lambda: [1.0, 1.5, 2.0])
+    """Scales of classifier-free guidance to try."""
+    guidance_schedule: list[Literal["constant", "linear", "cosine", "power-cosine"]] = field(
+        default_factory=lambda: ["constant"]
+    )
+    """How guidance grows over the codes of an image, as for vqgen-sample."""
+    min_p: list[Share] = field(default_factory=lambda: [0.0, 0.05, 0.1])
+    """Values of min-p to try."""
+    top_p: list[Annotated[float, Range(above=0, most=1)]] = field(default_factory=lambda: [1.0])
+    """Values of top-p to try."""
+    output: Path | None = None
+    """Receipt to write or replace; by default settings.json in --model."""
+    seed: Seed = 0
+    """Seed of the samples."""
+    holdout: Holdout = 0.05
+    """Share of the images held out if the source has no validation split."""
+    batch_size: Size = 64
+    """Images per batch."""
+    workers: Workers = 0
+    """Processes that decode images; -1 = one per free core."""
+    precision: Precision = "fp32"
+    """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -1,0 +1,171 @@
+"""Recommended sampling settings of a prior: a search on validation images."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vqgen.config import as_dict
+from vqgen.devices import processes
+from vqgen.errors import UsageError, UserError
+from vqgen.evaluation.classifier import Classifier
+from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, warn
+from vqgen.evaluation.receipt import environment
+from vqgen.evaluation.samples import load_classifier
+from vqgen.files import is_file, read_json
+from vqgen.metric import Metric
+from vqgen.prior.model import Prior
+from vqgen.prior.options import GENERATION, RECOMMENDED
+from vqgen.progress import progress
+from vqgen.sampling.generator import Generator
+from vqgen.sampling.settings import SamplingSettings, in_words, write_recommended
+from vqgen.tokenizer.data.dataset import open_images, ordered_batches
+from vqgen.tokenizer.data.options import ImageConfig
+
+from .options import SettingsConfig
+
+_METRICS = (
+    Metric("class_kernel_distance", "Kernel distance within classes", "", "lower"),
+    Metric("classifier_accuracy", "Classifier accuracy", "share of the samples", "higher"),
+)
+METRICS = {metric.name: metric for metric in _METRICS}
+"""Of samples of each candidate. The distance is KID's (cubic kernel, unbiased) on the classifier's features, between
+the samples of a class and the validation images of it, and its mean over the classes: samples of other classes raise
+it, and so do samples that are too much alike."""
+LEAST = 2
+"""Images of a class on each side; an unbiased distance needs them."""
+
+
+def kernel_distances(samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
+    """Squared maximum mean discrepancy of features (N, D) and (M, D) within each class: float64 (classes,).
+
+    The kernel is that of KID (Binkowski et al. 2018), (x y / D + 1)^3, the estimate unbiased.
+    """
+
+    def mean(one: Tensor, other: Tensor, same: bool) -> Tensor:
+        values = (one @ other.T / one.shape[1] + 1) ** 3
+        return (values.sum() - values.trace()) / (len(one) * (len(one) - 1)) if same else values.mean()
+
+    samples, real, found = samples.double(), real.double(), []
+    for label in range(classes):
+        x, y = samples[labels == label], real[real_labels == label]
+        found.append(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
+    return torch.stack(found)
+
+
+def best_of(distances: list[Tensor], accuracies: list[float]) -> int:
+    """The candidate of the least mean distance; of those no farther from it than the standard error of their difference
+    over the classes, the one of the highest accuracy. Distances are by class, (classes,)."""
+    least = min(range(len(distances)), key=lambda i: distances[i].mean().item())
+
+    def tied(i: int) -> bool:
+        difference = distances[i] - distances[least]
+        return i == least or bool(difference.mean() <= difference.std() / len(difference) ** 0.5)
+
+    return max(filter(tied, range(len(distances))), key=lambda i: (accuracies[i], i == least))
+
+
+def candidates(config: SettingsConfig) -> list[SamplingSettings]:
+    """All combinations of the values to try; without guidance there is no schedule."""
+    combinations = itertools.product(
+        config.temperature, config.guidance_scale, config.guidance_schedule, config.min_p, config.top_p
+    )
+    found: dict[str, SamplingSettings] = {}
+    for temperature, scale, schedule, min_p, top_p in combinations:
+        settings = SamplingSettings(
+            temperature=temperature,
+            guidance_scale=scale,
+            guidance_schedule="constant" if scale == 1 else schedule,
+            min_p=min_p,
+            top_p=top_p,
+        )
+        found.setdefault(name_of(settings), settings)
+    return list(found.values())
+
+
+def name_of(settings: SamplingSettings) -> str:
+    """The options that differ from plain sampling, as words of the command line."""
+    plain = vars(SamplingSettings())
+    return in_words({name: value for name, value in vars(settings).items() if value != plain[name]}) or "plain"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` where a folder holds a generation_config.json that vqgen did not write."""
+    path = folder / GENERATION
+    if is_file(path) and RECOMMENDED not in read_json(path):
+        raise UserError(f"{path} is not of vqgen; move it elsewhere")
+
+
+def write_choice(config: SettingsConfig, found: Measurement) -> None:
+    """Write the best settings of a search into the prior's folder."""
+    settings = SamplingSettings(**found.details["chosen"])
+    write_recommended(config.model, settings, Prior.load(config.model).generation_config())
+    print(f"recommended: {name_of(settings)}; written to {config.model / GENERATION}")
+
+
+def measure_settings(config: SettingsConfig) -> Measurement:
+    """Draw samples with each candidate, compare them with validation images, and choose. Raises `UserError`."""
+    if processes().num_processes > 1:
+        raise UsageError("vqgen-eval settings runs in one process; start it without accelerate launch")
+    device = start_processes(config.device)
+    generator = Generator.load(config.model, device, config.precision)
+    about, classes = generator.tokenizer.config, generator.conditioning.classes
+    if not classes.count:
+        raise UsageError(f"--model: {config.model} has no classes, by which its samples are judged")
+    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
+    reading.workers = config.workers
+    classifier = load_classifier(config.classifier, classes.names, reading, device)
+    tried = candidates(config)
+    for settings in tried:
+        generator.check(settings, generator.conditioning.conditions())
+    heldout = open_images(config.data, "heldout", reading)
+    heldout.broken.report = warn
+    if heldout.class_names != classes.names:
+        theirs = ", ".join(heldout.class_names or []) or "none"
+        raise UserError(f"--data: {config.data} has the classes {theirs}, the prior {', '.join(classes.names or [])}")
+    pixels, parts = SetHash(), []
+    for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, reading):
+        pixels.add_images(batch.images, batch.labels)
+        parts.append((classifier.judge(batch.images)[1], batch.labels))
+    real, labels = (torch.cat(side) for side in zip(*parts, strict=True))
+    for label, name in enumerate(classes.names or []):
+        if (count := int((labels == label).sum())) < LEAST or config.n < LEAST * classes.count:
+            text = f"{count} validation images of {name} and --n {config.n} samples of {classes.count} classes"
+            raise UserError(f"--data: found {text}, expected at least {LEAST} of each class on both sides")
+    distances, accuracies = [], []
+    with progress(len(tried) * config.n, "samples", "img", True) as bar:
+        for settings in tried:
+            features, accuracy, drawn_labels = _judged(generator, classifier, settings, config, bar.update)
+            distances.append(kernel_distances(features, drawn_labels, real, labels, classes.count))
+            accuracies.append(accuracy)
+    names = [name_of(settings) for settings in tried]
+    chosen = best_of(distances, accuracies)
+    return Measurement(
+        {
+            "prior": generator.prior.fingerprint,
+            "tokenizer": generator.tokenizer.fingerprint,
+            "classifier": classifier.fingerprint,
+            "data": pixels.hexdigest(),
+        },
+        {"samples": config.n, "settings": len(tried), "real images": len(labels)},
+        {
+            "class_kernel_distance": {name: value.mean().item() for name, value in zip(names, distances)},
+            "classifier_accuracy": dict(zip(names, accuracies)),
+        },
+        environment(device, generator.precision, 1),
+        {"chosen": as_dict(tried[chosen])},
+    )
+
+
+def _judged(generator: Generator, classifier: Classifier, settings: SamplingSettings, config: SettingsConfig, advance):
+    """Features (n, D) of samples, the share that is taken for its class, and the classes they were drawn as (n,)."""
+    rows = []
+    for first in range(0, config.n, config.batch_size):
+        part = range(first, min(first + config.batch_size, config.n))
+        drawn = generator.draw(part, None, settings, config.seed, config.batch_size)
+        chosen, features = classifier.judge(drawn.images)
+        rows.append((features, chosen == drawn.labels, drawn.labels))
+        advance(len(part))
+    features, correct, labels = (torch.cat(side) for side in zip(*rows, strict=True))
+    return features, correct.double().mean().item(), labels

@@ -1,0 +1,221 @@
+"""vqgen-eval accuracy and settings: what samples teach a classifier, and the search for sampling settings."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.models import NAMES, make_prior, make_square_prior
+from torchvision.io import write_png
+
+import vqgen.evaluation.program as evaluate
+from vqgen.evaluation.classifier import Classifier, shuffled_batches
+from vqgen.evaluation.distances import kernel_distance
+from vqgen.evaluation.tasks.settings import best_of, kernel_distances
+from vqgen.sampling.generator import Generator
+from vqgen.sampling.settings import SamplingSettings, read_recommended
+
+CLASSES = sorted(NAMES)
+
+
+def write_classes(folder, count, seed=0, names=CLASSES):
+    """Noisy 16x16 images, a class darker than the next one, in folders of the classes."""
+    random = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        place = folder / names[index % len(names)]
+        place.mkdir(parents=True, exist_ok=True)
+        image = 90 * (index % len(names)) + torch.randint(0, 60, (3, 16, 16), generator=random)
+        write_png(image.to(torch.uint8), str(place / f"{index:03d}.png"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    root = tmp_path_factory.mktemp("real")
+    for seed, (split, count) in enumerate((("train", 60), ("val", 30), ("test", 30))):
+        write_classes(root / split, count, seed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_square_prior(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def measured(cli, tmp_path, real):
+    """Call `vqgen-eval accuracy` with few steps, and return what it gave and its receipt."""
+
+    def call(samples, *words):
+        path = tmp_path / "accuracy.json"
+        given = ["--samples", samples, "--data", real, "--steps", 15, "--batch-size", 16, "--device", "cpu"]
+        result = cli(evaluate.main, "accuracy", *given, "--seeds", 0, 1, "--output", path, *words)
+        return result, json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+def test_good_samples_teach_as_much_as_real_images_and_wrong_labels_nothing(cli, measured, tmp_path, real, model):
+    good = write_classes(tmp_path / "good", 48, 7)
+    result, found = measured(good, "--tokenizer", model / "tokenizer")
+    assert result.code == 0, result.err
+    metrics = found["metrics"]
+    assert metrics["cas"]["samples"] > 0.9 and metrics["cas"]["real"] > 0.9
+    assert metrics["cas_share"] == pytest.approx(metrics["cas"]["samples"] / metrics["cas"]["real"])
+    assert set(metrics["cas"]) == {"samples", "real", "reconstructions"}
+    assert found["counts"] == {"samples": 48, "real images": 48, "tested": 30}
+    for name, by_class in metrics["cas_by_class"].items():  # as many of each class are tested
+        assert sum(by_class.values()) / 3 == pytest.approx(metrics["cas"][name]) and list(by_class) == CLASSES
+        assert sum(found["details"]["seeds"][name]) / 2 == pytest.approx(metrics["cas"][name])
+    again = cli(evaluate.main, "replay", tmp_path / "accuracy.json", "--tolerance", 0.1)
+    assert again.code == 0 and again.out.startswith("same"), again.err
+
+    wrong = write_classes(tmp_path / "wrong", 48, 7, CLASSES[1:] + CLASSES[:1])
+    result, found = measured(wrong, "--n", 30)
+    assert result.code == 0, result.err
+    assert found["metrics"]["cas"]["samples"] < 0.1 and found["counts"]["real images"] == 30
+    assert "reconstructions" not in found["metrics"]["cas"]
+
+
+def test_the_test_split_is_never_trained_on(measured, tmp_path, real):
+    """Test images whose labels contradict the others: an accuracy near 1 would need to have seen them."""
+    other = tmp_path / "other"
+    shutil.copytree(real, other)
+    shutil.rmtree(other / "test")
+    write_classes(other / "test", 30, 2, CLASSES[1:] + CLASSES[:1])
+    samples = write_classes(tmp_path / "samples", 30, 7)
+    result, found = measured(samples, "--data", other)
+    assert result.code == 0 and all(value < 0.1 for value in found["metrics"]["cas"].values()), result.err
+    assert measured(samples, "--data", other, "--split", "heldout")[1]["metrics"]["cas"]["samples"] > 0.9
+
+
+def test_what_does_not_fit_is_refused_by_name(measured, tmp_path, real, model):
+    samples = write_classes(tmp_path / "samples", 12)
+    write_classes(tmp_path / "animals", 12, names=["cat", "dog"])
+    (tmp_path / "flat").mkdir()
+    write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "flat" / "0.png"))
+    shutil.copytree(real, tmp_path / "untested", ignore=shutil.ignore_patterns("test"))
+    small = make_prior(tmp_path / "small")
+    for words, code, parts in (
+        ([tmp_path / "animals"], 1, ["--data", "cat"]),
+        ([tmp_path / "flat"], 1, ["--samples", "classes"]),
+        ([samples, "--n", 13], 2, ["--n", "13", "12"]),
+        ([samples, "--seeds", 1, 1], 2, ["--seeds", "1 1"]),
+        ([samples, "--width", 12], 2, ["--width", "12"]),
+        ([samples, "--split", "train"], 2, ["--split", "train"]),
+        ([samples, "--tokenizer", small / "tokenizer"], 1, ["--tokenizer", "3x4x6"]),
+        ([samples, "--data", tmp_path / "untested"], 1, ["test", "untested"]),
+    ):
+        result, _ = measured(*words)
+        assert result.code == code and len(result.err.splitlines()) == 1, result.err
+        assert all(part in result.err for part in parts), result.err
+
+
+def test_shuffled_batches_show_every_image_once_an_epoch_and_mirror_half():
+    images = torch.arange(40 * 4, dtype=torch.uint8).view(40, 1, 1, 4)
+    batches = shuffled_batches(images, torch.arange(40), 8, 3, flip=True)
+    shown = [next(batches) for _ in range(10)]
+    for epoch in (shown[:5], shown[5:]):
+        assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(40))
+    mirrored = torch.cat([pictures[:, 0, 0, 0] > pictures[:, 0, 0, 3] for pictures, _ in shown])
+    assert 20 < mirrored.sum() < 60
+    pictures, labels = next(shuffled_batches(images, torch.arange(40), 8, 3, flip=False))
+    assert torch.equal(pictures, images[labels])
+
+
+# The search
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, real):
+    folder = tmp_path_factory.mktemp("judge") / "classifier"
+    words = ["classifier", "--data", real, "--size", 16, "--steps", 15, "--batch-size", 16, "--output", folder]
+    assert evaluate.main([str(word) for word in words]) == 0
+    return folder
+
+
+def test_the_search_writes_what_sampling_then_uses(cli, tmp_path, real, model, judge):
+    prior = tmp_path / "prior"
+    shutil.copytree(model, prior)
+    words = ["--model", prior, "--data", real, "--classifier", judge, "--n", 24, "--device", "cpu"]
+    grid = ["--guidance-scale", 1, 2, "--guidance-schedule", "constant", "linear", "--min-p", 0, 0.5]
+    result = cli(evaluate.main, "settings", *words, *grid, "--output", tmp_path / "settings.json")
+    assert result.code == 0 and "generation_config.json" in result.out, result.err
+    found = json.loads((tmp_path / "settings.json").read_text())
+    distances, accuracies = (found["metrics"][name] for name in ("class_kernel_distance", "classifier_accuracy"))
+    assert len(distances) == len(accuracies) == found["counts"]["settings"] == 6  # no schedule without guidance
+    chosen = SamplingSettings(**found["details"]["chosen"])
+    generator = Generator.load(prior, "cpu")
+    assert generator.settings({}) == chosen
+    # The metrics are those of the samples that the settings give.
+    assert {"plain", "--min-p 0.5 --guidance-scale 2 --guidance-schedule linear"} <= distances.keys()
+    drawn = generator.draw(range(24), None, SamplingSettings())
+    chosen_classes = Classifier.load(judge, torch.device("cpu")).choose(drawn.images)
+    assert accuracies["plain"] == pytest.approx((chosen_classes == drawn.labels).double().mean().item())
+    again = cli(evaluate.main, "replay", tmp_path / "settings.json")
+    assert again.code == 0 and again.out.startswith("same"), again.err
+
+    # A second search replaces its own file; another's is not replaced, and is refused before any work.
+    one = [*words, "--guidance-scale", 1.5, "--min-p", 0.25, "--output", tmp_path / "settings.json"]
+    assert cli(evaluate.main, "settings", *one).code == 0
+    assert read_recommended(prior)["guidance_scale"] == 1.5 and read_recommended(prior)["min_p"] == 0.25
+    (prior / "generation_config.json").write_text('{"temperature": 0.5}')
+    result = cli(evaluate.main, "settings", *one)
+    assert result.code == 1 and str(prior / "generation_config.json") in result.err
+    assert (prior / "generation_config.json").read_text() == '{"temperature": 0.5}'
+
+
+def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, model, judge):
+    unconditional = make_prior(tmp_path / "unconditional", names=None)
+    few = shutil.copytree(real, tmp_path / "few")
+    for path in sorted((few / "val" / "bag").iterdir())[1:]:
+        path.unlink()
+    base = {"--model": model, "--data": real, "--classifier": judge, "--n": 24, "--device": "cpu"}
+    for changed, code, parts in (
+        ({"--model": unconditional}, 2, ["--model", "no classes"]),
+        ({"--classifier": model}, 1, ["prior", "classifier"]),
+        ({"--data": few}, 1, ["--data", "bag"]),
+        ({"--temperature": 0}, 2, ["--temperature", "0"]),
+        ({"--guidance-schedule": "late"}, 2, ["--guidance-schedule", "late"]),
+        ({"--n": 5}, 2, ["--n", "5"]),
+    ):
+        words = [word for pair in (base | changed).items() for word in pair]
+        result = cli(evaluate.main, "settings", *words, "--output", tmp_path / "receipt.json")
+        assert result.code == code and len(result.err.splitlines()) == 1, result.err
+        assert all(part in result.err for part in parts), result.err
+    assert not (model / "generation_config.json").exists() and not (tmp_path / "receipt.json").exists()
+
+
+def test_the_distance_within_classes_is_that_of_torch_fidelity():
+    random = torch.Generator().manual_seed(0)
+    samples, real = (torch.randn(40, 8, generator=random) + shift for shift in (0.0, 0.5))
+    found = kernel_distances(samples, torch.zeros(40), real, torch.zeros(40), 1)
+    assert found.item() == pytest.approx(kernel_distance(samples, real)[0], rel=1e-4)
+    labels = torch.arange(40) % 2
+    by_class = kernel_distances(samples, labels, real, labels, 2)
+    for label in (0, 1):
+        alone = kernel_distance(samples[labels == label], real[labels == label])[0]
+        assert by_class[label].item() == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_distance_within_classes_sees_wrong_classes_and_sameness():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) % 2
+    centre = (2.0 * labels - 1)[:, None]
+
+    def features(spread=1.0):
+        return centre + spread * torch.randn(1000, 4, generator=random)
+
+    real, good, same = features(), features(), features(0.4)
+    others = torch.where(torch.rand(1000, generator=random) < 0.3, 1 - labels, labels)
+    cases = [(good, labels), (good, others), (same, labels)]
+    distances = [kernel_distances(*case, real, labels, 2).mean().item() for case in cases]
+    assert abs(distances[0]) < 0.2 * min(distances[1:]), distances
+
+
+def test_ties_of_the_distance_are_broken_by_accuracy():
+    least, near = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.2, 0.9, 0.0, 1.1])
+    far = least + torch.tensor([0.5, 0.6, 0.5, 0.6])
+    assert best_of([far, least, near], [0.9, 0.5, 0.6]) == 2
+    assert best_of([far, least, near], [0.9, 0.6, 0.6]) == 1
+    assert best_of([least], [0.0]) == 0
