@@ -9,8 +9,7 @@ from vqgen.tokenizer.convert.options import ConvertConfig
 
 
 def run(config: ConvertConfig) -> None:
-    """Convert a tokenizer of taming-transformers, LlamaGen or diffusers, or a prior of taming-transformers with its
-    tokenizer, to a model folder; or a tokenizer to a diffusers VQModel."""
+    """Convert a tokenizer of taming, LlamaGen or diffusers, or a prior of taming; or a tokenizer to diffusers."""
     from vqgen.tokenizer.convert.read import load, read_input
     from vqgen.tokenizer.convert.write import save
 
