@@ -291,7 +291,7 @@ def test_the_demo_ends_with_its_page(cli, tmp_path, monkeypatch):
     demo = make_demo(tmp_path / "demo")
     for name in ("tokenizer.train.train", "tokenizer.codes.writer.tokenize", "prior.train.train"):
         monkeypatch.setattr(f"vqgen.{name}", lambda config: None)
-    monkeypatch.setattr(demonstration, "samples_are_drawn", lambda samples, prior: True)
+    monkeypatch.setattr("vqgen.app.stages.samples_are_drawn", lambda samples, prior: True)
     result = cli(demonstration.main, "--output", demo)
     last = result.out.strip().splitlines()[-1]
     assert result.code == 0 and str(demo / "samples/grid.png") in last and str(demo / "report.html") in last
