@@ -167,12 +167,17 @@ class Classes(Part):
     name = "class"
     dropout_option = "--label-dropout"
 
-    def __init__(self, count: int, names: list[str] | None = None, dropout: float = 0.1) -> None:
-        self.count, self.names, self.dropout, self.ids = count, names, dropout, count + 1
+    def __init__(
+        self, count: int, names: list[str] | None = None, dropout: float = 0.1, unlabelled: bool = False
+    ) -> None:
+        """`unlabelled`: whether some training images have no class, so that null is learned without dropout, too."""
+        self.count, self.names, self.dropout, self.unlabelled, self.ids = count, names, dropout, unlabelled, count + 1
 
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Classes":
-        return cls(len(files.class_names or []), files.class_names, options.label_dropout)
+        count = len(files.class_names or [])
+        unlabelled = count > 0 and bool((files.labels < 0).any())
+        return cls(count, files.class_names, options.label_dropout, unlabelled)
 
     @classmethod
     def from_description(cls, about: Mapping[str, Any]) -> "Classes":
@@ -185,10 +190,18 @@ class Classes(Part):
             raise ValueError("class_names have to be a list of names")
         if names and len(names) != count:
             raise ValueError(f"{len(names)} class_names for {count} classes")
-        return cls(count, names, dropout)
+        unlabelled = about.get("unlabelled", False)
+        if not isinstance(unlabelled, bool):
+            raise ValueError("unlabelled has to be true or false")
+        return cls(count, names, dropout, unlabelled)
 
     def describe(self) -> dict[str, Any]:
-        return {"classes": self.count, "class_names": self.names, "label_dropout": self.dropout}
+        found = {"classes": self.count, "class_names": self.names, "label_dropout": self.dropout}
+        return {**found, "unlabelled": True} if self.unlabelled else found
+
+    @property
+    def guidable(self) -> bool:
+        return self.dropout > 0 or self.unlabelled
 
     def of_rows(self, rows: Rows) -> Tensor:
         return self.of_labels(torch.from_numpy(rows.files.labels[rows.indices]))[:, None]

@@ -61,6 +61,7 @@ LARGE, WRONG = [10**18, 10**6, 2**70], [None, "8", 1.5, True, [], {}, -1, 0]
         ("vqgen.json:classes", [*LARGE, None, "3", 1.5, True, -1, 2**24]),
         ("vqgen.json:class_names", ["abc", [1, 2, 3], {"a": 1}, ["a"], 3]),
         ("vqgen.json:label_dropout", [None, "x", True, -1, 1, float("nan")]),
+        ("vqgen.json:unlabelled", [None, "x", 1, [True]]),
         ("vqgen.json:tokenizer_fingerprint", [None, 3, ["f"]]),
         ("config.json:num_hidden_layers", [*LARGE, *WRONG]),
         ("config.json:vocab_size", [*LARGE, "x"]),

@@ -23,7 +23,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Examples, Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
-from vqgen.prior.options import PriorConfig
+from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import preview_codes
@@ -570,3 +570,12 @@ def test_presets_have_the_sizes_they_name(preset, millions):
     with torch.device("meta"):
         prior = Prior(config, Conditioning(Vocabulary(16384, 1, (16, 16)), [Classes(1000)]), (3, 256, 256), "")
     assert round(sum(p.numel() for p in prior.parameters()) / 1e6) == pytest.approx(millions, rel=0.01)
+
+
+def test_images_without_a_class_are_recorded(tmp_path):
+    for name, labels in ("all", [0, 1, 2]), ("some", [0, -1, 2]):
+        (folder := tmp_path / name).mkdir()
+        write_codes(folder, counts=(3,), labels=np.array(labels))
+        part = Conditioning.for_files(CodeFiles(folder, "train"), ObjectiveConfig(label_dropout=0)).classes
+        assert part.guidable == (name == "some")
+        assert Classes.from_description(part.describe()).describe() == part.describe()

@@ -40,14 +40,14 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 NAMES = ["shirt", "shoe", "bag"]
 
 
-def make_model(folder: Path, classes=3, channels=3, seed=0, label_dropout=0.1) -> Path:
+def make_model(folder: Path, classes=3, channels=3, seed=0, label_dropout=0.1, unlabelled=False) -> Path:
     """A random prior of 2x3 codes with its tokenizer, images 4x6."""
     torch.manual_seed(seed)
     architecture = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([4, 6], channels, architecture, VQConfig(codebook_size=16, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
     config = PriorConfig(dim=32, layers=2, heads=2)
-    part = Classes(classes, NAMES[:classes] or None, label_dropout)
+    part = Classes(classes, NAMES[:classes] or None, label_dropout, unlabelled)
     prior = Prior(config, Conditioning(Vocabulary(16, 1, (2, 3)), [part]), (channels, 4, 6), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)  # so that classes differ
@@ -312,6 +312,14 @@ def test_guidance_needs_images_without_a_class(cli, tmp_path):
     result = cli(program.main, *words, "--guidance-scale", 2)
     assert result.code == 2 and "--label-dropout 0" in result.err
     assert cli(program.main, *words).code == 0
+
+
+def test_images_without_a_class_in_training_do_for_label_dropout(cli, tmp_path):
+    model = make_model(tmp_path / "model", label_dropout=0.0, unlabelled=True)
+    assert json.loads((model / "vqgen.json").read_text())["unlabelled"] is True
+    words = ["--model", model, "--n", 1, "--output", tmp_path / "samples"]
+    assert cli(program.main, *words, "--guidance-scale", 2).code == 0
+    assert Generator.load(model).sample(2, classes=[-1, 0]).codes.shape == (2, 2, 3)
 
 
 def test_a_folder_with_files_is_refused_unless_overwritten(sample, tmp_path):
