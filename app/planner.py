@@ -143,7 +143,7 @@ class Planner:
             found = prior.measured
             shares = rules.share_time(self.seconds, encoding, survey.train / found.batch * found.step)
             if shares is None:
-                needed = 2 * (encoding + rules.LEAST_DRAWING) + 4 * TRIAL
+                needed = 2 * (encoding + rules.DRAWING[0]) + 4 * TRIAL
                 text = f"encoding the images takes about {encoding / 60:.1f} min"
                 raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed / 60:.0f} or more")
             steps = max(found.steps(shares.prior), 0)

@@ -18,8 +18,8 @@ TOKENIZERS = {32: "vqgan-cifar10", 64: "vqgan-64", 128: "vqgan-128", 256: "vqgan
 """Side of the images -> the preset that the tokenizer starts from."""
 LEAST_STEPS = 600
 """Steps of a tokenizer below which smaller images are chosen."""
-LEAST_DRAWING = 15.0
-"""Seconds."""
+DRAWING = (15.0, 60.0)
+"""Least and most seconds for drawing and the report."""
 MOST_EPOCHS = 100
 """Passes over the images after which a prior no longer gains: it has stopped early in every run so far."""
 
@@ -156,10 +156,10 @@ class Time:
 def share_time(total: float, encoding: float, epoch: float) -> Time | None:
     """Divide `total` seconds; None where encoding and drawing leave less than half of them.
 
-    Drawing and the report get a twentieth, at least `LEAST_DRAWING`. Of the rest the prior gets half, but no more than
+    Drawing and the report get a twentieth within `DRAWING`. Of the rest the prior gets half, but no more than
     `MOST_EPOCHS` passes of `epoch` seconds; the tokenizer gets what is left.
     """
-    drawing = max(LEAST_DRAWING, total / 20)
+    drawing = min(max(DRAWING[0], total / 20), DRAWING[1])
     rest = total - encoding - drawing
     if rest < total / 2:
         return None

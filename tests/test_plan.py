@@ -72,7 +72,8 @@ def test_images_are_not_enlarged() -> None:
 def test_the_time_is_shared_without_rest(total: float, encoding: float, epoch: float) -> None:
     found = rules.share_time(total, encoding, epoch)
     if found is None:
-        assert encoding + max(rules.LEAST_DRAWING, total / 20) > total / 2
+        least, most = rules.DRAWING
+        assert encoding + min(max(least, total / 20), most) > total / 2
     else:
         assert found.tokenizer + found.encoding + found.prior + found.drawing == pytest.approx(total)
         assert min(found.tokenizer, found.prior) > 0 and found.prior <= found.tokenizer + 1e-6 * total
