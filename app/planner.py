@@ -133,9 +133,10 @@ class Planner:
         survey = self.survey
         tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, length))
         self._enough("tokenizer", tokenizer.measured.steps(self.seconds * 0.45), rules.LEAST_STEPS, last)
-        codes = self._codes()
-        self._write("codes", codes)
-        encoding = 5 + (survey.train * codes["views"] + survey.heldout + survey.test) / tokenizer.measured.encoded
+        views = rules.views(survey.train)
+        while (encoding := self._encoding(tokenizer.measured, views)) > self.seconds * rules.ENCODING and views > 1:
+            views //= 2
+        self._write("codes", self._codes(views))
         self._write("samples", self._samples())
         index, reason = rules.prior_for(survey.train * length), "for so many codes"
         while True:
@@ -154,7 +155,7 @@ class Planner:
         if steps < rules.least_prior_steps(length):
             self.too_long = length
         self._enough("prior", steps, rules.least_prior_steps(length), last)
-        return Draft(size, factor, codes["views"], rules.PRIORS[index], shares, tokenizer, prior, why, reason)
+        return Draft(size, factor, views, rules.PRIORS[index], shares, tokenizer, prior, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
         if not last and steps < least:
@@ -208,8 +209,11 @@ class Planner:
             changed = merged(changed, {"loss": {"perceptual_weight": 0.0}, "gan": {"gan_weight": 0.0}})
         return merged(parse_yaml(find_preset(rules.TOKENIZERS[side])[1]), changed)
 
-    def _codes(self) -> dict[str, Any]:
-        views = rules.views(self.survey.train)
+    def _encoding(self, tokenizer: Measured, views: int) -> float:
+        """Seconds that encoding takes."""
+        return 5 + (self.survey.train * views + self.survey.heldout + self.survey.test) / tokenizer.encoded
+
+    def _codes(self, views: int) -> dict[str, Any]:
         values: dict[str, Any] = {"data": self.request.data, "views": views}
         if views > 1:
             values["images"] = {"flip": self.request.flip, "random_crop": 0.1}

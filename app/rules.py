@@ -133,8 +133,12 @@ def prior_batch(length: int, cuda: bool) -> int:
     return 64 if cuda else max(8, min(64, 8192 // length))
 
 
+ENCODING = 0.1
+"""Share of the time above which fewer views are encoded."""
+
+
 def views(images: int) -> int:
-    """Augmented views of each image that are encoded: 8 of a thousand, one of a million."""
+    """Most augmented views of each image that are encoded: 8 of a thousand, one of a million."""
     return next(count for count, most in ((8, 5_000), (4, 20_000), (2, 200_000), (1, math.inf)) if images < most)
 
 

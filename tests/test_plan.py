@@ -203,6 +203,14 @@ def test_few_images_get_more_views_and_dropout_than_many(tmp_path: Path, trials:
     assert large.model.dim > prior.model.dim
 
 
+def test_fewer_views_are_encoded_where_that_takes_long(tmp_path: Path, trials: list[Stage]) -> None:
+    seen = []
+    for minutes in (12, 30, 600):
+        plan(tmp_path, minutes, survey=replace(PHOTOS, train=15_000))
+        seen.append(read(tmp_path)[1].views)
+    assert seen == [1, 2, 4]
+
+
 def test_images_that_take_too_long_to_encode_are_refused(tmp_path: Path, trials: list[Stage]) -> None:
     with pytest.raises(UsageError, match="--minutes"):
         plan(tmp_path, 20, survey=replace(PHOTOS, train=1_000_000))
