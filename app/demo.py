@@ -33,13 +33,14 @@ def demo(config: DemoConfig) -> None:
     """Train a tokenizer and a prior on 9,000 images of clothes that come with the package, then draw new ones."""
     from vqgen.evaluation.report.program import check_output
 
-    from .stages import STAGES, folders, write_page
+    from .stages import STAGES, folders, outdated, write_page
 
     with locked(config.output):
         began = time.perf_counter()
         check_output(config.output / "report.html")  # before minutes of training
         for number, (name, stage) in enumerate(STAGES.items(), 1):
-            overwrite = config.overwrite or name == "samples"
+            samples, prior = config.output / "samples", config.output / "prior"
+            overwrite = config.overwrite or (name == "samples" and outdated(samples, prior))
             stage([*WORDS[name], *folders(config.output, name, overwrite)], number)
         page = write_page(config.output)
     grid = config.output / "samples" / "grid.png"

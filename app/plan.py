@@ -1,12 +1,17 @@
 """The plan of vqgen-train as it is saved: what was asked for, the choices with reasons, and what each stage takes."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from vqgen.files import read_record, write_json
+from vqgen.errors import UsageError, UserError
+from vqgen.files import check_writable, is_file, read_json, read_record, read_text, write_json
+from vqgen.files.output_folder import OutputFolder
 
 FOLDER = "plan"
 RECORD = "plan.json"
+STAGES = ("tokenizer", "codes", "prior", "samples")
+HEADING = "# Planned by vqgen-train"
+"""First words of the configurations."""
 TRIAL = 25.0
 """Seconds that each training measures its speed for, before its own time begins."""
 
@@ -61,6 +66,17 @@ class Plan:
     expected: dict[str, Expected]
     spent: dict[str, float]
     """Seconds of each stage so far, planning included."""
+    replaced: list[str] = field(default_factory=list)
+    """Stages of an earlier run that --overwrite has still to remove."""
+
+    def __post_init__(self) -> None:
+        if tuple(self.expected) != STAGES or not self.rows:
+            raise ValueError("a plan has rows and four stages")
+        numbers = [self.minutes, *self.spent.values(), *(found.seconds for found in self.expected.values())]
+        if not all(0 <= number < 1e9 for number in numbers) or not (
+            self.prior_minutes is None or self.prior_minutes > 0
+        ):
+            raise ValueError("a time is out of range")
 
     @property
     def tokenizer_minutes(self) -> float:
@@ -80,19 +96,43 @@ class Plan:
 
     def lengthened(self, minutes: float) -> "Plan":
         """The plan with more time, all of which the prior gets: what it stands on cannot change any more."""
-        before = self.prior_minutes
-        longer = before and before + minutes - self.minutes
-        return replace(self, minutes=minutes, prior_minutes=longer)
+        more, prior = minutes - self.minutes, self.expected["prior"]
+        expected = {**self.expected, "prior": replace(prior, seconds=prior.seconds + 60 * more)}
+        longer = self.prior_minutes and self.prior_minutes + more
+        return replace(self, minutes=minutes, prior_minutes=longer, expected=expected)
 
     def save(self, output: Path) -> None:
         """Write the record."""
         write_json(output / FOLDER / RECORD, asdict(self))
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is one that a plan consists of."""
+    if not is_file(path):
+        return False
+    try:
+        return "request" in read_json(path) if path.name == RECORD else read_text(path).startswith(HEADING)
+    except UserError:
+        return path.name == RECORD  # what is wrong with a record is said when it is read
+
+
+def check_output(output: Path) -> None:
+    """Raise `UsageError` where the folder of a plan is none, or holds files of something else."""
+    check_writable(output)
+    OutputFolder(output)
+    if (output / FOLDER).is_symlink():
+        raise UsageError(f"--output: {output / FOLDER} is a link; choose another folder")
+    names = (RECORD, *(f"{name}.yaml" for name in STAGES))
+    folder = OutputFolder(output / FOLDER, names, tuple(name.replace(".", r"\.") for name in names), is_mark=_is_ours)
+    folder.refuse_foreign()
+    if foreign := next((name for name in names if (path := folder.path / name).exists() and not _is_ours(path)), None):
+        raise UsageError(f"--output: {folder.path / foreign} is not of vqgen-train; choose another folder")
+
+
 def saved_plan(output: Path) -> Plan | None:
     """The plan in a folder, None where there is none. Raises `UserError` where it cannot be read."""
     path = output / FOLDER / RECORD
-    return read_record(path, Plan) if path.is_file() else None
+    return read_record(path, Plan) if path.exists() else None
 
 
 def file_of(output: Path, stage: str) -> Path:

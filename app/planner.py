@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqgen.config import parse
 from vqgen.config_layers import find_preset
 from vqgen.errors import UsageError, UserError
 from vqgen.files import write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
+from vqgen.prior.train import PriorTraining
+from vqgen.tokenizer.encode import TokenizeConfig
+from vqgen.tokenizer.train import TokenizerTraining
 
 from . import rules
 from .machine import Machine
-from .plan import TRIAL, Expected, Request, Row, file_of
+from .plan import HEADING, TRIAL, Expected, Request, Row, file_of
 from .survey import Survey
 from .trial import Measured, Stage, tried
 
+LEAST = 20
+"""Fewest steps of a training that are planned at all."""
 MEMORY = 0.8
 """Share of the free memory that a stage may take."""
 CACHE_MB = 2048
@@ -51,7 +57,7 @@ class Tried:
     def __str__(self) -> str:
         parts, found = self.values["run"].get("accumulate", 1), self.measured
         divided = f" in {parts} parts, to fit into the memory" * (parts > 1)
-        return f"steps of {found.batch}{divided}, {found.step:.2g} s each; {found.memory / 1e9:.1f} GB"
+        return f"batch size {found.batch}{divided}, {found.step:.2g} s a step; {found.memory / 1e9:.1f} GB"
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Planner:
             except TooSlow as found:
                 if not grids:
                     raise
-                why = f"with {size[0]}x{size[1]} pixels as {length} codes {found}"
+                why = f"with {size[0]}x{size[1]} pixels as {length} codes {str(found).removeprefix('--minutes: ')}"
         self._describe(draft)
         return self.rows, draft.expected
 
@@ -137,35 +143,38 @@ class Planner:
         while (encoding := self._encoding(tokenizer.measured, views)) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
         self._write("codes", self._codes(views))
-        self._write("samples", self._samples())
-        index, reason = rules.prior_for(survey.train * length), "for so many codes"
+        index, reason = rules.prior_for(survey.train * length), "for so many codes of training images"
         while True:
             prior = self._fitting("prior", self._prior(index, length))
             found = prior.measured
-            shares = rules.share_time(self.seconds, encoding, survey.train / found.batch * found.step)
+            least = rules.least_prior_steps(length)
+            passes = rules.MOST_EPOCHS * survey.train / found.batch
+            shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step)
             if shares is None:
                 needed = 2 * (encoding + rules.DRAWING[0]) + 4 * TRIAL
                 text = f"encoding the images takes about {encoding / 60:.1f} min"
                 raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed / 60:.0f} or more")
             steps = max(found.steps(shares.prior), 0)
-            if rules.affordable(index, steps * found.batch * length):
+            if rules.affordable(index, steps * found.batch * length) or self._given("prior", "dim", "layers"):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index -= 1
-        if steps < rules.least_prior_steps(length):
+        if steps < least:
             self.too_long = length
-        self._enough("prior", steps, rules.least_prior_steps(length), last)
+        self._enough("prior", steps, least, last)
+        self._write("samples", self._samples())
         return Draft(size, factor, views, rules.PRIORS[index], shares, tokenizer, prior, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
-        if not last and steps < least:
-            raise TooSlow(f"only {max(steps, 0)} steps of the {stage} would fit into the time, less than {least}")
+        wanted = LEAST if last else least
+        if steps < wanted:
+            raise TooSlow(f"--minutes: only {max(steps, 0)} steps of the {stage} would fit into the time, not {wanted}")
 
     def _say(self, name: str, choice: str, why: str = "") -> None:
         self.rows.append(Row(name, choice, why))
 
     def _write(self, stage: str, values: dict[str, Any]) -> None:
-        heading = f"# Planned by vqgen-train for {self.request.data!r}; change it before the stage begins.\n"
+        heading = f"{HEADING} for {self.request.data!r}; change it before the stage begins.\n"
         write_text(file_of(self.output, stage), heading + dump_yaml(values))
 
     def _describe(self, draft: Draft) -> None:
@@ -176,21 +185,27 @@ class Planner:
         what = ", ".join([f"{s.train:,} to train on, {s.heldout:,} held out, {s.test:,} for tests", *labels])
         self._say("images", what, f"median {s.height}x{s.width} pixels{broken}")
         self._say("machine", self.machine.name, f"{self.machine.memory / 1e9:.1f} GB free")
-        (height, width), factor, tokenizer = draft.size, draft.factor, draft.tokenizer.values
-        self._say("size", f"{height}x{width} pixels, {tokenizer['images']['channels']} channels", draft.why_size)
+        tokenizer = parse(TokenizerTraining, self._words("tokenizer"))
+        (height, width), factor = tokenizer.images.size, tokenizer.model.factor
+        self._say("size", f"{height}x{width} pixels, {tokenizer.images.channels} channels", draft.why_size)
         rows, columns = height // factor, width // factor
-        why = f"{rows * columns * s.train:,} codes of training images, about 1,000 for each of the codebook"
-        self._say("codes", f"{rows}x{columns} of {tokenizer['quantizer']['codebook_size']}", why)
+        why = f"{rows * columns * s.train:,} codes of training images"
+        self._say("codes", f"{rows}x{columns} of {tokenizer.quantizer.codes}", why)
         losses = "squared error, LPIPS and a discriminator"
         if not self.request.perceptual_weights:
             losses = "squared error alone; --perceptual-weights gives sharper pictures"
         preset = rules.TOKENIZERS[rules.image_side(min(draft.size))]
         self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
-        if draft.views > 1:
-            self._say("views", f"{draft.views} of each image", f"{'flips and ' * flips}crops, against overfitting")
-        shape = draft.shape
-        text = f"{shape.weights / 1e6:.1f} M weights: {shape.dim} wide, {shape.layers} layers"
+        codes = parse(TokenizeConfig, self._words("codes"))
+        if codes.views > 1:
+            self._say("views", f"{codes.views} of each image", f"{'flips and ' * flips}crops, against overfitting")
+        model = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).model
+        text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
+
+    def _words(self, stage: str) -> list[str]:
+        """The configuration of a stage, with what the user has set."""
+        return ["--config", str(file_of(self.output, stage)), *getattr(self.request, stage)]
 
     # ---- the configurations ----
 
@@ -213,6 +228,11 @@ class Planner:
         """Seconds that encoding takes."""
         return 5 + (self.survey.train * views + self.survey.heldout + self.survey.test) / tokenizer.encoded
 
+    def _given(self, stage: str, *names: str) -> bool:
+        """Whether the user has set one of these options of a stage."""
+        given = {word.partition("=")[0].replace("_", "-") for word in getattr(self.request, stage)}
+        return bool(given & {f"--{name}" for name in names})
+
     def _codes(self, views: int) -> dict[str, Any]:
         values: dict[str, Any] = {"data": self.request.data, "views": views}
         if views > 1:
@@ -222,7 +242,8 @@ class Planner:
         return values
 
     def _samples(self) -> dict[str, Any]:
-        guided = self.survey.classes > 0 or self.survey.captions > 0
+        prior = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"])
+        guided = self.survey.classes > 0 and prior.objective.label_dropout > 0
         sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if guided else {})}
         return {"n": 64, "sampling": sampling}
 
@@ -248,18 +269,24 @@ class Planner:
         memory = MEMORY * self.machine.memory
         while True:
             self._write(stage, values)
-            found = tried(self._trial(stage))
-            parts = values["run"].get("accumulate", 1)
-            if found.memory <= memory:
+            found, (batch, parts) = tried(self._trial(stage)), self._batch(stage)
+            if found and found.memory <= memory:
                 return Tried(values, found)
-            if parts * 2 > values["run"]["batch_size"]:
-                short = f"{found.memory / 1e9:.1f} GB, {memory / 1e9:.1f} are free for it"
-                raise UserError(f"--data: the {stage} would take {short}; choose a smaller --size")
-            values = merged(values, {"run": {"accumulate": parts * 2}})
+            if parts == batch:
+                short = f"{found.memory / 1e9:.1f} GB" if found else "more memory than there is"
+                free = f"{memory / 1e9:.1f} GB are free for it"
+                raise UserError(f"--data: the {stage} would take {short}, {free}; choose a smaller --size")
+            more = next(p for p in range(2 * parts, batch + 1) if batch % p == 0) if 2 * parts <= batch else batch
+            values = merged(values, {"run": {"accumulate": more}})
+
+    def _batch(self, stage: str) -> tuple[int, int]:
+        """Batch size of a training, and the parts it is split into."""
+        codes = ["--codes", "codes"] if stage == "prior" else []
+        run = parse(PriorTraining if stage == "prior" else TokenizerTraining, [*self._words(stage), *codes]).run
+        return run.batch_size, run.accumulate
 
     def _trial(self, stage: str) -> Stage:
         request, survey = self.request, self.survey
-        tokenizer = ["--config", str(file_of(self.output, "tokenizer")), *request.tokenizer]
-        prior = ["--config", str(file_of(self.output, "prior")), *request.prior] if stage == "prior" else []
+        tokenizer, prior = self._words("tokenizer"), self._words("prior") if stage == "prior" else []
         images = [survey.train, max(survey.heldout, 1)]
         return Stage(tokenizer, prior, images, survey.classes, request.text_column)

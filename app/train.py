@@ -1,6 +1,6 @@
 """vqgen-train: the whole path from a data set to new images in a given time, planned from the data and the machine.
 
-`plan.py` chooses, `stages.py` has what is run; here are the options, and which stage runs when with what.
+`planner.py` chooses, `stages.py` has what is run; here are the options, and which stage runs when with what.
 """
 
 import os
@@ -9,21 +9,22 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from vqgen.config import command
-from vqgen.config_layers import read_arguments
-from vqgen.errors import UsageError
+from vqgen.config_layers import merged, read_arguments
+from vqgen.errors import UsageError, UserError
 from vqgen.files import locked
 from vqgen.options import Options, Range, option_name
+from vqgen.tokenizer.data.options import ImageConfig
 
 if TYPE_CHECKING:
     from .plan import Plan, Request
 
 RESERVED = {"data", "output", "overwrite", "config", "size", "channels", "text-column", "perceptual-weights"}
-RESERVED |= {"codes", "tokenizer", "model", "minutes"}
+RESERVED |= {"codes", "tokenizer", "model", "minutes", "threads"}
 """Options of the stages that vqgen-train sets, by its own options or by its folders."""
 
 
@@ -40,7 +41,7 @@ class TrainConfig(Options):
     output: Path = Path("runs/train")
     """Folder for plan/, tokenizer/, codes/, prior/, samples/ and report.html. An interrupted run is continued."""
     minutes: Annotated[float, Range(above=0, most=1e6)] = 60.0
-    """Time for all of it. A finished run that is given more of it trains its prior further."""
+    """Time for all of it. A run that is given more trains its prior for longer, unless that has stopped early."""
     plan: bool = False
     """Only make the plan, print it with the command line of each stage, and save it in --output."""
     overwrite: bool = False
@@ -52,12 +53,12 @@ class TrainConfig(Options):
     flip: bool = True
     """Mirror half of the training images left to right; --no-flip for digits, letters and the like."""
     text_column: str | None = None
-    """Captions to draw from, as in vqgen-tokenize."""
+    """Captions that the prior learns to follow, as in vqgen-tokenize."""
     perceptual_weights: str | None = None
-    """Weights of VGG16 for LPIPS and a discriminator, which make pictures sharper: a file, or torchvision, which
-    downloads them."""
+    """Weights of VGG16, which turn on LPIPS and a discriminator and make pictures sharper: a file, or torchvision,
+    which downloads them."""
     tokenizer: list[str] = field(default_factory=list)
-    """Options of vqgen-train-tokenizer that replace what is planned: codebook-size=2048 no-attention."""
+    """Options of vqgen-train-tokenizer that replace what is planned: codebook-size=2048 multipliers=1,2."""
     codes: list[str] = field(default_factory=list)
     """Options of vqgen-tokenize: views=4."""
     prior: list[str] = field(default_factory=list)
@@ -75,7 +76,7 @@ class TrainConfig(Options):
             raise UsageError("--channels: found 2, expected 1 or 3")
         for name in ("tokenizer", "codes", "prior", "samples"):
             for word in getattr(self, name):
-                key = word.partition("=")[0].replace("_", "-")
+                key = word.partition("=")[0].replace("_", "-").removeprefix("no-")
                 if not re.fullmatch("[a-z][a-z0-9-]*", key):
                     raise UsageError(f"--{name}: found {word}, expected NAME=VALUE with an option of that stage")
                 if key in RESERVED:
@@ -87,7 +88,8 @@ class TrainConfig(Options):
 
         words = {n: [f"--{word}" for word in getattr(self, n)] for n in ("tokenizer", "codes", "prior", "samples")}
         weights = self.perceptual_weights
-        return Request(self.data, self.size, self.channels, self.flip, self.text_column, weights, **words)
+        data = str(Path(self.data)) if Path(self.data).exists() else self.data
+        return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
 def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> list[str]:
@@ -105,60 +107,97 @@ def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> 
 
 
 def check_words(config: type, name: str, words: Sequence[str]) -> None:
-    """Raise `UsageError` where words given to a stage are none of its options."""
+    """Raise `UsageError` where words given to a stage are none of its options, or have values of another type."""
     try:
-        read_arguments(config, words)
+        merged(config, [read_arguments(config, words)[0]])
     except UsageError as error:
         raise UsageError(f"--{name}: {error}") from error
 
 
+def check_places(config: TrainConfig) -> None:
+    """Raise `UsageError` where the output would replace other files, or become data."""
+    from vqgen.evaluation.report.program import check_output as check_page
+
+    from .plan import check_output
+
+    check_output(config.output)
+    check_page(config.output / "report.html")
+    data = Path(config.data)
+    if data.is_dir() and config.output.resolve().is_relative_to(data.resolve()):
+        raise UsageError(f"--output: {config.output} is inside of --data, whose images it would join; choose another")
+
+
 def made_or_found(config: TrainConfig) -> "Plan":
     """The plan of the folder, made where there is none. Raises `UsageError` where it is another request's."""
-    from .plan import FOLDER, RECORD, Plan, saved_plan
+    from .plan import saved_plan
     from .stages import STAGES
 
-    request, output, began = config.request(), config.output, time.perf_counter()
-    found = None if config.overwrite else saved_plan(output)
-    if found and any((output / name).exists() for name in STAGES):
-        if found.request != request:
-            before, now = asdict(found.request), asdict(request)
-            name = next(key for key in now if now[key] != before[key])
-            what = f"found {now[name]}, the run in {output} has {before[name]}"
-            raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, or --overwrite")
-        if config.minutes < found.minutes:
-            what = f"found {config.minutes:g}, the run in {output} has {found.minutes:g}"
-            raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")
-        if config.minutes > found.minutes:
-            found = found.lengthened(config.minutes)
-            found.save(output)
-        return found
-    if found and (found.request, found.minutes) == (request, config.minutes):
-        return found
-    from .machine import machine
-    from .planner import Planner
-    from .survey import look
-
-    (output / FOLDER / RECORD).unlink(missing_ok=True)
-    print("planning: the images are looked at, and some steps of each training are timed", file=sys.stderr)
+    output, request = config.output, config.request()
     for name, stage in STAGES.items():
         check_words(stage.config, name, getattr(request, name))
-    survey = look(config.data, config.text_column)
-    rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, output).plan()
-    plan = Plan(request, config.minutes, None, rows, expected, {"plan": time.perf_counter() - began})
-    for name, stage in STAGES.items():
+    found = None if config.overwrite else saved_plan(output)
+    begun = [name for name in STAGES if (output / name).exists()]
+    if found and begun:
+        plan = continued(found, request, config, begun)
+    elif found and (found.request, found.minutes) == (request, config.minutes):
+        plan = found
+    else:
+        plan = new_plan(request, config, begun if config.overwrite else [])
+    for name, stage in STAGES.items():  # files of the plan may have been edited
         stage.parsed(words_of(plan, output, name))
     plan.save(output)
     return plan
 
 
-@contextmanager
-def counted(plan: "Plan", output: Path, name: str) -> Iterator[None]:
-    """Add the time of a stage to the plan's record, also where it is interrupted."""
+def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
+    """The plan of a run that has begun, with more time or other options of later stages. Raises `UsageError`."""
+    from .stages import STAGES
+
+    later = {name: getattr(request, name) for name in STAGES if name not in begun}
+    if not (config.output / "samples" / "samples.json").exists():
+        later["samples"] = request.samples
+    found = replace(found, request=replace(found.request, **later))
+    before, now = asdict(found.request), asdict(request)
+    if name := next((key for key in now if now[key] != before[key]), None):
+        this, that = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], before[name]))
+        what = f"found {this or 'nothing'}, the run in {config.output} has {that or 'nothing'}"
+        raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, or --overwrite")
+    if config.minutes < found.minutes:
+        what = f"found {config.minutes:g}, the run in {config.output} has {found.minutes:g}"
+        raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")
+    return found.lengthened(config.minutes) if config.minutes > found.minutes else found
+
+
+def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "Plan":
+    """Make a plan, after which the stages `replaced` of an earlier run are removed. Raises `UserError`."""
+    from .machine import machine
+    from .plan import FOLDER, RECORD, Plan
+    from .planner import Planner
+    from .survey import look
+
     began = time.perf_counter()
+    print("planning: the images are looked at, and some steps of each training are timed", file=sys.stderr)
+    survey = look(config.data, config.text_column)
+    most = ImageConfig().max_broken
+    if survey.unreadable > most and not any(word.startswith("--max-broken") for word in request.tokenizer):
+        share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
+        raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=… and --codes max-broken=…")
+    (config.output / FOLDER / RECORD).unlink(missing_ok=True)
+    rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, config.output).plan()
+    return Plan(request, config.minutes, None, rows, expected, {"plan": time.perf_counter() - began}, replaced)
+
+
+@contextmanager
+def recorded(plan: "Plan", output: Path, name: str) -> Iterator[None]:
+    """Record the time of a stage, also where it is interrupted, and that it has removed what was there before."""
+    began, now = time.perf_counter(), time.time()
     try:
         yield
     finally:
         plan.spent[name] = plan.spent.get(name, 0.0) + time.perf_counter() - began
+        marks = [output / name / file for file in ("config.yaml", "manifest.json", "samples.json")]
+        if name in plan.replaced and any(mark.exists() and mark.stat().st_mtime >= now for mark in marks):
+            plan.replaced.remove(name)
         plan.save(output)
 
 
@@ -166,24 +205,25 @@ def train(config: TrainConfig) -> None:
     """Plan and train a tokenizer and a prior on images within a time, then draw new images and write a report."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("accelerate: vqgen-train is one process; launch the command lines that --plan prints")
-    from vqgen.evaluation.report.program import check_output
-
     from .show import outcome, text_of
-    from .stages import STAGES, write_page
+    from .stages import STAGES, outdated, write_page
 
-    with locked(config.output):
-        check_output(config.output / "report.html")  # before any work
+    output = config.output
+    check_places(config)
+    with locked(output):
         plan = made_or_found(config)
-        print(text_of(plan, {name: words_of(plan, config.output, name) for name in STAGES}), flush=True)
+        print(text_of(plan, {name: words_of(plan, output, name) for name in STAGES}), flush=True)
         if config.plan:
             return
         for number, (name, stage) in enumerate(STAGES.items(), 1):
             if name == "prior" and plan.prior_minutes is None:
                 plan = plan.settled()
-            with counted(plan, config.output, name):
-                stage(words_of(plan, config.output, name, config.overwrite or name == "samples"), number)
-        page = write_page(config.output)
-    print(f"\n{outcome(plan)}\nLook at {config.output / 'samples' / 'grid.png'}, and at all of it in {page}")
+                plan.save(output)  # a killed run keeps its steps
+            remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
+            with recorded(plan, output, name):
+                stage(words_of(plan, output, name, remove), number)
+        page = write_page(output)
+    print(f"\n{outcome(plan)}\nLook at {output / 'samples' / 'grid.png'}, and at all of it in {page}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 `tried` starts that process, which is `python -m vqgen.app.trial FILE`; its peak memory is that of the stage alone.
 """
 
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vqgen.config import command, parse
 from vqgen.files import read_record, write_json
@@ -17,6 +20,8 @@ from vqgen.options import Options
 
 STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
+OUT_OF_MEMORY = 77
+"""Exit code of a trial that needed more memory than there is."""
 MOST_IMAGES = 4096
 """Most images of made-up codes that a prior is tried on."""
 
@@ -67,18 +72,47 @@ class TrialConfig(Options):
     """Folder with stage.json, which gets measured.json."""
 
 
-def tried(stage: Stage) -> Measured:
-    """Try a stage in a process of its own. Raises `SystemExit` where it fails, which has said why."""
-    with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as folder:
-        write_json(Path(folder) / "stage.json", asdict(stage))
-        words = [sys.executable, "-m", "vqgen.app.trial", "--folder", folder]
-        if code := subprocess.run(words, stdin=subprocess.DEVNULL).returncode:
-            raise SystemExit(code if code > 0 else 128 - code)
-        return read_record(Path(folder) / "measured.json", Measured)
+def tried(stage: Stage) -> Measured | None:
+    """Try a stage in a process of its own; None where it took more memory than there is.
+
+    Raises `SystemExit` where it fails otherwise, which has said why, and on SIGTERM.
+    """
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    words = [sys.executable, "-m", "vqgen.app.trial", "--folder"]
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as folder:
+            write_json(Path(folder) / "stage.json", asdict(stage))
+            # In a session of its own: an interrupt at the terminal is this process's, which ends the other.
+            child = subprocess.Popen([*words, folder], stdin=subprocess.DEVNULL, start_new_session=True)
+            try:
+                code = child.wait()
+            finally:
+                child.kill()
+                child.wait()
+            if code in (-signal.SIGKILL, OUT_OF_MEMORY):
+                return None
+            if code:
+                raise SystemExit(code if code > 0 else 128 - code)
+            return read_record(Path(folder) / "measured.json", Measured)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(config: TrialConfig) -> None:
     """Time some steps of a stage of vqgen-train."""
+    try:
+        _run(config)
+    except (MemoryError, RuntimeError) as error:  # torch's error of CUDA memory is a RuntimeError, too
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+            raise SystemExit(OUT_OF_MEMORY) from error
+        raise
+
+
+def _run(config: TrialConfig) -> None:
     from vqgen.devices import peak_memory, processes
     from vqgen.training.budget import measured
 

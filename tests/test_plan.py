@@ -1,6 +1,9 @@
 """The rules and the plan of vqgen-train, with what a trial measures made up."""
 
+import json
 import math
+import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,14 @@ from PIL import Image
 
 from vqgen.app import planner, rules
 from vqgen.app.machine import Machine
-from vqgen.app.plan import TRIAL, Expected, Plan, Request, saved_plan
+from vqgen.app.plan import TRIAL, Expected, Plan, Request, Row, saved_plan
 from vqgen.app.planner import Planner
 from vqgen.app.survey import Survey, look
 from vqgen.app.trial import Measured, Stage, tried
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.train import PriorTraining
+from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
@@ -69,15 +73,15 @@ def test_images_are_not_enlarged() -> None:
 
 
 @given(st.floats(1, 1e6), st.floats(0, 1e6), st.floats(1e-3, 1e4))
-def test_the_time_is_shared_without_rest(total: float, encoding: float, epoch: float) -> None:
-    found = rules.share_time(total, encoding, epoch)
+def test_the_time_is_shared_without_rest(total: float, encoding: float, longest: float) -> None:
+    found = rules.share_time(total, encoding, longest)
     if found is None:
         least, most = rules.DRAWING
         assert encoding + min(max(least, total / 20), most) > total / 2
     else:
         assert found.tokenizer + found.encoding + found.prior + found.drawing == pytest.approx(total)
         assert min(found.tokenizer, found.prior) > 0 and found.prior <= found.tokenizer + 1e-6 * total
-        assert found.prior <= rules.MOST_EPOCHS * epoch * (1 + 1e-9)
+        assert found.prior <= longest * (1 + 1e-9)
 
 
 # ---- survey ----
@@ -211,6 +215,36 @@ def test_fewer_views_are_encoded_where_that_takes_long(tmp_path: Path, trials: l
     assert seen == [1, 2, 4]
 
 
+def test_few_images_are_no_reason_for_few_steps(tmp_path: Path, trials: list[Stage]) -> None:
+    expected = plan(tmp_path, 600, survey=replace(PHOTOS, train=50, heldout=3))
+    assert expected["prior"].steps >= 300
+    assert read(tmp_path)[0].images.size[0] > 32
+
+
+def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, trials: list[Stage]) -> None:
+    found = []
+    classes, captions = replace(PHOTOS, classes=3), replace(PHOTOS, captions=900)
+    undropped = replace(REQUEST, prior=["--label-dropout=0"])
+    for survey, request in ((classes, REQUEST), (captions, REQUEST), (PHOTOS, REQUEST), (classes, undropped)):
+        plan(tmp_path, 60, request, survey)
+        file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
+        found.append(parse(SampleConfig, file).sampling.guidance_scale)
+    assert found[0] > 1 and found[1:] == [1, 1, 1]
+
+
+def test_a_plan_without_steps_is_refused(tmp_path: Path, trials: list[Stage]) -> None:
+    with pytest.raises(UsageError, match="--minutes"):
+        plan(tmp_path, 1.4)
+
+
+def test_a_trial_out_of_memory_splits_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "tried", lambda stage: None)
+    with pytest.raises(UserError, match="--size"):
+        plan(tmp_path, 600, replace(REQUEST, tokenizer=["--batch-size=6"]))
+    found = parse(TokenizerTraining, ["--config", str(tmp_path / "plan" / "tokenizer.yaml")])
+    assert found.run.accumulate == 6, "in the end one image a part"
+
+
 def test_images_that_take_too_long_to_encode_are_refused(tmp_path: Path, trials: list[Stage]) -> None:
     with pytest.raises(UsageError, match="--minutes"):
         plan(tmp_path, 20, survey=replace(PHOTOS, train=1_000_000))
@@ -224,14 +258,21 @@ def test_a_size_that_fits_no_grid_is_refused(tmp_path: Path, trials: list[Stage]
 
 def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:
     expected = {n: Expected(s, 0.0, 0) for n, s in {"tokenizer": 500, "codes": 50, "prior": 500, "samples": 60}.items()}
-    made = Plan(REQUEST, 20, None, [], expected, {"plan": 60.0, "tokenizer": 500.0, "codes": 50.0})
+    made = Plan(REQUEST, 20, None, [Row("size", "64", "")], expected, {"plan": 60.0, "tokenizer": 500.0, "codes": 50.0})
     assert made.settled().prior_minutes == pytest.approx((1200 - 610 - 60 - TRIAL) / 60, abs=1e-3)
     late = replace(made, spent={"plan": 60.0, "tokenizer": 5000.0, "codes": 50.0}).settled()
     assert late.prior_minutes == pytest.approx(made.planned_prior_minutes / 2, abs=1e-3)
     longer = made.settled().lengthened(30)
     assert longer.prior_minutes == pytest.approx(made.settled().prior_minutes + 10)  # type: ignore[operator]
+    assert made.lengthened(30).settled().prior_minutes == pytest.approx(longer.prior_minutes)
     made.save(tmp_path)
     assert saved_plan(tmp_path) == made
+    for changed in ({"rows": []}, {"expected": {}}, {"prior_minutes": -5.0}, {"minutes": -1}):
+        record = json.loads((tmp_path / "plan" / "plan.json").read_text())
+        (tmp_path / "other" / "plan").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / "plan" / "plan.json").write_text(json.dumps({**record, **changed}))
+        with pytest.raises(UserError, match=r"plan\.json"):
+            saved_plan(tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"minutes": 3}', '{"request": 1}'])
@@ -263,3 +304,21 @@ def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) 
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert "--groups" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_trial_that_is_killed_needs_less_memory(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    real = subprocess.Popen
+
+    def killed(words: list[str], **options: object) -> subprocess.Popen[bytes]:
+        program = f"import os; os.kill(os.getpid(), {int(number)})"
+        return real([words[0], "-c", program], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    stage = Stage(TINY.split(), [], [1, 1], 0, None)
+    if number == signal.SIGKILL:
+        assert tried(stage) is None
+    else:
+        with pytest.raises(SystemExit) as ended:
+            tried(stage)
+        assert ended.value.code == 128 + number

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from processes import tree, weights
 
 from vqgen.app import planner, stages
@@ -52,7 +53,8 @@ def test_the_whole_path_from_images_to_images(
     assert cli(main, *words(run)).code == 130
     monkeypatch.setitem(stages.STAGES, "prior", prior)
     tokenizer, planned = weights(run / "tokenizer"), len(trials)
-    assert planned >= 2 and {"tokenizer", "codes", "prior"} <= set((saved_plan(run) or pytest.fail()).spent)
+    made = saved_plan(run) or pytest.fail()
+    assert planned >= 2 and {"tokenizer", "codes", "prior"} <= set(made.spent) and made.prior_minutes
     result = cli(main, *words(run))
     assert result.code == 0, result.err
     assert weights(run / "tokenizer") == tokenizer and len(trials) == planned, "it went on"
@@ -71,6 +73,69 @@ def test_the_whole_path_from_images_to_images(
     assert result.code == 2 and "--minutes" in result.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_an_interrupted_overwrite_goes_on_without_it(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(main, *words(tmp_path)).code == 0
+    prior = stages.STAGES["prior"]
+
+    def interrupted(_config: Any) -> None:
+        raise KeyboardInterrupt
+
+    seed = [word if word != "n=4" else "n=3" for word in words(tmp_path, "--size", 32)]
+    seed[seed.index("steps=3")] = "steps=4"
+    monkeypatch.setitem(stages.STAGES, "prior", dataclasses.replace(prior, run=interrupted))
+    assert cli(main, *seed, "--overwrite").code == 130
+    tokenizer = weights(tmp_path / "tokenizer")
+    assert (saved_plan(tmp_path) or pytest.fail()).replaced == ["prior", "samples"]
+    monkeypatch.setitem(stages.STAGES, "prior", prior)
+    result = cli(main, *seed)
+    assert result.code == 0, result.err
+    assert weights(tmp_path / "tokenizer") == tokenizer and len(list((tmp_path / "samples").glob("0*.png"))) == 3
+
+
+def test_options_of_a_stage_may_change_until_it_begins(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]
+) -> None:
+    wrong = [word if word != "n=4" else "class=99" for word in words(tmp_path)]
+    result = cli(main, *wrong)
+    assert result.code == 2 and "--class" in result.err
+    assert cli(main, *words(tmp_path)).code == 0
+
+
+def test_what_is_not_of_a_plan_is_left_alone(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    (tmp_path / "link").mkdir()
+    for name, text in (("tokenizer.yaml", "mine: 1"), ("plan.json", '{"my": "plan"}')):
+        (run := tmp_path / name.replace(".", "-") / "plan").mkdir(parents=True)
+        (run / name).write_text(text)
+        for further in ([], ["--overwrite"]):
+            result = cli(main, *words(run.parent, *further))
+            assert (result.code, result.err.count("\n")) == (2, 1) and "--output" in result.err
+        assert [path.name for path in run.iterdir()] == [name] and (run / name).read_text() == text
+    (linked := tmp_path / "linked").mkdir()
+    (linked / "plan").symlink_to(tmp_path / "link")
+    (tmp_path / "file").write_text("mine")
+    for output in (linked, tmp_path / "file", tmp_path / "file" / "run"):
+        result = cli(main, *words(output, "--plan"))
+        assert result.code in (1, 2) and "Traceback" not in result.err and "defect" not in result.err
+    assert not list((tmp_path / "link").iterdir()) and not trials
+
+
+def test_the_output_does_not_become_data(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    result = cli(main, "--data", tmp_path, "--output", tmp_path / "run")
+    assert result.code == 2 and "--output" in result.err and not list(tmp_path.iterdir())
+
+
+def test_broken_images_are_found_before_training(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    for index in range(40):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    for index in range(5):
+        (tmp_path / f"broken{index}.png").write_bytes(b"no image")
+    output = tmp_path.with_name("run-" + tmp_path.name)
+    result = cli(main, "--data", tmp_path, "--output", output, "--plan")
+    assert result.code == 1 and "max-broken" in result.err and not trials
 
 
 def test_more_minutes_are_the_priors(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
@@ -151,6 +216,6 @@ def test_several_processes_are_told_what_to_launch(
 
 def test_a_damaged_plan_is_named(tmp_path: Path, cli: Callable[..., Any]) -> None:
     (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"minutes": "many"}))
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"request": {}, "minutes": "many"}))
     result = cli(main, "--data", "demo", "--output", tmp_path)
     assert result.code == 1 and "plan.json" in result.err and result.err.count("\n") == 1

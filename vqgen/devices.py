@@ -122,6 +122,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: of tensors on a CUDA device, else of this process; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # on Linux `ru_maxrss` is that of the parent, where this is larger
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     try:
         import resource
     except ImportError:  # Windows
