@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,19 @@ class Planner:
         if any(side % factor for side in size):
             raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor} pixels")
         survey = self.survey
-        tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, length))
-        self._enough("tokenizer", tokenizer.measured.steps(self.seconds * 0.45), rules.LEAST_STEPS, last)
+        tokens = survey.train * length
+        tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, tokens))
+        steps = tokenizer.measured.steps(self.seconds * 0.45)
+        self._enough("tokenizer", steps, rules.LEAST_STEPS, last)
+        if (seen := steps * tokenizer.measured.batch * length) < tokens:
+            fewer = {"quantizer": {"codebook_size": rules.codebook_size(seen)}}
+            tokenizer = replace(tokenizer, values=merged(tokenizer.values, fewer))
+            self._write("tokenizer", tokenizer.values)
         views = rules.views(survey.train)
         while (encoding := self._encoding(tokenizer.measured, views)) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
         self._write("codes", self._codes(views))
-        index, reason = rules.prior_for(survey.train * length), "for so many codes of training images"
+        index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
             prior = self._fitting("prior", self._prior(index, length))
             found = prior.measured
@@ -209,7 +215,7 @@ class Planner:
 
     # ---- the configurations ----
 
-    def _tokenizer(self, size: list[int], factor: int, length: int) -> dict[str, Any]:
+    def _tokenizer(self, size: list[int], factor: int, tokens: int) -> dict[str, Any]:
         request, survey, side = self.request, self.survey, rules.image_side(min(size))
         images: dict[str, Any] = {"size": size, "channels": request.channels or survey.channels}
         images |= {"flip": request.flip, "random_crop": 0.1, "cache_mb": CACHE_MB}
@@ -217,7 +223,7 @@ class Planner:
             "data": request.data,
             "images": images,
             "model": rules.network(factor, side, self.machine.cuda),
-            "quantizer": {"codebook_size": rules.codebook_size(length * survey.train)},
+            "quantizer": {"codebook_size": rules.codebook_size(tokens)},
             "loss": {"perceptual_weights": request.perceptual_weights},
         }
         if not request.perceptual_weights:

@@ -215,6 +215,14 @@ def test_fewer_views_are_encoded_where_that_takes_long(tmp_path: Path, trials: l
     assert seen == [1, 2, 4]
 
 
+def test_a_short_training_gets_a_small_codebook(tmp_path: Path, trials: list[Stage]) -> None:
+    sizes = []
+    for minutes in (14, 6000):
+        plan(tmp_path, minutes, survey=replace(PHOTOS, train=60_000, side=32))
+        sizes.append(read(tmp_path)[0].quantizer.codes)
+    assert sizes[0] < sizes[1] == 4096
+
+
 def test_few_images_are_no_reason_for_few_steps(tmp_path: Path, trials: list[Stage]) -> None:
     expected = plan(tmp_path, 600, survey=replace(PHOTOS, train=50, heldout=3))
     assert expected["prior"].steps >= 300
