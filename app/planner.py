@@ -241,7 +241,7 @@ class Planner:
 
     def _codes(self, views: int) -> dict[str, Any]:
         values: dict[str, Any] = {"data": self.request.data, "views": views}
-        if views > 1:
+        if views > 1 and "--views=1" not in self.request.codes:  # a single view is not augmented
             values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
         if self.request.text_column:
             values["text_column"] = self.request.text_column

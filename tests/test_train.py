@@ -19,7 +19,7 @@ from vqgen.app.trial import Measured, Stage
 TOKENIZER = "steps=3 width=8 groups=4 latent-dim=8 no-attention codebook-size=16 batch-size=8".split()
 TOKENIZER += ["validation-images=16"]
 PRIOR = "steps=3 dim=16 layers=1 heads=2 batch-size=8 validation-images=16 preview-images=0".split()
-CODES, SAMPLES = ["views=1", "no-flip", "random-crop=0"], ["n=4"]
+CODES, SAMPLES = ["views=1"], ["n=4"]
 
 
 @pytest.fixture
