@@ -65,10 +65,6 @@ class Draft:
     """Everything for one size of the images."""
 
     size: list[int]
-    factor: int
-    """Downsampling."""
-    views: int
-    shape: rules.Prior
     shares: rules.Time
     tokenizer: Tried
     prior: Tried
@@ -169,7 +165,7 @@ class Planner:
             self.too_long = length
         self._enough("prior", steps, least, last)
         self._write("samples", self._samples())
-        return Draft(size, factor, views, rules.PRIORS[index], shares, tokenizer, prior, why, reason)
+        return Draft(size, shares, tokenizer, prior, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
         wanted = LEAST if last else least

@@ -1,7 +1,6 @@
 """The four stages from images to new images, each a program that is called with the words of its command line."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +33,10 @@ class Stage:
         except UsageError as error:
             raise UsageError(f"{self.program}: {error}") from error
 
-    def __call__(self, words: Sequence[str], number: int) -> float:
-        """Announce and run the stage; returns its seconds."""
-        began = time.perf_counter()
+    def __call__(self, words: Sequence[str], number: int) -> None:
+        """Announce and run the stage."""
         print(f"\n[{number}/{len(STAGES)}] {self.title}", file=sys.stderr, flush=True)
         self.run(self.parsed(words))
-        return time.perf_counter() - began
 
 
 def _train_tokenizer(config: TokenizerTraining) -> None:
