@@ -21,7 +21,7 @@ from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import PART_CLASSES, ObjectiveConfig
 from .parts import ABSENT, Classes, Part, Rows, is_absent
-from .source import MaskedSource, PairedSource
+from .source import PairedSource, Source
 from .vocabulary import Vocabulary
 
 PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
@@ -122,9 +122,9 @@ class Conditioning:
         return next(part for part in self.parts if isinstance(part, Classes))
 
     @property
-    def masked_source(self) -> MaskedSource | None:
+    def masked_source(self) -> Source | None:
         """The source part of a prior that was trained to fill in images."""
-        return next((part for part in self.parts if isinstance(part, MaskedSource)), None)
+        return next((part for part in self.parts if isinstance(part, Source) and part.inpainting), None)
 
     @property
     def paired_source(self) -> PairedSource | None:

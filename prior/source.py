@@ -26,6 +26,8 @@ from .vocabulary import Vocabulary
 
 UNKNOWN = -1
 """The code of an unknown cell."""
+KNOWN = "where a code is known, allow that one alone"
+"""What the model card says of the codes around a hole."""
 ALL_UNKNOWN = 0.1
 """Share of the masked sequences in training that know nothing of their source."""
 
@@ -58,6 +60,8 @@ class Source(Part):
 
     name, ids, option = "source", 1, "--source-image"
     guidance = "--source-guidance-scale"
+    inpainting: float = 0.0
+    """Share of the training steps whose sources are the images' own codes, some of them unknown."""
 
     def join(self, vocabulary: Vocabulary, first: int) -> None:
         super().join(vocabulary, first)
@@ -116,21 +120,11 @@ class MaskedSource(Source):
 
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "MaskedSource | None":
-        if options.inpainting and files.source:
-            text = (
-                f"found {options.inpainting:g}, but {files.folder} has source codes, and a prior has one kind of source"
-            )
-            raise UsageError(f"--inpainting: {text}; leave it out, or tokenize without --source")
-        return cls(options.inpainting) if options.inpainting else None
+        return cls(options.inpainting) if options.inpainting and not files.source else None
 
     @classmethod
     def from_description(cls, about: Mapping[str, Any]) -> "MaskedSource | None":
-        if "inpainting" not in about:
-            return None
-        share = about["inpainting"]
-        if not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise ValueError("inpainting has to be a share between 0 and 1")
-        return cls(share)
+        return None if "inpainting" not in about or "source" in about else cls(_inpainting_of(about))
 
     @property
     def guidable(self) -> bool:
@@ -148,17 +142,20 @@ class MaskedSource(Source):
     def note(self) -> str:
         return (
             f"To fill in an image, put its own {self.length} codes in front of the prefix, {self.first} where one is "
-            "unknown, and generate as before; where a code is known, allow that one alone."
+            f"unknown, and generate as before; {KNOWN}."
         )
 
 
 class PairedSource(Source):
-    """Codes of another image, degraded or paired: every sequence has them, all `unknown` where the source is absent."""
+    """Codes of another image, degraded or paired: every sequence has them, all `unknown` where the source is absent.
+
+    In the share `inpainting` of the training steps the image's own codes take their place, as in `MaskedSource`.
+    """
 
     dropout_option = "--source-dropout"
 
-    def __init__(self, about: SourceRecord, dropout: float = 0.1) -> None:
-        self.about, self.dropout = about, dropout
+    def __init__(self, about: SourceRecord, dropout: float = 0.1, inpainting: float = 0.0) -> None:
+        self.about, self.dropout, self.inpainting = about, dropout, inpainting
 
     def join(self, vocabulary: Vocabulary, first: int) -> None:
         rows, columns = self.about.grid
@@ -172,7 +169,11 @@ class PairedSource(Source):
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "PairedSource | None":
         if files.source:
-            return cls(files.source, options.source_dropout)
+            if options.inpainting and tuple(files.source.grid) != tuple(files.grid):
+                grids = f"{files.source.grid} codes, the images {list(files.grid)}"
+                text = f"found {options.inpainting:g}, but the sources in {files.folder} have {grids}"
+                raise UsageError(f"--inpainting: {text}; leave it out, or tokenize sources of the size of the images")
+            return cls(files.source, options.source_dropout, options.inpainting)
         if options.source_dropout != ObjectiveConfig().source_dropout:
             found = f"found {options.source_dropout:g}, but {files.folder} has no source codes"
             raise UsageError(f"--source-dropout: {found}; leave it out, or tokenize with --source")
@@ -186,28 +187,44 @@ class PairedSource(Source):
         dropout = found.pop("dropout")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError("the dropout of source has to be a share")
-        if "inpainting" in about:
-            raise ValueError("source and inpainting exclude each other")
         if unknown := found.keys() - {field.name for field in dataclasses.fields(SourceRecord)}:
             raise ValueError(f"source has {sorted(unknown)}, which this installation does not know")
         try:
-            return cls(as_record(Path("source"), found, SourceRecord), dropout)
+            record = as_record(Path("source"), found, SourceRecord)
         except UserError as error:
             raise ValueError(str(error)) from error
+        return cls(record, dropout, _inpainting_of(about) if "inpainting" in about else 0.0)
+
+    @property
+    def guidable(self) -> bool:
+        return self.dropout > 0 or self.inpainting > 0
 
     def describe(self) -> dict[str, Any]:
-        return {"source": {**dataclasses.asdict(self.about), "dropout": self.dropout}}
+        found = {"source": {**dataclasses.asdict(self.about), "dropout": self.dropout}}
+        return {**found, "inpainting": self.inpainting} if self.inpainting else found
 
     def of_rows(self, rows: Rows) -> Tensor:
+        if rows.unknown is not None:
+            return self.of_codes(masked(rows.codes, rows.unknown))
         return self.of_codes(rows.files.gather_source(rows.indices, rows.views))
 
     @property
     def note(self) -> str:
         made = " ".join(self.about.degradations) or self.about.description
+        filling = f" To fill in an image, put its own there, {self.first} where one is unknown; {KNOWN}."
         return (
             f"The first {self.length} ids of the prefix are the codes of a source image ({made}), in the order of "
             f"generation, or all {self.first} for none. To translate an image, put its codes there."
+            f"{filling * bool(self.inpainting)}"
         )
+
+
+def _inpainting_of(about: Mapping[str, Any]) -> float:
+    """The share of masked steps in a description. Raises `ValueError`."""
+    share = about["inpainting"]
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError("inpainting has to be a share between 0 and 1")
+    return share
 
 
 def masked(codes: Tensor, unknown: Tensor) -> Tensor:

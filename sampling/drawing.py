@@ -83,7 +83,7 @@ class Drawer:
         if conditions and classes.informative and not classes.guidable and any(map(is_absent, conditions["class"])):
             text = "the prior was trained with --label-dropout 0, always with a class"
             raise UsageError(f"--class: {text}; give one to each image")
-        if source and conditions and not source.dropout and any(is_absent(value) for value in conditions["source"]):
+        if source and conditions and not source.guidable and any(is_absent(value) for value in conditions["source"]):
             text = "the prior was trained with --source-dropout 0, always with a source image"
             raise UsageError(f"--source-image: {text}; give one to each image")
 

@@ -149,17 +149,16 @@ def test_descriptions_say_what_the_prior_was_trained_for() -> None:
     for wrong in ([], "x", {}, None, {"dropout": 0.1}):
         with pytest.raises((ValueError, KeyError, TypeError)):
             PairedSource.from_description({"source": wrong})
-    with pytest.raises(ValueError, match="inpainting"):
-        Conditioning.from_description(found.vocabulary, {**about, "inpainting": 0.5})
+    for wrong in (0, 1, True, "0.5"):
+        with pytest.raises(ValueError, match="inpainting"):
+            Conditioning.from_description(found.vocabulary, {**about, "inpainting": wrong})
 
 
-def test_one_kind_of_source_for_one_prior(tmp_path: Path) -> None:
+def test_options_that_do_not_fit_the_codes_are_named(tmp_path: Path) -> None:
     (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
     write_codes(tmp_path / "with", size=SIZE, source=True)
     write_codes(tmp_path / "without", size=SIZE)
     both, plain = (CodeFiles(tmp_path / name, "train") for name in ("with", "without"))
-    with pytest.raises(UsageError, match=r"--inpainting: found 0.5, .*with"):
-        Conditioning.for_files(both, ObjectiveConfig(inpainting=0.5))
     with pytest.raises(UsageError, match=r"--source-dropout: found 0.3, .*without"):
         Conditioning.for_files(plain, ObjectiveConfig(source_dropout=0.3))
     assert Conditioning.for_files(plain).paired_source is None
