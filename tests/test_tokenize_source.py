@@ -269,6 +269,29 @@ def test_images_of_one_key_take_turns(
         assert torch.equal(found.gather_source(range(3), [view] * 3), expected)
 
 
+def test_no_image_is_its_own_partner(make: Make, tokenizer: Path, images: Path, tmp_path: Path) -> None:
+    """A table paired with itself: the three images with x take turns, the only one with y is left out."""
+    files = sorted(images.glob("*/*.png"))[:4]
+    folder = tmp_path / "a"
+    folder.mkdir()
+    table_of(folder / "train.parquet", list(zip(files, "xyxx")))
+    table_of(folder / "validation.parquet", [(files[1], "x")])
+    (tmp_path / "same").symlink_to(folder)
+    options = {"data": str(folder), "pair_by": "key", "views": 2, "unpaired": "skip"}
+    tokenize(config := make(tmp_path / "codes", **options, source_data=str(tmp_path / "same/train.parquet")))
+    found = CodeFiles(tmp_path / "codes", "train")
+    assert len(found) == 3
+    model = Tokenizer.load(tokenizer)
+    for view, rows in ((0, [2, 3, 0]), (1, [3, 0, 2])):
+        expected = model.encode(batch_of(config, str(folder), "train", view, rows, [0, 1, 2]))
+        assert torch.equal(found.gather_source(range(3), [view] * 3), expected)
+    with pytest.raises(UsageError, match=r"--views: found 3, .* 2 partners"):
+        tokenize(make(tmp_path / "more", **{**options, "views": 3, "source_data": str(folder / "train.parquet")}))
+    heldout = CodeFiles(tmp_path / "codes", "heldout")  # of another file than its partners
+    expected = model.encode(batch_of(config, str(folder), "train", 0, [0], [0]))
+    assert torch.equal(heldout.gather_source([0], [0]), expected)
+
+
 def test_images_without_a_partner_are_counted_and_left_out(
     make: Make, images: Path, inverted: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:

@@ -69,7 +69,7 @@ class TokenizeConfig(Options):
             raise UsageError(f"{option}: found with --views 1, which is not augmented; use --views 2 or leave it out")
 
     def _check_source(self) -> bool:
-        """Check the options of the source; return whether those of two equal views differ. Raises `UsageError`."""
+        """Check the options of the source; return whether those of two equal views may differ. Raises `UsageError`."""
         if self.source_data is None:
             for name, default in ("pair_by", "name"), ("unpaired", "error"):
                 if (found := getattr(self, name)) != default:
@@ -79,7 +79,7 @@ class TokenizeConfig(Options):
         elif self.source is not None:
             raise UsageError("--source: found with --source-data; give one of them, as there is one source an image")
         if self.source is None:
-            return False
+            return self.source_data is not None
         from vqgen.tokenizer.codes.degrade import parse_degradations
 
         return any(degradation.random for degradation in parse_degradations(self.source))

@@ -4,6 +4,7 @@ The key is a column of tables or, of files, the path relative to the folder (to 
 without its ending. The split of a pair is that of the image; its partner may be in any split of the other data.
 """
 
+import functools
 import hashlib
 import os
 from collections import defaultdict
@@ -36,19 +37,29 @@ class Pairs:
     """Of each image, the place in `order` of the first partner with its key, and how many have it: (n, 2)."""
     turn: Mapping[Split, np.ndarray]
     """Of each image, how many images of its split before it have its key, (n,)."""
+    own: Mapping[Split, np.ndarray]
+    """Of each image, its own number among those with its key, -1 where it is not one of them, (n,)."""
     order: np.ndarray
     """Indices in `images`, those of one key after another."""
     fingerprint: str
     """Of the other data, and of who is whose partner."""
     summary: str
 
+    @property
+    def most(self) -> int:
+        """Most partners that a training image has; the others are not augmented."""
+        return int((self.first["train"][:, 1] - (self.own["train"] >= 0)).max(initial=0))
+
     def partners(self, split: Split, indices: np.ndarray, view: int) -> np.ndarray:
         """Return the indices in `images` of the partners of one view of images, (m,) -> (m,).
 
-        Where several have the key, images of one key take them in turn, and so do the views of an image.
+        Where several have the key, images of one key take them in turn, and so do the views of an image. An image that
+        is one of them is passed over.
         """
         first, count = self.first[split][indices].T
-        return self.order[first + (self.turn[split][indices] + view) % count]
+        own = self.own[split][indices]
+        number = (self.turn[split][indices] + view) % (count - (own >= 0))
+        return self.order[first + number + ((own >= 0) & (number >= own))]
 
     def __str__(self) -> str:
         return self.summary
@@ -63,6 +74,17 @@ def _keys(items: Items, by: str) -> list[str | None]:
     if by != NAME:
         raise UsageError(f"--pair-by: found {by[:80]}, but {items.root} holds files, which are paired by {NAME}")
     return [os.path.splitext(name)[0] for name in items.names]
+
+
+def _place(name: str) -> str:
+    """The name of an item, the same by whatever path its folder is named."""
+    folder, item = os.path.split(name)
+    return os.path.join(_resolved(folder), item)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(folder: str) -> str:
+    return os.path.realpath(os.path.expanduser(folder))
 
 
 def _open_all(data: str) -> Source:
@@ -82,6 +104,8 @@ def pair(
 ) -> tuple[Pairs, dict[Split, Source]]:
     """Find the partner of every image in other data; return them with the sources of the images that have one.
 
+    No image is its own partner, where the other data hold it, too.
+
     Args:
         data, by, unpaired: the options --source-data, --pair-by and --unpaired.
         images: how the partners are read, with the same augmentation as the images where `augment` is set.
@@ -96,25 +120,32 @@ def pair(
     firsts = np.cumsum([0, *map(len, places.values())])
     place_of = {key: (int(first), len(same)) for (key, same), first in zip(places.items(), firsts)}
     order = np.array([index for same in places.values() for index in same], np.int64)
+    numbers = {_place(other.items.name(index)): number for same in places.values() for number, index in enumerate(same)}
     kept: dict[Split, Source] = {}
     first: dict[Split, np.ndarray] = {}
     turn: dict[Split, np.ndarray] = {}
+    own: dict[Split, np.ndarray] = {}
     lost: list[str] = []
     digest = hashlib.sha256(f"{other.fingerprint} {order.tolist()}".encode())
     for split, source in sources.items():
         every = _keys(source.items, by)
         keys = [every[row] for row in source.rows.tolist()]
-        found = [key for key in keys if key in place_of]
-        lost += [source.item_name(i) for i, key in enumerate(keys) if key not in place_of]
-        kept[split] = source.take(np.array([key in place_of for key in keys], bool))
-        first[split] = np.array([place_of[str(key)] for key in found], np.int64).reshape(-1, 2)
-        before: dict[str | None, int] = defaultdict(int)
+        itself = np.array([numbers.get(_place(source.item_name(i)), -1) for i in range(len(source))], np.int64)
+        counts = np.array([place_of.get(str(key), (0, 0))[1] for key in keys], np.int64)
+        paired = counts > (itself >= 0)
+        found = [str(key) for key, has in zip(keys, paired) if has]
+        lost += [source.item_name(i) for i in np.flatnonzero(~paired).tolist()]
+        kept[split], own[split] = source.take(paired), itself[paired]
+        first[split] = np.array([place_of[key] for key in found], np.int64).reshape(-1, 2)
+        before: dict[str, int] = defaultdict(int)
         turns: list[int] = []
         for key in found:
             turns.append(before[key])
             before[key] += 1
         turn[split] = np.array(turns, np.int64)
         digest.update(f"{split} {first[split].tolist()} {turns}".encode())
+        if (itself >= 0).any():
+            digest.update(str(own[split].tolist()).encode())
     total = sum(map(len, sources.values()))
     if lost:
         text = f"{len(lost)} of {total} images have no partner by {by[:80]} in {other.name}, the first {lost[0]}"
@@ -128,4 +159,4 @@ def pair(
     if several:
         summary += f"; {several} keys have several, which are taken in turn"
     dataset = ImageDataset(other, images, augment=augment)
-    return Pairs(dataset, first, turn, order, digest.hexdigest(), summary), kept
+    return Pairs(dataset, first, turn, own, order, digest.hexdigest(), summary), kept
