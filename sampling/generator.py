@@ -202,8 +202,8 @@ class Generator(Inpainter):
             n: how many translations, the images in turn; by default one each.
             classes: as in `sample`, but by default none.
             conditions: as in `sample`, but by default none.
-            paste: keep what a source without colour shows exactly, its luma, where the prior was trained on such
-                sources; else all of an image is decoded from codes.
+            paste: keep what sources show as it was, the luma of grey ones and the coarse structure of smaller ones,
+                where the prior was trained on such; else all of an image is decoded from codes.
             settings: those of `SamplingSettings`, as `source_guidance_scale=1.5`.
         """
         sources = self.sources(images, paste)

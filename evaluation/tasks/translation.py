@@ -39,8 +39,8 @@ METRICS = {metric.name: metric for metric in _METRICS}
 (`translated`), the degraded image or the partner (`input`), the translation of another image's source (`shuffled`), and
 the tokenizer's reconstruction of the truth (`reconstruction`), the best that codes allow; where noise was added, also
 its removal by non-local means (`non_local_means`). Where the prior keeps what sources show as it was, as the luma of
-grey ones, all that is decoded from codes gets it; `decoded` is the translation without. `colourfulness` has them too,
-and that of the truth (`original`).
+grey and the coarse structure of smaller ones, all that is decoded from codes gets it; `decoded` is the translation
+without. `colourfulness` has them too, and that of the truth (`original`).
 """
 
 

@@ -60,8 +60,8 @@ class Kind:
     strengths: Range | None = None
     whole: bool = False
     """Whether the strength is an integer."""
-    keep: "Keep | None" = None
-    """Gives drawn images what it leaves of an image as it was; None where it changes all."""
+    keep: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    """Gives drawn images what it leaves of an image as it was, as `Keep` by its strength; None where it changes all."""
 
 
 def _to_uint8(pixels: Tensor) -> Tensor:
@@ -69,12 +69,23 @@ def _to_uint8(pixels: Tensor) -> Tensor:
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _downscale(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
-    """Antialiased bicubic down by a factor, at least to one pixel, and bicubic up, as in the super-resolution field."""
-    size = list(image.shape[-2:])
+def _coarse(images: Tensor, factor: float) -> Tensor:
+    """Antialiased bicubic down by a factor, at least to one pixel, and bicubic up, as in the super-resolution field;
+    float (..., C, H, W)."""
+    size = list(images.shape[-2:])
     small = [max(round(side / factor), 1) for side in size]
-    pixels = transforms.resize(image.float(), small, InterpolationMode.BICUBIC, antialias=True)
-    return _to_uint8(transforms.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True))
+    pixels = transforms.resize(images.float(), small, InterpolationMode.BICUBIC, antialias=True)
+    return transforms.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)
+
+
+def _downscale(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+    """What is left of an image that was made smaller by a factor, in its former size."""
+    return _to_uint8(_coarse(image, factor))
+
+
+def _keep_coarse(drawn: Tensor, small: Tensor, factor: float) -> Tensor:
+    """The detail of `drawn`, on the coarse structure of `small`."""
+    return _to_uint8(small.float() + drawn - _coarse(drawn, factor))
 
 
 def _noise(image: Tensor, sigma: float, random: np.random.Generator) -> Tensor:
@@ -94,7 +105,7 @@ def _luma(images: Tensor) -> Tensor:
     return (images.float() * weights[:, None, None]).sum(1, keepdim=True)
 
 
-def _keep_luma(drawn: Tensor, grey: Tensor) -> Tensor:
+def _keep_luma(drawn: Tensor, grey: Tensor, _: float) -> Tensor:
     """The colour differences of `drawn` to its luma, on the luma of `grey`.
 
     Where a channel would leave its range all three differences shrink alike: that keeps the luma, and the hue.
@@ -128,7 +139,7 @@ def _edges(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
 
 
 DEGRADATIONS = {
-    "downscale": Kind(_downscale, "FACTOR", Range(above=1, most=64)),
+    "downscale": Kind(_downscale, "FACTOR", Range(above=1, most=64), keep=_keep_coarse),
     "noise": Kind(_noise, "SIGMA", Range(above=0, most=1)),
     "grey": Kind(_grey, keep=_keep_luma),
     "blur": Kind(_blur, "SIGMA", Range(above=0, most=20)),
@@ -173,10 +184,13 @@ def _parse(spec: str) -> Degradation:
 def keep_of(specs: Sequence[str]) -> Keep | None:
     """How drawn images get what a chain of degradations leaves of an image as it was; None where that is nothing.
 
-    A chain of several leaves nothing: each changes what another may leave.
+    A chain of several leaves nothing: each changes what another may leave. So does a strength that differs by image.
     """
-    kind = DEGRADATIONS.get(specs[0].partition(":")[0]) if len(specs) == 1 else None
-    return kind.keep if kind else None
+    if len(specs) != 1 or specs[0].partition(":")[0] not in DEGRADATIONS:
+        return None
+    found = _parse(specs[0])
+    keep = DEGRADATIONS[found.name].keep if found.low == found.high else None
+    return keep and (lambda drawn, degraded: keep(drawn, degraded, found.low))
 
 
 def source_seed(seed: int, index: int, view: int = 0) -> int:
