@@ -88,6 +88,19 @@ _MANIFOLD = (
     Metric("density", "Density", "", "higher", lambda pair: pair.density_coverage[0]),
     Metric("coverage", "Coverage", "", "higher", lambda pair: pair.density_coverage[1]),
 )
+
+
+def _distances_of(network: str, title: str) -> tuple[Metric, ...]:
+    """The metrics of a network other than that of the published FID, which bear its name."""
+    kernel = f"Kernel distance ({title})"
+    return (
+        Metric(f"fd-{network}", f"Fréchet distance ({title})", "", "lower", _frechet),
+        Metric(f"kd-{network}", kernel, "", "lower", lambda pair: pair.kernel[0]),
+        Metric(f"kd-{network}_std", f"{kernel}, standard deviation", function=lambda pair: pair.kernel[1]),
+        *_MANIFOLD,
+    )
+
+
 DISTANCES: dict[Network, tuple[Metric, ...]] = {
     "inception": (
         Metric("fid", "FID", "", "lower", _frechet),
@@ -101,17 +114,14 @@ DISTANCES: dict[Network, tuple[Metric, ...]] = {
             function=lambda p: p.samples.inception_score[1],
         ),
     ),
-    "fd-vgg16": (
-        Metric("fd-vgg16", "Fréchet distance (VGG16)", "", "lower", _frechet),
-        Metric("kd-vgg16", "Kernel distance (VGG16)", "", "lower", lambda pair: pair.kernel[0]),
-        Metric("kd-vgg16_std", "Kernel distance (VGG16), standard deviation", function=lambda pair: pair.kernel[1]),
-        *_MANIFOLD,
-    ),
+    "fd-vgg16": _distances_of("vgg16", "VGG16"),
+    "fd-efficientnet-lite0": _distances_of("efficientnet-lite0", "EfficientNet-Lite0"),
 }
 """Metrics by extractor; their functions take a `Comparison` and return None if they are not defined for it."""
 RECONSTRUCTION_DISTANCES: dict[Network, Metric] = {
     "inception": Metric("rfid", "rFID", "", "lower", _frechet),
     "fd-vgg16": Metric("rfd-vgg16", "rFD (VGG16)", "", "lower", _frechet),
+    "fd-efficientnet-lite0": Metric("rfd-efficientnet-lite0", "rFD (EfficientNet-Lite0)", "", "lower", _frechet),
 }
 
 

