@@ -24,7 +24,12 @@ from vqgen.files import read_json, write_json
 RECEIPTS = Path(__file__).parent / "results" / "receipts"
 QUANTIZERS = ("vq", "rotation", "gradient", "entropy", "simvq", "fsq", "lfq", "residual", "product", "gumbel")
 SAMPLES = 2000
-GUIDED = ["--guidance-scale", "3", "--min-p", "0.1"]  # as in the preset demo-samples
+GUIDED = ["--guidance-scale", "3", "--min-p", "0.1"]
+PRIOR = (
+    "--patience 0 --validation-images 500 --dim 256 --layers 4 --heads 4 --dropout 0 --lr 4e-3 --lr-warmup 20 "
+    "--beta2 0.99 --ema-decay 0.99 --steps 450 --batch-size 64 --validate-every 225 --checkpoint-every 100"
+).split()
+"""As the preset demo-prior of version 0.1, so that all rows can be compared."""
 
 
 def stack(*presets: str) -> list[str]:
@@ -95,7 +100,7 @@ def run(data: str, row: str, images: Path, vgg16: Path, output: Path) -> None:
         made.append(prior)
         if not (prior / "finished.json").is_file():
             call("tokenizer.encode", "--tokenizer", tokenizer, "--data", source, "--output", codes)
-            call("prior.train", "--config", "demo-prior", "--codes", codes, "--output", prior)
+            call("prior.train", *PRIOR, "--codes", codes, "--output", prior)
         receipt("likelihood", "--model", prior, "--codes", codes, "--split", "test")
         measured = [*extractor, "--split", "test", "--classifier", classifier, "--n", SAMPLES]
         measured += ["--cache", output / "cache"]

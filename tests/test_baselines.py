@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from vqgen.config import parse
 from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.files import read_json
+from vqgen.prior.train import PriorTraining
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("baselines", ROOT / "benchmarks" / "baselines.py")
@@ -34,6 +36,12 @@ def test_the_receipts_of_a_row_belong_together(folder):
         assert not [value for value in receipt["options"].values() if str(value).startswith("/")]
         assert all(isinstance(value, (int, float)) for _, value in flatten(receipt["metrics"]))
     assert found["reconstruction"]["counts"]["images"] == 10_000
+
+
+def test_the_priors_of_a_new_row_are_trained_as_those_of_the_receipts():
+    run = parse(PriorTraining, [*baselines.PRIOR, "--codes", "codes"]).run
+    trained = [read_json(folder / "training.json").get("prior") for folder in FOLDERS if folder.name != "package"]
+    assert {(each["steps"], each["seen"]) for each in trained if each} == {(run.steps, run.steps * run.batch_size)}
 
 
 def test_rows_that_are_measured_are_rows_that_can_be_made():
