@@ -72,7 +72,7 @@ def generator_of(name: str, precision: str) -> Generator:
     architecture = VQGANConfig(64, 48, [1, 2], 2, blocks=1, attention=False, groups=8)
     tokenizer = Tokenizer(TokenizerConfig([32, 32], 1, architecture, VQConfig(codebook_size=512, code_dim=8)))
     conditioning = Conditioning(Vocabulary(512, 1, (8, 8)), [Classes(10)])
-    prior = Prior(PriorConfig("llama", 256, 4, 4), conditioning, (1, 32, 32), "demo")
+    prior = Prior(PriorConfig("llama", 192, 4, 3), conditioning, (1, 32, 32), "demo")
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(5)  # type: ignore[operator, union-attr]
     return Generator(prior, tokenizer, torch.device("cpu"), precision)
@@ -87,7 +87,7 @@ def tail_of(generator: Generator) -> Known:
 
 @precisions
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(384, 1024), (1152, 384), (256, 704), (512, 256), (40, 24), (33, 17)])
+@pytest.mark.parametrize("shape", [(384, 1024), (1152, 384), (256, 704), (192, 512), (512, 192), (40, 24), (33, 17)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(shape, bias, precision):
     """Nor on its place; in sums that are nothing but rounding, so that another order shows."""
     torch.manual_seed(0)
