@@ -4,8 +4,9 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import SourceImages, chosen_filling, chosen_sources
-from .known import Sources
 from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
@@ -52,18 +52,19 @@ def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: int, channels: int) -> None:
-    """Write grid.png from the first images on disk: whole rows of at most `GRID_IMAGES` images.
+def write_grid(output: Path, series: "Series", n: int) -> None:
+    """Write grid.png from the first images on disk of `n`: whole rows of at most `GRID_IMAGES` images.
 
-    By default each of the `cycle` conditions has a column, where they are few.
+    By default each condition has a column, where they are few.
     """
-    shown = min(n, GRID_IMAGES)
+    shown, columns = min(n, GRID_IMAGES), series.config.columns
+    cycle, channels = series.generator.conditioning.cycle(series.conditions), series.generator.tokenizer.config.channels
     if columns is None:
         columns = cycle if 1 < cycle <= min(shown, 20) else math.ceil(math.sqrt(shown))
     if n > shown > columns:
         shown -= shown % columns
     images = []
-    for path in (output / names.file(index) for index in range(shown)):
+    for path in (output / series.names.file(index) for index in range(shown)):
         try:
             images.append(decode(read_bytes(path), channels))
         except (OSError, BrokenImage) as error:
@@ -71,48 +72,116 @@ def write_grid(output: Path, names: Names, n: int, columns: int | None, cycle: i
     write_png_atomic(output / GRID, make_grid(images, nrow=columns, padding=2, pad_value=255))
 
 
-def describe(
-    config: SampleConfig,
-    generator: Generator,
-    settings: SamplingSettings,
-    names: Names,
-    n: int,
-    conditions: Conditions,
-    filling: Filling | None,
-) -> dict[str, Any]:
-    """The description of a run: enough to draw every image again, together with the files of given images."""
-    about: dict[str, Any] = {
-        "version": __version__,
-        "model": str(find_model(config.model)),
-        "prior_fingerprint": generator.prior.fingerprint,
-        "tokenizer_fingerprint": generator.tokenizer.fingerprint,
-        "settings": as_dict(settings),
-        "seed": config.seed,
-        "n": n,
-        "precision": generator.precision,
-        "device": generator.device.type,
-        "layout": names.layout,
-        "labels": list(names.labels),
-        "class_names": names.class_names,
-    }
-    if others := generator.conditioning.record(conditions):
-        about["conditions"] = others
-    if names.stems:
-        about["stems"] = names.stems
-    if filling:
-        about |= given_options(config, PARTS)
-        kept = filling.kept
-        about["init_images"] = [str(path) for path in config.init_image or []]
-        about["kept_codes"] = len(kept) // len(filling)
-        about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
-        if filling.grid != generator.vocabulary.grid:
-            about["code_grid"] = list(filling.grid)
-        if filling.sourced:
-            about["mask_fingerprint"] = filling.fingerprint
-            about["paste"] = filling.originals is not None
-    if generator.device.type == "cuda":
-        about["batch_size"] = config.batch_size  # there it may change the last bits
-    return about
+@dataclass(frozen=True)
+class Series:
+    """The images that options ask for, checked: what is given of them, their conditions, and how they are drawn."""
+
+    config: SampleConfig
+    generator: Generator
+    filling: Filling | None
+    sources: SourceImages | None
+    conditions: Conditions
+    settings: SamplingSettings
+    names: Names
+    n: int
+
+    @classmethod
+    def of(cls, config: SampleConfig, generator: Generator) -> "Series":
+        """Read the given images and check everything. Raises `UserError`, `UsageError`."""
+        filling = chosen_filling(config, generator)
+        sources = chosen_sources(config, generator)
+        conditions = chosen_conditions(config, generator, sources)
+        seen = generator.seen(conditions, filling) if filling else conditions
+        settings = generator.settings(config.given_settings, seen)
+        generator.check(settings, seen)
+        classes = conditions["class"]
+        if config.layout != "flat" and classes == [ABSENT]:
+            raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
+        if config.num_per_class and classes == [ABSENT]:
+            raise UsageError("--num-per-class: these images have no classes; use --n")
+        if config.num_per_class and len(set(classes)) < len(classes):
+            raise UsageError("--num-per-class: --class names a class twice; name each once")
+        n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
+        stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
+        names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
+        return cls(config, generator, filling, sources, conditions, settings, names, n)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the images in pixels."""
+        rows, columns = self.filling.grid if self.filling else self.generator.tokenizer.grid
+        return columns * self.generator.tokenizer.factor, rows * self.generator.tokenizer.factor
+
+    @property
+    def _cycle(self) -> int:
+        """Number of images after which conditions and given codes repeat."""
+        return math.lcm(self.generator.conditioning.cycle(self.conditions), len(self.filling) if self.filling else 1)
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+        """The images that are drawn at once; with `oversample`, whole groups of candidates."""
+        return batches(indices, self._cycle, self.settings.oversample, batch_size)
+
+    def tokens(self, parts: Sequence[Sequence[int]]) -> int:
+        """Number of codes that are drawn for batches."""
+        length = self.generator.tokens_of(self.filling) if self.filling else self.generator.vocabulary.length
+        return length * sum(len(with_candidates(p, self._cycle, self.settings.oversample)[0]) for p in parts)
+
+    def codes(
+        self, indices: Sequence[int], on_token: Callable[[Tensor], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the codes (B, h, w[, depth]) of images and their NLL (B,); `on_token` is called as in `Drawer.draw`,
+        and what it raises ends the drawing."""
+        config = self.config
+        given = indices, self.conditions, self.settings, config.seed, config.batch_size, on_token
+        return self.generator.draw_filling(self.filling, *given) if self.filling else self.generator.draw_codes(*given)
+
+    def images(self, indices: Sequence[int], codes: Tensor) -> Tensor:
+        """Images uint8 (B, C, H, W) of their codes, with what is kept of the given ones."""
+        decoded, given = self.generator.decode(codes), self.filling or (self.sources and self.sources.read)
+        return given.finished(indices, decoded) if given else decoded
+
+    def describe(self) -> dict[str, Any]:
+        """The description of the series: enough to draw every image again, together with the files of given images."""
+        config, generator, filling = self.config, self.generator, self.filling
+        about: dict[str, Any] = {
+            "version": __version__,
+            "model": str(find_model(config.model)),
+            "prior_fingerprint": generator.prior.fingerprint,
+            "tokenizer_fingerprint": generator.tokenizer.fingerprint,
+            "settings": as_dict(self.settings),
+            "seed": config.seed,
+            "n": self.n,
+            "precision": generator.precision,
+            "device": generator.device.type,
+            "layout": self.names.layout,
+            "labels": list(self.names.labels),
+            "class_names": self.names.class_names,
+        }
+        if others := generator.conditioning.record(self.conditions):
+            about["conditions"] = others
+        if self.names.stems:
+            about["stems"] = self.names.stems
+        if filling:
+            about |= given_options(config, PARTS)
+            kept = filling.kept
+            about["init_images"] = [str(path) for path in config.init_image or []]
+            about["kept_codes"] = len(kept) // len(filling)
+            about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
+            if filling.grid != generator.vocabulary.grid:
+                about["code_grid"] = list(filling.grid)
+            if filling.sourced:
+                about["mask_fingerprint"] = filling.fingerprint
+                about["paste"] = filling.originals is not None
+        if self.sources:
+            about["source_images"] = [str(path) for path in self.sources.paths]
+            if config.source:
+                about["degradations"] = config.source
+            if generator.keep:
+                about["paste"] = config.paste
+                about["source_fingerprint"] = self.sources.read.fingerprint
+        if generator.device.type == "cuda":
+            about["batch_size"] = config.batch_size  # there it may change the last bits
+        return about
 
 
 def write_samples(config: SampleConfig) -> PartialState:
@@ -123,50 +192,24 @@ def write_samples(config: SampleConfig) -> PartialState:
         device = torch.device(state.device or device)
     # Every process checks everything before any of them writes, so that all stop together.
     generator = Generator.load(config.model, device, config.precision)
-    filling = chosen_filling(config, generator)
-    sources = chosen_sources(config, generator)
-    conditions = chosen_conditions(config, generator, sources)
-    seen = generator.seen(conditions, filling) if filling else conditions
-    settings = generator.settings(config.given_settings, seen)
-    generator.check(settings, seen)
-    classes = conditions["class"]
-    if config.layout != "flat" and classes == [ABSENT]:
-        raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
-    if config.num_per_class and classes == [ABSENT]:
-        raise UsageError("--num-per-class: these images have no classes; use --n")
-    if config.num_per_class and len(set(classes)) < len(classes):
-        raise UsageError("--num-per-class: --class names a class twice; name each once")
-    channels = generator.tokenizer.config.channels
-    n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
-    stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
-    names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
-    about = describe(config, generator, settings, names, n, conditions, filling)
-    if sources:
-        about["source_images"] = [str(path) for path in sources.paths]
-        if config.source:
-            about["degradations"] = config.source
-        if generator.keep:
-            about["paste"] = config.paste
-            about["source_fingerprint"] = sources.read.fingerprint
+    series = Series.of(config, generator)
+    names, about = series.names, series.describe()
     with locked_by_main(output):
-        factor, grid = generator.tokenizer.factor, filling.grid if filling else generator.tokenizer.grid
-        size = grid[1] * factor, grid[0] * factor
-        found = on_main(lambda: check_output(output, names, about, config.overwrite, size))
+        found = on_main(lambda: check_output(output, names, about, config.overwrite, series.size))
         if found.status == "done":
             if state.is_main_process:
                 samples_folder(output).remove_leftovers()
                 if config.columns:
-                    write_grid(output, names, n, config.columns, generator.conditioning.cycle(conditions), channels)
-                print(f"{output} holds these {n} images already; --overwrite draws them again")
+                    write_grid(output, series, series.n)
+                print(f"{output} holds these {series.n} images already; --overwrite draws them again")
             return state
         about["n"] = found.n
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
         if state.is_main_process:
-            print(_stated(settings, config, generator))
+            print(_stated(series.settings, config, generator))
         on_main(lambda: _begin(output, about, found))
-        read = sources.read if sources else None
-        _draw(config, generator, settings, names, about, conditions, filling, read, state)
+        _draw(series, about, state)
     return state
 
 
@@ -187,52 +230,39 @@ def _begin(output: Path, about: dict[str, Any], found: Found) -> None:
         print(f"{output / name} was damaged and is written again", file=sys.stderr)
 
 
-def _draw(
-    config: SampleConfig,
-    generator: Generator,
-    settings: SamplingSettings,
-    names: Names,
-    about: dict[str, Any],
-    conditions: Conditions,
-    filling: Filling | None,
-    sources: Sources | None,
-    state: PartialState,
-) -> None:
+def _draw(series: Series, about: dict[str, Any], state: PartialState) -> None:
     """Draw the images that are missing in the folder, this process its share of them; write grid and list."""
-    output, n, device = config.output, about["n"], generator.device
+    config, names, n, device = series.config, series.names, about["n"], series.generator.device
+    output = config.output
     missing = [index for index in range(n) if not (output / names.file(index)).is_file()]
     state.wait_for_everyone()  # no process draws before all have listed the missing images
 
     start = time.perf_counter()
-    cycle = math.lcm(generator.conditioning.cycle(conditions), len(filling) if filling else 1)
     batch_size = min(config.batch_size, max(1, math.ceil(len(missing) / state.num_processes)))
-    oversample = settings.oversample
-    own = batches(missing, cycle, oversample, batch_size)[state.process_index :: state.num_processes]
+    own = series.batches(missing, batch_size)[state.process_index :: state.num_processes]
 
     def write(indices: Sequence[int], codes: Tensor) -> None:
-        decoded = generator.decode(codes)
-        if given := filling or sources:
-            decoded = given.finished(indices, decoded)
+        images = series.images(indices, codes)
         if not (output / UNFINISHED).is_file():
             raise UserError(
                 f"{output} was moved or removed while images were drawn into it; run the same command again"
             )
-        for index, image in zip(indices, decoded, strict=True):
+        for index, image in zip(indices, images, strict=True):
             write_png_atomic(output / names.file(index), image)
 
-    length = generator.tokens_of(filling) if filling else generator.vocabulary.length
-    total = sum(len(with_candidates(batch, cycle, oversample)[0]) for batch in own) * length
     written: Future[None] | None = None
     # One batch is decoded and written while the next one is drawn.
-    with progress(total, "drawing", "code", state.is_main_process) as bar, ThreadPoolExecutor(1) as writer:
+    with (
+        progress(series.tokens(own), "drawing", "code", state.is_main_process) as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
 
         def advance(tokens: Tensor) -> None:
             bar.update(len(tokens))
 
         for indices in own:
             try:
-                given = indices, conditions, settings, config.seed, config.batch_size, advance
-                codes, _ = generator.draw_filling(filling, *given) if filling else generator.draw_codes(*given)
+                codes, _ = series.codes(indices, advance)
             except torch.OutOfMemoryError as error:
                 text = f"{config.batch_size} images do not fit into the memory of {device}; use fewer"
                 raise UserError(f"--batch-size: {text}") from error
@@ -244,10 +274,9 @@ def _draw(
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.is_main_process:
-        columns = generator.conditioning.cycle(conditions)
-        write_grid(output, names, n, config.columns, columns, generator.tokenizer.config.channels)
+        write_grid(output, series, n)
         finish(output, names, about)
-        place = f"{device} in {generator.precision}"
+        place = f"{device} in {series.generator.precision}"
         present = f" ({n - len(missing)} were there)" if len(missing) < n else ""
         print(f"{len(missing)} images in {seconds:.1f} s, {len(missing) / seconds:.1f} images/s on {place}{present}")
         print(f"look at {output / GRID}")
