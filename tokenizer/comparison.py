@@ -79,11 +79,16 @@ def open_output(output: Path, names: Sequence[str], overwrite: bool) -> OutputFo
     return folder
 
 
+def difference(original: Tensor, result: Tensor, amplify: float) -> Tensor:
+    """Absolute difference of two uint8 images, times `amplify` and clamped, uint8 of the same shape."""
+    return ((original.float() - result.float()).abs() * amplify).clamp(max=255).to(torch.uint8)
+
+
 def side_by_side(original: Tensor, result: Tensor, amplify: float) -> Tensor:
     """Join uint8 images (C, H, W) into a row: original, reconstruction and, unless `amplify` is 0, the difference."""
     parts = [original, result]
     if amplify:
-        parts.append(((original.float() - result.float()).abs() * amplify).clamp(max=255).to(torch.uint8))
+        parts.append(difference(original, result, amplify))
     bar = original.new_full((*original.shape[:2], 4), 255)
     return torch.cat([tensor for part in parts for tensor in (bar, part)][1:], dim=2)
 

@@ -1,0 +1,86 @@
+"""The tab that shows what each code decodes to, and which codes are near it."""
+
+import math
+from typing import Any
+
+import gradio as gr
+import torch
+from torchvision.utils import make_grid
+
+from vqgen.errors import UserError
+from vqgen.evaluation.codebook import TILE, code_vectors, nearest_codes, tiles
+
+from .controls import answer, gallery
+from .shared import PRIVATE, Page
+
+SHEET = 256
+"""Codes on one sheet."""
+NEAR = 11
+"""Codes that are shown beside one."""
+
+
+def add(page: Page) -> None:
+    """Build the tab."""
+    gr.Markdown(
+        f"Each tile is what {TILE}×{TILE} cells of one code decode to. Choose a tile to see the codes nearest to it."
+    )
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row():
+                first = gr.Number(0, label="First code", precision=0, minimum=0, min_width=120)
+                button = gr.Button("Show", variant="primary", min_width=120)
+            sheet = gr.Image(
+                label="Codes", format="png", elem_classes="sheet", buttons=["fullscreen"], interactive=False
+            )
+        with gr.Column(scale=2, min_width=320):
+            with gr.Row():
+                code = gr.Number(0, label="Code", precision=0, minimum=0, min_width=120)
+                find = gr.Button("Nearest", min_width=120)
+            near = gallery("It and the codes nearest to it, with their distances", 4)
+
+    def place(model: str, number: Any) -> tuple[Any, int]:
+        """The tokenizer of a model, and a number of its codes, depth * K + code. Raises `UserError`."""
+        tokenizer = page.models.load(model).generator.tokenizer
+        most = tokenizer.depth * tokenizer.codebook_size
+        if not isinstance(number, int) or not 0 <= number < most:
+            raise UserError(f"code: found {number}, expected 0 to {most - 1}")
+        return tokenizer, number
+
+    def pictures(tokenizer: Any, codes: torch.Tensor) -> torch.Tensor:
+        """What codes decode to, uint8 (n, 3, H, W); at other depths all cells have code 0."""
+        with page.jobs.turn:
+            found = tiles(tokenizer, codes, torch.zeros(tokenizer.depth, dtype=torch.long), TILE)
+        return found.expand(-1, 3, -1, -1)
+
+    def codebook(values: dict[str, Any], session: str) -> Any:
+        """A sheet of what codes decode to, in rows of 16, from a first one on."""
+        tokenizer, start = place(values["model"], values["first"])
+        end = min(start + SHEET, tokenizer.depth * tokenizer.codebook_size)
+        found = pictures(tokenizer, torch.arange(start, end))
+        return make_grid(found, nrow=math.isqrt(SHEET), padding=1, pad_value=255).permute(1, 2, 0).numpy()
+
+    def nearest(values: dict[str, Any], session: str) -> list[Any]:
+        """A code, and the codes nearest to it by their vectors, with their distances."""
+        tokenizer, number = place(values["model"], values["code"])
+        found = nearest_codes(code_vectors(tokenizer), number, min(NEAR, tokenizer.codebook_size - 1))
+        shown = pictures(tokenizer, torch.tensor([number, *(other for other, _ in found)]))
+        names = [f"{number}", *(f"{other} ({distance:.3g})" for other, distance in found)]
+        return [(image.permute(1, 2, 0).numpy(), name) for image, name in zip(shown, names, strict=True)]
+
+    def chosen(model: str, start: int, event: gr.SelectData) -> int:
+        """The code whose tile was clicked."""
+        side = page.models.load(model).generator.tokenizer
+        rows, columns = (min(TILE, length) * side.factor + 1 for length in side.grid)
+        x, y = event.index
+        last = side.depth * side.codebook_size - 1
+        return min(start + int(y // rows) * math.isqrt(SHEET) + min(int(x // columns), math.isqrt(SHEET) - 1), last)
+
+    inputs = {"model": page.model, "first": first}
+    page.runs(button, answer(codebook, inputs), inputs, [sheet], "codebook")
+    asked = {"model": page.model, "code": code}
+    page.runs(find, answer(nearest, asked), asked, [near], "nearest")
+    picked = sheet.select(chosen, [page.model, first], code, **PRIVATE)
+    picked.then(answer(nearest, asked), list(asked.values()), near, api_visibility="private")
+    page.follow_model(first, lambda m: 0)
+    page.follow_model(sheet, lambda m: None)
+    page.follow_model(near, lambda m: None)

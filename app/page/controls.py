@@ -1,0 +1,185 @@
+"""Controls that the tabs share, and how their functions answer: as an API with names, errors as one sentence."""
+
+import inspect
+import re
+import sys
+import tempfile
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from gradio_client.utils import is_http_url_like
+
+from vqgen.config import one_line
+from vqgen.errors import UserError
+from vqgen.options import Option, options
+from vqgen.sampling.settings import SamplingOptions
+from vqgen.sampling.write_samples import Series
+
+from .drawing import Jobs, Picture, draw, pack
+
+SETTINGS = {option.name: option for option in options(SamplingOptions)}
+
+
+def image_file(label: str = "Image") -> gr.Image:
+    """An upload of one image that comes as the path of the file itself: nothing decodes it, or fetches it by address,
+    before it is checked.
+
+    No subclass: gradio writes a stub file beside the source of each.
+    """
+    found = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=200)
+    move = found.async_move_resource_to_block_cache
+
+    def preprocess(payload: ImageData | None) -> str | None:
+        return None if payload is None else payload.path
+
+    async def take(place: str | Path | None) -> str | None:
+        if place is not None and is_http_url_like(str(place)):
+            raise gr.Error("Image: found an address, expected an uploaded file.", print_exception=False)
+        return await move(place)
+
+    found.preprocess = preprocess
+    found.async_move_resource_to_block_cache = take
+    return found
+
+
+def label_of(name: str) -> str:
+    """The label of an option on the page: `top_p` -> Top p."""
+    return name.replace("_", " ").capitalize()
+
+
+def without_flags(text: str) -> str:
+    """A text in which options are called by their labels."""
+    return re.sub(r"(?<![\w/-])--([a-z]+(?:-[a-z]+)*)", lambda m: label_of(m[1].replace("-", "_")), text)
+
+
+def short(text: str) -> str:
+    """The beginning of an option's help text: its first part, without what is in brackets."""
+    return without_flags(re.split(r"[;:.](?: |$)", re.sub(r" \([^)]*\)", "", text))[0]) + "."
+
+
+def sentence(error: UserError) -> str:
+    """An error of the command line as a sentence for the page."""
+    text = without_flags(one_line(str(error)))
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def answer(function: Callable[..., Any], inputs: Mapping[str, gr.components.Component]) -> Callable[..., Any]:
+    """A function of (values by name, session) as one of the values of `inputs` in turn, whose names the API has.
+
+    What a user can mend is one sentence on the page. Any other exception is printed where the server runs.
+    """
+
+    def told(error: Exception) -> gr.Error:
+        if isinstance(error, gr.Error):
+            return error
+        if isinstance(error, UserError):
+            return gr.Error(sentence(error), duration=None, title="", print_exception=False)
+        print("".join(traceback.format_exception(error)), file=sys.stderr)
+        text = "This is a defect of vqgen, whose traceback is where the server runs; please report it."
+        return gr.Error(text, duration=None, title="", print_exception=False)
+
+    def arguments(given: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+        request, *values = given
+        return dict(zip(inputs, values, strict=True)), request.session_hash or ""
+
+    def once(*given: Any) -> Any:
+        try:
+            return function(*arguments(given))
+        except Exception as error:
+            raise told(error) from None
+
+    def stream(*given: Any) -> Iterator[Any]:
+        try:
+            yield from function(*arguments(given))
+        except Exception as error:
+            raise told(error) from None
+
+    chosen = stream if inspect.isgeneratorfunction(function) else once
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    # The API fills in what a caller leaves out by the default of the parameter, or the value of the component.
+    parameters = [inspect.Parameter(name, kind, default=getattr(c, "value", None)) for name, c in inputs.items()]
+    request = inspect.Parameter("request", kind, annotation=gr.Request)
+    chosen.__signature__ = inspect.Signature([request, *parameters])  # type: ignore[attr-defined]
+    chosen.__annotations__ = {"request": gr.Request}
+    chosen.__doc__ = function.__doc__
+    return chosen
+
+
+def setting_control(option: Option, usual: Any) -> gr.components.Component:
+    """The control of a sampling setting, by its type; empty, and showing what it then is, until it is set."""
+    about: dict[str, Any] = {"label": label_of(option.name), "info": short(option.help), "min_width": 160}
+    if choices := typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else ():
+        return gr.Dropdown([("", ""), *((each, each) for each in choices)], value="", **about)
+    return gr.Textbox("", placeholder=shown(usual), **about)  # an empty gr.Number is 0 in the browser
+
+
+def setting_update(usual: Any) -> Any:
+    """What changes of a control with the model."""
+    return gr.update(placeholder=shown(usual)) if not isinstance(usual, str) else gr.update()
+
+
+def shown(value: Any) -> str:
+    """A setting as text."""
+    return " ".join(f"{each:g}" for each in value) if isinstance(value, (list, tuple)) else f"{value:g}"
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling settings among the values of a request that are not empty; lists are words."""
+    found = {name: values[name] for name in SETTINGS if values.get(name) not in (None, "")}
+    lists = {name for name, option in SETTINGS.items() if typing.get_origin(option.type) is list}
+    return {name: words_of(value) if name in lists else value for name, value in found.items()}
+
+
+def words_of(text: str | None) -> list[str] | None:
+    """The words of a text field; None where there are none."""
+    return (text or "").split() or None
+
+
+def gallery(label: str, columns: int, size: str = "pictures") -> gr.Gallery:
+    """Images that are shown, not uploaded; `size` is a class of `style.css`."""
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=columns,
+        interactive=False,
+        elem_classes=["pictures", size],
+        format="png",
+        height="auto",
+        object_fit="contain",
+        buttons=["fullscreen"],
+    )
+
+
+class Results:
+    """Where a drawing appears: a line of text, the images, and the archive."""
+
+    def __init__(self, label: str) -> None:
+        self.status = gr.Markdown("", label="Status", elem_classes="status")
+        self.gallery = gallery(label, 8)
+        self.archive = gr.DownloadButton("Download as zip", size="sm", interactive=False)
+        self.outputs = [self.gallery, self.archive, self.status]
+
+    def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
+        """Values of `outputs` while a series is drawn."""
+        with tempfile.TemporaryDirectory() as place, jobs.job(session) as check:
+            pictures: list[Picture] = []
+            yield [[], None, f"Drawing {series.n} images …"]
+            for pictures in draw(series, Path(place), jobs, check):
+                yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images"]
+            if not pictures:
+                yield [[], None, "Stopped."]
+                return
+            stopped = "Stopped: " if len(pictures) < series.n else ""
+            mean = sum(picture.nats for picture in pictures) / len(pictures)
+            text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
+            yield [captioned(pictures), str(pack(series, Path(place), pictures, given)), text]
+
+
+def captioned(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Pictures as a gallery takes them."""
+    return [(str(picture.path), picture.caption) for picture in pictures]

@@ -1,0 +1,179 @@
+"""Drawing for one request: its values as options of vqgen-sample, images as they are finished, and their archive.
+
+A request is a `SampleConfig`, so the page draws what vqgen-sample draws. A session that is stopped ends its work
+between two codes.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from vqgen.config import build
+from vqgen.errors import UsageError, UserError
+from vqgen.files import read_json, write_json
+from vqgen.option_types import checked
+from vqgen.options import options
+from vqgen.sampling.output import FINISHED, GRID, finish
+from vqgen.sampling.sample import SampleConfig
+from vqgen.sampling.write_samples import Series, write_grid
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+from .models import Loaded
+from .program import LimitConfig
+
+BATCH = 8
+"""Images that are drawn at once: the page shows them after each batch."""
+
+
+class Stopped(Exception):
+    """Raised within a drawing whose session was stopped."""
+
+
+class Jobs:
+    """The drawings under way: one at a time, each of a session that can stop it."""
+
+    def __init__(self) -> None:
+        self.turn = Lock()
+        """Held while models compute."""
+        self._stops: dict[str, list[Event]] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def job(self, session: str) -> Iterator[Callable[..., None]]:
+        """Register a drawing; gives a function that raises `Stopped` once the session was stopped."""
+        stop = Event()
+        with self._lock:
+            self._stops.setdefault(session, []).append(stop)
+
+        def check(*_: Any) -> None:
+            if stop.is_set():
+                raise Stopped
+
+        try:
+            yield check
+        finally:
+            with self._lock:
+                self._stops[session].remove(stop)
+                if not self._stops[session]:
+                    del self._stops[session]
+
+    def stop(self, session: str) -> int:
+        """Stop the drawings of a session; return how many there were."""
+        with self._lock:
+            found = list(self._stops.get(session, []))
+        for event in found:
+            event.set()
+        return len(found)
+
+    @property
+    def running(self) -> int:
+        """Number of drawings that have begun and not ended."""
+        with self._lock:
+            return sum(map(len, self._stops.values()))
+
+
+def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, settings: Mapping[str, Any]) -> Series:
+    """The images that a request asks for, checked. Raises `UserError`, `UsageError`.
+
+    Args:
+        values: of options of vqgen-sample, by name; None for those that are not given.
+        settings: those of sampling that are given; the others are as the model recommends.
+    """
+    known = {option.name: option for option in options(SampleConfig)}
+    given = {
+        name: checked(known[name].type, value, known[name].flag)
+        for name, value in [*values.items(), *settings.items()]
+        if value is not None
+    }
+    if (found := given.get("n", 1)) > limits.most_images:
+        raise UsageError(f"--n: found {found}, at most {limits.most_images} images are drawn at once")
+    if (found := sum(map(len, given.get("prompt") or []))) > limits.prompt_characters:
+        raise UsageError(f"--prompt: found {found} characters, at most {limits.prompt_characters} are read")
+    for side in [*(given.get("size") or []), *(given.get("extend") or [])]:
+        if side**2 > 1e6 * limits.most_megapixels:
+            raise UsageError(f"--size: found {side} pixels; one request draws at most {limits.most_megapixels:g} MP")
+    config = build(SampleConfig, given | {"model": Path(model.name), "batch_size": BATCH})
+    vars(config).update(stated=frozenset(given))
+    series = Series.of(config, model.generator)
+    pixels = series.n * series.size[0] * series.size[1]
+    if pixels > 1e6 * limits.most_megapixels:
+        found = f"{series.n} images of {series.size[0]}×{series.size[1]} pixels are {pixels / 1e6:.1f} million"
+        raise UsageError(f"--size: {found}, at most {limits.most_megapixels:g} are drawn at once")
+    return series
+
+
+def defaults_of(model: Loaded) -> dict[str, Any]:
+    """Name -> value of all sampling settings where a request gives none: as the model recommends, or plain."""
+    plain = {option.name: option.default for option in options(SampleConfig) if option.path[0] == "sampling"}
+    return plain | model.generator.recommended
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn image: its file, its class by name or "", and the NLL of its drawn codes."""
+
+    path: Path
+    class_name: str
+    nats: float
+
+    @property
+    def caption(self) -> str:
+        return f"{self.class_name} · {self.nats:.1f} nats".removeprefix(" · ")
+
+
+def draw(series: Series, folder: Path, jobs: Jobs, check: Callable[..., None]) -> Iterator[list[Picture]]:
+    """Draw the images into a folder; yields all that are there after each batch, in their order.
+
+    Ends early, and without an error, where `check` raises `Stopped`.
+    """
+    found: dict[int, Picture] = {}
+    for batch in series.batches(range(series.n), BATCH):
+        try:
+            with jobs.turn:
+                check()
+                codes, nats = series.codes(batch, check)
+                images = series.images(batch, codes)
+        except Stopped:
+            return
+        for index, image, value in zip(batch, images, nats.tolist(), strict=True):
+            path = folder / series.names.file(index)
+            path.parent.mkdir(exist_ok=True)
+            write_png_atomic(path, image)
+            name = series.names.class_name(series.names.label(index)) or ""
+            found[index] = Picture(path, name, value)
+        yield [found[index] for index in sorted(found)]
+
+
+def pack(series: Series, folder: Path, pictures: list[Picture], given: Mapping[str, Path]) -> Path:
+    """Complete a folder of drawn images as vqgen-sample does, with grid.png and samples.json, and return it as a zip.
+
+    Of a drawing that was stopped it has the first images, up to the first one that is missing. `samples.json` has the
+    NLL of each image. `given` are the files that the images were made from, by their name in the zip.
+    """
+    ready = {picture.path for picture in pictures}
+    count = next((i for i in range(series.n) if folder / series.names.file(i) not in ready), series.n)
+    if not count:
+        raise UserError("no image was finished before the drawing was stopped")
+    about = {**series.describe(), "n": count, **({"stems": series.names.stems[:count]} if series.names.stems else {})}
+    named = {str(path): name for name, path in given.items()}
+    about |= {
+        key: [named[path] for path in about[key]] for key in ("init_images", "source_images", "mask") if key in about
+    }
+    write_grid(folder, series, count)
+    finish(folder, series.names, about)
+    listed = read_json(folder / FINISHED)
+    for image, picture in zip(listed["images"], pictures):
+        image["nats"] = picture.nats
+    write_json(folder / FINISHED, listed)
+    names = [FINISHED, GRID, *(series.names.file(index) for index in range(count))]
+    archive = folder / "samples.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
+        for name in names:
+            file.write(folder / name, name)
+        for name, path in given.items():
+            file.write(path, name)
+    return archive

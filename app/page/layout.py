@@ -1,0 +1,76 @@
+"""The page: a model, and a tab for each thing to do with it."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from . import codebook, draw, edit, reconstruct, translate
+from .controls import answer
+from .drawing import Jobs
+from .models import Models
+from .program import LimitConfig
+from .shared import PRIVATE, QUEUED, Page
+
+HERE = Path(__file__).parent
+CSS = (HERE / "style.css").read_text(encoding="utf-8")
+# Gradio puts its own class in front of all rules of CSS, and this element is above that.
+NARROW = "<style>@media (max-width: 480px) { .gradio-container .main { padding: 12px !important; } }</style>"
+HEAD = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>{NARROW}"
+
+
+def theme() -> gr.themes.Base:
+    """Colours, and the fonts of the visitor's system: others would be fetched."""
+    fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    return gr.themes.Default(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
+
+
+def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
+    """Build the page; the first model is read. Raises `UserError`."""
+    first = models.load(models.names[0])
+    # Uploads and drawn images are removed an hour after they were made.
+    with gr.Blocks(title="vqgen", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        with gr.Row(equal_height=True):
+            gr.Markdown("# vqgen", elem_classes="title")
+            model = gr.Dropdown(models.names, value=first.name, label="Model", info=first.summary, scale=4)
+        shared = Page(models, limits, jobs, first, model)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Draw", id="draw"):
+                drawn, onward = draw.add(shared)
+            with gr.Tab("Edit", id="edit"):
+                upload = edit.add(shared)
+            with gr.Tab("Translate", id="translate"):
+                translate.add(shared)
+            with gr.Tab("Reconstruct", id="reconstruct"):
+                reconstruct.add(shared)
+            with gr.Tab("Codebook", id="codebook"):
+                codebook.add(shared)
+        chosen = gr.State("")
+
+        def choose(pictures: list[tuple[str, str]], event: gr.SelectData) -> tuple[str, Any]:
+            return pictures[event.index][0], gr.Button(interactive=True)
+
+        def take(path: str) -> tuple[str, Any]:
+            return path, gr.Tabs(selected="edit")
+
+        drawn.gallery.select(choose, drawn.gallery, [chosen, onward], **PRIVATE)
+        onward.click(take, chosen, [upload, tabs], **PRIVATE)
+
+        def follow(values: dict[str, Any], session: str) -> list[Any]:
+            found = models.load(values["model"])
+            return [gr.Dropdown(info=found.summary), *(update(found) for _, update in shared.followers)]
+
+        outputs = [model, *(component for component, _ in shared.followers)]
+        model.input(answer(follow, {"model": model}), model, outputs, **QUEUED)
+
+        def listing() -> dict[str, str]:
+            """The models by name, and what each is; those that were not used yet are read."""
+            return {name: models.load(name).summary for name in models.names}
+
+        gr.api(listing, api_name="models")
+
+        def leave(request: gr.Request) -> None:
+            jobs.stop(request.session_hash or "")
+
+        page.unload(leave)
+    return page

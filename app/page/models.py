@@ -1,0 +1,130 @@
+"""The models that the page offers: folders found at start, each read when it is first chosen."""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from vqgen.errors import UserError
+from vqgen.files import DESCRIPTION, read_json
+from vqgen.sampling.generator import SHIPPED, Generator
+
+PACKAGED = "cifar10"
+"""The name of the model in the package."""
+KEPT = 3
+"""Models that stay in memory."""
+
+
+def is_prior(folder: Path) -> bool:
+    """Whether a folder is a model or run folder of a prior; False where its description cannot be read."""
+    try:
+        return read_json(folder / DESCRIPTION).get("kind") == "prior"
+    except (UserError, OSError):
+        return False
+
+
+def find_models(folder: Path | None) -> dict[str, Path]:
+    """Name -> folder of the priors in the sub-folders of `folder`, by name, then the model in the package.
+
+    Raises `UserError` where there is a folder and none in it.
+    """
+    found: dict[str, Path] = {}
+    if folder is not None:
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"--models: {folder} cannot be read ({error.strerror}); name a folder of models") from error
+        for name in names:
+            places = (folder / name, folder / name / "prior")
+            if priors := [place for place in places if place.is_dir() and is_prior(place)]:
+                found[name] = priors[0]
+        if not found:
+            raise UserError(f"--models: no sub-folder of {folder} is a prior ({DESCRIPTION}); name a folder of models")
+    return found | {PACKAGED if PACKAGED not in found else f"{PACKAGED} (package)": SHIPPED}
+
+
+def task_of(source: Any) -> str:
+    """What a prior with this key `source` in its description was trained to do, in words."""
+    about = source if isinstance(source, dict) else {}
+    chain = about.get("degradations") or []
+    return f"undo {', '.join(map(str, chain))}" if chain else str(about.get("description") or "translate")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and the name by which it is offered."""
+
+    name: str
+    generator: Generator
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, or their indices; empty for an unconditional prior."""
+        found = self.generator.conditioning.classes
+        return found.names or [str(index) for index in range(found.count)]
+
+    @property
+    def takes_text(self) -> bool:
+        return any(part.name == "text" for part in self.generator.conditioning.parts)
+
+    @property
+    def inpaints(self) -> bool:
+        return self.generator.conditioning.masked_source is not None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.generator.tokenizer.config.image_size
+        return height, width
+
+    @property
+    def summary(self) -> str:
+        """One line: sizes, conditions, and what it was trained for."""
+        tokenizer, (height, width) = self.generator.tokenizer, self.size
+        rows, columns = tokenizer.grid
+        depth = f" × {tokenizer.depth}" if tokenizer.depth > 1 else ""
+        parts = [f"{width}×{height} pixels, {columns}×{rows}{depth} codes of {tokenizer.codebook_size}"]
+        parts.append(f"{len(self.classes)} classes" if self.classes else "no classes")
+        parts += ["text"] * self.takes_text + ["fills in"] * self.inpaints
+        if source := self.generator.conditioning.paired_source:
+            parts.append(f"trained to {task_of(source.describe()['source'])}")
+        return ", ".join(parts)
+
+
+class Models:
+    """Models by name. Those used last stay in memory."""
+
+    def __init__(self, folder: Path | None, device: str, precision: str) -> None:
+        """Find the models. Raises `UserError`."""
+        self.folders = find_models(folder)
+        self._device, self._precision = device, precision
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.folders)
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """What a model was trained to do with source images, with its name -> its name."""
+        about = {name: read_json(folder / DESCRIPTION) for name, folder in self.folders.items()}
+        return {f"{task_of(each['source'])} ({name})": name for name, each in about.items() if "source" in each}
+
+    def load(self, name: str) -> Loaded:
+        """The model of this name. Raises `UserError`, in which its folder has no path."""
+        if name not in self.folders:
+            raise UserError(f"model: found {str(name)[:80]!r}, expected one of {', '.join(self.names)}")
+        with self._lock:
+            if name not in self._loaded:
+                folder = self.folders[name]
+                try:
+                    self._loaded[name] = Loaded(name, Generator.load(folder, self._device, self._precision))
+                except UserError as error:
+                    raise type(error)(str(error).replace(str(folder), name)) from error
+                if len(self._loaded) > KEPT:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(name)
+            return self._loaded[name]

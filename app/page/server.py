@@ -1,0 +1,143 @@
+"""Serving the page: on this machine alone unless asked otherwise, with no way to other files or other servers."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from vqgen.errors import UsageError, UserError
+
+from .program import AppConfig
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+
+# What the page and its API need of Gradio's routes. Others fetch from other servers, or show what nobody asked for.
+ROUTES = re.compile(
+    r"/|/(config|info|theme\.css|favicon\.ico|manifest\.json|pwa_icon|robots\.txt)/?|/(assets|static)/.+"
+    r"|/gradio_api/(info|app_id|startup-events|theme\.css|upload|upload_progress|cancel|reset)/?"
+    r"|/gradio_api/(queue/join|queue/data|heartbeat/.+|call/.+|run/.+|api/.+)"
+    r"|/gradio_api/file=(?!\w+:).+"
+)
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio compiles templates in the browser
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+"""Content security policy: the browser itself refuses requests to other servers."""
+
+
+class Guard:
+    """ASGI middleware: refuses all routes but `ROUTES`, and adds `POLICY` to every answer."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not ROUTES.fullmatch(scope["path"]):
+            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"not found"})
+            return
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message["headers"] = [*message.get("headers", []), *own, (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise `UsageError` where nothing can listen on an address: before seconds of imports."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"--port: {port} on {host} cannot be used ({reason}); name another --port or --host"
+        ) from error
+
+
+def _end(*_: Any) -> None:
+    """Handle SIGTERM as an end like any other, after which the temporary folder is removed."""
+    raise SystemExit(0)
+
+
+def serve(config: AppConfig) -> None:
+    """Serve the page until it is interrupted. Raises `UserError`, `UsageError`."""
+    check_address(config.host, config.port)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
+    cache = tempfile.mkdtemp(prefix="vqgen-app-")
+    # Read when gradio is imported; uploads and drawn images are there.
+    os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ANALYTICS_ENABLED": "False"}
+    try:
+        try:
+            from .layout import CSS, HEAD, build, theme
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise UserError("vqgen-app needs the package gradio: pip install 'vqgen[app]'") from error
+        from starlette.middleware import Middleware
+
+        from .drawing import Jobs
+        from .models import Models
+
+        models = Models(config.models, config.device, config.precision)
+        page = build(models, config.limits, Jobs())
+        page.queue(max_size=config.limits.most_waiting, default_concurrency_limit=1)
+        try:
+            _, address, shared = page.launch(
+                server_name=config.host,
+                server_port=config.port,
+                share=config.share,
+                max_file_size=int(config.limits.upload_megabytes * 2**20),
+                theme=theme(),
+                css=CSS,
+                head=HEAD,
+                footer_links=["api"],
+                app_kwargs={"middleware": [Middleware(Guard)]},
+                allowed_paths=[],
+                prevent_thread_lock=True,
+                quiet=True,
+                inbrowser=False,
+                ssr_mode=False,
+                mcp_server=False,
+                run_history=False,
+                enable_monitoring=False,
+                pwa=False,
+            )
+        except OSError as error:
+            raise UsageError(f"--port: {config.port} cannot be used ({error}); name another") from error
+        try:
+            print(f"{len(models.names)} models: {', '.join(models.names)}")
+            print(f"open {shared or address}", flush=True)
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+    finally:
+        shutil.rmtree(Path(cache), ignore_errors=True)

@@ -1,0 +1,117 @@
+"""What the tabs are built on: the models, limits and jobs of the page, and the parts that several tabs have."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from vqgen.sampling.write_samples import Series
+
+from .controls import SETTINGS, Results, setting_control, setting_update
+from .drawing import Jobs, defaults_of, series_of
+from .models import Loaded, Models
+from .program import LimitConfig
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+"""Of events that are not for the API, and need no turn."""
+QUEUED: dict[str, Any] = {**PRIVATE, "queue": True}
+"""Of events that are not for the API, and read images or models."""
+WORK = "work"
+"""The queue of all that computes: one request at a time."""
+
+
+def lines_of(text: str | None) -> list[str] | None:
+    """The lines of a text field that are not empty; None where there are none."""
+    return [line for line in (text or "").splitlines() if line.strip()] or None
+
+
+def random_seed() -> int:
+    """A seed that a visitor can write down."""
+    return random.randrange(10**6)
+
+
+@dataclass
+class Page:
+    """The page while it is built, and what its functions share."""
+
+    models: Models
+    limits: LimitConfig
+    jobs: Jobs
+    first: Loaded
+    """The model that is chosen when the page opens."""
+    model: gr.Dropdown
+    followers: list[tuple[Any, Callable[[Loaded], Any]]] = field(default_factory=list)
+
+    def follow_model(self, component: Any, update: Callable[[Loaded], Any]) -> None:
+        """Let a component change with the model that is chosen at the top."""
+        self.followers.append((component, update))
+
+    def settings(self, without: Sequence[str] = (), follow: bool = True) -> dict[str, Any]:
+        """The controls of the sampling settings, by name; they show the values that the model recommends."""
+        found = {}
+        with gr.Accordion("Sampling settings", open=False):
+            gr.Markdown("What is left empty is as the model recommends.")
+            with gr.Row():
+                for name, option in SETTINGS.items():
+                    if name not in without:
+                        found[name] = setting_control(option, defaults_of(self.first)[name])
+        for name, control in found.items() if follow else ():
+            self.follow_model(control, lambda m, name=name: setting_update(defaults_of(m)[name]))
+        return found
+
+    def one_class(self, info: str = "") -> gr.Dropdown:
+        """A class, or none."""
+        about: dict[str, Any] = {"label": "Class", "info": info or None, "allow_custom_value": True}
+        found = gr.Dropdown(["", *self.first.classes], value="", visible=bool(self.first.classes), **about)
+        self.follow_model(found, lambda m: gr.Dropdown(["", *m.classes], value="", visible=bool(m.classes)))
+        return found
+
+    def buttons(self, label: str) -> tuple[gr.Button, gr.Button]:
+        """A button that begins, and one that stops."""
+        with gr.Row():
+            return gr.Button(label, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
+
+    def series(self, model: Loaded, values: Mapping[str, Any], settings: Mapping[str, Any]) -> Series:
+        """The images of a request, checked. Raises `UserError`."""
+        return series_of(model, values, self.limits, settings)
+
+    def runs(
+        self,
+        button: gr.Button,
+        function: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        outputs: Sequence[Any],
+        name: str,
+        js: str | None = None,
+    ) -> Any:
+        """Let a button call a function of the queue, which the API has by this name; return the event."""
+        return button.click(
+            function, list(inputs.values()), list(outputs), api_name=name, concurrency_id=WORK, concurrency_limit=1,
+            show_progress="minimal", js=js, trigger_mode="once",
+        )  # fmt: skip
+
+    def draws(
+        self,
+        buttons: tuple[gr.Button, gr.Button],
+        function: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        results: Results,
+        name: str,
+        further: Sequence[Any] = (),
+        js: str | None = None,
+    ) -> Any:
+        """Let the first button draw, see `runs`, and the second one stop it; `further` are outputs after those of the
+        results."""
+        (begin, stop), archive = buttons, results.archive
+
+        def end(request: gr.Request) -> None:
+            self.jobs.stop(request.session_hash or "")
+
+        begin.click(lambda: gr.update(interactive=False), None, archive, **PRIVATE)
+        event = self.runs(begin, function, inputs, [*results.outputs, *further], name, js)
+        event.then(lambda path: gr.update(interactive=bool(path)), archive, archive, **PRIVATE)
+        # Not `cancels`: that would leave the drawing under way to its end, and give no archive of what is there.
+        stop.click(end, None, None, **PRIVATE)
+        return event

@@ -1,0 +1,92 @@
+"""The tab that restores images, or turns them into another kind, as a model was trained to."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
+from vqgen.tokenizer.reconstruction import write_png_atomic
+
+from .controls import Results, answer, image_file, settings_of
+from .shared import PRIVATE, Page
+from .uploads import as_url, png_url, read_upload
+
+NONE = "No model here was trained to translate; train one on codes of `vqgen-tokenize --source`, and start with it."
+
+
+def slider(before: str, after: str) -> str:
+    """Two images behind a slider, see `page.js`."""
+    return f'<before-after before="{before}" after="{after}"></before-after>'
+
+
+def add(page: Page) -> None:
+    """Build the tab."""
+    tasks, limits = page.models.tasks, page.limits
+    if not tasks:
+        gr.Markdown(NONE)
+        return
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            model = gr.Dropdown(
+                list(tasks.items()),
+                value=next(iter(tasks.values())),
+                label="Task and model",
+                info="In place of the model above.",
+            )
+            image = image_file()
+            worse = gr.Checkbox(
+                False,
+                label="Degrade the image first",
+                info="As in training: for an image that is not degraded already.",
+            )
+            with gr.Row():
+                n = gr.Slider(1, limits.most_images, value=min(4, limits.most_images), step=1, label="Results")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            one = gr.Textbox("", label="Class", info="Its name, where it is known; the result follows it.")
+            settings = page.settings(follow=False)
+            buttons = page.buttons("Translate")
+        with gr.Column(scale=3, min_width=320):
+            compared = gr.HTML("", elem_id="compared")
+            results = Results("Translations")
+    before = gr.State("")
+
+    def translate(values: dict[str, Any], session: str) -> Iterator[list[Any]]:
+        """Make images of an image, as the model was trained to. Yields after each batch; the last has the archive."""
+        loaded = page.models.load(values["model"])
+        generator = loaded.generator
+        generator.check_translation()
+        upload = read_upload(values["image"], generator.tokenizer.config.channels, limits)
+        source = generator.fitted(upload[None], generator.source_size)
+        about = generator.conditioning.paired_source
+        if values["degraded"] and about is not None:
+            source = degrade(source, parse_degradations(about.about.degradations), [source_seed(values["seed"], 0)])
+        asked = {
+            "n": values["n"],
+            "seed": values["seed"],
+            "class": [values["class_name"]] if values["class_name"] else None,
+        }
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place, "source.png")
+            write_png_atomic(path, source[0])
+            series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
+            for found in results.follow(series, page.jobs, session, {path.name: path}):
+                yield [*found, png_url(source[0])]
+
+    def compare(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData | None = None) -> str:
+        """Show a picture of the gallery beside its source."""
+        index = event.index if event is not None else 0
+        return slider(url, as_url(Path(pictures[index][0]).read_bytes())) if pictures and url else ""
+
+    def first(pictures: list[tuple[str, str]] | None, url: str) -> str:
+        return compare(pictures, url)
+
+    def chosen(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData) -> str:
+        return compare(pictures, url, event)
+
+    inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "n": n, "seed": seed, **settings}
+    run = page.draws(buttons, answer(translate, inputs), inputs, results, "translate", [before])
+    run.then(first, [results.gallery, before], compared, **PRIVATE)
+    results.gallery.select(chosen, [results.gallery, before], compared, **PRIVATE)

@@ -1,0 +1,312 @@
+"""vqgen-app without a browser: the models that are offered, uploads, what a request draws, and what is served."""
+
+import asyncio
+import base64
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import make_prior, make_square_prior
+from PIL import Image
+
+from vqgen.app.page.drawing import BATCH, Jobs, Stopped, draw, pack, series_of
+from vqgen.app.page.models import Loaded, Models, find_models, task_of
+from vqgen.app.page.program import AppConfig, LimitConfig, main
+from vqgen.app.page.server import POLICY, Guard
+from vqgen.app.page.uploads import png_url, read_mask, read_upload
+from vqgen.config import parse
+from vqgen.errors import UsageError, UserError
+from vqgen.prior.source import MaskedSource, PairedSource
+from vqgen.sampling.generator import Generator
+from vqgen.sampling.sample import main as vqgen_sample
+from vqgen.tokenizer.codes.format import SourceRecord
+
+LIMITS = LimitConfig()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models: one that fills in, a run with `prior/` in it, one that translates, and what is no model."""
+    folder = tmp_path_factory.mktemp("models")
+    make_square_prior(folder / "fills", MaskedSource(0.5))
+    make_prior(folder / "run" / "prior")
+    make_square_prior(folder / "colours", PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"])))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "vqgen.json").write_text("{")
+    (folder / "notes.txt").write_text("no model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fills(models: Path) -> Loaded:
+    return Models(models, "cpu", "fp32").load("fills")
+
+
+def image_file(path: Path, size: tuple[int, int] = (16, 16)) -> Path:
+    pixels = torch.arange(size[0] * size[1] * 3, dtype=torch.long).remainder(251).to(torch.uint8)
+    Image.fromarray(pixels.view(size[1], size[0], 3).numpy()).save(path)
+    return path
+
+
+# ---- models ----
+
+
+def test_sub_folders_that_are_priors_are_offered_and_nothing_else(models: Path) -> None:
+    found = find_models(models)
+    assert list(found) == ["colours", "fills", "run", "cifar10"]
+    assert found["run"] == models / "run" / "prior"
+    assert list(find_models(None)) == ["cifar10"]
+
+
+def test_a_folder_without_models_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=str(folder)):
+            find_models(folder)
+
+
+def test_a_model_called_as_that_of_the_package_is_offered_beside_it(tmp_path: Path) -> None:
+    make_prior(tmp_path / "cifar10")
+    found = find_models(tmp_path)
+    assert len(found) == 2 and found["cifar10"] == tmp_path / "cifar10"
+
+
+def test_models_are_loaded_once_and_only_by_the_names_that_are_offered(models: Path) -> None:
+    found = Models(models, "cpu", "fp32")
+    assert found.load("run") is found.load("run")
+    for name in ("../run", str(models / "run" / "prior"), "notes.txt", "broken", ""):
+        with pytest.raises(UserError):
+            found.load(name)
+
+
+def test_errors_of_loading_name_the_model_and_not_its_place_on_disk(models: Path, tmp_path: Path) -> None:
+    (make_prior(tmp_path / "damaged") / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(UserError) as caught:
+        Models(tmp_path, "cpu", "fp32").load("damaged")
+    assert "damaged" in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+def test_tasks_are_those_of_models_with_a_source(models: Path) -> None:
+    found = Models(models, "cpu", "fp32").tasks
+    assert list(found.values()) == ["colours"] and "grey" in next(iter(found))
+    assert "night" in task_of({"description": "day to night"})
+
+
+# ---- uploads ----
+
+
+def test_uploads_are_decoded_as_the_program_does(tmp_path: Path) -> None:
+    path = image_file(tmp_path / "a.png", (5, 4))
+    assert read_upload(str(path), 3, LIMITS).shape == (3, 4, 5)
+    assert read_upload(str(path), 1, LIMITS).shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\nrest"])
+def test_broken_uploads_are_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"^image: "):
+        read_upload(str(tmp_path / "a.png"), 3, LIMITS)
+    with pytest.raises(UserError, match=r"^image: "):
+        read_upload(None, 3, LIMITS)
+
+
+def test_pixels_and_bytes_of_uploads_are_limited_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vqgen.app.page.uploads.decode", lambda *_: pytest.fail("it was decoded"))
+    path = tmp_path / "large.png"
+    Image.new("L", (10_000, 10_000)).save(path, compress_level=1)
+    with pytest.raises(UserError):
+        read_upload(str(path), 3, LIMITS)
+    with pytest.raises(UserError, match="at most 1 million"):
+        read_upload(str(image_file(tmp_path / "b.png", (1001, 1000))), 3, LimitConfig(upload_megapixels=1))
+    with pytest.raises(UserError, match=r"0\.001 MB"):
+        read_upload(str(tmp_path / "b.png"), 3, LimitConfig(upload_megabytes=0.001))
+
+
+def test_masks_are_what_was_painted() -> None:
+    painted = torch.zeros(1, 6, 4, dtype=torch.uint8)
+    painted[:, 2:4, 1] = 255
+    url = png_url(painted)
+    assert torch.equal(read_mask(url, LIMITS), painted[0] > 0)
+    assert torch.equal(read_mask(url.partition(",")[2], LIMITS), painted[0] > 0)
+    for wrong in ("http://example.com/a.png", "data:image/png;base64,AAAA", "äöü"):
+        with pytest.raises(UserError, match=r"^mask: "):
+            read_mask(wrong, LIMITS)
+
+
+# ---- requests ----
+
+
+def folder_of(series: Any, place: Path, *given: Path) -> tuple[list[Any], Path]:
+    """All pictures of a series, and the folder that its zip holds."""
+    place.mkdir()
+    jobs = Jobs()
+    with jobs.job("s") as check:
+        parts = list(draw(series, place, jobs, check))
+    assert [len(part) for part in parts] == [*range(BATCH, series.n, BATCH), series.n]
+    out, files = place / "unpacked", {path.name: path for path in given}
+    with zipfile.ZipFile(pack(series, place, parts[-1], files)) as file:
+        file.extractall(out)
+    return parts[-1], out
+
+
+def test_a_request_draws_what_vqgen_sample_draws(models: Path, fills: Loaded, tmp_path: Path, cli: Any) -> None:
+    series = series_of(fills, {"n": 10, "seed": 3, "class": ["bag", "1"]}, LIMITS, {"temperature": 0.8, "top_k": 5})
+    pictures, out = folder_of(series, tmp_path / "page")
+    words = f"--model {models / 'fills'} --n 10 --seed 3 --class bag 1 --temperature 0.8 --top-k 5 --precision fp32"
+    assert cli(vqgen_sample, *words.split(), "--output", tmp_path / "other").code == 0
+    for index in range(10):
+        name = f"{index:05d}.png"
+        assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    text = (out / "samples.json").read_text()
+    listed = json.loads(text)
+    assert [image["nats"] for image in listed["images"]] == [picture.nats for picture in pictures]
+    assert (
+        str(models) not in (out / "samples.json").read_text()
+        and str(tmp_path) not in (out / "samples.json").read_text()
+    )
+    again = cli(vqgen_sample, *words.split(), "--output", out)
+    assert again.code == 0 and "already" in again.out
+
+
+def test_an_edit_can_be_made_again_from_its_zip(models: Path, fills: Loaded, tmp_path: Path, cli: Any) -> None:
+    image = image_file(tmp_path / "image.png")
+    mask = tmp_path / "mask.png"
+    whole = Image.new("L", (16, 16))
+    whole.paste(255, (4, 4, 10, 10))
+    whole.save(mask)
+    series = series_of(fills, {"n": 2, "init_image": [image], "mask": [mask]}, LIMITS, {"source_guidance_scale": 3})
+    _, out = folder_of(series, tmp_path / "page", image, mask)
+    given = ["--init-image", out / "image.png", "--mask", out / "mask.png", "--source-guidance-scale", 3]
+    words = ["--model", models / "fills", "--n", 2, "--precision", "fp32", *given, "--output", tmp_path / "other"]
+    assert cli(vqgen_sample, *words).code == 0
+    for name in ("00000.png", "00001.png"):
+        assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    listed = (out / "samples.json").read_text()
+    assert json.loads(listed)["init_images"] == ["image.png"] and json.loads(listed)["mask"] == ["mask.png"]
+    assert str(tmp_path) not in listed
+
+
+def test_settings_that_are_not_given_are_as_the_model_recommends(models: Path) -> None:
+    loaded = Generator.load(models / "fills", "cpu", "fp32")
+    loaded.recommended = {"temperature": 0.5, "guidance_scale": 2.0}
+    model = Loaded("fills", loaded)
+    plain = series_of(model, {"n": 1}, LIMITS, {})
+    assert (plain.settings.temperature, plain.settings.guidance_scale) == (0.5, 2.0)
+    given = series_of(model, {"n": 1}, LIMITS, {"temperature": 1})
+    assert (given.settings.temperature, given.settings.guidance_scale) == (1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "named"),
+    [
+        ({"n": 101}, {}, "--n"),
+        ({"n": "many"}, {}, "--n"),
+        ({"n": 1, "class": ["unicorn"]}, {}, "unicorn"),
+        ({"n": 1, "prompt": ["x" * 501]}, {}, "--prompt"),
+        ({"n": 1, "prompt": ["a shoe"]}, {}, "--prompt"),
+        ({"n": 1, "size": [10**6, 10**6]}, {}, "--size"),
+        ({"n": 100, "size": [512, 512]}, {}, "--size"),
+        ({"n": 1, "seed": -1}, {}, "--seed"),
+        ({"n": 1}, {"temperature": -1.0}, "--temperature"),
+        ({"n": 1}, {"temperature": float("nan")}, "--temperature"),
+        ({"n": 1}, {"top_k": "a"}, "--top-k"),
+        ({"n": 1}, {"guidance_interval": ["0", "x"]}, "--guidance-interval"),
+    ],
+)
+def test_requests_beyond_the_limits_are_refused(
+    fills: Loaded, values: dict[str, Any], settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        series_of(fills, values, LIMITS, settings)
+
+
+def test_a_stopped_drawing_ends_between_two_codes_and_keeps_what_is_there(fills: Loaded, tmp_path: Path) -> None:
+    jobs, codes = Jobs(), 0
+    series = series_of(fills, {"n": 3 * BATCH}, LIMITS, {})
+    with jobs.job("mine") as check, jobs.job("other") as others:
+
+        def counted(*_: Any) -> None:
+            nonlocal codes
+            codes += 1
+            if codes == 100:  # of 64 an image: in the second batch
+                assert jobs.stop("mine") == 1
+            check()
+
+        parts = list(draw(series, tmp_path, jobs, counted))
+        others()  # is not stopped
+        with pytest.raises(Stopped):
+            check()
+    assert [len(part) for part in parts] == [BATCH] and codes == 100
+    assert jobs.running == 0 and jobs.stop("mine") == 0
+    with zipfile.ZipFile(pack(series, tmp_path, parts[-1], {})) as file:
+        listed = json.loads(file.read("samples.json"))
+        assert listed["n"] == len(listed["images"]) == BATCH
+        assert {f"{i:05d}.png" for i in range(BATCH)} | {"grid.png", "samples.json"} == set(file.namelist())
+
+
+# ---- the program and its server ----
+
+
+def test_it_listens_on_this_machine_alone_unless_asked() -> None:
+    config = parse(AppConfig, [])
+    assert config.host == "127.0.0.1" and config.share is False
+    assert parse(AppConfig, ["--host", "0.0.0.0"]).host == "0.0.0.0"
+
+
+def test_a_wrong_folder_or_port_is_one_line(cli: Any, tmp_path: Path) -> None:
+    assert cli(main, "--port", "70000").code == 2
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    found = cli(main, "--models", tmp_path)
+    assert found.code == 1 and str(tmp_path) in found.err and len(found.err.splitlines()) == 1
+
+
+def served(path: str) -> tuple[int, dict[str, str]]:
+    """Status and headers of a request that passes the guard to an application that answers all with 200."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    asyncio.run(Guard(app)({"type": "http", "path": path}, receive, send))
+    return sent[0]["status"], {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+
+
+def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
+    for path in ("/", "/config", "/assets/index.js", "/gradio_api/queue/join", "/gradio_api/file=/tmp/x/a.png"):
+        status, headers = served(path)
+        assert status == 200 and headers["content-security-policy"] == POLICY, path
+    for path in (
+        "/gradio_api/file=http://example.com/a", "/gradio_api/file=https:/example.com", "/gradio_api/file=ftp://a",
+        "/gradio_api/proxy=http://example.com", "/monitoring", "/gradio_api/vibe-code", "/gradio_api/runs", "/docs",
+        "/gradio_api/process_recording", "/gradio_api/component_server", "/login", "//config", "/nothing",
+    ):  # fmt: skip
+        assert served(path)[0] == 404, path
+
+
+def test_the_policy_names_no_other_server() -> None:
+    assert "://" not in POLICY and "*" not in POLICY and "default-src 'self'" in POLICY
+
+
+def test_what_the_page_is_made_of_names_no_other_server() -> None:
+    folder = Path(__file__).parents[1] / "app" / "page"
+    for path in (*folder.glob("*.js"), *folder.glob("*.css")):
+        assert "://" not in path.read_text(encoding="utf-8"), path
+
+
+def test_base64_is_not_read_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqgen.app.page.uploads.MASK_BYTES", 100)
+    data = io.BytesIO()
+    Image.effect_noise((20, 20), 50).save(data, "PNG")
+    with pytest.raises(UserError, match="at most 100"):
+        read_mask(base64.b64encode(data.getvalue()).decode(), LIMITS)
