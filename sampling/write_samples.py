@@ -137,7 +137,8 @@ class Series:
 
     def images(self, indices: Sequence[int], codes: Tensor) -> Tensor:
         """Images uint8 (B, C, H, W) of their codes, with what is kept of the given ones."""
-        decoded, given = self.generator.decode(codes), self.filling or (self.sources and self.sources.read)
+        decoded, read = self.generator.decode(codes), self.sources.read if self.sources else None
+        given = self.filling or read
         return given.finished(indices, decoded) if given else decoded
 
     def describe(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.data_classes import ImageData
 from gradio_client.utils import is_http_url_like
 
@@ -37,10 +38,10 @@ def image_file(label: str = "Image") -> gr.Image:
     def preprocess(payload: ImageData | None) -> str | None:
         return None if payload is None else payload.path
 
-    async def take(place: str | Path | None) -> str | None:
-        if place is not None and is_http_url_like(str(place)):
+    async def take(url_or_file_path: str | Path | None) -> str | None:
+        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
             raise gr.Error("Image: found an address, expected an uploaded file.", print_exception=False)
-        return await move(place)
+        return await move(url_or_file_path)
 
     found.preprocess = preprocess
     found.async_move_resource_to_block_cache = take
@@ -68,7 +69,7 @@ def sentence(error: UserError) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
-def answer(function: Callable[..., Any], inputs: Mapping[str, gr.components.Component]) -> Callable[..., Any]:
+def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Callable[..., Any]:
     """A function of (values by name, session) as one of the values of `inputs` in turn, whose names the API has.
 
     What a user can mend is one sentence on the page. Any other exception is printed where the server runs.
@@ -110,7 +111,7 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, gr.components.Comp
     return chosen
 
 
-def setting_control(option: Option, usual: Any) -> gr.components.Component:
+def setting_control(option: Option, usual: Any) -> Component:
     """The control of a sampling setting, by its type; empty, and showing what it then is, until it is set."""
     about: dict[str, Any] = {"label": label_of(option.name), "info": short(option.help), "min_width": 160}
     if choices := typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else ():

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
+from gradio.themes import Base, Default
 
 from . import codebook, draw, edit, reconstruct, translate
 from .controls import answer
@@ -19,10 +21,10 @@ NARROW = "<style>@media (max-width: 480px) { .gradio-container .main { padding: 
 HEAD = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>{NARROW}"
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Colours, and the fonts of the visitor's system: others would be fetched."""
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    return gr.themes.Default(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
+    return Default(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
 
 
 def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
@@ -67,7 +69,7 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
             """The models by name, and what each is; those that were not used yet are read."""
             return {name: models.load(name).summary for name in models.names}
 
-        gr.api(listing, api_name="models")
+        api(listing, api_name="models")
 
         def leave(request: gr.Request) -> None:
             jobs.stop(request.session_hash or "")
