@@ -50,6 +50,8 @@ def add(page: Page) -> tuple[Results, gr.Button]:
 
     inputs = {"model": page.model, "classes": classes, "prompts": prompts, "n": n, "seed": seed}
     inputs |= {"height": height, "width": width, **settings}
+    # The chosen image is one of those that go.
+    buttons[0].click(lambda: gr.update(interactive=False), None, onward, **PRIVATE)
     page.draws(buttons, answer(draw, inputs), inputs, results, "draw")
     page.follow_model(classes, lambda m: gr.Dropdown(m.classes, value=[], visible=bool(m.classes)))
     page.follow_model(prompts, lambda m: gr.Textbox(visible=m.takes_text))

@@ -98,6 +98,8 @@ def add(page: Page) -> gr.Image:
         model, chosen = page.models.load(values["model"]), values["way"]
         asked = {"n": values["n"], "seed": values["seed"], "prompt": lines_of(values["prompt"])}
         asked["class"] = [values["class_name"]] if values["class_name"] else None
+        if chosen != LOWER and not model.inpaints:
+            raise UserError(f"{model.name} was not trained to fill in; choose {LOWER}, or another model")
         with tempfile.TemporaryDirectory() as place:
             upload, seen = fitted(model, values["image"])
             given = {"image.png": Path(place, "image.png")}
