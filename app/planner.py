@@ -78,7 +78,7 @@ class Draft:
             "tokenizer": self.tokenizer.expected(self.shares.tokenizer),
             "codes": Expected(self.shares.encoding, 0.0, 0),
             "prior": self.prior.expected(self.shares.prior),
-            "samples": Expected(self.shares.drawing, 0.0, 0),
+            "samples": Expected(self.shares.drawing, self.prior.measured.drawing_memory, 0),
         }
 
 
@@ -147,7 +147,7 @@ class Planner:
         self._write("codes", self._codes(views))
         index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
-            prior = self._fitting("prior", self._prior(index, length))
+            prior = self._fitting("prior", self._prior(index, length), tokenizer.measured.kept)
             found = prior.measured
             least = rules.least_prior_steps(length)
             passes = rules.MOST_EPOCHS * survey.train / found.batch
@@ -164,7 +164,6 @@ class Planner:
         if steps < least:
             self.too_long = length
         self._enough("prior", steps, least, last)
-        self._write("samples", self._samples())
         return Draft(size, shares, tokenizer, prior, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
@@ -266,13 +265,16 @@ class Planner:
 
     # ---- trials ----
 
-    def _fitting(self, stage: str, values: dict[str, Any]) -> Tried:
-        """Write and try the configuration of a stage, its steps in more parts until it fits into the memory."""
+    def _fitting(self, stage: str, values: dict[str, Any], kept: float = 0.0) -> Tried:
+        """Write and try the configuration of a stage, its steps in more parts until it fits into the memory.
+
+        `kept` are the bytes that a stage before it keeps.
+        """
         memory = MEMORY * self.machine.memory
         while True:
             self._write(stage, values)
             found, (batch, parts) = tried(self._trial(stage)), self._batch(stage)
-            if found and found.memory <= memory:
+            if found and (found := found.after(kept)).memory <= memory:
                 return Tried(values, found)
             if parts == batch:
                 short = f"{found.memory / 1e9:.1f} GB" if found else "more memory than there is"
@@ -289,6 +291,8 @@ class Planner:
 
     def _trial(self, stage: str) -> Stage:
         request, survey = self.request, self.survey
-        tokenizer, prior = self._words("tokenizer"), self._words("prior") if stage == "prior" else []
-        images = [survey.train, max(survey.heldout, 1)]
-        return Stage(tokenizer, prior, images, survey.classes, request.text_column)
+        images, prior, samples = [survey.train, max(survey.heldout, 1)], [], []
+        if stage == "prior":
+            self._write("samples", self._samples())
+            prior, samples = self._words("prior"), self._words("samples")
+        return Stage(self._words("tokenizer"), prior, samples, images, survey.classes, request.text_column)

@@ -20,7 +20,8 @@ def text_of(plan: Plan, words: Mapping[str, Sequence[str]]) -> str:
         steps, memory = f"{found.steps:,}" * (found.steps > 0), f"{found.memory / 1e9:.1f} GB" * (found.memory > 0)
         lines.append(f"{name:<{width}}{_time(found.seconds):>10}{steps:>10}{memory:>10}".rstrip())
     total = sum(found.seconds for found in plan.expected.values()) + plan.spent.get("plan", 0.0)
-    lines += [f"{'all':<{width}}{_time(total):>10}", ""]
+    most = max(found.memory for found in plan.expected.values()) / 1e9  # the stages run one after another
+    lines += [f"{'all':<{width}}{_time(total):>10}{f'{most:.1f} GB':>20}", ""]
     lines += [f"{STAGES[name].program} {shlex.join(given)}" for name, given in words.items()]
     return "\n".join(lines)
 

@@ -36,7 +36,10 @@ class Stage:
     def __call__(self, words: Sequence[str], number: int) -> None:
         """Announce and run the stage."""
         print(f"\n[{number}/{len(STAGES)}] {self.title}", file=sys.stderr, flush=True)
+        from vqgen.devices import release_memory
+
         self.run(self.parsed(words))
+        release_memory()  # the next stage is in this process, and needs none of it
 
 
 def _train_tokenizer(config: TokenizerTraining) -> None:

@@ -10,13 +10,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from vqgen.config import command, parse
 from vqgen.files import read_record, write_json
 from vqgen.options import Options
+from vqgen.sampling.sample import SampleConfig
+
+if TYPE_CHECKING:
+    from vqgen.prior.train import PriorTraining
 
 STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
@@ -28,10 +34,12 @@ MOST_IMAGES = 4096
 
 @dataclass(frozen=True)
 class Stage:
-    """What is tried, as words of the command lines of its programs: the prior where there are words for it."""
+    """What is tried, as words of the command lines of its programs: the prior, with a batch of samples, where there are
+    words for it."""
 
     tokenizer: list[str]
     prior: list[str]
+    samples: list[str]
     images: list[int]
     """Numbers of training and held-out images, for the prior."""
     classes: int
@@ -54,8 +62,18 @@ class Measured:
     """Of the configured run."""
     memory: float
     """Peak, in bytes: of the process on a CPU, of tensors on CUDA."""
-    encoded: float
+    kept: float
+    """Bytes that its process keeps when the training has ended, for libraries and their compiled kernels; 0 on CUDA."""
+    encoded: float = 0.0
     """Images that the tokenizer encodes in a second; 0 for a prior."""
+    drawn: float = 0.0
+    """Images that are drawn in a second; 0 for a tokenizer."""
+    drawing_memory: float = 0.0
+    """Peak after drawing, in bytes; 0 for a tokenizer."""
+
+    def after(self, kept: float) -> "Measured":
+        """The same in a process in which a stage before it has kept so many bytes."""
+        return replace(self, memory=self.memory + kept, drawing_memory=self.drawing_memory + kept)
 
     def steps(self, seconds: float) -> int:
         """Steps that fit into the time, less the validations of a run of that length."""
@@ -113,30 +131,50 @@ def run(config: TrialConfig) -> None:
 
 
 def _run(config: TrialConfig) -> None:
-    from vqgen.devices import peak_memory, processes
-    from vqgen.training.budget import measured
+    from vqgen.devices import processes
 
     processes()
     stage = read_record(config.folder / "stage.json", Stage)
-    if stage.prior:
-        from vqgen.prior.train import PriorTraining
-        from vqgen.prior.trainer import build as build_prior
+    found = _prior(stage, config.folder / "codes") if stage.prior else _tokenizer(stage)
+    write_json(config.folder / "measured.json", asdict(found))
 
-        _write_codes(stage, config.folder / "codes")
-        settings = parse(PriorTraining, [*stage.prior, "--codes", str(config.folder / "codes")])
-        found, encoded = measured(settings, build_prior, STEPS, SECONDS), 0.0
-    else:
-        from vqgen.tokenizer.train import TokenizerTraining
-        from vqgen.tokenizer.trainer import build as build_tokenizer
 
-        settings = parse(TokenizerTraining, stage.tokenizer)
-        found, encoded = measured(settings, build_tokenizer, STEPS, SECONDS), _encoding_rate(settings)
-    memory, run = peak_memory(_device()), settings.run
-    record = Measured(
-        found.start, found.step, found.validation, run.batch_size, max(1, round(run.steps / run.validate_every)),
-        float(memory), encoded,
-    )  # fmt: skip
-    write_json(config.folder / "measured.json", asdict(record))
+def _tokenizer(stage: Stage) -> Measured:
+    """Try the tokenizer, and how fast it encodes."""
+    from vqgen.tokenizer.train import TokenizerTraining
+    from vqgen.tokenizer.trainer import build
+
+    config = parse(TokenizerTraining, stage.tokenizer)
+    found = _training(config, build)
+    return replace(found, encoded=_encoding_rate(config))
+
+
+def _prior(stage: Stage, codes: Path) -> Measured:
+    """Try the prior on made-up codes, and how fast it draws."""
+    from vqgen.devices import peak_memory
+    from vqgen.prior.train import PriorTraining
+    from vqgen.prior.trainer import build
+
+    _write_codes(stage, codes)
+    config = parse(PriorTraining, [*stage.prior, "--codes", str(codes)])
+    found = _training(config, build)
+    drawn = _drawing_rate(config, parse(SampleConfig, stage.samples))
+    return replace(found, drawn=drawn, drawing_memory=float(peak_memory(_device())))
+
+
+def _training(config: Any, build: Any) -> Measured:
+    """Try some steps of a training."""
+    from vqgen.devices import peak_memory, release_memory
+    from vqgen.training.budget import measured
+
+    process, run = psutil.Process(), config.run
+    before = process.memory_info().rss
+    found = measured(config, build, STEPS, SECONDS)
+    memory = peak_memory(_device())
+    release_memory()
+    kept = 0 if _device().type == "cuda" else max(0, process.memory_info().rss - before)
+    validations = max(1, round(run.steps / run.validate_every))
+    return Measured(found.start, found.step, found.validation, run.batch_size, validations, float(memory), float(kept))
 
 
 def _device():
@@ -159,6 +197,25 @@ def _encoding_rate(config) -> float:
         model.encode(images).cpu()  # waits for the device
         rates.append(len(images) / (time.perf_counter() - began))
     return max(rates)
+
+
+def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:
+    """Images a second that a prior of this architecture draws, in one batch with the settings of `samples`."""
+    from vqgen.prior.conditioning import Conditioning
+    from vqgen.prior.model import Prior
+    from vqgen.sampling.generator import Generator
+    from vqgen.tokenizer.codes.format import CodeFiles
+    from vqgen.tokenizer.model import Tokenizer
+
+    files = CodeFiles(config.codes, "train")
+    conditioning = Conditioning.for_files(files, config.objective, config.model.order)
+    prior = Prior(config.model, conditioning, (files.channels, *files.image_size), files.tokenizer_fingerprint)
+    generator = Generator(prior, Tokenizer.load(config.codes / "tokenizer"), _device(), samples.precision)
+    conditions = generator.conditioning.conditions()
+    settings = generator.settings(samples.given_settings, conditions)
+    count, began = min(samples.count(1), samples.batch_size), time.perf_counter()
+    generator.draw(range(count), conditions, settings, samples.seed, samples.batch_size)
+    return count / (time.perf_counter() - began)
 
 
 def _write_codes(stage: Stage, folder: Path) -> None:

@@ -129,10 +129,11 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         if not stage.prior:
             pixels = math.prod(tokenizer.images.size) * tokenizer.run.batch_size
             memory = 4e9 * pixels / 2**16 / tokenizer.run.accumulate
-            return Measured(1.0, pixels / 1e5, 5.0, tokenizer.run.batch_size, 8, memory, 200.0)
+            return Measured(1.0, pixels / 1e5, 5.0, tokenizer.run.batch_size, 8, memory, 1e8, encoded=200.0)
         prior = parse(PriorTraining, [*stage.prior, "--codes", "codes"])
         weights = 12 * prior.model.dim**2 * prior.model.layers
-        return Measured(1.0, weights * 64 / 1e8, 1.0, prior.run.batch_size, 20, 1e9, 0.0)
+        made = Measured(1.0, weights * 64 / 1e8, 1.0, prior.run.batch_size, 20, 1e9, 0.0)
+        return replace(made, drawn=10.0, drawing_memory=1.2e9)
 
     monkeypatch.setattr(planner, "tried", measure)
     return found
@@ -157,6 +158,8 @@ def test_a_plan_keeps_to_the_time(tmp_path: Path, trials: list[Stage]) -> None:
         planning = time.perf_counter() - began
         assert 60 * minutes - planning <= sum(found.seconds for found in expected.values()) <= 60 * minutes
         assert expected["tokenizer"].steps > 0 and expected["prior"].steps > 0
+        # One process does all: what the tokenizer keeps is added to what comes later.
+        assert (expected["prior"].memory, expected["samples"].memory) == (1.1e9, 1.3e9)
 
 
 def test_little_time_makes_images_smaller(tmp_path: Path, trials: list[Stage]) -> None:
@@ -298,17 +301,19 @@ TINY += "--no-attention --codebook-size 16 --batch-size 8 --validation-images 16
 
 
 def test_a_trial_measures_both_trainings() -> None:
-    stage = Stage(TINY.split(), [], [100, 16], 10, None)
+    stage = Stage(TINY.split(), [], [], [100, 16], 10, None)
     found = tried(stage)
-    assert found.step > 0 and found.encoded > 0 and found.memory > 1e8 and found.batch == 8
+    assert found.step > 0 and found.encoded > 0 and found.batch == 8
+    assert found.memory > 1e8 and 0 < found.kept < found.memory
     words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
-    found = tried(replace(stage, prior=words))
+    found = tried(replace(stage, prior=words, samples=["--n=3", "--guidance-scale=2"]))
     assert found.step > 0 and found.batch == 4 and found.steps(10) > 0
+    assert found.drawn > 0 and found.drawing_memory >= found.memory > 1e8
 
 
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        tried(Stage([*TINY.split(), "--groups", "3"], [], [1, 1], 0, None))
+        tried(Stage([*TINY.split(), "--groups", "3"], [], [], [1, 1], 0, None))
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert "--groups" in said and said.count("\n") == 1
@@ -323,7 +328,7 @@ def test_a_trial_that_is_killed_needs_less_memory(monkeypatch: pytest.MonkeyPatc
         return real([words[0], "-c", program], **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess, "Popen", killed)
-    stage = Stage(TINY.split(), [], [1, 1], 0, None)
+    stage = Stage(TINY.split(), [], [], [1, 1], 0, None)
     if number == signal.SIGKILL:
         assert tried(stage) is None
     else:

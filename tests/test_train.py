@@ -29,7 +29,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
 
     def measure(stage: Stage) -> Measured:
         found.append(stage)
-        return Measured(1.0, 0.1, 1.0, 8, 8, 1e9, 0.0 if stage.prior else 1000.0)
+        made = Measured(1.0, 0.1, 1.0, 8, 8, 1e9, 1e8)
+        further = {"drawn": 10.0, "drawing_memory": 1.2e9} if stage.prior else {"encoded": 1000.0}
+        return dataclasses.replace(made, **further)
 
     monkeypatch.setattr(planner, "tried", measure)
     return found

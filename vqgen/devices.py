@@ -1,6 +1,7 @@
 """Devices, processes and precision of a run, and a description of the machine."""
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -112,10 +113,21 @@ def keep_memory(device: torch.device) -> None:
 
     glibc returns freed tensors to the system; a page fault per 4 KiB then costs a tenth of the step of a large model.
     """
-    libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
-    if mallopt := getattr(libc, "mallopt", None):  # missing in other C libraries
+    if device.type == "cpu" and (mallopt := _libc("mallopt")):
         mallopt(-1, -1)  # M_TRIM_THRESHOLD of malloc.h
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def release_memory() -> None:
+    """Return free memory to the system, also what `keep_memory` keeps (Linux with glibc)."""
+    gc.collect()
+    if trim := _libc("malloc_trim"):
+        trim(0)
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    """A function of the C library on Linux; None where it has none of this name, as others than glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -206,7 +206,8 @@ class ImageDataset(Dataset[Sample]):
         room = shutil.disk_usage(shared).free // 2 if self.config.workers and shared.is_dir() else size
         if size > min(self.config.cache_mb << 20, room):
             return None, None
-        pixels, seen = torch.empty((len(self), *shape), dtype=torch.uint8), torch.zeros(len(self), dtype=torch.uint8)
+        # Written at once, so that the peak that is measured in the first steps is that of the whole run.
+        pixels, seen = (torch.zeros((len(self), *each), dtype=torch.uint8) for each in (shape, ()))
         return (pixels.share_memory_(), seen.share_memory_()) if self.config.workers else (pixels, seen)
 
     def read(

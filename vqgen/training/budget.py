@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vqgen.config import read_saved
-from vqgen.devices import on_main
+from vqgen.devices import keep_memory, on_main, release_memory
 from vqgen.errors import UsageError, UserError
 from vqgen.options import key_of
 
@@ -109,6 +109,7 @@ def measured(
         assert built is not None, "a new folder holds no finished run"
         run, trainer = built
         run.quiet = True
+        keep_memory(run.device)  # as the run does: it changes the time of a step and the peak
         trainer.begin(0)
         start, taken, first = time.perf_counter() - began, list[float](), trainer.loading()
         while len(taken) < steps and not (len(taken) >= 4 and sum(taken) > seconds):
@@ -162,6 +163,7 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
     if name == "epochs":
         return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS)
     trial = measured(config, build)
+    release_memory()  # the model of the trial is gone, and the run needs the same again
     found = trial.steps(60 * budget, max(1, round(run.steps / run.validate_every)))
     steps, validations = on_main(lambda: found)  # that of the main process in all of them
     if steps < 1:
