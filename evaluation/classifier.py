@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgen.artifact import load_artifact, refuse_others, save_artifact
+from vqgen.artifact import fingerprint, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
@@ -19,7 +19,7 @@ from vqgen.metric import Metric
 from vqgen.options import Options, Size
 from vqgen.progress import progress
 from vqgen.seeding import epoch_slice
-from vqgen.tokenizer.data.dataset import open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.networks.autoencoder import ResidualBlock
@@ -112,21 +112,29 @@ def _train(config: ClassifierTraining) -> None:
     heldout = open_images(config.data, "heldout", images)
     if not train.class_names:
         raise UserError(f"--data: {config.data} has no labels; give one whose subfolders or labels are classes")
-    if min(images.size) < 16:
-        raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = ClassifierConfig(images.size, images.channels, train.class_names, config.width)
-    batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
-    shown = ((batch.images, batch.labels) for batch in batches)
-    model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device)
+    model = classifier_of(train, config, device)
     correct = [
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
         for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
     ]
     with atomic_path(config.output) as folder:
-        save_artifact(folder, "classifier", {"classifier": asdict(described)}, model.state_dict())
+        save_artifact(folder, "classifier", {"classifier": asdict(model.config)}, model.state_dict())
     shares = torch.cat(correct).float()
     print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")
+
+
+def classifier_of(train: ImageDataset, config: ClassifierTraining, device: torch.device) -> Classifier:
+    """Train a classifier on the labelled images of a split, as `config` says. Raises `UsageError`."""
+    images = train.config
+    if min(images.size) < 16:
+        raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
+    described = ClassifierConfig(images.size, images.channels, train.class_names or [], config.width)
+    batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
+    shown = ((batch.images, batch.labels) for batch in batches)
+    model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device)
+    model.fingerprint = fingerprint(model.state_dict())
+    return model
 
 
 def fit_classifier(

@@ -165,6 +165,20 @@ def test_the_search_writes_what_sampling_then_uses(cli, tmp_path, real, model, j
     assert (prior / "generation_config.json").read_text() == '{"temperature": 0.5}'
 
 
+def test_the_search_trains_a_classifier_where_none_is_given(cli, tmp_path, real, model):
+    prior, receipt = shutil.copytree(model, tmp_path / "prior"), tmp_path / "settings.json"
+    words = ["--model", prior, "--data", real, "--classifier-steps", 15, "--batch-size", 16, "--n", 24]
+    words += ["--guidance-scale", 1, "--min-p", 0, 0.5, "--device", "cpu", "--output", receipt]
+    assert cli(evaluate.main, "settings", *words).code == 0
+    assert cli(evaluate.main, "replay", receipt).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"prior", "settings.json"}
+    # It is another classifier after other steps.
+    before = json.loads(receipt.read_text())["fingerprints"]["classifier"]
+    words[words.index("--classifier-steps") + 1] = 16
+    assert cli(evaluate.main, "settings", *words).code == 0
+    assert json.loads(receipt.read_text())["fingerprints"]["classifier"] != before
+
+
 def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, model, judge):
     unconditional = make_prior(tmp_path / "unconditional", names=None)
     few = shutil.copytree(real, tmp_path / "few")

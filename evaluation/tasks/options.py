@@ -231,8 +231,11 @@ class SettingsConfig(Options):
     """Run or model folder of the prior, into which generation_config.json is written."""
     data: str
     """Real images: as for vqgen-train-tokenizer. Samples are compared with those of its heldout split."""
-    classifier: Path
-    """Classifier of `vqgen-eval classifier` of the same classes, trained on other images than those of heldout."""
+    classifier: Path | None = None
+    """Classifier of `vqgen-eval classifier` of the same classes, trained on other images than those of heldout. By
+    default one is trained on those of train, and not kept."""
+    classifier_steps: Count = 600
+    """Optimizer steps of a classifier that is trained here."""
     n: Annotated[int, Range(least=20, most=MOST_IMAGES)] = 1000
     """Images drawn with each candidate, always with the same random numbers."""
     temperature: list[Annotated[float, Range(above=0, most=1e6)]] = field(default_factory=lambda: [1.0])

@@ -1,6 +1,7 @@
 """Recommended sampling settings of a prior: a search on validation images."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from vqgen.config import as_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.classifier import Classifier
+from vqgen.evaluation.classifier import Classifier, classifier_of
 from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, warn
+from vqgen.evaluation.options import ClassifierTraining
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import load_classifier
 from vqgen.files import is_file, read_json
@@ -115,7 +117,6 @@ def measure_settings(config: SettingsConfig) -> Measurement:
         raise UsageError(f"--model: {config.model} has no classes, by which its samples are judged")
     reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
     reading.workers = config.workers
-    classifier = load_classifier(config.classifier, classes.names, reading, device)
     tried = candidates(config)
     for settings in tried:
         generator.check(settings, generator.conditioning.conditions())
@@ -124,6 +125,10 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     if heldout.class_names != classes.names:
         theirs = ", ".join(heldout.class_names or []) or "none"
         raise UserError(f"--data: {config.data} has the classes {theirs}, the prior {', '.join(classes.names or [])}")
+    if config.classifier:
+        classifier = load_classifier(config.classifier, classes.names, reading, device)
+    else:
+        classifier = _trained_classifier(config, reading, device)
     pixels, parts = SetHash(), []
     for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, reading):
         pixels.add_images(batch.images, batch.labels)
@@ -156,6 +161,18 @@ def measure_settings(config: SettingsConfig) -> Measurement:
         environment(device, generator.precision, 1),
         {"chosen": as_dict(tried[chosen])},
     )
+
+
+def _trained_classifier(config: SettingsConfig, reading: ImageConfig, device: torch.device) -> Classifier:
+    """A classifier of the images of the train split, fitted as those that are measured are."""
+    images = replace(reading, flip=True, cache_mb=ImageConfig.cache_mb)
+    train = open_images(config.data, "train", images, augment=True, replace_broken=True)
+    train.broken.report = warn
+    training = ClassifierTraining(
+        config.data, config.model, images.size, images.channels, config.classifier_steps, config.batch_size,
+        seed=config.seed,
+    )  # fmt: skip
+    return classifier_of(train, training, device)
 
 
 def _judged(generator: Generator, classifier: Classifier, settings: SamplingSettings, config: SettingsConfig, advance):
