@@ -38,10 +38,11 @@ def demo(config: DemoConfig) -> None:
     with locked(config.output):
         began = time.perf_counter()
         check_output(config.output / "report.html")  # before minutes of training
-        for number, (name, stage) in enumerate(STAGES.items(), 1):
+        for number, name in enumerate(WORDS, 1):
             samples, prior = config.output / "samples", config.output / "prior"
             overwrite = config.overwrite or (name == "samples" and outdated(samples, prior))
-            stage([*WORDS[name], *folders(config.output, name, overwrite)], number)
+            words = [*WORDS[name], *folders(config.output, name, overwrite)]
+            STAGES[name](words, f"{number}/{len(WORDS)}")
         page = write_page(config.output)
     grid = config.output / "samples" / "grid.png"
     print(f"\n{time.perf_counter() - began:.0f} s. Look at {grid}, and at all of it in {page}")

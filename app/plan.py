@@ -9,7 +9,9 @@ from vqgen.files.output_folder import OutputFolder
 
 FOLDER = "plan"
 RECORD = "plan.json"
-STAGES = ("tokenizer", "codes", "prior", "samples")
+STAGES = ("tokenizer", "codes", "prior", "settings", "samples")
+OPTIONAL = "settings"
+"""The stage that not every plan has."""
 HEADING = "# Planned by vqgen-train"
 """First words of the configurations."""
 TRIAL = 25.0
@@ -70,8 +72,9 @@ class Plan:
     """Stages of an earlier run that --overwrite has still to remove."""
 
     def __post_init__(self) -> None:
-        if tuple(self.expected) != STAGES or not self.rows:
-            raise ValueError("a plan has rows and four stages")
+        stages = [name for name in STAGES if name in self.expected or name != OPTIONAL]
+        if list(self.expected) != stages or not self.rows:
+            raise ValueError(f"a plan has rows, and the stages {', '.join(stages)}")
         numbers = [self.minutes, *self.spent.values(), *(found.seconds for found in self.expected.values())]
         if not all(0 <= number < 1e9 for number in numbers) or not (
             self.prior_minutes is None or self.prior_minutes > 0
@@ -90,7 +93,8 @@ class Plan:
 
     def settled(self) -> "Plan":
         """The plan with the time of the prior settled: what the stages before it left, half to twice its share."""
-        left = 60 * self.minutes - sum(self.spent.values()) - self.expected["samples"].seconds - TRIAL
+        later = sum(self.expected[name].seconds for name in ("settings", "samples") if name in self.expected)
+        left = 60 * self.minutes - sum(self.spent.values()) - later - TRIAL
         share = self.planned_prior_minutes
         return replace(self, prior_minutes=round(max(share / 2, min(left / 60, 2 * share)), 3))
 

@@ -18,6 +18,7 @@ from vqgen.tokenizer.train import TokenizerTraining
 from . import rules
 from .machine import Machine
 from .plan import HEADING, TRIAL, Expected, Request, Row, file_of
+from .stages import settings_given
 from .survey import Survey
 from .trial import Measured, Stage, tried
 
@@ -68,17 +69,20 @@ class Draft:
     shares: rules.Time
     tokenizer: Tried
     prior: Tried
+    search: rules.Search | None
     why_size: str
     why_shape: str
 
     @property
     def expected(self) -> dict[str, Expected]:
         """What each stage is expected to take, in order."""
+        memory = self.prior.measured.drawing_memory
         return {
             "tokenizer": self.tokenizer.expected(self.shares.tokenizer),
             "codes": Expected(self.shares.encoding, 0.0, 0),
             "prior": self.prior.expected(self.shares.prior),
-            "samples": Expected(self.shares.drawing, self.prior.measured.drawing_memory, 0),
+            **({"settings": Expected(self.shares.settings, memory, 0)} if self.search else {}),
+            "samples": Expected(self.shares.drawing, memory, 0),
         }
 
 
@@ -151,7 +155,9 @@ class Planner:
             found = prior.measured
             least = rules.least_prior_steps(length)
             passes = rules.MOST_EPOCHS * survey.train / found.batch
-            shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step)
+            search = self._search(tokenizer.measured.step, found.drawn, size)
+            searching = search.seconds if search else 0.0
+            shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step, searching)
             if shares is None:
                 needed = 2 * (encoding + rules.DRAWING[0]) + 4 * TRIAL
                 text = f"encoding the images takes about {encoding / 60:.1f} min"
@@ -164,7 +170,10 @@ class Planner:
         if steps < least:
             self.too_long = length
         self._enough("prior", steps, least, last)
-        return Draft(size, shares, tokenizer, prior, why, reason)
+        if search:
+            self._write("settings", self._settings(search))
+            self._write("samples", {"n": 64})
+        return Draft(size, shares, tokenizer, prior, search, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
         wanted = LEAST if last else least
@@ -203,6 +212,14 @@ class Planner:
         model = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).model
         text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
+        if not self._unsearched() and not draft.search:
+            self._say("settings", "not searched", "the time is too short for it")
+        elif found := draft.search:
+            tried = math.prod(map(len, rules.candidates(self._guided()).values()))
+            text = f"the best of {tried} on held-out images, {found.images} samples of each"
+            self._say("settings", text, f"by a classifier of {found.steps} steps")
+        else:
+            self._say("settings", "not searched", self._unsearched())
 
     def _words(self, stage: str) -> list[str]:
         """The configuration of a stage, with what the user has set."""
@@ -242,11 +259,35 @@ class Planner:
             values["text_column"] = self.request.text_column
         return values
 
-    def _samples(self) -> dict[str, Any]:
+    def _guided(self) -> bool:
+        """Whether the prior has classes, and learns to do without them."""
         prior = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"])
-        guided = self.survey.classes > 0 and prior.objective.label_dropout > 0
-        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if guided else {})}
+        return self.survey.classes > 0 and prior.objective.label_dropout > 0
+
+    def _samples(self) -> dict[str, Any]:
+        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if self._guided() else {})}
         return {"n": 64, "sampling": sampling}
+
+    def _unsearched(self) -> str:
+        """Why settings of sampling are not searched; nothing where they are, if there is time."""
+        survey = self.survey
+        if settings_given(self.request.samples):
+            return "--samples gives them"
+        if survey.classes < 2:
+            return "it takes classes, by which samples are judged"
+        if survey.rarest < rules.LEAST_HELDOUT:
+            return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
+        return "--codes gives a source" if self._given("codes", "source", "source-data") else ""
+
+    def _search(self, step: float, drawn: float, size: list[int]) -> rules.Search | None:
+        """How settings of sampling are searched; None where they are not."""
+        if self._unsearched() or min(size) < 16:  # the classifier's poolings
+            return None
+        return rules.search(self.seconds, step, drawn, self._guided(), self.survey.classes)
+
+    def _settings(self, search: rules.Search) -> dict[str, Any]:
+        values = {"data": self.request.data, "n": search.images, "classifier_steps": search.steps}
+        return values | {"precision": "auto"} | rules.candidates(self._guided())
 
     def _prior(self, index: int, length: int) -> dict[str, Any]:
         shape = rules.PRIORS[index]

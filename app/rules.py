@@ -151,18 +151,55 @@ class Time:
     tokenizer: float
     encoding: float
     prior: float
+    settings: float
     drawing: float
 
 
-def share_time(total: float, encoding: float, most: float) -> Time | None:
-    """Divide `total` seconds; None where encoding and drawing leave less than half of them.
+def share_time(total: float, encoding: float, most: float, settings: float = 0.0) -> Time | None:
+    """Divide `total` seconds; None where encoding, `settings` and drawing leave less than half of them.
 
     Drawing and the report get a twentieth within `DRAWING`. Of the rest the prior gets half, but no more than `most`
     seconds, and the tokenizer what is left.
     """
     drawing = min(max(DRAWING[0], total / 20), DRAWING[1])
-    rest = total - encoding - drawing
+    rest = total - encoding - settings - drawing
     if rest < total / 2:
         return None
     prior = min(rest / 2, most)
-    return Time(rest - prior, encoding, prior, drawing)
+    return Time(rest - prior, encoding, prior, settings, drawing)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search of sampling settings, see `vqgen-eval settings`."""
+
+    seconds: float
+    images: int
+    """Drawn with each candidate."""
+    steps: int
+    """Of the classifier that judges them."""
+
+
+SEARCH = 300.0
+"""Most seconds of a search, which gets a twentieth of the time: a quarter for the classifier, half for drawing."""
+LEAST_HELDOUT = 5
+"""Held-out images of the rarest class below which samples of it cannot be compared with them."""
+
+
+def candidates(guided: bool) -> dict[str, list[float]]:
+    """Values of the settings that are tried, all combined."""
+    if guided:
+        return {"guidance_scale": [1.0, 2.0, 3.0], "min_p": [0.05, 0.1]}
+    return {"temperature": [0.9, 1.0], "guidance_scale": [1.0], "min_p": [0.0, 0.05, 0.1]}
+
+
+def search(total: float, step: float, drawn: float, guided: bool, classes: int) -> Search | None:
+    """A search in a twentieth of `total` seconds; None where it would be too short to tell candidates apart.
+
+    Args:
+        step: seconds of a step of the tokenizer; one of the classifier took 0.1 to 0.9 of it.
+        drawn: images a second.
+    """
+    seconds, count = min(total / 20, SEARCH), math.prod(map(len, candidates(guided).values()))
+    steps, images = min(600, int(seconds / 4 / step)), min(500, int(seconds / 2 * drawn / count))
+    return Search(seconds, images, steps) if steps >= 100 and images >= max(60, 6 * classes) else None

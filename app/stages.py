@@ -1,4 +1,4 @@
-"""The four stages from images to new images, each a program that is called with the words of its command line."""
+"""The stages from images to new images, each a program that is called with the words of its command line."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 from vqgen.config import parse
 from vqgen.errors import UsageError
+from vqgen.evaluation.tasks.options import SettingsConfig
 from vqgen.files import is_file, read_json
 from vqgen.options import Options
 from vqgen.prior.options import GENERATION
@@ -33,9 +34,9 @@ class Stage:
         except UsageError as error:
             raise UsageError(f"{self.program}: {error}") from error
 
-    def __call__(self, words: Sequence[str], number: int) -> None:
-        """Announce and run the stage."""
-        print(f"\n[{number}/{len(STAGES)}] {self.title}", file=sys.stderr, flush=True)
+    def __call__(self, words: Sequence[str], place: str) -> None:
+        """Announce and run the stage; `place` is its number and theirs, as 2/5."""
+        print(f"\n[{place}] {self.title}", file=sys.stderr, flush=True)
         from vqgen.devices import release_memory
 
         self.run(self.parsed(words))
@@ -58,6 +59,27 @@ def _train_prior(config: PriorTraining) -> None:
     from vqgen.prior.train import train
 
     train(config)
+
+
+def _search(config: SettingsConfig) -> None:
+    from vqgen.evaluation.program import settings
+
+    if settings_are_found(config.model):
+        print(f"{config.model} recommends the settings that were found for it already", file=sys.stderr)
+        return
+    settings(config)
+
+
+def settings_are_found(prior: Path) -> bool:
+    """Return whether `prior` recommends settings, and holds the receipt of their search with its weights."""
+    receipt, fingerprint = prior / RECEIPT, read_json(prior / "vqgen.json").get("fingerprint")
+    found = read_json(receipt).get("fingerprints") if is_file(receipt) and is_file(prior / GENERATION) else None
+    return isinstance(found, dict) and found.get("prior") == fingerprint is not None
+
+
+def settings_given(words: Sequence[str]) -> bool:
+    """Return whether words of vqgen-sample set how codes are drawn, so that no search is wanted."""
+    return bool(STAGES["samples"].parsed(words).given_settings)
 
 
 def _draw(config: SampleConfig) -> None:
@@ -100,9 +122,12 @@ STAGES = {
         PriorTraining,
         _train_prior,
     ),
+    "settings": Stage("search the settings that images are drawn with", "vqgen-eval settings", SettingsConfig, _search),
     "samples": Stage("draw new images", "vqgen-sample", SampleConfig, _draw),
 }
-"""In order; each writes the folder of its name, and reads those before it."""
+"""In order; each writes the folder of its name, `settings` into that of the prior, and reads those before it."""
+RECEIPT = "settings.json"
+"""Receipt of the search in the prior's folder."""
 
 
 def outdated(samples: Path, prior: Path) -> bool:
@@ -112,6 +137,8 @@ def outdated(samples: Path, prior: Path) -> bool:
 
 def folders(output: Path, name: str, overwrite: bool) -> list[str]:
     """The words of a stage that name what it reads and writes in `output`."""
+    if name == "settings":
+        return ["--model", str(output / "prior"), "--output", str(output / "prior" / RECEIPT)]
     reads = {"codes": ("--tokenizer", "tokenizer"), "prior": ("--codes", "codes"), "samples": ("--model", "prior")}
     words = ["--output", str(output / name), *["--overwrite"] * overwrite]
     if name in reads:

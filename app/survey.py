@@ -21,6 +21,8 @@ class Survey:
     train: int
     """Images to train on."""
     heldout: int
+    rarest: int
+    """Held-out images of the class that has the fewest; 0 without classes."""
     test: int
     classes: int
     captions: int
@@ -47,6 +49,7 @@ def look(data: str, text_column: str | None) -> Survey:
     return Survey(
         train=len(train),
         heldout=len(heldout),
+        rarest=min((int((heldout.labels == label).sum()) for label in range(len(train.class_names or []))), default=0),
         test=train.test_images,
         classes=len(train.class_names or []),
         captions=sum(map(bool, train.captions or [])),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RESERVED = {"data", "output", "overwrite", "config", "size", "channels", "text-column", "perceptual-weights"}
 RESERVED |= {"codes", "tokenizer", "model", "minutes", "threads"}
 """Options of the stages that vqgen-train sets, by its own options or by its folders."""
+GIVEN = ("tokenizer", "codes", "prior", "samples")
+"""Stages whose options can be given, by an option of the stage's name."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class TrainConfig(Options):
                 raise UsageError(f"--size: found {' '.join(map(str, self.size))}, expected height and width")
         if self.channels == 2:
             raise UsageError("--channels: found 2, expected 1 or 3")
-        for name in ("tokenizer", "codes", "prior", "samples"):
+        for name in GIVEN:
             for word in getattr(self, name):
                 key = word.partition("=")[0].replace("_", "-").removeprefix("no-")
                 if not re.fullmatch("[a-z][a-z0-9-]*", key):
@@ -86,7 +88,7 @@ class TrainConfig(Options):
         """What the plan depends on."""
         from .plan import Request
 
-        words = {n: [f"--{word}" for word in getattr(self, n)] for n in ("tokenizer", "codes", "prior", "samples")}
+        words = {n: [f"--{word}" for word in getattr(self, n)] for n in GIVEN}
         weights = self.perceptual_weights
         data = str(Path(self.data)) if Path(self.data).exists() else self.data
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
@@ -97,7 +99,7 @@ def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> 
     from .plan import file_of
     from .stages import folders
 
-    given: list[str] = getattr(plan.request, name)
+    given: list[str] = getattr(plan.request, name) if name in GIVEN else []
     words = ["--config", str(file_of(output, name)), *folders(output, name, overwrite)]
     budget = {"tokenizer": plan.tokenizer_minutes, "prior": plan.prior_minutes or plan.planned_prior_minutes}
     own = {"--steps", "--epochs"} & {word.partition("=")[0] for word in given}
@@ -133,8 +135,8 @@ def made_or_found(config: TrainConfig) -> "Plan":
     from .stages import STAGES
 
     output, request = config.output, config.request()
-    for name, stage in STAGES.items():
-        check_words(stage.config, name, getattr(request, name))
+    for name in GIVEN:
+        check_words(STAGES[name].config, name, getattr(request, name))
     found = None if config.overwrite else saved_plan(output)
     begun = [name for name in STAGES if (output / name).exists()]
     if found and begun:
@@ -143,17 +145,15 @@ def made_or_found(config: TrainConfig) -> "Plan":
         plan = found
     else:
         plan = new_plan(request, config, begun if config.overwrite else [])
-    for name, stage in STAGES.items():  # files of the plan may have been edited
-        stage.parsed(words_of(plan, output, name))
+    for name in plan.expected:  # files of the plan may have been edited
+        STAGES[name].parsed(words_of(plan, output, name))
     plan.save(output)
     return plan
 
 
 def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
     """The plan of a run that has begun, with more time or other options of later stages. Raises `UsageError`."""
-    from .stages import STAGES
-
-    later = {name: getattr(request, name) for name in STAGES if name not in begun}
+    later = {name: getattr(request, name) for name in GIVEN if name not in begun}
     if not (config.output / "samples" / "samples.json").exists():
         later["samples"] = request.samples
     found = replace(found, request=replace(found.request, **later))
@@ -206,22 +206,25 @@ def train(config: TrainConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("accelerate: vqgen-train is one process; launch the command lines that --plan prints")
     from .show import outcome, text_of
-    from .stages import STAGES, outdated, write_page
+    from .stages import STAGES, outdated, settings_given, write_page
 
     output = config.output
     check_places(config)
     with locked(output):
         plan = made_or_found(config)
-        print(text_of(plan, {name: words_of(plan, output, name) for name in STAGES}), flush=True)
+        print(text_of(plan, {name: words_of(plan, output, name) for name in plan.expected}), flush=True)
         if config.plan:
             return
-        for number, (name, stage) in enumerate(STAGES.items(), 1):
+        for number, name in enumerate(plan.expected, 1):
+            if name == "settings" and settings_given(plan.request.samples):
+                print("settings are not searched, as --samples gives them", file=sys.stderr)
+                continue
             if name == "prior" and plan.prior_minutes is None:
                 plan = plan.settled()
                 plan.save(output)  # a killed run keeps its steps
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
             with recorded(plan, output, name):
-                stage(words_of(plan, output, name, remove), number)
+                STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.expected)}")
         page = write_page(output)
     print(f"\n{outcome(plan)}\nLook at {output / 'samples' / 'grid.png'}, and at all of it in {page}")
 

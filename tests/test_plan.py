@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,12 +23,13 @@ from vqgen.app.survey import Survey, look
 from vqgen.app.trial import Measured, Stage, tried
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
+from vqgen.evaluation.tasks.options import SettingsConfig
 from vqgen.prior.train import PriorTraining
 from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
-PHOTOS = Survey(1000, 50, 0, 0, 0, 480, 640, 480, 3, 0.0)
+PHOTOS = Survey(1000, 50, 0, 0, 0, 0, 480, 640, 480, 3, 0.0)
 REQUEST = Request("photos", None, None, True, None, None, [], [], [], [])
 CPU = Machine("2 CPU threads", False, 8e9)
 
@@ -72,14 +75,15 @@ def test_images_are_not_enlarged() -> None:
     ]
 
 
-@given(st.floats(1, 1e6), st.floats(0, 1e6), st.floats(1e-3, 1e4))
-def test_the_time_is_shared_without_rest(total: float, encoding: float, longest: float) -> None:
-    found = rules.share_time(total, encoding, longest)
+@given(st.floats(1, 1e6), st.floats(0, 1e6), st.floats(1e-3, 1e4), st.floats(0, 300))
+def test_the_time_is_shared_without_rest(total: float, encoding: float, longest: float, search: float) -> None:
+    found = rules.share_time(total, encoding, longest, search)
     if found is None:
         least, most = rules.DRAWING
-        assert encoding + min(max(least, total / 20), most) > total / 2
+        assert encoding + search + min(max(least, total / 20), most) > total / 2
     else:
-        assert found.tokenizer + found.encoding + found.prior + found.drawing == pytest.approx(total)
+        shares = (found.tokenizer, found.encoding, found.prior, found.settings, found.drawing)
+        assert sum(shares) == pytest.approx(total) and found.settings == search
         assert min(found.tokenizer, found.prior) > 0 and found.prior <= found.tokenizer + 1e-6 * total
         assert found.prior <= longest * (1 + 1e-9)
 
@@ -243,6 +247,35 @@ def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, t
     assert found[0] > 1 and found[1:] == [1, 1, 1]
 
 
+def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, trials: list[Stage]) -> None:
+    small = replace(REQUEST, size=[32, 32])
+
+    def found(survey: Survey, minutes: float = 60, request: Request = small) -> Any:
+        (output := tmp_path / "run").mkdir()
+        expected = plan(output, minutes, request, survey)
+        assert sum(each.seconds for each in expected.values()) <= 60 * minutes
+        file, samples = output / "plan" / "settings.yaml", ["--config", str(output / "plan" / "samples.yaml")]
+        fixed = bool(parse(SampleConfig, samples).given_settings)
+        search = ["--config", str(file), "--model", "prior"]
+        config = parse(SettingsConfig, search) if file.exists() else None
+        assert (config is not None) == ("settings" in expected) == (not fixed)
+        shutil.rmtree(output)
+        return config
+
+    classes = replace(PHOTOS, classes=3, heldout=60, rarest=20)
+    config = found(classes)
+    assert len(config.guidance_scale) > 1 and config.n >= 60 and config.classifier_steps >= 100
+    assert found(classes, 600).n > config.n, "more time, more samples"
+    undropped = found(classes, request=replace(small, prior=["--label-dropout=0"]))
+    assert undropped.guidance_scale == [1] and len(undropped.temperature) > 1
+    assert found(classes, 12) is None, "too little time"
+    assert found(PHOTOS) is None, "no classes"
+    assert found(replace(classes, rarest=2)) is None
+    assert found(classes, request=replace(small, samples=["--temperature=0.9"])) is None
+    assert found(classes, request=replace(small, samples=["--n=9"])) is not None
+    assert found(classes, request=replace(small, codes=["--source=grey"])) is None
+
+
 def test_a_plan_without_steps_is_refused(tmp_path: Path, trials: list[Stage]) -> None:
     with pytest.raises(UsageError, match="--minutes"):
         plan(tmp_path, 1.4)
@@ -277,7 +310,11 @@ def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:
     assert longer.prior_minutes == pytest.approx(made.settled().prior_minutes + 10)  # type: ignore[operator]
     assert made.lengthened(30).settled().prior_minutes == pytest.approx(longer.prior_minutes)
     made.save(tmp_path)
-    assert saved_plan(tmp_path) == made
+    assert saved_plan(tmp_path) == made, "also without a search, as a former version made it"
+    searching = {name: found for name, found in expected.items() if name != "samples"}
+    searching |= {"settings": Expected(30.0, 0.0, 0), "samples": expected["samples"]}
+    with_search = replace(made, expected=searching)
+    assert with_search.settled().prior_minutes == pytest.approx(made.settled().prior_minutes - 0.5)
     for changed in ({"rows": []}, {"expected": {}}, {"prior_minutes": -5.0}, {"minutes": -1}):
         record = json.loads((tmp_path / "plan" / "plan.json").read_text())
         (tmp_path / "other" / "plan").mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from processes import tree, weights
 
@@ -15,6 +16,7 @@ from vqgen.app import planner, stages
 from vqgen.app.plan import Plan, saved_plan
 from vqgen.app.train import main, words_of
 from vqgen.app.trial import Measured, Stage
+from vqgen.sampling.settings import read_recommended
 
 TOKENIZER = "steps=3 width=8 groups=4 latent-dim=8 no-attention codebook-size=16 batch-size=8".split()
 TOKENIZER += ["validation-images=16"]
@@ -75,6 +77,61 @@ def test_the_whole_path_from_images_to_images(
     assert result.code == 2 and "--minutes" in result.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_settings_are_searched_and_drawn_with(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = planner.tried
+    monkeypatch.setattr(planner, "tried", lambda stage: dataclasses.replace(measure(stage), drawn=1000.0))
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    file, prior = tmp_path / "plan" / "settings.yaml", tmp_path / "prior"
+    values = yaml.safe_load(file.read_text())
+    assert values["n"] == 500 and "sampling" not in yaml.safe_load((file.parent / "samples.yaml").read_text())
+    values |= {"n": 20, "classifier_steps": 3, "guidance_scale": [1.5], "min_p": [0.1, 0.25]}
+    file.write_text(file.read_text().splitlines()[0] + "\n" + yaml.safe_dump(values))
+    draw = stages.STAGES["samples"]
+
+    def interrupted(_config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.STAGES, "samples", dataclasses.replace(draw, run=interrupted))
+    assert cli(main, *words(tmp_path)).code == 130
+    found = read_recommended(prior)
+    assert found["guidance_scale"] == 1.5 and found["min_p"] in (0.1, 0.25)
+    receipt = json.loads((prior / "settings.json").read_text())
+    assert len(receipt["metrics"]["classifier_accuracy"]) == 2
+    monkeypatch.setitem(stages.STAGES, "samples", draw)
+    before = (prior / "settings.json").stat().st_mtime_ns
+    result = cli(main, *words(tmp_path))
+    assert result.code == 0, result.err
+    assert (prior / "settings.json").stat().st_mtime_ns == before, "it went on"
+    drawn = json.loads((tmp_path / "samples" / "samples.json").read_text())["settings"]
+    assert drawn.items() >= found.items()
+    assert "settings" in (saved_plan(tmp_path) or pytest.fail()).spent
+
+
+def test_given_settings_are_not_searched_again(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = planner.tried
+    monkeypatch.setattr(planner, "tried", lambda stage: dataclasses.replace(measure(stage), drawn=1000.0))
+
+    def reached(_config: Any) -> None:
+        raise AssertionError
+
+    for name in ("tokenizer", "codes", "prior"):
+        monkeypatch.setitem(stages.STAGES, name, dataclasses.replace(stages.STAGES[name], run=lambda _config: None))
+    monkeypatch.setitem(stages.STAGES, "settings", dataclasses.replace(stages.STAGES["settings"], run=reached))
+    monkeypatch.setitem(
+        stages.STAGES, "samples", dataclasses.replace(stages.STAGES["samples"], run=lambda _config: None)
+    )
+    monkeypatch.setattr("vqgen.app.stages.write_page", lambda output: output)
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    assert "settings" in (saved_plan(tmp_path) or pytest.fail()).expected
+    (tmp_path / "tokenizer").mkdir()
+    given = [word if word != "n=4" else "temperature=0.8" for word in words(tmp_path)]
+    assert cli(main, *given).code == 0
 
 
 def test_an_interrupted_overwrite_goes_on_without_it(
@@ -157,8 +214,9 @@ def test_a_plan_is_printed_with_command_lines_and_nothing_else_is_done(
     result = cli(main, *words(tmp_path, "--plan"))
     assert result.code == 0
     lines = [shlex.split(line) for line in result.out.splitlines() if line.startswith("vqgen-")]
-    found = {line[0]: stage for line, stage in zip(lines, stages.STAGES.values())}
-    assert [line[0] for line in lines] == [stage.program for stage in stages.STAGES.values()]
+    planned = [stages.STAGES[name] for name in (saved_plan(tmp_path) or pytest.fail()).expected]
+    found = {line[0]: stage for line, stage in zip(lines, planned)}
+    assert [line[0] for line in lines] == [stage.program for stage in planned]
     for line in lines:
         found[line[0]].parsed(line[1:])
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} <= {"plan", ".vqgen.lock"}
