@@ -259,20 +259,29 @@ class Planner:
             values["text_column"] = self.request.text_column
         return values
 
+    def _prompts(self) -> list[str]:
+        """Captions that samples are drawn of; none where the user says what they are drawn of."""
+        other = ("prompt", "prompt-file", "class", "num-per-class", "init-image", "source-image")
+        return [] if self._given("samples", *other) else list(self.survey.prompts)
+
     def _guided(self) -> bool:
-        """Whether the prior has classes, and learns to do without them."""
-        prior = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"])
-        return self.survey.classes > 0 and prior.objective.label_dropout > 0
+        """Whether samples have classes or captions that the prior learns to do without."""
+        objective = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).objective
+        dropout = objective.text_dropout if self._prompts() else objective.label_dropout
+        return dropout > 0 and bool(self._prompts() or self.survey.classes)
 
     def _samples(self) -> dict[str, Any]:
         sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if self._guided() else {})}
-        return {"n": 64, "sampling": sampling}
+        prompts = self._prompts()
+        return {"n": 64, **({"prompt": prompts} if prompts else {}), "sampling": sampling}
 
     def _unsearched(self) -> str:
         """Why settings of sampling are not searched; nothing where they are, if there is time."""
         survey = self.survey
         if settings_given(self.request.samples):
             return "--samples gives them"
+        if self._prompts():
+            return "samples are drawn of captions"
         if survey.classes < 2:
             return "it takes classes, by which samples are judged"
         if survey.rarest < rules.LEAST_HELDOUT:

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from vqgen.tokenizer.data.sources import Source, open_source
 
 HEADERS, PIXELS = 400, 100
 """Training images, spread evenly, whose sizes are read and that are looked at for colour."""
+PROMPTS, PROMPT_BYTES = 64, 2**15
+"""Most captions that samples are drawn of, and most bytes of them together, as they are listed in a YAML file."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Survey:
     """1 where every image that was looked at is grey."""
     unreadable: float
     """Share of the images that were looked at that are none."""
+    prompts: tuple[str, ...] = ()
+    """The first captions of held-out images, as samples are drawn of them."""
 
 
 def look(data: str, text_column: str | None) -> Survey:
@@ -58,7 +63,15 @@ def look(data: str, text_column: str | None) -> Survey:
         side=round(statistics.median(min(size) for size in sizes)),
         channels=1 if _all_grey(train) else 3,
         unreadable=1 - len(sizes) / len(_spread(train, HEADERS)),
+        prompts=_prompts(heldout),
     )
+
+
+def _prompts(source: Source) -> tuple[str, ...]:
+    """The first captions in order, each once, as many as fit."""
+    found = list(islice(dict.fromkeys(filter(None, source.captions or [])), PROMPTS))
+    lengths = accumulate(len(text.encode()) for text in found)
+    return tuple(text for text, length in zip(found, lengths) if length <= PROMPT_BYTES)
 
 
 def _spread(source: Source, count: int) -> list[int]:

@@ -211,7 +211,7 @@ def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:
     conditioning = Conditioning.for_files(files, config.objective, config.model.order)
     prior = Prior(config.model, conditioning, (files.channels, *files.image_size), files.tokenizer_fingerprint)
     generator = Generator(prior, Tokenizer.load(config.codes / "tokenizer"), _device(), samples.precision)
-    conditions = generator.conditioning.conditions()
+    conditions = generator.conditioning.conditions({"text": samples.prompts})
     settings = generator.settings(samples.given_settings, conditions)
     count, began = min(samples.count(1), samples.batch_size), time.perf_counter()
     generator.draw(range(count), conditions, settings, samples.seed, samples.batch_size)

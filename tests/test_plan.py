@@ -104,7 +104,7 @@ def test_a_survey_finds_sizes_colours_classes_and_captions(tmp_path: Path) -> No
     (tmp_path / "a" / "1.txt").write_text("a grey square")
     found = look(str(tmp_path), "txt")
     assert (found.height, found.width, found.side, found.channels, found.classes) == (40, 50, 40, 1, 2)
-    assert found.train + found.heldout == 41 and found.captions <= 1
+    assert found.train + found.heldout == 41 and found.captions + len(found.prompts) == 1
     assert found.unreadable in (0, pytest.approx(1 / found.train))
     save(tmp_path / "b" / "0.png", Image.new("RGB", (50, 40), (200, 0, 0)))
     for name in "2", "4", "6":
@@ -239,12 +239,24 @@ def test_few_images_are_no_reason_for_few_steps(tmp_path: Path, trials: list[Sta
 def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, trials: list[Stage]) -> None:
     found = []
     classes, captions = replace(PHOTOS, classes=3), replace(PHOTOS, captions=900)
-    undropped = replace(REQUEST, prior=["--label-dropout=0"])
-    for survey, request in ((classes, REQUEST), (captions, REQUEST), (PHOTOS, REQUEST), (classes, undropped)):
+    undropped, untold = (replace(REQUEST, prior=[f"--{name}-dropout=0"]) for name in ("label", "text"))
+    prompted = replace(captions, prompts=("a shirt", "no"))
+    given = [(classes, REQUEST), (prompted, REQUEST), (captions, REQUEST), (PHOTOS, REQUEST), (classes, undropped)]
+    for survey, request in [*given, (prompted, untold)]:
         plan(tmp_path, 60, request, survey)
         file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
         found.append(parse(SampleConfig, file).sampling.guidance_scale)
-    assert found[0] > 1 and found[1:] == [1, 1, 1]
+    assert min(found[:2]) > 1 and found[2:] == [1, 1, 1, 1]
+
+
+def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stage]) -> None:
+    survey = replace(PHOTOS, classes=3, rarest=20, captions=900, prompts=("a shirt", "no", "3", "*: 'a'"))
+    file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
+    assert "settings" not in plan(tmp_path, 600, replace(REQUEST, text_column="text", size=[32, 32]), survey)
+    assert parse(SampleConfig, file).prompts == list(survey.prompts)
+    for own in ("--prompt-file=my.txt", "--class=cat"):
+        plan(tmp_path, 600, replace(REQUEST, text_column="text", samples=[own]), survey)
+        assert parse(SampleConfig, file).prompts is None
 
 
 def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, trials: list[Stage]) -> None:
@@ -346,6 +358,20 @@ def test_a_trial_measures_both_trainings() -> None:
     found = tried(replace(stage, prior=words, samples=["--n=3", "--guidance-scale=2"]))
     assert found.step > 0 and found.batch == 4 and found.steps(10) > 0
     assert found.drawn > 0 and found.drawing_memory >= found.memory > 1e8
+
+
+def test_a_trial_draws_of_captions(tmp_path: Path) -> None:
+    for index in range(60):
+        save(tmp_path / f"{index}.png", Image.new("RGB", (16, 16), (4 * index, 0, 0)))
+        (tmp_path / f"{index}.txt").write_text(f"{'dark' if index < 30 else 'light'} red")
+    survey = look(str(tmp_path), "txt")
+    assert set(survey.prompts) <= {"dark red", "light red"} and len(survey.prompts) == len(set(survey.prompts)) > 0
+    words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
+    samples = [f"--prompt={text}" for text in survey.prompts]
+    images = [survey.train, survey.heldout]
+    tokenizer = TINY.replace("--data demo", f"--data {tmp_path}").split()
+    found = tried(Stage(tokenizer, words, [*samples, "--n=3", "--guidance-scale=2"], images, 0, "txt"))
+    assert found is not None and found.drawn > 0
 
 
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,21 @@ def test_settings_are_searched_and_drawn_with(
     assert "settings" in (saved_plan(tmp_path) or pytest.fail()).spent
 
 
+def test_samples_are_drawn_of_captions(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    (data := tmp_path / "data").mkdir()
+    for index in range(60):
+        Image.new("RGB", (32, 32), (4 * index, 0, 0)).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text(f"{index} of 60 reds")
+    given = ["--data", data, "--text-column", "txt"]
+    result = cli(main, *words(tmp_path / "run"), *given)
+    assert result.code == 0, result.err
+    captions = yaml.safe_load((tmp_path / "run" / "plan" / "samples.yaml").read_text())["prompt"]
+    drawn = json.loads((tmp_path / "run" / "samples" / "samples.json").read_text())
+    assert len(captions) == 3 and all(text.endswith(" of 60 reds") for text in captions)
+    assert [image["text"] for image in drawn["images"]] == [*captions, captions[0]]
+    assert drawn["settings"]["guidance_scale"] == 2
+
+
 def test_given_settings_are_not_searched_again(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
