@@ -1,10 +1,11 @@
 """The plan of vqgen-train as it is saved: what was asked for, the choices with reasons, and what each stage takes."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vqgen.errors import UsageError, UserError
-from vqgen.files import check_writable, is_file, read_json, read_record, read_text, write_json
+from vqgen.files import check_writable, is_file, read_bytes, read_json, read_record, read_text, write_json
 from vqgen.files.output_folder import OutputFolder
 
 FOLDER = "plan"
@@ -70,6 +71,8 @@ class Plan:
     """Seconds of each stage so far, planning included."""
     replaced: list[str] = field(default_factory=list)
     """Stages of an earlier run that --overwrite has still to remove."""
+    written: dict[str, str] = field(default_factory=dict)
+    """Stage -> sha256 of its configuration as it was planned; none in plans of former versions."""
 
     def __post_init__(self) -> None:
         stages = [name for name in STAGES if name in self.expected or name != OPTIONAL]
@@ -108,6 +111,20 @@ class Plan:
     def save(self, output: Path) -> None:
         """Write the record."""
         write_json(output / FOLDER / RECORD, asdict(self))
+
+
+def written(output: Path) -> dict[str, str]:
+    """Stage -> sha256 of the configuration in the folder of a plan, where there is one."""
+    files = {name: file_of(output, name) for name in STAGES}
+    return {name: hashlib.sha256(read_bytes(file)).hexdigest() for name, file in files.items() if file.exists()}
+
+
+def refuse_edited(plan: Plan, output: Path) -> None:
+    """Raise `UsageError` where a configuration is no longer as it was planned, so that another plan would lose that."""
+    found = written(output)
+    if name := next((name for name, digest in plan.written.items() if found.get(name, digest) != digest), None):
+        text = f"{file_of(output, name)} was edited, and other options make another plan, which replaces it"
+        raise UsageError(f"--output: {text}; give the options of before, another --output, or --overwrite")
 
 
 def _is_ours(path: Path) -> bool:

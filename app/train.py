@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from vqgen.config import command
+from vqgen.config import command, options
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked
@@ -131,7 +131,7 @@ def check_places(config: TrainConfig) -> None:
 
 def made_or_found(config: TrainConfig) -> "Plan":
     """The plan of the folder, made where there is none. Raises `UsageError` where it is another request's."""
-    from .plan import saved_plan
+    from .plan import refuse_edited, saved_plan
     from .stages import STAGES
 
     output, request = config.output, config.request()
@@ -144,9 +144,12 @@ def made_or_found(config: TrainConfig) -> "Plan":
     elif found and (found.request, found.minutes) == (request, config.minutes):
         plan = found
     else:
+        if found:
+            refuse_edited(found, output)
         plan = new_plan(request, config, begun if config.overwrite else [])
     for name in plan.expected:  # files of the plan may have been edited
-        STAGES[name].parsed(words_of(plan, output, name))
+        with explained(name):
+            STAGES[name].parsed(words_of(plan, output, name))
     plan.save(output)
     return plan
 
@@ -171,7 +174,7 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
 def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "Plan":
     """Make a plan, after which the stages `replaced` of an earlier run are removed. Raises `UserError`."""
     from .machine import machine
-    from .plan import FOLDER, RECORD, Plan
+    from .plan import FOLDER, RECORD, STAGES, Plan, file_of, written
     from .planner import Planner
     from .survey import look
 
@@ -183,8 +186,26 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
         share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
         raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=… and --codes max-broken=…")
     (config.output / FOLDER / RECORD).unlink(missing_ok=True)
+    for name in STAGES:
+        file_of(config.output, name).unlink(missing_ok=True)
     rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, config.output).plan()
-    return Plan(request, config.minutes, None, rows, expected, {"plan": time.perf_counter() - began}, replaced)
+    spent = {"plan": time.perf_counter() - began}
+    return Plan(request, config.minutes, None, rows, expected, spent, replaced, written(config.output))
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Add to an error about an option of a stage how it is set here."""
+    from .stages import STAGES
+
+    try:
+        yield
+    except UserError as error:
+        known = {option_name(option.name).removeprefix("--") for option in options(STAGES[name].config)} - RESERVED
+        option = next((key for key in re.findall(r"--([a-z][a-z0-9-]*)", str(error)) if key in known), None)
+        if name not in GIVEN or option is None:
+            raise
+        raise type(error)(f"{error} (in vqgen-train: --{name} {option}=...)") from error
 
 
 @contextmanager
@@ -223,7 +244,7 @@ def train(config: TrainConfig) -> None:
                 plan = plan.settled()
                 plan.save(output)  # a killed run keeps its steps
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
-            with recorded(plan, output, name):
+            with recorded(plan, output, name), explained(name):
                 STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.expected)}")
         page = write_page(output)
     print(f"\n{outcome(plan)}\nLook at {output / 'samples' / 'grid.png'}, and at all of it in {page}")

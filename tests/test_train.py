@@ -16,6 +16,7 @@ from vqgen.app import planner, stages
 from vqgen.app.plan import Plan, saved_plan
 from vqgen.app.train import main, words_of
 from vqgen.app.trial import Measured, Stage
+from vqgen.errors import UserError
 from vqgen.sampling.settings import read_recommended
 
 TOKENIZER = "steps=3 width=8 groups=4 latent-dim=8 no-attention codebook-size=16 batch-size=8".split()
@@ -248,6 +249,33 @@ def test_a_file_of_the_plan_may_be_edited_before_its_stage(
     file = tmp_path / "plan" / "prior.yaml"
     file.write_text(file.read_text().replace("patience: 5", "patience: 3"))
     assert stages.STAGES["prior"].parsed(words_of(plan, tmp_path, "prior")).patience == 3
+    # Another request would replace it.
+    edited, count = file.read_text(), len(trials)
+    for further in (["--size", 64], ["--minutes", 30]):
+        result = cli(main, *words(tmp_path, "--plan", *further))
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert str(file) in result.err and "--overwrite" in result.err
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    assert file.read_text() == edited and len(trials) == count
+    assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0
+    assert "patience: 5" in file.read_text()
+
+
+def test_an_error_of_a_stage_says_how_to_set_its_option(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_config: Any) -> None:
+        raise UserError("--validation-images: found 16, expected more")
+
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    file = tmp_path / "plan" / "prior.yaml"
+    file.write_text(file.read_text().replace("patience: 5", "patience: -5"))
+    result = cli(main, *words(tmp_path))
+    assert result.code == 2 and "--prior patience=" in result.err and result.err.count("\n") == 1
+    file.write_text(file.read_text().replace("patience: -5", "patience: 5"))
+    monkeypatch.setitem(stages.STAGES, "tokenizer", dataclasses.replace(stages.STAGES["tokenizer"], run=failing))
+    result = cli(main, *words(tmp_path))
+    assert result.code == 1 and "--tokenizer validation-images=" in result.err
 
 
 def test_a_budget_is_left_to_who_gives_another(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
