@@ -155,7 +155,7 @@ class Planner:
             found = prior.measured
             least = rules.least_prior_steps(length)
             passes = rules.MOST_EPOCHS * survey.train / found.batch
-            search = self._search(tokenizer.measured.step, found.drawn, size)
+            search = self._search(tokenizer.measured.judged, found.drawn)
             searching = search.seconds if search else 0.0
             shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step, searching)
             if shares is None:
@@ -288,9 +288,9 @@ class Planner:
             return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
         return "--codes gives a source" if self._given("codes", "source", "source-data") else ""
 
-    def _search(self, step: float, drawn: float, size: list[int]) -> rules.Search | None:
-        """How settings of sampling are searched; None where they are not."""
-        if self._unsearched() or min(size) < 16:  # the classifier's poolings
+    def _search(self, step: float, drawn: float) -> rules.Search | None:
+        """How settings of sampling are searched; None where they are not, also where no classifier was tried."""
+        if self._unsearched() or not step:
             return None
         return rules.search(self.seconds, step, drawn, self._guided(), self.survey.classes)
 

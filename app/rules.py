@@ -197,7 +197,7 @@ def search(total: float, step: float, drawn: float, guided: bool, classes: int) 
     """A search in a twentieth of `total` seconds; None where it would be too short to tell candidates apart.
 
     Args:
-        step: seconds of a step of the tokenizer; one of the classifier took 0.1 to 0.9 of it.
+        step: seconds of a step of the classifier.
         drawn: images a second.
     """
     seconds, count = min(total / 20, SEARCH), math.prod(map(len, candidates(guided).values()))

@@ -23,11 +23,14 @@ from vqgen.sampling.sample import SampleConfig
 
 if TYPE_CHECKING:
     from vqgen.prior.train import PriorTraining
+    from vqgen.tokenizer.train import TokenizerTraining
 
 STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
 OUT_OF_MEMORY = 77
 """Exit code of a trial that needed more memory than there is."""
+SMALLEST = 16
+"""Shorter side of the images that the classifier takes."""
 MOST_IMAGES = 4096
 """Most images of made-up codes that a prior is tried on."""
 
@@ -66,6 +69,8 @@ class Measured:
     """Bytes that its process keeps when the training has ended, for libraries and their compiled kernels; 0 on CUDA."""
     encoded: float = 0.0
     """Images that the tokenizer encodes in a second; 0 for a prior."""
+    judged: float = 0.0
+    """Seconds of a step of the classifier that judges samples; 0 for a prior, and without classes."""
     drawn: float = 0.0
     """Images that are drawn in a second; 0 for a tokenizer."""
     drawing_memory: float = 0.0
@@ -146,7 +151,8 @@ def _tokenizer(stage: Stage) -> Measured:
 
     config = parse(TokenizerTraining, stage.tokenizer)
     found = _training(config, build)
-    return replace(found, encoded=_encoding_rate(config))
+    judged = _judging_step(config, stage.classes) if stage.classes and min(config.images.size) >= SMALLEST else 0.0
+    return replace(found, encoded=_encoding_rate(config), judged=judged)
 
 
 def _prior(stage: Stage, codes: Path) -> Measured:
@@ -197,6 +203,27 @@ def _encoding_rate(config) -> float:
         model.encode(images).cpu()  # waits for the device
         rates.append(len(images) / (time.perf_counter() - began))
     return max(rates)
+
+
+def _judging_step(config: "TokenizerTraining", classes: int) -> float:
+    """Seconds of a step of a classifier of images of this size, as `vqgen-eval settings` trains one."""
+    import torch
+    import torch.nn.functional as F
+
+    from vqgen.evaluation.classifier import Classifier, ClassifierConfig
+    from vqgen.evaluation.tasks.options import SettingsConfig
+
+    images = torch.zeros(SettingsConfig.batch_size, config.images.channels, *config.images.size, device=_device())
+    names = [str(index) for index in range(classes)]
+    model = Classifier(ClassifierConfig(config.images.size, config.images.channels, names)).to(_device())
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.long, device=_device()))
+        loss.backward()
+        loss.item()  # waits for the device
+        taken.append(time.perf_counter() - began)
+    return max(taken[1:])
 
 
 def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:

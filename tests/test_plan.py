@@ -133,7 +133,9 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
         if not stage.prior:
             pixels = math.prod(tokenizer.images.size) * tokenizer.run.batch_size
             memory = 4e9 * pixels / 2**16 / tokenizer.run.accumulate
-            return Measured(1.0, pixels / 1e5, 5.0, tokenizer.run.batch_size, 8, memory, 1e8, encoded=200.0)
+            return Measured(
+                1.0, pixels / 1e5, 5.0, tokenizer.run.batch_size, 8, memory, 1e8, encoded=200.0, judged=pixels / 1e5
+            )
         prior = parse(PriorTraining, [*stage.prior, "--codes", "codes"])
         weights = 12 * prior.model.dim**2 * prior.model.layers
         made = Measured(1.0, weights * 64 / 1e8, 1.0, prior.run.batch_size, 20, 1e9, 0.0)
@@ -352,7 +354,7 @@ TINY += "--no-attention --codebook-size 16 --batch-size 8 --validation-images 16
 def test_a_trial_measures_both_trainings() -> None:
     stage = Stage(TINY.split(), [], [], [100, 16], 10, None)
     found = tried(stage)
-    assert found.step > 0 and found.encoded > 0 and found.batch == 8
+    assert found.step > 0 and found.encoded > 0 and found.judged > 0 and found.batch == 8
     assert found.memory > 1e8 and 0 < found.kept < found.memory
     words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
     found = tried(replace(stage, prior=words, samples=["--n=3", "--guidance-scale=2"]))

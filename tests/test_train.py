@@ -33,7 +33,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
     def measure(stage: Stage) -> Measured:
         found.append(stage)
         made = Measured(1.0, 0.1, 1.0, 8, 8, 1e9, 1e8)
-        further = {"drawn": 10.0, "drawing_memory": 1.2e9} if stage.prior else {"encoded": 1000.0}
+        further = {"drawn": 10.0, "drawing_memory": 1.2e9} if stage.prior else {"encoded": 1000.0, "judged": 0.1}
         return dataclasses.replace(made, **further)
 
     monkeypatch.setattr(planner, "tried", measure)
