@@ -212,14 +212,13 @@ class Planner:
         model = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).model
         text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
-        if not self._unsearched() and not draft.search:
-            self._say("settings", "not searched", "the time is too short for it")
-        elif found := draft.search:
+        if found := draft.search:
             tried = math.prod(map(len, rules.candidates(self._guided()).values()))
             text = f"the best of {tried} on held-out images, {found.images} samples of each"
             self._say("settings", text, f"by a classifier of {found.steps} steps")
         else:
-            self._say("settings", "not searched", self._unsearched())
+            short = "the time is too short" if draft.tokenizer.measured.judged else "it takes 16 pixels a side"
+            self._say("settings", "not searched", self._unsearched() or short)
 
     def _words(self, stage: str) -> list[str]:
         """The configuration of a stage, with what the user has set."""
