@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import parse
-from vqgen.config_layers import find_preset
 from vqgen.errors import UsageError, UserError
-from vqgen.files import write_text
-from vqgen.files.yaml_text import dump_yaml, parse_yaml
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
 from . import rules
+from .configurations import Configurations, merged
 from .machine import Machine
-from .plan import HEADING, TRIAL, Expected, Request, Row, file_of
-from .stages import settings_given
+from .plan import TRIAL, Expected, Request, Row
 from .survey import Survey
 from .trial import Measured, Stage, tried
 
@@ -26,22 +23,10 @@ LEAST = 20
 """Fewest steps of a training that are planned at all."""
 MEMORY = 0.8
 """Share of the free memory that a stage may take."""
-CACHE_MB = 2048
-"""Decoded images that are kept in memory."""
 
 
 class TooSlow(UsageError):
     """Raised where images of a size leave too little time; the message is the reason."""
-
-
-def merged(*trees: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one; the later wins."""
-    found: dict[str, Any] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            former = found.get(key)
-            found[key] = merged(former, value) if isinstance(former, dict) and isinstance(value, dict) else value
-    return found
 
 
 @dataclass(frozen=True)
@@ -96,6 +81,7 @@ class Planner:
 
     def __init__(self, request: Request, survey: Survey, machine: Machine, deadline: float, output: Path) -> None:
         self.request, self.survey, self.machine, self.deadline, self.output = request, survey, machine, deadline, output
+        self.stages = Configurations(request, survey, machine, output)
         self.rows: list[Row] = []
         self.too_long = math.inf
         """Codes of an image of which the prior has too few steps, whatever the size of the image."""
@@ -138,20 +124,20 @@ class Planner:
             raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor} pixels")
         survey = self.survey
         tokens = survey.train * length
-        tokenizer = self._fitting("tokenizer", self._tokenizer(size, factor, tokens))
+        tokenizer = self._fitting("tokenizer", self.stages.tokenizer(size, factor, tokens))
         steps = tokenizer.measured.steps(self.seconds * 0.45)
         self._enough("tokenizer", steps, rules.LEAST_STEPS, last)
         if (seen := steps * tokenizer.measured.batch * length) < tokens:
             fewer = {"quantizer": {"codebook_size": rules.codebook_size(seen)}}
             tokenizer = replace(tokenizer, values=merged(tokenizer.values, fewer))
-            self._write("tokenizer", tokenizer.values)
+            self.stages.write("tokenizer", tokenizer.values)
         views = rules.views(survey.train)
         while (encoding := self._encoding(tokenizer.measured, views)) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
-        self._write("codes", self._codes(views))
+        self.stages.write("codes", self.stages.codes(views))
         index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
-            prior = self._fitting("prior", self._prior(index, length), tokenizer.measured.kept)
+            prior = self._fitting("prior", self.stages.prior(index, length), tokenizer.measured.kept)
             found = prior.measured
             least = rules.least_prior_steps(length)
             passes = rules.MOST_EPOCHS * survey.train / found.batch
@@ -163,16 +149,19 @@ class Planner:
                 text = f"encoding the images takes about {encoding / 60:.1f} min"
                 raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed / 60:.0f} or more")
             steps = max(found.steps(shares.prior), 0)
-            if rules.affordable(index, steps * found.batch * length) or self._given("prior", "dim", "layers"):
+            if rules.affordable(index, steps * found.batch * length) or self.stages.given("prior", "dim", "layers"):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index -= 1
         if steps < least:
             self.too_long = length
         self._enough("prior", steps, least, last)
+        dropout = {"model": {"dropout": rules.dropout(steps * found.batch / survey.train)}}
+        prior = replace(prior, values=merged(prior.values, dropout))
+        self.stages.write("prior", prior.values)
         if search:
-            self._write("settings", self._settings(search))
-            self._write("samples", {"n": 64})
+            self.stages.write("settings", self.stages.settings(search))
+            self.stages.write("samples", {"n": 64})
         return Draft(size, shares, tokenizer, prior, search, why, reason)
 
     def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
@@ -183,10 +172,6 @@ class Planner:
     def _say(self, name: str, choice: str, why: str = "") -> None:
         self.rows.append(Row(name, choice, why))
 
-    def _write(self, stage: str, values: dict[str, Any]) -> None:
-        heading = f"{HEADING} for {self.request.data!r}; change it before the stage begins.\n"
-        write_text(file_of(self.output, stage), heading + dump_yaml(values))
-
     def _describe(self, draft: Draft) -> None:
         """Put the choices into words."""
         s, flips = self.survey, self.request.flip
@@ -195,7 +180,7 @@ class Planner:
         what = ", ".join([f"{s.train:,} to train on, {s.heldout:,} held out, {s.test:,} for tests", *labels])
         self._say("images", what, f"median {s.height}x{s.width} pixels{broken}")
         self._say("machine", self.machine.name, f"{self.machine.memory / 1e9:.1f} GB free")
-        tokenizer = parse(TokenizerTraining, self._words("tokenizer"))
+        tokenizer = parse(TokenizerTraining, self.stages.words("tokenizer"))
         (height, width), factor = tokenizer.images.size, tokenizer.model.factor
         self._say("size", f"{height}x{width} pixels, {tokenizer.images.channels} channels", draft.why_size)
         rows, columns = height // factor, width // factor
@@ -206,113 +191,31 @@ class Planner:
             losses = "squared error alone; --perceptual-weights gives sharper pictures"
         preset = rules.TOKENIZERS[rules.image_side(min(draft.size))]
         self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
-        codes = parse(TokenizeConfig, self._words("codes"))
+        codes = parse(TokenizeConfig, self.stages.words("codes"))
         if codes.views > 1:
             self._say("views", f"{codes.views} of each image", f"{'flips and ' * flips}crops, against overfitting")
-        model = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).model
+        model = parse(PriorTraining, [*self.stages.words("prior"), "--codes", "codes"]).model
         text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
         if found := draft.search:
-            tried = math.prod(map(len, rules.candidates(self._guided()).values()))
+            tried = math.prod(map(len, rules.candidates(self.stages.guided()).values()))
             text = f"the best of {tried} on held-out images, {found.images} samples of each"
             self._say("settings", text, f"by a classifier of {found.steps} steps")
         else:
             short = "the time is too short" if draft.tokenizer.measured.judged else "it takes 16 pixels a side"
-            self._say("settings", "not searched", self._unsearched() or short)
+            self._say("settings", "not searched", self.stages.unsearched() or short)
 
-    def _words(self, stage: str) -> list[str]:
-        """The configuration of a stage, with what the user has set."""
-        return ["--config", str(file_of(self.output, stage)), *getattr(self.request, stage)]
-
-    # ---- the configurations ----
-
-    def _tokenizer(self, size: list[int], factor: int, tokens: int) -> dict[str, Any]:
-        request, survey, side = self.request, self.survey, rules.image_side(min(size))
-        images: dict[str, Any] = {"size": size, "channels": request.channels or survey.channels}
-        images |= {"flip": request.flip, "random_crop": 0.1, "cache_mb": CACHE_MB}
-        changed: dict[str, Any] = {
-            "data": request.data,
-            "images": images,
-            "model": rules.network(factor, side, self.machine.cuda),
-            "quantizer": {"codebook_size": rules.codebook_size(tokens)},
-            "loss": {"perceptual_weights": request.perceptual_weights},
-        }
-        if not request.perceptual_weights:
-            changed = merged(changed, {"loss": {"perceptual_weight": 0.0}, "gan": {"gan_weight": 0.0}})
-        return merged(parse_yaml(find_preset(rules.TOKENIZERS[side])[1]), changed)
+    # ---- trials ----
 
     def _encoding(self, tokenizer: Measured, views: int) -> float:
         """Seconds that encoding takes."""
         return 5 + (self.survey.train * views + self.survey.heldout + self.survey.test) / tokenizer.encoded
 
-    def _given(self, stage: str, *names: str) -> bool:
-        """Whether the user has set one of these options of a stage."""
-        given = {word.partition("=")[0].replace("_", "-") for word in getattr(self.request, stage)}
-        return bool(given & {f"--{name}" for name in names})
-
-    def _codes(self, views: int) -> dict[str, Any]:
-        values: dict[str, Any] = {"data": self.request.data, "views": views}
-        if views > 1 and "--views=1" not in self.request.codes:  # a single view is not augmented
-            values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
-        if self.request.text_column:
-            values["text_column"] = self.request.text_column
-        return values
-
-    def _prompts(self) -> list[str]:
-        """Captions that samples are drawn of; none where the user says what they are drawn of."""
-        other = ("prompt", "prompt-file", "class", "num-per-class", "init-image", "source-image")
-        return [] if self._given("samples", *other) else list(self.survey.prompts)
-
-    def _guided(self) -> bool:
-        """Whether samples have classes or captions that the prior learns to do without."""
-        objective = parse(PriorTraining, [*self._words("prior"), "--codes", "codes"]).objective
-        dropout = objective.text_dropout if self._prompts() else objective.label_dropout
-        return dropout > 0 and bool(self._prompts() or self.survey.classes)
-
-    def _samples(self) -> dict[str, Any]:
-        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if self._guided() else {})}
-        prompts = self._prompts()
-        return {"n": 64, **({"prompt": prompts} if prompts else {}), "sampling": sampling}
-
-    def _unsearched(self) -> str:
-        """Why settings of sampling are not searched; nothing where they are, if there is time."""
-        survey = self.survey
-        if settings_given(self.request.samples):
-            return "--samples gives them"
-        if self._prompts():
-            return "samples are drawn of captions"
-        if survey.classes < 2:
-            return "it takes classes, by which samples are judged"
-        if survey.rarest < rules.LEAST_HELDOUT:
-            return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
-        return "--codes gives a source" if self._given("codes", "source", "source-data") else ""
-
     def _search(self, step: float, drawn: float) -> rules.Search | None:
         """How settings of sampling are searched; None where they are not, also where no classifier was tried."""
-        if self._unsearched() or not step:
+        if self.stages.unsearched() or not step:
             return None
-        return rules.search(self.seconds, step, drawn, self._guided(), self.survey.classes)
-
-    def _settings(self, search: rules.Search) -> dict[str, Any]:
-        values = {"data": self.request.data, "n": search.images, "classifier_steps": search.steps}
-        return values | {"precision": "auto"} | rules.candidates(self._guided())
-
-    def _prior(self, index: int, length: int) -> dict[str, Any]:
-        shape = rules.PRIORS[index]
-        values = {
-            "model": {"dropout": rules.dropout(self.survey.train)},
-            "optimizer": {"lr_warmup": 200, "weight_decay": 0.1, "ema_decay": 0.999},
-            "run": {
-                "steps": 5000,
-                "batch_size": rules.prior_batch(length, self.machine.cuda),
-                "validate_every": 250,
-                "checkpoint_every": 250,
-            },
-            "patience": 5,
-        }
-        return merged(shape.values(), values)
-
-    # ---- trials ----
+        return rules.search(self.seconds, step, drawn, self.stages.guided(), self.survey.classes)
 
     def _fitting(self, stage: str, values: dict[str, Any], kept: float = 0.0) -> Tried:
         """Write and try the configuration of a stage, its steps in more parts until it fits into the memory.
@@ -321,7 +224,7 @@ class Planner:
         """
         memory = MEMORY * self.machine.memory
         while True:
-            self._write(stage, values)
+            self.stages.write(stage, values)
             found, (batch, parts) = tried(self._trial(stage)), self._batch(stage)
             if found and (found := found.after(kept)).memory <= memory:
                 return Tried(values, found)
@@ -335,13 +238,13 @@ class Planner:
     def _batch(self, stage: str) -> tuple[int, int]:
         """Batch size of a training, and the parts it is split into."""
         codes = ["--codes", "codes"] if stage == "prior" else []
-        run = parse(PriorTraining if stage == "prior" else TokenizerTraining, [*self._words(stage), *codes]).run
+        run = parse(PriorTraining if stage == "prior" else TokenizerTraining, [*self.stages.words(stage), *codes]).run
         return run.batch_size, run.accumulate
 
     def _trial(self, stage: str) -> Stage:
         request, survey = self.request, self.survey
         images, prior, samples = [survey.train, max(survey.heldout, 1)], [], []
         if stage == "prior":
-            self._write("samples", self._samples())
-            prior, samples = self._words("prior"), self._words("samples")
-        return Stage(self._words("tokenizer"), prior, samples, images, survey.classes, request.text_column)
+            self.stages.write("samples", self.stages.samples())
+            prior, samples = self.stages.words("prior"), self.stages.words("samples")
+        return Stage(self.stages.words("tokenizer"), prior, samples, images, survey.classes, request.text_column)

@@ -216,6 +216,17 @@ def test_few_images_get_more_views_and_dropout_than_many(tmp_path: Path, trials:
     assert large.model.dim > prior.model.dim
 
 
+def test_the_more_passes_the_more_dropout(tmp_path: Path, trials: list[Stage]) -> None:
+    found = []
+    for minutes in (20, 200, 6000):
+        expected = plan(tmp_path, minutes, survey=replace(PHOTOS, train=15_000))
+        prior = read(tmp_path)[2]
+        passes = expected["prior"].steps * prior.run.batch_size / 15_000
+        assert prior.model.dropout == rules.dropout(passes)
+        found.append(prior.model.dropout)
+    assert found == sorted(found) and found[0] == 0 < found[1] < found[2] == rules.MOST_DROPOUT
+
+
 def test_fewer_views_are_encoded_where_that_takes_long(tmp_path: Path, trials: list[Stage]) -> None:
     seen = []
     for minutes in (12, 30, 600):

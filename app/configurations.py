@@ -1,0 +1,131 @@
+"""The configurations of a plan's stages: what the rules choose, and what the user has set, as files of plan/."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqgen.config import parse
+from vqgen.config_layers import find_preset
+from vqgen.files import write_text
+from vqgen.files.yaml_text import dump_yaml, parse_yaml
+from vqgen.prior.train import PriorTraining
+
+from . import rules
+from .machine import Machine
+from .plan import HEADING, Request, file_of
+from .stages import settings_given
+from .survey import Survey
+
+CACHE_MB = 2048
+"""Decoded images that are kept in memory."""
+
+
+def merged(*trees: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; the later wins."""
+    found: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            former = found.get(key)
+            found[key] = merged(former, value) if isinstance(former, dict) and isinstance(value, dict) else value
+    return found
+
+
+@dataclass(frozen=True)
+class Configurations:
+    """Makes the configuration of each stage, and writes it."""
+
+    request: Request
+    survey: Survey
+    machine: Machine
+    output: Path
+    """Folder that has plan/."""
+
+    def write(self, stage: str, values: dict[str, Any]) -> None:
+        """Write the file of a stage."""
+        heading = f"{HEADING} for {self.request.data!r}; change it before the stage begins.\n"
+        write_text(file_of(self.output, stage), heading + dump_yaml(values))
+
+    def words(self, stage: str) -> list[str]:
+        """The configuration of a stage, with what the user has set."""
+        return ["--config", str(file_of(self.output, stage)), *getattr(self.request, stage)]
+
+    def tokenizer(self, size: list[int], factor: int, tokens: int) -> dict[str, Any]:
+        """Of the tokenizer, for images of this size and so many codes of the training images."""
+        request, survey, side = self.request, self.survey, rules.image_side(min(size))
+        images: dict[str, Any] = {"size": size, "channels": request.channels or survey.channels}
+        images |= {"flip": request.flip, "random_crop": 0.1, "cache_mb": CACHE_MB}
+        changed: dict[str, Any] = {
+            "data": request.data,
+            "images": images,
+            "model": rules.network(factor, side, self.machine.cuda),
+            "quantizer": {"codebook_size": rules.codebook_size(tokens)},
+            "loss": {"perceptual_weights": request.perceptual_weights},
+        }
+        if not request.perceptual_weights:
+            changed = merged(changed, {"loss": {"perceptual_weight": 0.0}, "gan": {"gan_weight": 0.0}})
+        return merged(parse_yaml(find_preset(rules.TOKENIZERS[side])[1]), changed)
+
+    def given(self, stage: str, *names: str) -> bool:
+        """Whether the user has set one of these options of a stage."""
+        given = {word.partition("=")[0].replace("_", "-") for word in getattr(self.request, stage)}
+        return bool(given & {f"--{name}" for name in names})
+
+    def codes(self, views: int) -> dict[str, Any]:
+        """Of the encoding."""
+        values: dict[str, Any] = {"data": self.request.data, "views": views}
+        if views > 1 and "--views=1" not in self.request.codes:  # a single view is not augmented
+            values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
+        if self.request.text_column:
+            values["text_column"] = self.request.text_column
+        return values
+
+    def prompts(self) -> list[str]:
+        """Captions that samples are drawn of; none where the user says what they are drawn of."""
+        other = ("prompt", "prompt-file", "class", "num-per-class", "init-image", "source-image")
+        return [] if self.given("samples", *other) else list(self.survey.prompts)
+
+    def guided(self) -> bool:
+        """Whether samples have classes or captions that the prior learns to do without."""
+        objective = parse(PriorTraining, [*self.words("prior"), "--codes", "codes"]).objective
+        dropout = objective.text_dropout if self.prompts() else objective.label_dropout
+        return dropout > 0 and bool(self.prompts() or self.survey.classes)
+
+    def samples(self) -> dict[str, Any]:
+        """Of drawing, where no settings are searched."""
+        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if self.guided() else {})}
+        prompts = self.prompts()
+        return {"n": 64, **({"prompt": prompts} if prompts else {}), "sampling": sampling}
+
+    def unsearched(self) -> str:
+        """Why settings of sampling are not searched; nothing where they are, if there is time."""
+        survey = self.survey
+        if settings_given(self.request.samples):
+            return "--samples gives them"
+        if self.prompts():
+            return "samples are drawn of captions"
+        if survey.classes < 2:
+            return "it takes classes, by which samples are judged"
+        if survey.rarest < rules.LEAST_HELDOUT:
+            return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
+        return "--codes gives a source" if self.given("codes", "source", "source-data") else ""
+
+    def settings(self, search: rules.Search) -> dict[str, Any]:
+        """Of the search of sampling settings."""
+        values = {"data": self.request.data, "n": search.images, "classifier_steps": search.steps}
+        return values | {"precision": "auto"} | rules.candidates(self.guided())
+
+    def prior(self, index: int, length: int) -> dict[str, Any]:
+        """Of the prior with this index in `rules.PRIORS`, for so many codes an image."""
+        shape = rules.PRIORS[index]
+        values = {
+            "model": {"dropout": rules.MOST_DROPOUT},  # in the trial; then by the number of passes
+            "optimizer": {"lr_warmup": 200, "weight_decay": 0.1, "ema_decay": 0.999},
+            "run": {
+                "steps": 5000,
+                "batch_size": rules.prior_batch(length, self.machine.cuda),
+                "validate_every": 250,
+                "checkpoint_every": 250,
+            },
+            "patience": 5,
+        }
+        return merged(shape.values(), values)
