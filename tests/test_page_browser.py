@@ -317,7 +317,16 @@ def test_a_drawn_image_is_taken_on_to_the_editor(visit: Visit) -> None:
     visit.status("^2 of 2 images, on average")
     visit.page.locator(".pictures:visible button[aria-label^=Thumbnail]").nth(1).click()
     taken.click()
-    visit.page.locator("mask-painter canvas").wait_for()
+    canvas = visit.page.locator("mask-painter canvas")
+    playwright.expect(canvas).to_have_attribute("width", "512")
+    shown = visit.page.locator("mask-painter").get_attribute("image")
+    canvas.click()
+    visit.tab("Draw")
+    visit.page.locator(".pictures:visible button[aria-label^=Thumbnail]").nth(0).click()
+    taken.click()
+    playwright.expect(visit.page.locator("mask-painter")).not_to_have_attribute("image", shown)
+    playwright.expect(canvas).to_be_visible()  # the other picture, on which nothing is painted
+    playwright.expect(visit.page.locator("mask-painter .hint")).to_have_text(re.compile("^0 of 256"))
     visit.page.get_by_placeholder("X Y WIDTH HEIGHT").fill("4 4 8 8")
     visit.set("Variations", 1)
     visit.press("Edit")
@@ -336,6 +345,16 @@ def test_translate_and_compare(visit: Visit, photo: bytes) -> None:
     visit.page.keyboard.press("Home")
     clipped = visit.page.locator("before-after .before").evaluate("e => getComputedStyle(e).clipPath")
     assert "100%" in clipped
+    after = visit.page.locator("before-after .after")
+    shown = after.get_attribute("src")
+    visit.set("Seed", 5)
+    visit.press("Translate")
+    playwright.expect(after).not_to_have_attribute("src", shown, timeout=PATIENCE)
+    playwright.expect(visit.page.locator("before-after .before")).to_be_visible()
+    shown = after.get_attribute("src")
+    visit.page.locator(".pictures:visible .thumbnail-lg").nth(1).click()
+    playwright.expect(after).not_to_have_attribute("src", shown)
+    playwright.expect(visit.page.locator("before-after input")).to_be_visible()
 
 
 def test_reconstruct_and_codebook(visit: Visit, photo: bytes) -> None:

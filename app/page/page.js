@@ -2,9 +2,37 @@
    `mask` is the mask as the address of a PNG, white where it is painted; "" where nothing is.
    <before-after before="data:..." after="data:...">: two images behind a slider. */
 
-class MaskPainter extends HTMLElement {
+/* An element that is built from its attributes, and again when they change: Gradio changes an element in place and
+   drops what it does not know in it. */
+class Built extends HTMLElement {
   connectedCallback() {
-    if (this.canvas) return;
+    this.build();
+    this.watch = new MutationObserver((changes) => {
+      if (!this.firstChild || changes.some((change) => change.type === "attributes")) this.build();
+    });
+    this.watch.observe(this, { attributeFilter: this.constructor.needs, childList: true });
+  }
+
+  disconnectedCallback() {
+    this.watch.disconnect();
+  }
+}
+
+class MaskPainter extends Built {
+  static needs = ["image", "cell"];
+
+  constructor() {
+    super();
+    this.addEventListener("click", (event) => {
+      const { tool, act } = event.target.dataset ?? {};
+      if (tool) this.choose(tool);
+      if (act === "clear") { this.cells?.fill(0); this.draw(); }
+    });
+  }
+
+  build() {
+    this.cells = null;
+    this.pressed = false;
     this.innerHTML = `
       <div class="tools" role="toolbar" aria-label="Tools">
         <button type="button" data-tool="brush">Brush</button>
@@ -18,14 +46,10 @@ class MaskPainter extends HTMLElement {
       <p class="hint" aria-live="polite"></p>`;
     this.canvas = this.querySelector("canvas");
     this.size = this.querySelector("input");
-    this.image = new Image();
-    this.image.onload = () => this.begin();
-    this.image.src = this.getAttribute("image");
-    this.addEventListener("click", (event) => {
-      const { tool, act } = event.target.dataset ?? {};
-      if (tool) this.choose(tool);
-      if (act === "clear") { this.cells.fill(0); this.draw(); }
-    });
+    const image = new Image();
+    image.onload = () => { if (image === this.image) this.begin(); };
+    image.src = this.getAttribute("image");
+    this.image = image;
     this.canvas.addEventListener("pointerdown", (event) => this.press(event));
     this.canvas.addEventListener("pointermove", (event) => this.move(event));
     this.canvas.addEventListener("pointerup", () => this.release());
@@ -113,6 +137,7 @@ class MaskPainter extends HTMLElement {
   }
 
   paint(left, top, right, bottom, inside = () => true) {
+    if (!this.cells) return;
     const value = this.tool === "erase" ? 0 : 1;
     for (let y = Math.max(0, top); y <= Math.min(this.rows - 1, bottom); y++)
       for (let x = Math.max(0, left); x <= Math.min(this.columns - 1, right); x++)
@@ -172,9 +197,10 @@ class MaskPainter extends HTMLElement {
   }
 }
 
-class BeforeAfter extends HTMLElement {
-  connectedCallback() {
-    if (this.firstChild) return;
+class BeforeAfter extends Built {
+  static needs = ["before", "after"];
+
+  build() {
     this.innerHTML = `
       <div class="pair"><img class="after" alt="After"><img class="before" alt="Before"></div>
       <label>Before <input type="range" min="0" max="100" value="50" aria-label="Share of the image before"> After</label>`;
