@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from .controls import Results, answer, settings_of
-from .shared import PRIVATE, Page, lines_of, random_seed
+from .shared import PRIVATE, Page, lines_of, prompt_update, random_seed
 
 
 def add(page: Page) -> tuple[Results, gr.Button]:
@@ -54,5 +54,5 @@ def add(page: Page) -> tuple[Results, gr.Button]:
     buttons[0].click(lambda: gr.update(interactive=False), None, onward, **PRIVATE)
     page.draws(buttons, answer(draw, inputs), inputs, results, "draw")
     page.follow_model(classes, lambda m: gr.Dropdown(m.classes, value=[], visible=bool(m.classes)))
-    page.follow_model(prompts, lambda m: gr.Textbox(visible=m.takes_text))
+    page.follow_model(prompts, prompt_update)
     return results, onward

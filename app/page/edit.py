@@ -14,7 +14,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .controls import Results, answer, image_file, settings_of, words_of
 from .models import Loaded
-from .shared import PRIVATE, QUEUED, Page, lines_of
+from .shared import PRIVATE, QUEUED, Page, lines_of, prompt_update
 from .uploads import png_url, read_mask, read_upload
 
 WAYS = FILL, EXTEND, VARY, LOWER = "fill in", "extend", "vary", "lower part"
@@ -138,5 +138,5 @@ def add(page: Page) -> gr.Image:
     )  # fmt: skip
     page.follow_model(about, note)
     page.follow_model(way, first_way)
-    page.follow_model(prompt, lambda m: gr.Textbox(visible=m.takes_text))
+    page.follow_model(prompt, prompt_update)
     return image

@@ -27,6 +27,11 @@ def lines_of(text: str | None) -> list[str] | None:
     return [line for line in (text or "").splitlines() if line.strip()] or None
 
 
+def prompt_update(model: Loaded) -> Any:
+    """What changes of a prompt with the model: where it takes none, none stays in the hidden field."""
+    return gr.Textbox(visible=True) if model.takes_text else gr.Textbox(value="", visible=False)
+
+
 def random_seed() -> int:
     """A seed that a visitor can write down."""
     return random.randrange(10**6)
