@@ -116,7 +116,8 @@ class Page:
 
         begin.click(lambda: gr.update(interactive=False), None, archive, **PRIVATE)
         event = self.runs(begin, function, inputs, [*results.outputs, *further], name, js)
-        event.then(lambda path: gr.update(interactive=bool(path)), archive, archive, **PRIVATE)
+        for ended in (event.success, event.failure):  # after a failure the images before it may still be shown
+            ended(lambda path: gr.update(interactive=bool(path)), archive, archive, **PRIVATE)
         # Not `cancels`: that would leave the drawing under way to its end, and give no archive of what is there.
         stop.click(end, None, None, **PRIVATE)
         return event
