@@ -30,13 +30,15 @@ def add(page: Page) -> None:
                 first = gr.Number(0, label="First code", precision=0, minimum=0, min_width=120)
                 button = gr.Button("Show", variant="primary", min_width=120)
             sheet = gr.Image(
-                label="Codes", format="png", elem_classes="sheet", buttons=["fullscreen"], interactive=False
-            )
+                label="Codes", show_label=False, format="png", elem_classes="sheet", buttons=["fullscreen"],
+                interactive=False,
+            )  # fmt: skip
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
                 code = gr.Number(0, label="Code", precision=0, minimum=0, min_width=120)
                 find = gr.Button("Nearest", min_width=120)
             near = gallery("It and the codes nearest to it, with their distances", 4)
+    shown = gr.State(0)
 
     def place(model: str, number: Any) -> tuple[Any, int]:
         """The tokenizer of a model, and a number of its codes, depth * K + code. Raises `UserError`."""
@@ -52,12 +54,12 @@ def add(page: Page) -> None:
             found = tiles(tokenizer, codes, torch.zeros(tokenizer.depth, dtype=torch.long), TILE)
         return found.expand(-1, 3, -1, -1)
 
-    def codebook(values: dict[str, Any], session: str) -> Any:
-        """A sheet of what codes decode to, in rows of 16, from a first one on."""
+    def codebook(values: dict[str, Any], session: str) -> tuple[Any, int]:
+        """A sheet of what codes decode to, in rows of 16, from a first one on; and that one."""
         tokenizer, start = place(values["model"], values["first"])
         end = min(start + SHEET, tokenizer.depth * tokenizer.codebook_size)
         found = pictures(tokenizer, torch.arange(start, end))
-        return make_grid(found, nrow=math.isqrt(SHEET), padding=1, pad_value=255).permute(1, 2, 0).numpy()
+        return make_grid(found, nrow=math.isqrt(SHEET), padding=1, pad_value=255).permute(1, 2, 0).numpy(), start
 
     def nearest(values: dict[str, Any], session: str) -> list[Any]:
         """A code, and the codes nearest to it by their vectors, with their distances."""
@@ -76,11 +78,12 @@ def add(page: Page) -> None:
         return min(start + int(y // rows) * math.isqrt(SHEET) + min(int(x // columns), math.isqrt(SHEET) - 1), last)
 
     inputs = {"model": page.model, "first": first}
-    page.runs(button, answer(codebook, inputs), inputs, [sheet], "codebook")
+    page.runs(button, answer(codebook, inputs), inputs, [sheet, shown], "codebook")
     asked = {"model": page.model, "code": code}
     page.runs(find, answer(nearest, asked), asked, [near], "nearest")
-    picked = sheet.select(chosen, [page.model, first], code, **PRIVATE)
+    picked = sheet.select(chosen, [page.model, shown], code, **PRIVATE)
     picked.then(answer(nearest, asked), list(asked.values()), near, api_visibility="private")
+    page.follow_model(sheet, lambda m: None)
     page.follow_model(first, lambda m: 0)
     page.follow_model(sheet, lambda m: None)
     page.follow_model(near, lambda m: None)

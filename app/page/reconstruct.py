@@ -34,7 +34,7 @@ def code_map(codes: Tensor, bits: Tensor) -> str:
             if max(rows, columns) <= LABELLED and codes.shape[2] == 1:
                 colour = "#000" if share > 0.5 else "#fff"
                 parts.append(f'<text x="{size * (x + 0.5)}" y="{size * (y + 0.5)}" fill="{colour}">{numbers}</text>')
-    legend = f"Numbers are codes; colours their bits, from blue (none) to yellow and red ({most:.1f} bits)."
+    legend = f"Numbers are codes; colours their bits, from blue (none) to yellow ({most:.1f} bits)."
     return "".join([*parts, f"</svg><p>{legend}</p>"])
 
 
