@@ -220,6 +220,7 @@ def test_settings_that_are_left_empty_are_as_the_model_recommends(visit: Visit) 
     visit.page.get_by_label("Top k").locator("visible=true").fill("many")
     visit.press("Draw")
     assert "Top k: found many" in visit.sentence()
+    visit.download()  # of the images that are still shown
 
 
 def test_stop(visit: Visit) -> None:
@@ -365,9 +366,17 @@ def test_reconstruct_and_codebook(visit: Visit, photo: bytes) -> None:
     assert visit.page.locator("svg.codes rect").count() == 64
     visit.tab("Codebook")
     visit.press("Show")
-    visit.page.locator(".sheet img").wait_for()
+    sheet = visit.page.locator(".sheet img").get_attribute("src")
     visit.press("Nearest")
     playwright.expect(visit.page.locator(".pictures:visible .thumbnail-lg")).to_have_count(12)
+    visit.page.get_by_label("First code").fill("5")  # not shown yet
+    visit.page.get_by_label("Code", exact=True).fill("3")
+    visit.page.locator(".sheet img").click(position={"x": 4, "y": 4})
+    playwright.expect(visit.page.get_by_label("Code", exact=True)).to_have_value("0")
+    visit.press("Show")
+    playwright.expect(visit.page.locator(".sheet img")).not_to_have_attribute("src", sheet)
+    visit.page.locator(".sheet img").click(position={"x": 4, "y": 4})
+    playwright.expect(visit.page.get_by_label("Code", exact=True)).to_have_value("5")
 
 
 def test_wrong_uploads_are_a_sentence_on_the_page(visit: Visit, photo: bytes) -> None:
@@ -396,11 +405,14 @@ def test_a_file_beyond_the_limit_is_refused(browser: Any, server: Server) -> Non
 def test_a_model_that_cannot_says_so(visit: Visit, photo: bytes) -> None:
     visit.choose("Model", "plain")
     visit.tab("Edit")
-    playwright.expect(visit.page.get_by_text("was not trained with")).to_be_visible()
+    playwright.expect(visit.page.get_by_text("was not trained to fill in")).to_be_visible()
+    playwright.expect(visit.page.get_by_label("extend")).not_to_be_visible()
     visit.upload("photo.png", photo)
-    visit.page.get_by_label("extend").click()
+    visit.set("Variations", 1)
     visit.press("Edit")
-    assert "Plain was not trained to fill in" in visit.sentence()
+    visit.status("^1 of 1 image")
+    visit.choose("Model", "fills")
+    playwright.expect(visit.page.get_by_label("extend")).to_be_visible()
 
 
 def test_two_visitors_at_once(browser: Any, server: Server) -> None:
@@ -460,6 +472,8 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
         pictures, _, _ = client.predict(model="fills", image=image, n=2, api_name="/edit", **values)
         size = Image.open(pictures[0]["image"]).size
         assert size == ((24, 16) if values["way"] == "extend" else (16, 16))
+    with pytest.raises(gradio_client.exceptions.AppError, match="Plain was not trained to fill in"):
+        client.predict(model="plain", image=image, way="extend", api_name="/edit")
     assert len(client.predict(model="restores", image=image, degraded=True, n=1, api_name="/translate")[0]) == 1
     numbers = client.predict(model="fills", image=image, api_name="/reconstruct")[3]
     assert sum(map(sum, numbers["bits_of_codes"])) == pytest.approx(numbers["bits"]) and len(numbers["codes"]) == 8

@@ -24,7 +24,7 @@ def note(model: Loaded) -> str:
     """What the model can do here, as a sentence."""
     if model.inpaints:
         return f"**{model.name}** was trained to fill in. Where colours do not fit, raise the source guidance scale."
-    return f"**{model.name}** was not trained with `--inpainting`: it only draws the lower part of an image anew."
+    return f"**{model.name}** only draws the lower part of an image anew: it was not trained to fill in."
 
 
 def first_way(model: Loaded) -> str:
@@ -45,7 +45,7 @@ def add(page: Page) -> gr.Image:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             image = image_file()
-            way = gr.Radio(WAYS, value=first, label="What is drawn anew")
+            way = gr.Radio(WAYS, value=first, label="What is drawn anew", visible=loaded.inpaints)
             mask = gr.Textbox("", label="mask", visible=False)
             with gr.Column(visible=first == FILL) as filled:
                 view = gr.HTML("", elem_id="edit-view")
@@ -137,6 +137,6 @@ def add(page: Page) -> gr.Image:
         **PRIVATE,
     )  # fmt: skip
     page.follow_model(about, note)
-    page.follow_model(way, first_way)
+    page.follow_model(way, lambda m: gr.Radio(value=first_way(m), visible=m.inpaints))
     page.follow_model(prompt, prompt_update)
     return image
