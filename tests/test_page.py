@@ -310,3 +310,33 @@ def test_base64_is_not_read_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) ->
     Image.effect_noise((20, 20), 50).save(data, "PNG")
     with pytest.raises(UserError, match="at most 100"):
         read_mask(base64.b64encode(data.getvalue()).decode(), LIMITS)
+
+
+# ---- the page as Gradio has it ----
+
+
+@pytest.fixture(scope="module")
+def page(models: Path) -> Any:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.layout import build
+
+    return build(Models(models, "cpu", "fp32"), LIMITS, Jobs())
+
+
+def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio as gr
+
+    def fetch(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    file = {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}
+    count = 0
+    for function in page.fns.values():
+        for index, _ in enumerate(function.inputs):
+            for value in (file, [{"image": file, "caption": None}], {"path": "a", "value": file}):
+                inputs = [value if each == index else None for each in range(len(function.inputs))]
+                with pytest.raises(gr.Error, match="address"):
+                    asyncio.run(page.preprocess_data(function, inputs, None))
+                count += 1
+    assert count > 100

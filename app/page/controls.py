@@ -27,25 +27,41 @@ SETTINGS = {option.name: option for option in options(SamplingOptions)}
 
 
 def image_file(label: str = "Image") -> gr.Image:
-    """An upload of one image that comes as the path of the file itself: nothing decodes it, or fetches it by address,
-    before it is checked.
+    """An upload of one image that comes as the path of the file itself: nothing decodes it before it is checked.
 
     No subclass: gradio writes a stub file beside the source of each.
     """
     found = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=200)
-    move = found.async_move_resource_to_block_cache
 
     def preprocess(payload: ImageData | None) -> str | None:
         return None if payload is None else payload.path
 
-    async def take(url_or_file_path: str | Path | None) -> str | None:
-        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
-            raise gr.Error("Image: found an address, expected an uploaded file.", print_exception=False)
-        return await move(url_or_file_path)
-
     found.preprocess = preprocess
-    found.async_move_resource_to_block_cache = take
     return found
+
+
+def has_address(value: Any) -> bool:
+    """Whether a value of a request, as read from JSON, has a file by address in it, at any depth."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        return (isinstance(path, str) and is_http_url_like(path)) or any(map(has_address, value.values()))
+    return isinstance(value, list) and any(map(has_address, value))
+
+
+def closed(page: gr.Blocks) -> gr.Blocks:
+    """Let a page refuse values with a file by address, which Gradio would fetch.
+
+    Gradio fetches whatever the component is, and an update makes a new component: so not each of them is guarded.
+    """
+    prepare = page.preprocess_data
+
+    async def checked(function: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
+        if has_address(inputs):
+            raise gr.Error("Found the address of a file, expected an uploaded one.", title="", print_exception=False)
+        return await prepare(function, inputs, *others, **named)
+
+    page.preprocess_data = checked
+    return page
 
 
 def label_of(name: str) -> str:

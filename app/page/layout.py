@@ -8,7 +8,7 @@ from gradio.events import api
 from gradio.themes import Base, Default
 
 from . import codebook, draw, edit, reconstruct, translate
-from .controls import answer
+from .controls import answer, closed
 from .drawing import Jobs
 from .models import Models
 from .program import LimitConfig
@@ -75,4 +75,4 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
             jobs.stop(request.session_hash or "")
 
         page.unload(leave)
-    return page
+    return closed(page)
