@@ -4,7 +4,11 @@ import asyncio
 import base64
 import io
 import json
+import socket
+import urllib.error
+import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from helpers.models import make_prior, make_square_prior
 from PIL import Image
 
-from vqgen.app.page.drawing import BATCH, Jobs, Stopped, draw, pack, series_of
+from vqgen.app.page.drawing import BATCH, Jobs, Stopped, candidates, draw, pack, series_of
 from vqgen.app.page.models import Loaded, Models, find_models, task_of
 from vqgen.app.page.program import AppConfig, LimitConfig, main
 from vqgen.app.page.server import POLICY, Guard
@@ -35,6 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_square_prior(folder / "fills", MaskedSource(0.5))
     make_prior(folder / "run" / "prior")
     make_square_prior(folder / "colours", PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"])))
+    (make_prior(folder / "damaged") / "model.safetensors").write_bytes(b"?")
     (folder / "broken").mkdir()
     (folder / "broken" / "vqgen.json").write_text("{")
     (folder / "notes.txt").write_text("no model")
@@ -57,7 +62,7 @@ def image_file(path: Path, size: tuple[int, int] = (16, 16)) -> Path:
 
 def test_sub_folders_that_are_priors_are_offered_and_nothing_else(models: Path) -> None:
     found = find_models(models)
-    assert list(found) == ["colours", "fills", "run", "cifar10"]
+    assert list(found) == ["colours", "damaged", "fills", "run", "cifar10"]
     assert found["run"] == models / "run" / "prior"
     assert list(find_models(None)) == ["cifar10"]
 
@@ -206,6 +211,8 @@ def test_settings_that_are_not_given_are_as_the_model_recommends(models: Path) -
     [
         ({"n": 101}, {}, "--n"),
         ({"n": "many"}, {}, "--n"),
+        ({"n": 16, "class": ["bag"]}, {"oversample": 100.0}, "--oversample"),
+        ({"n": 1, "class": ["bag"]}, {"oversample": 100.0}, "--oversample"),
         ({"n": 1, "class": ["unicorn"]}, {}, "unicorn"),
         ({"n": 1, "prompt": ["x" * 501]}, {}, "--prompt"),
         ({"n": 1, "prompt": ["a shoe"]}, {}, "--prompt"),
@@ -223,6 +230,16 @@ def test_requests_beyond_the_limits_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=named):
         series_of(fills, values, LIMITS, settings)
+
+
+def test_images_are_counted_where_their_number_is_not_given_and_with_the_candidates(fills: Loaded) -> None:
+    with pytest.raises(UsageError, match="--n"):
+        series_of(fills, {"n": None}, LimitConfig(most_images=10), {})  # as many as vqgen-sample draws
+    asked: tuple[Any, ...] = ({"n": 16, "class": ["bag"]}, LimitConfig(most_images=32), {"oversample": 2.0})
+    series = series_of(fills, *asked)
+    assert candidates(series) == 32
+    with pytest.raises(UsageError, match="--oversample"):
+        series_of(fills, asked[0], LimitConfig(most_images=32, most_megapixels=0.005), asked[2])
 
 
 def test_a_stopped_drawing_ends_between_two_codes_and_keeps_what_is_there(fills: Loaded, tmp_path: Path) -> None:
@@ -290,6 +307,7 @@ def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
         "/gradio_api/file=http://example.com/a", "/gradio_api/file=https:/example.com", "/gradio_api/file=ftp://a",
         "/gradio_api/proxy=http://example.com", "/monitoring", "/gradio_api/vibe-code", "/gradio_api/runs", "/docs",
         "/gradio_api/process_recording", "/gradio_api/component_server", "/login", "//config", "/nothing",
+        "/gradio_api/api/draw",
     ):  # fmt: skip
         assert served(path)[0] == 404, path
 
@@ -340,3 +358,46 @@ def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.Mo
                     asyncio.run(page.preprocess_data(function, inputs, None))
                 count += 1
     assert count > 100
+
+
+@pytest.fixture(scope="module")
+def address(page: Any) -> Iterator[str]:
+    from starlette.middleware import Middleware
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    where = {"server_name": "127.0.0.1", "server_port": port, "prevent_thread_lock": True, "quiet": True}
+    yield page.launch(app_kwargs={"middleware": [Middleware(Guard)]}, ssr_mode=False, **where)[1]
+    page.close(verbose=False)
+
+
+def test_all_drawings_wait_for_their_turn(address: str) -> None:
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    pictures, archive, text = client.predict(model="fills", n=1, api_name="/draw")
+    assert len(pictures) == 1 and text.startswith("1 of 1") and zipfile.is_zipfile(archive)
+    request = urllib.request.Request(f"{address}gradio_api/run/draw", b'{"data": []}')
+    request.add_header("content-type", "application/json")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 404 and b"queue" in caught.value.read()
+
+
+def test_a_model_that_cannot_be_read_is_listed_with_the_reason(models: Path, address: str) -> None:
+    from gradio_client import Client
+
+    found = Client(address, verbose=False).predict(api_name="/models")
+    assert list(found) == ["colours", "damaged", "fills", "run", "cifar10"]
+    assert "16×16 pixels" in found["fills"] and "pixels" not in found["damaged"] and str(models) not in str(found)
+
+
+def test_errors_on_the_page_have_no_elements_of_a_visitor(address: str) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    for values in ({"model": "<b>x</b>"}, {"model": "fills", "classes": ["<b>x</b>"]}):
+        with pytest.raises(AppError) as caught:
+            Client(address, verbose=False).predict(**values, api_name="/draw")
+        assert "&lt;b&gt;" in str(caught.value) and "<" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Controls that the tabs share, and how their functions answer: as an API with names, errors as one sentence."""
 
+import html
 import inspect
 import re
 import sys
@@ -40,6 +41,11 @@ def image_file(label: str = "Image") -> gr.Image:
     return found
 
 
+def told(text: str) -> gr.Error:
+    """An error that shows a text until it is closed; the browser takes it for HTML."""
+    return gr.Error(html.escape(text, quote=False), duration=None, title="", print_exception=False)
+
+
 def has_address(value: Any) -> bool:
     """Whether a value of a request, as read from JSON, has a file by address in it, at any depth."""
     if isinstance(value, dict):
@@ -49,7 +55,7 @@ def has_address(value: Any) -> bool:
 
 
 def closed(page: gr.Blocks) -> gr.Blocks:
-    """Let a page refuse values with a file by address, which Gradio would fetch.
+    """Let a page refuse values with a file by address, which Gradio would fetch; what it refuses itself is as `told`.
 
     Gradio fetches whatever the component is, and an update makes a new component: so not each of them is guarded.
     """
@@ -57,8 +63,11 @@ def closed(page: gr.Blocks) -> gr.Blocks:
 
     async def checked(function: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
         if has_address(inputs):
-            raise gr.Error("Found the address of a file, expected an uploaded one.", title="", print_exception=False)
-        return await prepare(function, inputs, *others, **named)
+            raise told("Found the address of a file, expected an uploaded one.")
+        try:
+            return await prepare(function, inputs, *others, **named)
+        except gr.Error as error:  # of Gradio's own checks, with what was found
+            raise told(error.message) from None
 
     page.preprocess_data = checked
     return page
@@ -91,14 +100,13 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Cal
     What a user can mend is one sentence on the page. Any other exception is printed where the server runs.
     """
 
-    def told(error: Exception) -> gr.Error:
+    def known(error: Exception) -> gr.Error:
         if isinstance(error, gr.Error):
             return error
         if isinstance(error, UserError):
-            return gr.Error(sentence(error), duration=None, title="", print_exception=False)
+            return told(sentence(error))
         print("".join(traceback.format_exception(error)), file=sys.stderr)
-        text = "This is a defect of vqgen, whose traceback is where the server runs; please report it."
-        return gr.Error(text, duration=None, title="", print_exception=False)
+        return told("This is a defect of vqgen, whose traceback is where the server runs; please report it.")
 
     def arguments(given: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
         request, *values = given
@@ -108,13 +116,13 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Cal
         try:
             return function(*arguments(given))
         except Exception as error:
-            raise told(error) from None
+            raise known(error) from None
 
     def stream(*given: Any) -> Iterator[Any]:
         try:
             yield from function(*arguments(given))
         except Exception as error:
-            raise told(error) from None
+            raise known(error) from None
 
     chosen = stream if inspect.isgeneratorfunction(function) else once
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

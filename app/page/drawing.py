@@ -18,6 +18,7 @@ from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import options
 from vqgen.sampling.output import FINISHED, GRID, finish
+from vqgen.sampling.oversample import GROUP
 from vqgen.sampling.sample import SampleConfig
 from vqgen.sampling.write_samples import Series, write_grid
 from vqgen.tokenizer.reconstruction import write_png_atomic
@@ -89,8 +90,6 @@ def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, set
         for name, value in [*values.items(), *settings.items()]
         if value is not None
     }
-    if (found := given.get("n", 1)) > limits.most_images:
-        raise UsageError(f"--n: found {found}, at most {limits.most_images} images are drawn at once")
     if (found := sum(map(len, given.get("prompt") or []))) > limits.prompt_characters:
         raise UsageError(f"--prompt: found {found} characters, at most {limits.prompt_characters} are read")
     for side in [*(given.get("size") or []), *(given.get("extend") or [])]:
@@ -99,11 +98,26 @@ def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, set
     config = build(SampleConfig, given | {"model": Path(model.name), "batch_size": BATCH})
     vars(config).update(stated=frozenset(given))
     series = Series.of(config, model.generator)
-    pixels = series.n * series.size[0] * series.size[1]
+    if series.n > limits.most_images:
+        raise UsageError(f"--n: found {series.n}, at most {limits.most_images} images are drawn at once")
+    count, option = series.n, "--size"
+    if (times := series.settings.oversample) != 1:
+        count, option = candidates(series), "--oversample"
+        if count > limits.most_images:
+            found = f"{count} candidates are drawn for {series.n} images, as whole groups of {GROUP} of a class"
+            raise UsageError(f"--oversample: found {times:g}, {found}; at most {limits.most_images} are drawn at once")
+    pixels = count * series.size[0] * series.size[1]
     if pixels > 1e6 * limits.most_megapixels:
-        found = f"{series.n} images of {series.size[0]}×{series.size[1]} pixels are {pixels / 1e6:.1f} million"
-        raise UsageError(f"--size: {found}, at most {limits.most_megapixels:g} are drawn at once")
+        found = f"{count} images of {series.size[0]}×{series.size[1]} pixels are {pixels / 1e6:.1f} million"
+        raise UsageError(f"{option}: {found}, at most {limits.most_megapixels:g} are drawn at once")
     return series
+
+
+def candidates(series: Series) -> int:
+    """Number of images whose codes are drawn: with `oversample`, more than are kept."""
+    generator = series.generator
+    each = generator.tokens_of(series.filling) if series.filling else generator.vocabulary.length
+    return series.tokens([range(series.n)]) // each
 
 
 def defaults_of(model: Loaded) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import gradio as gr
 from gradio.events import api
 from gradio.themes import Base, Default
 
+from vqgen.errors import UserError
+
 from . import codebook, draw, edit, reconstruct, translate
-from .controls import answer, closed
+from .controls import answer, closed, sentence
 from .drawing import Jobs
 from .models import Models
 from .program import LimitConfig
@@ -66,8 +68,14 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
         model.input(answer(follow, {"model": model}), model, outputs, **QUEUED)
 
         def listing() -> dict[str, str]:
-            """The models by name, and what each is; those that were not used yet are read."""
-            return {name: models.load(name).summary for name in models.names}
+            """The models by name, and what each is, or why it cannot be read; those that were not used yet are read."""
+            return {name: summary_of(name) for name in models.names}
+
+        def summary_of(name: str) -> str:
+            try:
+                return models.load(name).summary
+            except UserError as error:
+                return sentence(error)
 
         api(listing, api_name="models")
 
@@ -75,4 +83,6 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
             jobs.stop(request.session_hash or "")
 
         page.unload(leave)
+    # Not open: otherwise a request to `run/` would not wait for its turn.
+    page.queue(max_size=limits.most_waiting, default_concurrency_limit=1, api_open=False)
     return closed(page)

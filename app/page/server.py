@@ -23,7 +23,7 @@ Receive = Callable[[], Awaitable[Message]]
 ROUTES = re.compile(
     r"/|/(config|info|theme\.css|favicon\.ico|manifest\.json|pwa_icon|robots\.txt)/?|/(assets|static)/.+"
     r"|/gradio_api/(info|app_id|startup-events|theme\.css|upload|upload_progress|cancel|reset)/?"
-    r"|/gradio_api/(queue/join|queue/data|heartbeat/.+|call/.+|run/.+|api/.+)"
+    r"|/gradio_api/(queue/join|queue/data|heartbeat/.+|call/.+|run/.+)"
     r"|/gradio_api/file=(?!\w+:).+"
 )
 POLICY = "; ".join(
@@ -109,7 +109,6 @@ def serve(config: AppConfig) -> None:
 
         models = Models(config.models, config.device, config.precision)
         page = build(models, config.limits, Jobs())
-        page.queue(max_size=config.limits.most_waiting, default_concurrency_limit=1)
         try:
             _, address, shared = page.launch(
                 server_name=config.host,
