@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,7 +18,7 @@ import torch
 from helpers.models import make_prior, make_square_prior
 from PIL import Image
 
-from vqgen.app.page.drawing import BATCH, Jobs, Stopped, candidates, draw, pack, series_of
+from vqgen.app.page.drawing import BATCH, Jobs, Session, Stopped, candidates, draw, pack, series_of
 from vqgen.app.page.models import Loaded, Models, find_models, task_of
 from vqgen.app.page.program import AppConfig, LimitConfig, main
 from vqgen.app.page.server import POLICY, Guard
@@ -266,6 +267,18 @@ def test_a_stopped_drawing_ends_between_two_codes_and_keeps_what_is_there(fills:
         assert {f"{i:05d}.png" for i in range(BATCH)} | {"grid.png", "samples.json"} == set(file.namelist())
 
 
+def test_a_stop_holds_for_what_waits_and_not_for_what_comes_later(fills: Loaded, tmp_path: Path) -> None:
+    jobs, series = Jobs(), series_of(fills, {"n": 1}, LIMITS, {})
+    waits, other = Session("mine", time.monotonic()), Session("other", time.monotonic())
+    assert jobs.stop("mine") == 0
+    later = Session("mine", time.monotonic() + 1e-6)
+    found = []
+    for session in (waits, other, later):
+        with jobs.job(session) as check:
+            found.append(len(list(draw(series, tmp_path, jobs, check))))
+    assert found == [0, 1, 1]
+
+
 # ---- the program and its server ----
 
 
@@ -334,11 +347,16 @@ def test_base64_is_not_read_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="module")
-def page(models: Path) -> Any:
+def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
     from vqgen.app.page.layout import build
 
-    return build(Models(models, "cpu", "fp32"), LIMITS, Jobs())
+    jobs = Jobs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("page") / "files"))
+        found: Any = build(Models(models, "cpu", "fp32"), LIMITS, jobs)
+        found.jobs = jobs
+        yield found
 
 
 def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +403,20 @@ def test_all_drawings_wait_for_their_turn(address: str) -> None:
     assert caught.value.code == 404 and b"queue" in caught.value.read()
 
 
+def test_a_request_that_waits_is_stopped_by_its_session(page: Any, address: str) -> None:
+    from gradio_client import Client
+
+    first, second = Client(address, verbose=False), Client(address, verbose=False)
+    under_way = first.submit(model="fills", n=24, api_name="/draw")
+    while page.jobs.running == 0 and not under_way.done():
+        time.sleep(0.01)
+    waits = second.submit(model="fills", n=24, api_name="/draw")
+    time.sleep(0.3)
+    page.jobs.stop(second.session_hash)
+    assert under_way.result()[2].startswith("24 of 24") and waits.result()[2] == "Stopped."
+    assert second.predict(model="fills", n=1, api_name="/draw")[2].startswith("1 of 1")
+
+
 def test_a_model_that_cannot_be_read_is_listed_with_the_reason(models: Path, address: str) -> None:
     from gradio_client import Client
 
@@ -397,7 +429,8 @@ def test_errors_on_the_page_have_no_elements_of_a_visitor(address: str) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
-    for values in ({"model": "<b>x</b>"}, {"model": "fills", "classes": ["<b>x</b>"]}):
+    wrong: list[dict[str, Any]] = [{"model": "<b>x</b>"}, {"model": "fills", "classes": ["<b>x</b>"]}]
+    for values in wrong:
         with pytest.raises(AppError) as caught:
             Client(address, verbose=False).predict(**values, api_name="/draw")
         assert "&lt;b&gt;" in str(caught.value) and "<" not in str(caught.value)

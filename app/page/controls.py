@@ -22,7 +22,7 @@ from vqgen.options import Option, options
 from vqgen.sampling.settings import SamplingOptions
 from vqgen.sampling.write_samples import Series
 
-from .drawing import Jobs, Picture, draw, pack
+from .drawing import Jobs, Picture, Session, draw, pack
 
 SETTINGS = {option.name: option for option in options(SamplingOptions)}
 
@@ -108,9 +108,10 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Cal
         print("".join(traceback.format_exception(error)), file=sys.stderr)
         return told("This is a defect of vqgen, whose traceback is where the server runs; please report it.")
 
-    def arguments(given: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    def arguments(given: tuple[Any, ...]) -> tuple[dict[str, Any], Session]:
         request, *values = given
-        return dict(zip(inputs, values, strict=True)), request.session_hash or ""
+        session = Session(request.session_hash or "", request.request.state.arrived)
+        return dict(zip(inputs, values, strict=True)), session
 
     def once(*given: Any) -> Any:
         try:
@@ -191,7 +192,10 @@ class Results:
 
     def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
         """Values of `outputs` while a series is drawn."""
-        with tempfile.TemporaryDirectory() as place, jobs.job(session) as check:
+        beside = Path(
+            self.gallery.GRADIO_CACHE
+        ).parent  # in it, Gradio would show the files from here, and not copy them
+        with tempfile.TemporaryDirectory(dir=beside) as place, jobs.job(session) as check:
             pictures: list[Picture] = []
             yield [[], None, f"Drawing {series.n} images …"]
             for pictures in draw(series, Path(place), jobs, check):

@@ -4,7 +4,10 @@ A request is a `SampleConfig`, so the page draws what vqgen-sample draws. A sess
 between two codes.
 """
 
+import math
+import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,26 +31,43 @@ from .program import LimitConfig
 
 BATCH = 8
 """Images that are drawn at once: the page shows them after each batch."""
+REMEMBERED = 10_000
+"""Sessions whose last stop is remembered: more than requests can wait."""
 
 
 class Stopped(Exception):
     """Raised within a drawing whose session was stopped."""
 
 
+class Session(str):
+    """The session of a request, and when the request came, by `time.monotonic`."""
+
+    arrived: float
+
+    def __new__(cls, name: str, arrived: float) -> "Session":
+        found = super().__new__(cls, name)
+        found.arrived = arrived
+        return found
+
+
 class Jobs:
-    """The drawings under way: one at a time, each of a session that can stop it."""
+    """The drawings under way: one at a time, each of a session that can stop it, even before its turn comes."""
 
     def __init__(self) -> None:
         self.turn = Lock()
         """Held while models compute."""
         self._stops: dict[str, list[Event]] = {}
+        self._stopped: OrderedDict[str, float] = OrderedDict()
         self._lock = Lock()
 
     @contextmanager
     def job(self, session: str) -> Iterator[Callable[..., None]]:
-        """Register a drawing; gives a function that raises `Stopped` once the session was stopped."""
+        """Register a drawing; gives a function that raises `Stopped` once the session was stopped, or where a `Session`
+        was stopped since the request came."""
         stop = Event()
         with self._lock:
+            if isinstance(session, Session) and session.arrived <= self._stopped.get(session, -math.inf):
+                stop.set()
             self._stops.setdefault(session, []).append(stop)
 
         def check(*_: Any) -> None:
@@ -63,8 +83,12 @@ class Jobs:
                     del self._stops[session]
 
     def stop(self, session: str) -> int:
-        """Stop the drawings of a session; return how many there were."""
+        """Stop the drawings of a session, and those that wait; return how many were under way."""
         with self._lock:
+            self._stopped[session] = time.monotonic()
+            self._stopped.move_to_end(session)
+            if len(self._stopped) > REMEMBERED:
+                self._stopped.popitem(last=False)
             found = list(self._stops.get(session, []))
         for event in found:
             event.set()

@@ -7,8 +7,8 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from vqgen.errors import UsageError, UserError
@@ -45,7 +45,7 @@ POLICY = "; ".join(
 
 
 class Guard:
-    """ASGI middleware: refuses all routes but `ROUTES`, and adds `POLICY` to every answer."""
+    """ASGI middleware: refuses all routes but `ROUTES`, adds `POLICY` to every answer, notes when a request came."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
@@ -54,6 +54,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope.setdefault("state", {})["arrived"] = time.monotonic()
         if not ROUTES.fullmatch(scope["path"]):
             await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"not found"})
@@ -92,9 +93,9 @@ def serve(config: AppConfig) -> None:
     check_address(config.host, config.port)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
-    cache = tempfile.mkdtemp(prefix="vqgen-app-")
-    # Read when gradio is imported; uploads and drawn images are there.
-    os.environ |= {"GRADIO_TEMP_DIR": cache, "GRADIO_ANALYTICS_ENABLED": "False"}
+    place = tempfile.mkdtemp(prefix="vqgen-app-")
+    # Read when gradio is imported; uploads and drawn images are there, and drawings under way beside it.
+    os.environ |= {"GRADIO_TEMP_DIR": os.path.join(place, "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
     try:
         try:
             from .layout import CSS, HEAD, build, theme
@@ -139,4 +140,4 @@ def serve(config: AppConfig) -> None:
         finally:
             page.close(verbose=False)
     finally:
-        shutil.rmtree(Path(cache), ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
