@@ -190,12 +190,14 @@ class Results:
         self.archive = gr.DownloadButton("Download as zip", size="sm", interactive=False)
         self.outputs = [self.gallery, self.archive, self.status]
 
+    @property
+    def folder(self) -> Path:
+        """Where temporary folders lie: all of it is removed when the program ends."""
+        return Path(self.gallery.GRADIO_CACHE).parent  # from the cache itself Gradio would show files without a copy
+
     def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
         """Values of `outputs` while a series is drawn."""
-        beside = Path(
-            self.gallery.GRADIO_CACHE
-        ).parent  # in it, Gradio would show the files from here, and not copy them
-        with tempfile.TemporaryDirectory(dir=beside) as place, jobs.job(session) as check:
+        with tempfile.TemporaryDirectory(dir=self.folder) as place, jobs.job(session) as check:
             pictures: list[Picture] = []
             yield [[], None, f"Drawing {series.n} images …"]
             for pictures in draw(series, Path(place), jobs, check):

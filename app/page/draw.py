@@ -26,7 +26,7 @@ def add(page: Page) -> tuple[Results, gr.Button]:
             )  # fmt: skip
             n = gr.Slider(1, limits.most_images, value=min(16, limits.most_images), step=1, label="Images")
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=140)
+                seed = gr.Number(0, label="Seed", precision=0, min_width=140)
                 gr.Button("New seed", size="md", scale=0, min_width=110).click(random_seed, None, seed, **PRIVATE)
             settings = page.settings(without=("source_guidance_scale",))
             with gr.Accordion("Larger images", open=False), gr.Row():

@@ -5,6 +5,7 @@ between two codes.
 """
 
 import math
+import textwrap
 import time
 import zipfile
 from collections import OrderedDict
@@ -152,15 +153,17 @@ def defaults_of(model: Loaded) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn image: its file, its class by name or "", and the NLL of its drawn codes."""
+    """A drawn image: its file, its class by name and its prompt, or "", and the NLL of its drawn codes."""
 
     path: Path
     class_name: str
+    prompt: str
     nats: float
 
     @property
     def caption(self) -> str:
-        return f"{self.class_name} · {self.nats:.1f} nats".removeprefix(" · ")
+        prompt = textwrap.shorten(self.prompt, 40, placeholder=" …")
+        return " · ".join(filter(None, [self.class_name, prompt, f"{self.nats:.1f} nats"]))
 
 
 def draw(series: Series, folder: Path, jobs: Jobs, check: Callable[..., None]) -> Iterator[list[Picture]]:
@@ -182,7 +185,9 @@ def draw(series: Series, folder: Path, jobs: Jobs, check: Callable[..., None]) -
             path.parent.mkdir(exist_ok=True)
             write_png_atomic(path, image)
             name = series.names.class_name(series.names.label(index)) or ""
-            found[index] = Picture(path, name, value)
+            prompts = series.conditions.get("text", [])
+            prompt = prompts[index % len(prompts)] if prompts else ""
+            found[index] = Picture(path, name, prompt if isinstance(prompt, str) else "", value)
         yield [found[index] for index in sorted(found)]
 
 

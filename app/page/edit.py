@@ -62,7 +62,7 @@ def add(page: Page) -> gr.Image:
             prompt = gr.Textbox("", label="Prompt", visible=loaded.takes_text, max_length=limits.prompt_characters)
             with gr.Row():
                 n = gr.Slider(1, limits.most_images, value=min(8, limits.most_images), step=1, label="Variations")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                seed = gr.Number(0, label="Seed", precision=0)
             settings = page.settings()
             buttons = page.buttons("Edit")
         with gr.Column(scale=3, min_width=320):
@@ -100,7 +100,7 @@ def add(page: Page) -> gr.Image:
         asked["class"] = [values["class_name"]] if values["class_name"] else None
         if chosen != LOWER and not model.inpaints:
             raise UserError(f"{model.name} was not trained to fill in; choose {LOWER}, or another model")
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(dir=results.folder) as place:
             upload, seen = fitted(model, values["image"])
             given = {"image.png": Path(place, "image.png")}
             write_png_atomic(given["image.png"], seen)

@@ -44,7 +44,7 @@ def add(page: Page) -> None:
             )
             with gr.Row():
                 n = gr.Slider(1, limits.most_images, value=min(4, limits.most_images), step=1, label="Results")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                seed = gr.Number(0, label="Seed", precision=0)
             one = gr.Textbox("", label="Class", info="Its name, where it is known; the result follows it.")
             settings = page.settings(follow=False)
             buttons = page.buttons("Translate")
@@ -68,7 +68,7 @@ def add(page: Page) -> None:
             "seed": values["seed"],
             "class": [values["class_name"]] if values["class_name"] else None,
         }
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(dir=results.folder) as place:
             path = Path(place, "source.png")
             write_png_atomic(path, source[0])
             series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
