@@ -61,11 +61,11 @@ def closed(page: gr.Blocks) -> gr.Blocks:
     """
     prepare = page.preprocess_data
 
-    async def checked(function: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
+    async def checked(block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> list[Any]:
         if has_address(inputs):
             raise told("Found the address of a file, expected an uploaded one.")
         try:
-            return await prepare(function, inputs, *others, **named)
+            return await prepare(block_fn, inputs, state, explicit_call)
         except gr.Error as error:  # of Gradio's own checks, with what was found
             raise told(error.message) from None
 
