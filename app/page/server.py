@@ -102,7 +102,7 @@ def serve(config: AppConfig) -> None:
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
-            raise UserError("vqgen-app needs the package gradio: pip install 'vqgen[app]'") from error
+            raise UserError("vqgen-app needs the package gradio: pip install gradio") from error
         from starlette.middleware import Middleware
 
         from .drawing import Jobs
