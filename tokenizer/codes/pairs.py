@@ -131,7 +131,7 @@ def pair(
         every = _keys(source.items, by)
         keys = [every[row] for row in source.rows.tolist()]
         itself = np.array([numbers.get(_place(source.item_name(i)), -1) for i in range(len(source))], np.int64)
-        counts = np.array([place_of.get(str(key), (0, 0))[1] for key in keys], np.int64)
+        counts = np.array([place_of[key][1] if key in place_of else 0 for key in keys], np.int64)
         paired = counts > (itself >= 0)
         found = [str(key) for key, has in zip(keys, paired) if has]
         lost += [source.item_name(i) for i in np.flatnonzero(~paired).tolist()]
