@@ -445,10 +445,12 @@ def test_a_phone_needs_no_scrolling_to_the_side(browser: Any, server: Server, sc
 
 def test_the_keyboard_reaches_the_button_that_draws(visit: Visit) -> None:
     visit.set("Images", 1)
-    for _ in range(30):
-        visit.page.keyboard.press("Tab")
-        if visit.page.evaluate("document.activeElement.innerText.trim()") == "Draw":
+    draw = visit.page.get_by_role("button", name="Draw", exact=True).locator("visible=true")
+    for _ in range(60):  # enough to come round again, should the page have taken the focus while it loaded
+        if draw.evaluate("button => button === document.activeElement"):
             break
+        visit.page.keyboard.press("Tab")
+    playwright.expect(draw).to_be_focused()
     visit.page.keyboard.press("Enter")
     visit.status("^1 of 1 image")
 
