@@ -46,9 +46,10 @@ from vqgen.tokenizer.codes.format import (
 )
 from vqgen.tokenizer.codes.reading import view_seed
 from vqgen.tokenizer.codes.writer import tokenize
-from vqgen.tokenizer.data.dataset import flips, open_images
+from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
+from vqgen.tokenizer.data.views import flips
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 

@@ -87,7 +87,7 @@ def train(config: TokenizerTraining) -> None:
         if built:
             run, trainer = built
             run.fit(trainer)
-            broken = len(trainer.train_images.broken.names) + len(trainer.heldout_images.broken.names)
+            broken = trainer.train_images.broken.count + trainer.heldout_images.broken.count
             run.say(f"tokenizer: {config.output}" + (f" ({broken} broken images skipped)" if broken else ""))
 
 

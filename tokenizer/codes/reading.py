@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vqgen.seeding import hash64
-from vqgen.tokenizer.data.dataset import Key, flips
+from vqgen.tokenizer.data.dataset import Key
 from vqgen.tokenizer.data.loader import worker_count
 from vqgen.tokenizer.data.options import Split
+from vqgen.tokenizer.data.views import flips
 from vqgen.tokenizer.encode import TokenizeConfig
 
 from .degrade import degrade, source_seed

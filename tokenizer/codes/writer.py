@@ -8,13 +8,13 @@ import dataclasses
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from vqgen.config import save
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
 from vqgen.progress import progress
+from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import Split
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
@@ -48,8 +49,6 @@ from .format import (
 from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
 from .reading import read_views
 
-T = TypeVar("T")
-
 # Batches decoded in advance, and unfinished ones on a CUDA device: they keep it busy and bound pinned memory.
 _AHEAD = _IN_FLIGHT = 4
 
@@ -60,15 +59,6 @@ def encode_batch(tokenizer: Tokenizer, images: Tensor, device: torch.device, pre
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=precision != "fp32"):
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         return tokenizer.encode(images).to(torch.int32)
-
-
-def _prefetch(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield the same items; up to `count` of them are computed in a background thread in advance."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, items, None) for _ in range(count))
-        while (item := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, items, None))
-            yield item
 
 
 @dataclass(frozen=True)
@@ -115,7 +105,7 @@ def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
     with ThreadPoolExecutor(1) as writer, progress(total, "tokenizing", "img", main) as bar:
         writing: Future[None] | None = None
         in_flight: deque[Any] = deque()
-        for shard, batches in groupby(_prefetch(stream, _AHEAD), key=lambda batch: batch.shard):
+        for shard, batches in groupby(prefetch(stream, _AHEAD), key=lambda batch: batch.shard):
             parts: list[_Encoded] = []
             for batch in batches:
                 for text in batch.broken:

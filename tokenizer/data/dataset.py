@@ -22,14 +22,18 @@ from vqgen.config import one_line
 from vqgen.errors import UserError
 from vqgen.seeding import epoch_slice, hash64
 
-from .decoding import BrokenImage, decode
+from .decoding import BrokenImage
 from .loader import Loader, worker_count
 from .options import ImageConfig, Split
-from .pixels import center_crop, fit
 from .sources import Source, open_source
+from .views import augmented, fitted
 
 Key = int | tuple[int, int]
 REPLACEMENTS = 64
+MOST_NAMED = 100_000
+"""Broken images of which the name is kept, and printed; further ones are counted."""
+LEAST_SEEN = 1000
+"""Where the number of images is not known, the share of broken ones is one of at least so many."""
 CACHED, BROKEN = 1, 2  # states of an image in the cache; 0 is unknown
 
 
@@ -53,34 +57,40 @@ class Batch:
     """Names of broken images, each with the reason."""
 
 
-def flips(seed: int) -> bool:
-    """Return whether an augmentation seed mirrors the image, where flips are configured."""
-    return bool(hash64("flip", seed) & 1)
-
-
 class BrokenImages:
-    """The broken images of one split found so far, and the limit that the configuration sets."""
+    """The broken images of one split found so far, and the limit that the configuration sets.
 
-    def __init__(self, source: Source, config: ImageConfig):
-        self.source, self.config = source, config
+    Args:
+        name: of the data.
+        total: number of its images; None where it is not known: then the limit is a share of those seen so far.
+    """
+
+    def __init__(self, name: str, config: ImageConfig, total: int | None):
+        self.name, self.config, self.total = name, config, total
         self.names: dict[str, None] = {}
+        self.count = self.seen = 0
         self.report: Callable[[str], None] | None = None  # called with a line for each broken image
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report": None}  # a callback of the main process
 
-    def add(self, names: Iterable[str]) -> None:
-        """Count the broken images of a batch. Raises `UserError` beyond `max_broken`, or on any with --broken error."""
+    def add(self, names: Iterable[str], seen: int = 0) -> None:
+        """Count the broken images of a batch of `seen` images. Raises `UserError` beyond `max_broken`, or on any with
+        --broken error."""
         new = [name for name in names if name not in self.names]
-        self.names.update(dict.fromkeys(new))
+        named = new[: MOST_NAMED - len(self.names)]
+        self.names.update(dict.fromkeys(named))
+        self.count += len(new)
+        self.seen += seen
         if self.report:
-            for name in new:
+            for name in named:
                 self.report(one_line(f"skipped, broken: {name}"))
-        limit, total = self.config.max_broken, len(self.source)
+        limit, total = self.config.max_broken, self.total or max(self.seen, LEAST_SEEN)
         if new and self.config.broken == "error":
             raise UserError(f"--broken error: {new[0]}; replace or remove it")
-        if new and len(self.names) > limit * total:
-            broken = f"{len(self.names)} of {total} images of {self.source.name} are broken, the last {new[-1]}"
+        if new and self.count > limit * total:
+            of = self.total or f"the first {max(self.seen, self.count)}"
+            broken = f"{self.count} of {of} images of {self.name} are broken, the last {new[-1]}"
             raise UserError(f"--max-broken {limit}: {broken}; replace or remove them")
 
 
@@ -100,7 +110,7 @@ class ImageDataset(Dataset[Sample]):
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
         self.labels, self.captions = torch.from_numpy(source.labels), source.captions
-        self.broken = BrokenImages(source, config)
+        self.broken = BrokenImages(source.name, config, len(source))
         # Random crops are taken from an enlarged image, which is then what the cache holds.
         self.enlarged = augment and config.random_crop > 0
         self._loaders: list[Loader] = []
@@ -161,12 +171,7 @@ class ImageDataset(Dataset[Sample]):
         image = self._load(index, self.enlarged and seed is not None)
         if seed is None:
             return image
-        if self.enlarged:
-            height, width = self.config.size
-            top = hash64("top", seed) % (image.shape[1] - height + 1)
-            left = hash64("left", seed) % (image.shape[2] - width + 1)
-            image = image[:, top : top + height, left : left + width]
-        return image[:, :, ::-1] if self.config.flip and flips(seed) else image
+        return augmented(image, self.config, seed)
 
     def _load(self, index: int, enlarged: bool) -> np.ndarray:
         """Return the resized image before augmentation, from the cache or decoded. Raises `BrokenImage`."""
@@ -190,10 +195,7 @@ class ImageDataset(Dataset[Sample]):
             data = self.source.read(index)
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
-        factor = 1 + self.config.random_crop if enlarged else 1
-        size = [round(side * factor) for side in self.config.size]
-        image = fit(decode(data, self.config.channels), size, self.config.fit)
-        return image if enlarged else center_crop(image, size)
+        return fitted(data, self.config, enlarged)
 
     def _make_cache(self) -> tuple[Tensor | None, Tensor | None]:
         """Allocate pixels (n, C, H, W) and states (n,) for all images; None where they do not fit into memory."""

@@ -4,15 +4,19 @@ import os
 import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vqgen.errors import UserError
 from vqgen.threads import available_cpus
+
+T = TypeVar("T")
 
 # Signals to a whole process group that the training process answers by saving: its workers must outlive them.
 # Without `sigwaitinfo` (macOS) a worker cannot tell its parent's SIGTERM, so it keeps obeying every one.
@@ -95,6 +99,18 @@ def _obey_parent_alone(_worker: int) -> None:
 
     if signal.SIGTERM in _HELD:
         threading.Thread(target=wait, daemon=True).start()
+
+
+def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
+    """Yield the same items; up to `count` of them are computed in a background thread in advance."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        pending = deque(pool.submit(next, items, None) for _ in range(count))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def worker_count(asked: int) -> int:
