@@ -86,7 +86,7 @@ class PriorTrainer:
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
-        self.examples = len(train)
+        self.examples, self.position = len(train), None
         self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
         if config.run.compile:

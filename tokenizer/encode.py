@@ -23,7 +23,8 @@ class TokenizeConfig(Options):
     tokenizer: Path | None = None
     """Run or model folder of the tokenizer. Needed."""
     data: str | None = None
-    """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows. Needed."""
+    """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows; or a stream:
+    tar or parquet files by pattern or URL, or stream:NAME. Needed."""
     text_column: str | None = None
     """Captions that are stored with the codes: a column of text in tables, or in metadata.jsonl or metadata.csv of a
     folder; `txt` takes NAME.txt beside each image of a folder."""

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.options import CountOrZero, Options, choice
-from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.options import CountOrZero, Options, Range, choice
+from vqgen.tokenizer.data.options import ImageConfig, is_stream
 from vqgen.tokenizer.losses.options import GanConfig, LossConfig, check_size
 from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig, check_discriminator
 from vqgen.tokenizer.options import TokenizerConfig
@@ -37,7 +37,8 @@ class TokenizerTraining(Options):
     )
 
     data: str
-    """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows."""
+    """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows; or a stream:
+    tar or parquet files by pattern or URL, or stream:NAME."""
     output: Path = Path("runs/tokenizer")
     """Run folder, which becomes the tokenizer's model folder."""
     init: Path | None = None
@@ -47,6 +48,8 @@ class TokenizerTraining(Options):
     """Remove an earlier run in --output and start again. To resume an interrupted run, leave it out."""
     validation_images: CountOrZero = 1000
     """Held-out images that each validation measures, the same ones each time; 0 = all."""
+    shuffle_buffer: Annotated[int, Range(least=1, most=2**20)] = 2048
+    """Images of a stream that are in memory and shuffled among each other, in each process; twice as many are read."""
     images: ImageConfig = field(default_factory=ImageConfig)
     model: NetworkConfig = choice("network", NETWORKS, default="vqgan")
     """Kind of encoder and decoder."""
@@ -59,6 +62,11 @@ class TokenizerTraining(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if is_stream(self.data):
+            if self.run.epochs is not None:
+                raise UsageError("--epochs: a stream has no known number of images; give --steps or --minutes")
+            if not self.validation_images:
+                raise UsageError("--validation-images: found 0, but a stream has no known number of them; give one")
         self.architecture()  # checks that the sizes fit together
         height, width = self.images.size
         if self.loss.perceptual_weights:

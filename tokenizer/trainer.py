@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from vqgen.errors import UserError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
+from vqgen.tokenizer.data.options import is_stream
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.adversarial import AdversarialTraining
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_weights
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.streams.dataset import Position, StreamImages, open_stream
 from vqgen.training.health import Finding, Row, non_finite_origin
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
@@ -28,17 +30,21 @@ if TYPE_CHECKING:
     from .train import TokenizerTraining
 
 M = TypeVar("M", bound=nn.Module)
+MANY = 2**40
+"""Images of a stream, whose number is not known: enough for any codebook."""
 
 
 class TokenizerTrainer:
     """Trainer of stage one: reconstruction, perceptual, quantizer and adversarial loss; see `Trainer`."""
 
-    def __init__(self, run: Run, config: "TokenizerTraining", train: ImageDataset, heldout: ImageDataset) -> None:
+    def __init__(
+        self, run: Run, config: "TokenizerTraining", train: ImageDataset | StreamImages, heldout: ImageDataset
+    ) -> None:
         self.run, self.config = run, config
         self.train_images, self.heldout_images = train, heldout
         self.validated = min(len(heldout), config.validation_images or len(heldout))
         self.extra: dict[str, Any] = {}
-        self.examples = len(train)
+        self.examples = 0 if isinstance(train, StreamImages) else len(train)
         torch.manual_seed(config.run.seed)
         tokenizer = self._placed(Tokenizer(config.architecture()))
         self.average = averaged(tokenizer)
@@ -73,21 +79,32 @@ class TokenizerTrainer:
         return module.to(self.run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def summary(self) -> dict[str, str]:
-        config, images, test = self.config, self.config.images, self.train_images.source.test_images
+        config, images = self.config, self.config.images
         height, width = images.size
-        classes = f"; {len(self.train_images.class_names)} classes" if self.train_images.class_names else ""
         augmented = ["flips"] * images.flip + [f"crops of up to {images.random_crop:.0%}"] * (images.random_crop > 0)
         model = {name: self.tokenizer.get_submodule(name) for name in ("encoder", "quantizer", "decoder")}
         model |= {"discriminator": self.gan.discriminator} if self.gan else {}
         rows, columns = self.tokenizer.grid
         codes = f"{rows}x{columns} codes of {self.tokenizer.codebook_size}"
         return {
-            "images": f"{config.data}: {len(self.train_images):,} to train on, {len(self.heldout_images):,} held out "
-            f"({self.validated:,} measured), {test:,} left for tests{classes}",
+            "images": f"{config.data}: {self._images()}",
             "size": f"{height}x{width} pixels, {images.channels} channels{', '.join(['', *augmented])}",
             "codes": f"{codes}{f' x {self.tokenizer.depth}' * (self.tokenizer.depth > 1)}, by {config.quantizer.kind}",
             "parameters": size_of(model),
         }
+
+    def _images(self) -> str:
+        """The numbers of images."""
+        train, heldout = self.train_images, self.heldout_images
+        if isinstance(train, StreamImages):
+            return f"{len(train.shards.files):,} files to train on, {self.validated:,} held-out images measured"
+        classes = f"; {len(train.class_names)} classes" if train.class_names else ""
+        measured = f"{len(heldout):,} held out ({self.validated:,} measured)"
+        return f"{len(train):,} to train on, {measured}, {train.source.test_images:,} left for tests{classes}"
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        return self.train_images.place() if isinstance(self.train_images, StreamImages) else None
 
     def begin(self, first_step: int) -> None:
         accelerator, seed = self.run.accelerator, self.config.run.seed
@@ -99,14 +116,23 @@ class TokenizerTrainer:
         if self.gan:
             self.gan.begin()
 
+        rank, world = accelerator.process_index, accelerator.num_processes
+        positions = self.extra.pop("positions", None)
+        if positions and isinstance(self.train_images, StreamImages):
+            for told in self.train_images.resume(positions, rank, world):
+                self.run.say(told)
+
         def batches(step: int) -> Iterator[Batch]:
-            rank, world = accelerator.process_index, accelerator.num_processes
+            if isinstance(self.train_images, StreamImages):
+                return self.train_images.batches(share, seed, rank, world, self.config.shuffle_buffer)
             return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
 
         if first_step == 0:
             initialized = self._load_weights(self.config.init) if self.config.init else False
             if self.tokenizer.quantizer.needs_initialization and not initialized:
                 self._initialize_codebook(batches(0))
+                if isinstance(self.train_images, StreamImages):
+                    self.train_images.position = Position()
         self.extra.setdefault("weight_norm", float(self._weight_norm()))
         self.batches = batches(first_step)
 
@@ -149,7 +175,7 @@ class TokenizerTrainer:
         self.tokenizer.quantizer.initialize(torch.cat(latents))
 
     def loading(self) -> float:
-        return self.train_images.first_read()
+        return 0.0 if isinstance(self.train_images, StreamImages) else self.train_images.first_read()
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
         """Return a batch as float images in [-1, 1] on the device, one tensor for each part of accumulation."""
@@ -214,7 +240,7 @@ class TokenizerTrainer:
                 self.heldout_images,
                 self.validated,
                 self.run.micro_batch,
-                self.config.images,
+                self.heldout_images.config,
                 self.perceptual,
                 self.run.accelerator,
             )
@@ -224,7 +250,7 @@ class TokenizerTrainer:
 
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         positions = self.tokenizer.grid[0] * self.tokenizer.grid[1]
-        training, heldout = positions * len(self.train_images), positions * self.validated
+        training, heldout = positions * (self.examples or MANY), positions * self.validated
         return diagnose(rows, self.config.quantizer, self.config.gan, training, heldout)
 
     def origin(self) -> str:
@@ -252,6 +278,8 @@ def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
         return None
     if config.loss.perceptual_weights:
         check_weights(config.loss.perceptual_net, config.loss.perceptual_weights)
+    if is_stream(config.data):
+        return run, TokenizerTrainer(run, config, *open_stream(config.data, config.images, config.validation_images))
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
     return run, TokenizerTrainer(run, config, train, heldout)

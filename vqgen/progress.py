@@ -15,13 +15,19 @@ class Lines:
     """Progress for log files, with the methods of a bar that programs use: a line every `LINE_EVERY` seconds.
 
     Args:
-        total, done: units of the whole job, and those done before.
+        total, done: units of the whole job, None where they are not known, and those done before.
         shown: whether anything is printed.
         clock: returns seconds.
     """
 
     def __init__(
-        self, total: int, what: str, unit: str, shown: bool, done: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int | None,
+        what: str,
+        unit: str,
+        shown: bool,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.what, self.unit, self.shown, self.clock = total, what, unit, shown, clock
         self.n, self.postfix = done, ""
@@ -33,8 +39,9 @@ class Lines:
         now = self.clock()
         if self.shown and now - self.last_time >= LINE_EVERY:
             rate = (self.n - self.last_n) / (now - self.last_time)
-            left = f", {tqdm.format_interval((self.total - self.n) / rate)} left" if rate else ""
-            text = f"{self.what}: {self.n} of {self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{self.postfix}"
+            left = f", {tqdm.format_interval((self.total - self.n) / rate)} left" if rate and self.total else ""
+            done = f"{self.n} of {self.total}" if self.total else str(self.n)
+            text = f"{self.what}: {done} {self.unit}, {rate:.3g} {self.unit}/s{left}{self.postfix}"
             self.write(text, sys.stderr)
             self.last_n, self.last_time = self.n, now
 
@@ -62,7 +69,7 @@ Progress = tqdm | Lines
 """A bar or lines; both have `update`, `set_postfix` and `write`."""
 
 
-def progress(total: int, what: str, unit: str, main: bool, done: int = 0) -> Progress:
+def progress(total: int | None, what: str, unit: str, main: bool, done: int = 0) -> Progress:
     """Return the progress of a job, shown by the main process."""
     if not sys.stderr.isatty():
         return Lines(total, what, unit, main, done)

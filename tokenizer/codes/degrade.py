@@ -193,10 +193,10 @@ def keep_of(specs: Sequence[str]) -> Keep | None:
     return keep and (lambda drawn, degraded: keep(drawn, degraded, found.low))
 
 
-def source_seed(seed: int, index: int, view: int = 0) -> int:
-    """The seed of `degrade` for a view of an image by the --seed of any program: of the image `index` of a split, or of
-    those that are given."""
-    return hash64("source", seed, index, view)
+def source_seed(seed: int, image: object, view: int = 0) -> int:
+    """The seed of `degrade` for a view of an image by the --seed of any program: of the image with the index `image` of
+    a split, or of those that are given, or with a text in a stream."""
+    return hash64("source", seed, image, view)
 
 
 def check_channels(degradations: Sequence[Degradation], channels: int) -> None:

@@ -14,15 +14,17 @@ from typing import Any, cast
 import torch
 
 from vqgen.config import values_of
-from vqgen.devices import find_device, precision_of
+from vqgen.devices import find_device, on_main, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.data.dataset import ImageDataset
-from vqgen.tokenizer.data.options import ImageConfig, Split
+from vqgen.tokenizer.data.options import ImageConfig, Split, is_stream
 from vqgen.tokenizer.data.sources import Source, open_source
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.streams.dataset import StreamImages
+from vqgen.tokenizer.streams.shards import open_shards, sizes_of
 
 from .degrade import Degradation, check_channels, parse_degradations
 from .format import MANIFEST, Manifest, Shard, SourceRecord, code_shape, open_shard, shard_name, verify_checksum
@@ -50,6 +52,13 @@ class ShardRange:
     start: int
     stop: int
     views: int
+    file: str = ""
+    """Of a stream: the shard covers the images of its split in this file, `start` and `stop` are 0."""
+
+    @property
+    def group(self) -> str | int:
+        """The shards of one group are read together, by one process."""
+        return self.file or self.number
 
 
 def shard_ranges(counts: dict[Split, int], views: int, size: int) -> list[ShardRange]:
@@ -62,6 +71,25 @@ def shard_ranges(counts: dict[Split, int], views: int, size: int) -> list[ShardR
     ]
 
 
+def open_streams(data: str, config: TokenizeConfig) -> tuple[dict[Split, StreamImages], list[ShardRange]]:
+    """Open the splits of a stream; each of its files becomes one shard for each split that it has images of."""
+    if config.source_data is not None:
+        raise UsageError("--source-data: a stream has no index to find partners by; give a folder or a table as --data")
+    if config.shard_size != TokenizeConfig.shard_size:
+        raise UsageError("--shard-size: each file of a stream becomes a shard for each split; leave the option out")
+    shards = open_shards(data, config.images.holdout, config.text_column)
+    streams = {split: StreamImages(each, config.images, config.views > 1) for split, each in shards.items()}
+    sizes = on_main(lambda: sizes_of(file for each in shards.values() for file in each.files))
+    for split, each in shards.items():
+        streams[split].fingerprint = each.fingerprint(sizes)
+    number, found = itertools.count(), dict[tuple[Split, str], ShardRange]()
+    for split, each in shards.items():
+        for file in each.files:
+            views = config.views if split == "train" else 1
+            found[split, file] = ShardRange(next(number), split, 0, 0, views, file)
+    return streams, list(found.values())
+
+
 @dataclass
 class Job:
     """Everything a process needs; the same in all processes."""
@@ -70,11 +98,22 @@ class Job:
     tokenizer: Tokenizer
     device: torch.device
     precision: str  # fp32, bf16 or fp16
-    datasets: dict[Split, ImageDataset]  # train, heldout and, where the source has one, test
+    datasets: dict[Split, ImageDataset] | dict[Split, StreamImages]
+    """train, heldout and, where the source has one, test."""
     shards: list[ShardRange]
     degradations: list[Degradation] = field(default_factory=list)
     """Of the source images; empty where there are none, or they are paired."""
     pairs: Pairs | None = None
+
+    @property
+    def streams(self) -> dict[Split, StreamImages]:
+        """The datasets where they are streams, else none."""
+        return {split: each for split, each in self.datasets.items() if isinstance(each, StreamImages)}
+
+    @property
+    def indexed(self) -> dict[Split, ImageDataset]:
+        """The datasets where they are no streams, else none."""
+        return {split: each for split, each in self.datasets.items() if isinstance(each, ImageDataset)}
 
     @property
     def has_source(self) -> bool:
@@ -140,6 +179,11 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     precision = precision_of(config.precision, device).replace("no", "fp32")
     tokenizer = Tokenizer.load(config.tokenizer, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _with_image_size(config, tokenizer)
+    degradations = parse_degradations(config.source) if config.source else []
+    check_channels(degradations, tokenizer.config.channels)
+    if is_stream(data):
+        streams, shards = open_streams(data, config)
+        return Job(config, tokenizer, device, precision, streams, shards, degradations)
     # Decoded images are cached only where they are read again.
     once = dataclasses.replace(config.images, cache_mb=0)
     often = config.images if config.views > 1 else once
@@ -147,8 +191,7 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     sources: dict[Split, Source] = {"train": (train := open_source(data, "train", holdout, text))}
     for split in cast(tuple[Split, ...], ("heldout", "test") if train.test_images else ("heldout",)):
         sources[split] = open_source(data, split, holdout, text)
-    degradations, pairs = parse_degradations(config.source) if config.source else [], None
-    check_channels(degradations, tokenizer.config.channels)
+    pairs = None
     if config.source_data is not None:
         pairs, sources = pair(sources, config.source_data, config.pair_by, config.unpaired, often, config.views > 1)
         if not (often.flip or often.random_crop) and config.views > pairs.most:

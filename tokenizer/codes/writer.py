@@ -70,44 +70,47 @@ class _Encoded:
     labels: Tensor
     codes: Tensor
     source: Tensor | None
+    captions: list[str] | None
 
 
 def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
     """Assemble and write a shard; images of which a view is missing (broken ones) are left out."""
-    size = shard.stop - shard.start
+    indices = np.concatenate([np.zeros(0, np.int64), *(part.indices.numpy() for part in parts)])
+    found, rows, views_found = np.unique(indices, return_inverse=True, return_counts=True)
+    size = len(found)
     codes = np.zeros((size, *job.row_shape(shard)), dtype=code_dtype(job.tokenizer.codebook_size))
     source = np.zeros_like(codes) if job.has_source else None
-    labels, views_found = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    labels, captions = np.zeros(size, dtype=np.int64), None if job.config.text_column is None else [""] * size
     if parts:
-        rows = torch.cat([part.indices for part in parts]).numpy() - shard.start
         views = np.repeat([part.view for part in parts], [len(part.indices) for part in parts])
         codes[rows, views] = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device
         if source is not None:
             source[rows, views] = torch.cat([cast(Tensor, part.source) for part in parts]).cpu().numpy()
         labels[rows] = torch.cat([part.labels for part in parts]).numpy()
-        np.add.at(views_found, rows, 1)
+        if captions is not None:
+            for row, caption in zip(rows, chain.from_iterable(part.captions or [] for part in parts)):
+                captions[row] = caption
     complete = views_found == shard.views
     source = None if source is None else source[complete]
-    captions = job.datasets[shard.split].captions
     if captions is not None:
-        captions = [captions[shard.start + row] for row in np.flatnonzero(complete)]
+        captions = [captions[row] for row in np.flatnonzero(complete)]
     size = job.tokenizer.codebook_size
     write_shard(job.path(shard), codes[complete], labels[complete], size, source, captions)
 
 
 def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
     """Encode shards one after another; each is written in the background while the next is encoded."""
-    total = sum((shard.stop - shard.start) * shard.views for shard in shards)
-    of_splits = ([shard for shard in shards if shard.split == split] for split in job.datasets)
-    stream = chain.from_iterable(read_views(job, split, some) for split, some in zip(job.datasets, of_splits))
+    total = None if job.streams else sum((shard.stop - shard.start) * shard.views for shard in shards)
+    stream = read_views(job, shards)
     told = set[str]()
     main = PartialState().is_main_process
     with ThreadPoolExecutor(1) as writer, progress(total, "tokenizing", "img", main) as bar:
         writing: Future[None] | None = None
         in_flight: deque[Any] = deque()
-        for shard, batches in groupby(prefetch(stream, _AHEAD), key=lambda batch: batch.shard):
-            parts: list[_Encoded] = []
+        for _, batches in groupby(prefetch(stream, _AHEAD), key=lambda batch: batch.shard.group):
+            parts: dict[ShardRange, list[_Encoded]] = {}
             for batch in batches:
+                of_shard = parts.setdefault(batch.shard, [])
                 for text in batch.broken:
                     if text not in told:
                         bar.write(f"skipped, broken: {text}", file=sys.stderr)
@@ -117,17 +120,24 @@ def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
                         None if images is None else encode_batch(job.tokenizer, images, job.device, job.precision)
                         for images in (batch.images, batch.source)
                     )
-                    parts.append(_Encoded(batch.view, batch.indices, batch.labels, cast(Tensor, codes), source))
+                    codes = cast(Tensor, codes)
+                    of_shard.append(_Encoded(batch.view, batch.indices, batch.labels, codes, source, batch.captions))
                 if job.device.type == "cuda":
                     in_flight.append(torch.cuda.current_stream(job.device).record_event())
                     if len(in_flight) > _IN_FLIGHT:
                         in_flight.popleft().synchronize()
                 bar.update(len(batch.indices))
-            if writing:
-                writing.result()
-            writing = writer.submit(_write, job, shard, parts)
+            for shard, of_shard in parts.items():
+                if writing:
+                    writing.result()
+                writing = writer.submit(_write, job, shard, of_shard)
         if writing:
             writing.result()
+
+
+def class_numbers(highest: int) -> list[str] | None:
+    """The names of classes that have none: their numbers; None where there are fewer than two classes."""
+    return [str(number) for number in range(highest + 1)] if highest > 0 else None
 
 
 def _prepare(job: Job) -> None:
@@ -148,7 +158,9 @@ def _prepare(job: Job) -> None:
 def _check_labels(job: Job, planned: ShardRange, shard: Shard) -> None:
     """Raise `UserError` where a shard, which may be of an earlier call, has labels or captions that its images do not
     have."""
-    dataset, images = job.datasets[planned.split], slice(planned.start, planned.stop)
+    if job.streams:
+        return  # nothing but the stream itself knows them
+    dataset, images = job.indexed[planned.split], slice(planned.start, planned.stop)
     if shard.captions and dataset.captions is not None:
         found = [shard.captions.read(row) for row in range(len(shard.labels))]
         if Counter(found) - Counter(dataset.captions[images]):
@@ -164,15 +176,21 @@ def _finish(job: Job) -> tuple[Manifest, float]:
     tokenizer, config = job.tokenizer, job.config
     used = np.zeros((tokenizer.depth, tokenizer.codebook_size), dtype=bool)
     entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
+    highest = -1
     for planned in job.shards:
         shard = job.open(planned)
         _check_labels(job, planned, shard)
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
+        highest = max(highest, int(shard.labels.max(initial=-1)))
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
     skip, splits = config.images.broken == "skip", dict[Split, SplitEntry]()
-    for split, dataset in job.datasets.items():
-        total, found = len(dataset), sum(shard.count for shard in entries[split])
+    for split in job.datasets:
+        found = sum(shard.count for shard in entries[split])
         splits[split] = SplitEntry(config.views if split == "train" else 1, found, entries[split])
+        if job.streams and not found and split != "test":
+            raise UserError(f"--data: {config.data} has no {split} image; add some, or change --holdout")
+    for split, dataset in job.indexed.items():
+        total, found = len(dataset), splits[split].count
         if total - found > (config.images.max_broken * total if skip else 0):
             option = f"--max-broken {config.images.max_broken}" if skip else "--broken error"
             broken = f"{total - found} of {total} {split} images are broken"
@@ -183,7 +201,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         depth=tokenizer.depth,
         image_size=list(tokenizer.config.image_size),
         channels=tokenizer.config.channels,
-        class_names=job.datasets["train"].class_names,
+        class_names=job.datasets["train"].class_names or (class_numbers(highest) if job.streams else None),
         tokenizer_fingerprint=str(tokenizer.fingerprint),
         data_fingerprint=job.data_fingerprint,
         precision=job.precision,
@@ -228,7 +246,8 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
     state.wait_for_everyone()  # every process lists the missing shards before any of them is written
     start = time.perf_counter()
     try:
-        _encode(job, [shard for shard in missing if shard.number % state.num_processes == state.process_index])
+        groups = list(dict.fromkeys(shard.group for shard in missing))[state.process_index :: state.num_processes]
+        _encode(job, [shard for shard in missing if shard.group in set(groups)])
     except torch.OutOfMemoryError as error:
         found = f"{config.batch_size} images do not fit into the memory of {job.device}"
         raise UserError(f"--batch-size: {found}; use fewer") from error
@@ -236,7 +255,8 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
     seconds = time.perf_counter() - start
     if main:
         manifest, usage = _finish(job)
-        done = sum((shard.stop - shard.start) * shard.views for shard in missing)
+        counts = {shard.file: shard.count for split in manifest.splits.values() for shard in split.shards}
+        done = sum(counts[job.path(shard).name] * shard.views for shard in missing)
         _print_summary(job, manifest, usage, done / seconds)
     state.wait_for_everyone()
     return Manifest.read(output)
@@ -244,7 +264,10 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
 
 def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> None:
     train, counts = manifest.splits["train"], {name: split.count for name, split in manifest.splits.items()}
-    broken = sum(len(dataset) for dataset in job.datasets.values()) - sum(counts.values())
+    if job.streams:  # the main process knows those of its own share
+        broken = job.streams["train"].broken.count
+    else:
+        broken = sum(len(dataset) for dataset in job.indexed.values()) - sum(counts.values())
     codes = int(np.prod(code_shape(manifest.grid, manifest.depth)))
     test = f" and {counts['test']} test images" if "test" in counts else ""
     print(

@@ -101,6 +101,26 @@ class Rows:
         return full
 
 
+class Kept:
+    """Images in memory by name, each as its bytes and, where there are none, the reason."""
+
+    def __init__(self, names: Sequence[str], contents: Sequence[tuple[bytes, str]]):
+        self.names, self.contents = names, contents
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, item: int) -> str:
+        return self.names[item]
+
+    def read(self, item: int) -> bytes:
+        """Return the encoded bytes. Raises `OSError` with the reason why there are none."""
+        data, problem = self.contents[item]
+        if problem:
+            raise OSError(problem)
+        return data
+
+
 class Joined:
     """The images of several files or tables one after another."""
 
@@ -123,7 +143,7 @@ class Joined:
         return part.read(within)
 
 
-Items = Files | Rows | Joined
+Items = Files | Rows | Kept | Joined
 
 
 @dataclass(frozen=True)

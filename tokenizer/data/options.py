@@ -1,5 +1,7 @@
 """Options of how images are read."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -19,6 +21,16 @@ MAX_CAPTION = 10_000
 
 Workers = Annotated[int, Range(least=-1, most=256)]
 """A number of processes; each has Python and torch in memory."""
+
+
+STREAM = "stream:"
+"""What a --data begins with that is read as a stream, and does not show it."""
+
+
+def is_stream(data: str) -> bool:
+    """Whether --data names shards that are read one after another: URLs, tar files, parquet by a pattern, `stream:`."""
+    pattern = data.lower().endswith(".parquet") and bool(re.search(r"[*?\[{]", data)) and not os.path.exists(data)
+    return data.startswith(STREAM) or "://" in data or data.lower().endswith(".tar") or pattern
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vqgen.seeding import hash64
 
 from .captions import of_folder
 from .items import Files, FoundSplit, Items
-from .options import SUFFIXES, Split
+from .options import SUFFIXES, Split, is_stream
 from .tables import (
     MAX_CLASSES,
     download_folders,
@@ -117,6 +117,9 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
     """
     if not data.strip():
         raise UserError("--data: found nothing; give a folder, a parquet file, a dataset's name or demo")
+    if is_stream(data):
+        read_by = "which vqgen-train-tokenizer and vqgen-tokenize read; give a folder, a table or a dataset's name"
+        raise UserError(f"--data: {data} is a stream of shards, {read_by}")
     path = DEMO if data == "demo" else Path(os.path.expanduser(data))
     roots = [path]
     if os.path.isfile(path):
@@ -130,8 +133,8 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
             return _image_folder(path, files, text_column)
-        groups = group_by_split(path, tables)
-        named = _name_splits(groups, path)
+        groups = group_by_split({file.relative_to(path).as_posix(): file for file in tables})
+        named = name_splits(groups, path)
         return {split: read_parquet(path, paths, text_column) for split, paths in named.items()}
     elif os.path.lexists(path):
         raise UserError(f"--data: {data} is neither a folder nor a regular file; give one of these")
@@ -140,10 +143,10 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
     else:
         advice = "no such path exists either; check the name, or the network"
         found, roots = load_datasets(data, lambda library: library.load_dataset(data), advice), download_folders()
-    return {split: read_dataset(data, one, roots, text_column) for split, one in _name_splits(found, data).items()}
+    return {split: read_dataset(data, one, roots, text_column) for split, one in name_splits(found, data).items()}
 
 
-def _name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
+def name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
     """Map the split names of a source to train, heldout and test, or to {"all": ...} where it has but one split."""
     if "train" in groups and len(groups) > 1:
         words = {"train": "train", "heldout": next((w for w in VALIDATION if w in groups), ""), "test": "test"}
@@ -185,7 +188,7 @@ def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None)
     # train/ is a split when alone or next to another split; next to other folders it may be a class.
     others = any(folders.get(word) for word in (*VALIDATION, "test"))
     has_splits = folders.get("train") and (list(folders) == ["train"] or others)
-    chosen = _name_splits(folders, root) if has_splits else {"all": ""}
+    chosen = name_splits(folders, root) if has_splits else {"all": ""}
 
     def read(folder: str) -> FoundSplit:
         start = folder + "/" if folder else ""

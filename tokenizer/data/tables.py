@@ -4,12 +4,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,8 @@ from vqgen.files import open_regular, read_json
 from .captions import check_text_column, of_column
 from .items import FoundSplit, Rows
 
+T = TypeVar("T")
+
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|heldout|validation|valid|val|test)(?![a-z])")
 # Parquet files up to this size together are held in memory by each process that reads them; larger ones are mapped.
 IN_MEMORY_BYTES = 1 << 30
@@ -31,12 +33,12 @@ MAX_NAME = 1000
 """Longest text that is a label, in bytes."""
 
 
-def group_by_split(root: Path, paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """Group parquet files by the split word in their names, or else in their folders' names; "" for none."""
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        words = [_SPLIT_WORD.search(part.lower()) for part in reversed(path.relative_to(root).parts)]
-        groups.setdefault(next((word[1] for word in words if word), ""), []).append(path)
+def group_by_split(paths: Mapping[str, T]) -> dict[str, list[T]]:
+    """Group files, by relative path, by the split word in their names, or else in their folders' names; "" for none."""
+    groups: dict[str, list[T]] = {}
+    for path, file in paths.items():
+        words = [_SPLIT_WORD.search(part.lower()) for part in reversed(path.split("/"))]
+        groups.setdefault(next((word[1] for word in words if word), ""), []).append(file)
     return groups
 
 
@@ -49,14 +51,14 @@ def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = No
             rows = file.metadata.num_rows
             if not 0 <= rows <= 1000 + size:  # an image takes a byte at least, but a few may be repeated
                 raise UserError(f"--data: {path} claims {rows} rows in {size} bytes; restore it or download it again")
-            columns.append(_find_columns(file.schema_arrow, path))
+            columns.append(find_columns(file.schema_arrow, path))
             if columns[-1] != columns[0]:
                 found = f"{path} has {columns[-1]}, but {paths[0]} {columns[0]}"
                 raise UserError(f"--data: {found}; make them alike, or give each its own folder")
             counts.append((str(path), rows))
             listing.append(f"{path.relative_to(root).as_posix()}\t{size}\t{rows}")
             if (label := columns[0].label) is not None:
-                labels.append(_raw_labels(file.read([label]).column(0), f"{path}: column {label}"))
+                labels.append(raw_labels(file.read([label]).column(0), f"{path}: column {label}"))
                 if len(labels[-1]) != rows:
                     raise UserError(f"--data: {path} has {len(labels[-1])} labels for {rows} rows; restore it")
             if text_column is not None:
@@ -77,15 +79,21 @@ def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[st
     """
     import datasets
 
+    with quiet_hub(), reading(f"{data} gave no dataset", advice):
+        found = load(datasets)
+    return {"": found} if isinstance(found, datasets.Dataset) else {k.lower(): v for k, v in found.items()}
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence the warnings of the hub's client: a page for retries, where the error says what failed."""
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)  # retries would print a page of warnings; the error says what failed
+    log.setLevel(logging.ERROR)
     try:
-        with _reading(f"{data} gave no dataset", advice):
-            found = load(datasets)
+        yield
     finally:
         log.setLevel(level)
-    return {"": found} if isinstance(found, datasets.Dataset) else {k.lower(): v for k, v in found.items()}
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def load_folder(folder: Path) -> dict[str, Any]:
         if isinstance(files, list):
             files = [each.get("filename") if isinstance(each, dict) else each for each in files]
         for name in ("dataset_info.json", *_plain_names(files, path, "_data_files")):
-            with _reading(f"{part / name} cannot be read"):
+            with reading(f"{part / name} cannot be read"):
                 open_regular(part / name).close()
             if not Path(os.path.realpath(part / name)).is_relative_to(os.path.realpath(folder)):
                 raise UserError(f"--data: {part / name} is a link that leads outside of {folder}; put the file there")
@@ -123,12 +131,12 @@ def download_folders() -> list[Path]:
 
 def read_dataset(data: str, dataset: Any, roots: Sequence[Path], text_column: str | None = None) -> FoundSplit:
     """One dataset of `load_datasets` as a split; files that rows name lie in one of `roots`."""
-    with _reading(f"{data} cannot be read"):
-        columns = _find_columns(dataset.features.arrow_schema, data)
+    with reading(f"{data} cannot be read"):
+        columns = find_columns(dataset.features.arrow_schema, data)
         files = [Path(entry["filename"]) for entry in dataset.cache_files]
         listing = [f"{len(dataset)} {dataset.features}", *(f"{file.name}\t{file.stat().st_size}" for file in files)]
         label = columns.label
-        raw = None if label is None else _raw_labels(dataset.data.column(label), f"{data}: column {label}")
+        raw = None if label is None else raw_labels(dataset.data.column(label), f"{data}: column {label}")
         captions = None
         if text_column is not None:
             check_text_column(dataset.features.arrow_schema, text_column, data)
@@ -139,7 +147,7 @@ def read_dataset(data: str, dataset: Any, roots: Sequence[Path], text_column: st
 
 
 def _dataset_column(dataset: Any, data: str, column: str) -> pa.ChunkedArray:
-    with _reading(f"{data} cannot be read"):
+    with reading(f"{data} cannot be read"):
         found = dataset.data.column(column)
         found.validate(full=True)  # offsets in a damaged file point anywhere in memory
     return found
@@ -151,10 +159,10 @@ def read_keys(rows: Rows, column: str) -> list[str | None]:
     if rows.columns.count(column) != 1:
         found = ", ".join(rows.columns)[:500]
         raise UsageError(f"--pair-by: {rows.files[0]} has no column {column[:80]}, or several; it has {found}")
-    with _reading(f"{where} cannot be read"):
+    with reading(f"{where} cannot be read"):
         values = rows.load(column)
-        kind = _value_type(values.type)
-        if pa.types.is_integer(kind) or _is_text(kind):
+        kind = value_type(values.type)
+        if pa.types.is_integer(kind) or is_text(kind):
             values.validate(full=True)
             keys = [None if value is None else str(value) for value in values.cast(kind).to_pylist()]
         else:
@@ -172,14 +180,14 @@ _DAMAGED += (ImportError, EOFError, AssertionError, pa.ArrowException)
 @contextmanager
 def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a parquet file; errors of reading inside raise `UserError`."""
-    with _reading(f"{path} cannot be read"):
+    with reading(f"{path} cannot be read"):
         open_regular(path).close()
         with pq.ParquetFile(path, memory_map=True) as file:
             yield file
 
 
 @contextmanager
-def _reading(problem: str, advice: str = "restore it or download it again") -> Iterator[None]:
+def reading(problem: str, advice: str = "restore it or download it again") -> Iterator[None]:
     """Turn the errors of table readers into a `UserError` of one line."""
     try:
         yield
@@ -200,27 +208,27 @@ def _map_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
     """Memory-map a column: `datasets` converts it to Arrow in its cache once."""
     import datasets
 
-    with _reading(f"{paths[0].parent} cannot be read"):
+    with reading(f"{paths[0].parent} cannot be read"):
         return datasets.Dataset.from_parquet([str(path) for path in paths], columns=[column]).data.column(column)
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """The columns of a table that are used; all files of a split have the same."""
 
     image: str
     image_type: pa.DataType
     label: str | None
-    label_is_text: bool
+    labelis_text: bool
     class_names: list[str] | None
 
     def __str__(self) -> str:
-        kind = "text" if self.label_is_text else "integers"
+        kind = "text" if self.labelis_text else "integers"
         labels = f"labels in {self.label} ({kind})" if self.label else "no labels"
         return f"images in {self.image} ({self.image_type}), {labels}, {len(self.class_names or [])} names of classes"
 
 
-def _find_columns(schema: pa.Schema, where: object) -> _Columns:
+def find_columns(schema: pa.Schema, where: object) -> Columns:
     """Find the columns of images and labels: by the features of `datasets`, type, then name. Raises `UserError`."""
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
@@ -240,8 +248,8 @@ def _find_columns(schema: pa.Schema, where: object) -> _Columns:
         raise UserError(f"--data: {where}: column {image} is of type {image_type}, expected encoded images as bytes")
     declared = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     present = [n for n in ("label", "labels", "fine_label", *declared) if schema.get_field_index(n) >= 0]
-    types = {name: _value_type(schema.field(name).type) for name in present}
-    label = next((n for n, t in types.items() if pa.types.is_integer(t) or _is_text(t)), None)
+    types = {name: value_type(schema.field(name).type) for name in present}
+    label = next((n for n, t in types.items() if pa.types.is_integer(t) or is_text(t)), None)
     for name, other in types.items() if label is None else ():
         if not pa.types.is_null(other):
             advice = "cast it to integers or text, or rename it"
@@ -249,14 +257,14 @@ def _find_columns(schema: pa.Schema, where: object) -> _Columns:
     names = features[label].get("names") if label is not None and kinds.get(label) == "ClassLabel" else None
     if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f"--data: {where}: the names of the classes in {label} are no list of text; correct them")
-    return _Columns(image, image_type, label, label is not None and _is_text(types[label]), names or None)
+    return Columns(image, image_type, label, label is not None and is_text(types[label]), names or None)
 
 
-def _value_type(kind: pa.DataType) -> pa.DataType:
+def value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
@@ -264,10 +272,10 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _raw_labels(column: pa.ChunkedArray, where: str) -> np.ndarray:
+def raw_labels(column: pa.ChunkedArray, where: str) -> np.ndarray:
     """Labels as integers, -1 for none, or as text, "" for none. Raises `UserError` where they cannot be classes."""
     column.validate(full=True)
-    column = column.cast(_value_type(column.type))
+    column = column.cast(value_type(column.type))
     if pa.types.is_integer(column.type):
         bounds = pc.call_function("min_max", [column]).as_py()  # None where all are null
         for value in bounds.values():

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
@@ -169,6 +169,8 @@ class Run:
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
         extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan), "seconds": round(self.seconds, 3)}
+        if (position := trainer.position) is not None:
+            extra["positions"] = gather_object([position])
         folder, keep = self.folder / CHECKPOINTS, self.settings.keep_checkpoints
         save_checkpoint(folder, self.done, trainer.modules, self._optimizers(trainer), extra, keep, write=self.main)
         if self.session:
@@ -296,7 +298,8 @@ class Run:
         """How far the run is, and what it took."""
         images = self.done * self.settings.batch_size
         memory = peak_memory(self.device) / 1e9
-        return {"epoch": images / trainer.examples, "images": images, "seconds": self.seconds, "peak_memory_gb": memory}
+        epoch = {"epoch": images / trainer.examples} if trainer.examples else {}
+        return {**epoch, "images": images, "seconds": self.seconds, "peak_memory_gb": memory}
 
     def _over_processes(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Means of scalars over all processes; waits for the device once."""

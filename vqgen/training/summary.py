@@ -24,14 +24,15 @@ def millions(parameters: Iterable[nn.Parameter]) -> str:
 def summary(run: "Run", trainer: "Trainer") -> str:
     """The lines of a run's beginning: what is trained on what, how, for how long, where and to where."""
     settings, optimizer, processes = run.settings, run.config.optimizer, run.accelerator.num_processes
-    epochs = settings.steps * settings.batch_size / max(1, trainer.examples)
+    images = settings.steps * settings.batch_size
+    passes = f"{images / trainer.examples:.3g} epochs" if trainer.examples else f"{images:,} images"
     parts = [f"{processes} processes"] * (processes > 1) + [f"{settings.accumulate} parts"] * (settings.accumulate > 1)
     split = f" ({' x '.join(parts)})" if parts else ""
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
     precision = run.accelerator.mixed_precision.replace("no", "fp32")
     rows = {
         **trainer.summary(),
-        "training": f"{settings.steps:,} steps of {settings.batch_size}{split}, {epochs:.3g} epochs",
+        "training": f"{settings.steps:,} steps of {settings.batch_size}{split}, {passes}",
         "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.lr:g} after {run.plan.warmup(optimizer)} steps, "
         f"then {optimizer.lr_schedule.replace('_', ' ')}; averages of {optimizer.ema_decay:.6g}",
         "machine": f"{run.device}{threads}, {precision}",

@@ -17,7 +17,9 @@ class Trainer(Protocol):
     extra: dict[str, Any]
     """Small JSON-serialisable state of checkpoints, e.g. the best held-out loss."""
     examples: int
-    """Training images: an epoch."""
+    """Training images: an epoch; 0 where their number is not known."""
+    position: Any
+    """Where this process is in its data, JSON-serialisable, for `extra["positions"]`; None where the step says it."""
     validated: int
     """Held-out images that a validation measures."""
 

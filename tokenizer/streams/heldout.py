@@ -1,0 +1,45 @@
+"""Held-out images of a stream: a fixed set that is read once, and kept encoded."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from vqgen.devices import on_main
+from vqgen.errors import UserError
+from vqgen.seeding import hash64
+from vqgen.tokenizer.data.dataset import ImageDataset
+from vqgen.tokenizer.data.items import Kept
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.sources import Source
+
+from .records import Record
+from .shards import Shards
+
+FILES = 16
+"""The images are taken from so many files, and from more where these hold too few."""
+
+
+def read_heldout(shards: Shards, config: ImageConfig, count: int) -> ImageDataset:
+    """Read at most `count` held-out images; the main process reads, and all get them. Raises `UserError`."""
+    records = on_main(lambda: _records(shards, count))
+    if not records:
+        raise UserError(f"--holdout {config.holdout}: {shards.data} has no held-out image; hold out more, or add some")
+    labels = np.array([record.label for record in records], dtype=np.int64)
+    kept = Kept([record.name for record in records], [(record.data, record.problem) for record in records])
+    source = Source(shards.data, kept, np.arange(len(records)), labels, shards.class_names, "")
+    # Workers would each hold a copy; once decoded, images are in the cache of this process.
+    return ImageDataset(source, dataclasses.replace(config, workers=0))
+
+
+def _records(shards: Shards, count: int) -> list[Record]:
+    """The first held-out images of several files in a fixed order."""
+    files = sorted(shards.files, key=lambda file: hash64("heldout", file.rpartition("/")[2]))
+    share, found = math.ceil(count / min(FILES, len(files))), list[Record]()
+    for file in files:
+        most = min(share, count - len(found))
+        for _, record in zip(range(most), shards.read([file])):
+            found.append(record)
+        if len(found) == count:
+            break
+    return found

@@ -1,0 +1,192 @@
+"""The files of a stream: patterns, URLs, folders and datasets of the hub, and how they are divided into splits."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from vqgen.errors import UserError
+from vqgen.seeding import hash64
+from vqgen.tokenizer.data.options import STREAM, Split
+from vqgen.tokenizer.data.sources import name_splits
+from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
+
+from .parquet import declared_classes, read_parquet
+from .records import Record
+from .tar import read_tar
+from .transport import shown, size_of
+
+MOST_FILES = 10**6
+"""Most files of a stream."""
+READERS = {".tar": read_tar, ".parquet": read_parquet}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one split of a stream, and which of their images belong to it."""
+
+    data: str
+    split: Split
+    files: list[str] = field(repr=False)
+    holdout: float | None
+    """Share of the images that are held out by a hash of their keys; None where files are of one split as a whole."""
+    text_column: str | None = None
+
+    def read(self, files: Sequence[str]) -> Iterator[Record]:
+        """Yield the records of this split in `files`, which are among its own. Raises `UserError`."""
+        return (record for record in self.read_all(files) if self.split_of(record) == self.split)
+
+    def read_all(self, files: Sequence[str]) -> Iterator[Record]:
+        """Yield the records of all splits that share these files. Raises `UserError`."""
+        for file in files:
+            yield from READERS[_ending(file)](file, self.text_column)
+
+    def split_of(self, record: Record) -> Split:
+        """The split of a record, by a hash of its key alone: other files and other orders change nothing."""
+        if self.holdout is None:
+            return self.split
+        return "heldout" if hash64("split", record.key) < self.holdout * 2**64 else "train"
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that share these files."""
+        return [self.split] if self.holdout is None else ["train", "heldout"]
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """Names that the first file declares; None where it has none."""
+        return declared_classes(self.files[0]) if _ending(self.files[0]) == ".parquet" else None
+
+    @property
+    def names(self) -> list[str]:
+        """The files by their paths below the folder that they have in common."""
+        return list(_relative(self.files))
+
+    @cached_property
+    def mark(self) -> int:
+        """A hash of the names of the files, in order."""
+        return hash64("shards", self.split, self.holdout, *self.names)
+
+    def dataset(self, files: Sequence[str], rank: int, world: int) -> Any:
+        """The share of process `rank` of `world` of the records in `files`, as an `IterableDataset` with a state."""
+        from datasets import IterableDataset
+        from datasets.distributed import split_dataset_by_node
+
+        # `split_dataset_by_node` shares out whole files only where their number is a multiple of the processes, and
+        # else has each process read all of them.
+        if len(files) >= world:
+            files, rank, world = files[rank::world], 0, 1
+        found = IterableDataset.from_generator(self.read, gen_kwargs={"files": list(files)})
+        return found if world == 1 else split_dataset_by_node(found, rank, world)
+
+    def fingerprint(self, sizes: Mapping[str, int | None]) -> str:
+        """SHA-256 over split, names and `sizes` of the files."""
+        listing = [f"{name}\t{sizes[file]}" for name, file in zip(self.names, self.files)]
+        text = json.dumps([self.split, self.holdout, self.text_column, *listing])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def sizes_of(files: Iterable[str]) -> dict[str, int | None]:
+    """The bytes of each file, None where its server does not say. Raises `UserError` where one is missing."""
+    names = sorted(set(files))
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(names, pool.map(size_of, names)))
+
+
+def open_shards(data: str, holdout: float, text_column: str | None = None) -> dict[Split, Shards]:
+    """Find the files of a stream by split: train, heldout and, where names or the hub say so, test.
+
+    Files without a validation split are divided by a hash of the keys in them. Raises `UserError`.
+    """
+    found = _find(data)
+    divided = "heldout" not in found
+    train = found["train" if "train" in found else "all"]
+    share = holdout if divided else None
+    splits: dict[Split, Shards] = {
+        "train": Shards(data, "train", train, share, text_column),
+        "heldout": Shards(data, "heldout", train if divided else found["heldout"], share, text_column),
+    }
+    return splits | ({"test": Shards(data, "test", found["test"], None, text_column)} if "test" in found else {})
+
+
+def _find(data: str) -> dict[str, list[str]]:
+    """The files of a stream by split, or of "all"."""
+    where = data.removeprefix(STREAM)
+    patterns = _without_braces(where)
+    files = sorted({file for pattern in patterns for file in _matches(pattern)})
+    if files:
+        groups = group_by_split(dict(zip(_relative(files), files)))
+    elif data.startswith(STREAM) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where) and not os.path.lexists(where):
+        groups = _of_hub(where)
+    else:
+        raise UserError(f"--data: {where} names no tar or parquet file; correct the path or the pattern")
+    for file in (file for group in groups.values() for file in group):
+        if _ending(file) not in READERS:
+            raise UserError(f"--data: found {shown(file)} in the stream, expected files that end in .tar or .parquet")
+    endings = {_ending(file) for group in groups.values() for file in group}
+    if len(endings) > 1:
+        raise UserError(f"--data: {where} holds tar and parquet files; name those of one kind by a pattern")
+    return name_splits(groups, where)
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """The patterns that one with {0000..0127} or {one,other} stands for."""
+    found, rest = [""], pattern
+    while match := re.search(r"\{([^{}]*)\}", rest):
+        inside, numbers = match[1], re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", match[1])
+        words: Sequence[str] | Literal[0] = inside.split(",") if "," in inside else 0
+        if numbers:
+            first, last = map(int, numbers.groups())
+            if len(found) * (last - first + 1) > MOST_FILES:
+                raise UserError(f"--data: {pattern} names more than {MOST_FILES} files; use longer ones")
+            words = [str(n).zfill(len(numbers[1])) for n in range(first, last + 1)]
+        if not words or len(found) * len(words) > MOST_FILES:
+            expected = f"{{0000..0127}} or {{one,other}}, and at most {MOST_FILES} files"
+            raise UserError(f"--data: found {match[0][:80]} in {pattern[:500]}, expected {expected}")
+        found = [start + rest[: match.start()] + word for start in found for word in words]
+        rest = rest[match.end() :]
+    return [start + rest for start in found]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that a path, a pattern with wildcards or a folder names; a URL without wildcards is not looked up."""
+    if "://" in pattern:
+        if "*" not in pattern:
+            return [pattern]
+        with reading(f"{shown(pattern)} cannot be listed", "check the address, and the library for its scheme"):
+            import fsspec
+
+            system, path = fsspec.core.url_to_fs(pattern)
+            return [str(system.unstrip_protocol(file)) for file in system.glob(path)]
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        inside = (glob.glob(os.path.join(glob.escape(path), "**", f"*{ending}"), recursive=True) for ending in READERS)
+        return [file for each in inside for file in each]
+    return [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+
+
+def _of_hub(name: str) -> dict[str, list[str]]:
+    """The files of a dataset of the hub by split."""
+    import datasets
+
+    with quiet_hub(), reading(f"{name} gave no dataset", "no such path exists either; check the name, or the network"):
+        files = datasets.load_dataset_builder(name).config.data_files or {}
+        return {str(split).lower(): [str(file) for file in listed] for split, listed in files.items()}
+
+
+def _relative(files: Sequence[str]) -> list[str]:
+    """Files by their paths below the folder that they have in common."""
+    paths = [urlsplit(file).path if "://" in file else os.path.abspath(file) for file in files]
+    start = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return [path.removeprefix(start).lstrip("/") for path in paths]
+
+
+def _ending(file: str) -> str:
+    return os.path.splitext(urlsplit(file).path if "://" in file else file)[1].lower()

@@ -1,0 +1,118 @@
+"""Tar shards as the library webdataset writes them: members of one sample are neighbours and differ in their endings.
+
+They are read in one pass and never extracted. `datasets` reads them, too, but takes the fields of all samples from the
+first five, decodes every member by its ending, whatever its size, and ends silently at a damaged header.
+"""
+
+import tarfile
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from vqgen.errors import UserError
+from vqgen.tokenizer.data.captions import as_caption
+from vqgen.tokenizer.data.options import MAX_CAPTION, SUFFIXES
+from vqgen.tokenizer.data.tables import reading
+
+from .records import MAX_IMAGE, Record, as_label
+from .transport import opened, shown
+
+MAX_HEADER = 2**20
+"""Largest header that extends another (long names and the like), in bytes."""
+_EXTENDING = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENDING += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose damaged header is an error: `tarfile` takes it for the end of the file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _EXTENDING and found.size > MAX_HEADER:  # it is read as a whole
+            raise tarfile.ReadError(f"a header of {found.size} bytes")
+        return found
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+
+
+def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
+    """Yield the records of a tar file: `KEY.jpg` or another image, and `KEY.cls` with its class, if there is one.
+
+    Args:
+        text_column: ending of the members that are captions, e.g. "txt".
+
+    Images that are links, or larger than `MAX_IMAGE`, and samples without an image are records with a problem. Raises
+    `UserError` for a damaged file, a label that is no class, and a caption that is no text.
+    """
+    where = shown(url)
+    with (
+        reading(f"{where} cannot be read"),
+        opened(url) as file,
+        tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar,
+    ):
+        for key, members in groupby(_members(tar), key=lambda member: member[0]):
+            yield _record(tar, key, (member[1:] for member in members), where, text_column)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, ending in lower case and header of each member that is no folder and not hidden."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # else they stay in memory
+        folder, _, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        if stem and not member.isdir() and not folder.startswith("__MACOSX"):
+            yield f"{folder}/{stem}" if folder else stem, ending.lower(), member
+
+
+def _record(
+    tar: tarfile.TarFile,
+    key: str,
+    members: Iterable[tuple[str, tarfile.TarInfo]],
+    where: str,
+    text_column: str | None,
+) -> Record:
+    name, data, problem, label, caption, others = "", b"", "", -1, "", list[str]()
+    for ending, member in members:
+        if f".{ending}" in SUFFIXES:
+            if name:
+                text = f"{where} has {name} and {member.name}; call the other one NAME.SOMETHING.{ending}"
+                raise UserError(f"--data: two images have one key: {text}")
+            name = member.name
+            if not member.isreg() or member.issparse():
+                problem = "a link or a device, not a regular file"
+            elif member.size > MAX_IMAGE:
+                problem = f"{member.size} bytes, at most {MAX_IMAGE} are read"
+            else:
+                data = _bytes(tar, member)
+        elif ending == "cls":
+            label = as_label(_text(tar, member, where), f"{where}: {member.name}")
+        elif ending == text_column:
+            caption = as_caption(_text(tar, member, where).removeprefix("\ufeff"), f"{where}: {member.name}")
+        else:
+            others.append(ending)
+    if not name:
+        problem = f"no image among its endings {', '.join(others)[:80] or 'cls'}"
+    return Record(key, f"{where}: {name or key}", data, label, caption, problem)
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular file
+    return file.read()
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
+    found = f"{where}: {member.name}"
+    if not member.isreg() or member.issparse() or member.size > 8 * MAX_CAPTION:
+        raise UserError(f"--data: {found} is no regular file of at most {8 * MAX_CAPTION} bytes; remove it")
+    try:
+        return _bytes(tar, member).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data: {found} is no UTF-8 ({error}); correct it") from error
