@@ -219,11 +219,11 @@ class Columns:
     image: str
     image_type: pa.DataType
     label: str | None
-    labelis_text: bool
+    label_is_text: bool
     class_names: list[str] | None
 
     def __str__(self) -> str:
-        kind = "text" if self.labelis_text else "integers"
+        kind = "text" if self.label_is_text else "integers"
         labels = f"labels in {self.label} ({kind})" if self.label else "no labels"
         return f"images in {self.image} ({self.image_type}), {labels}, {len(self.class_names or [])} names of classes"
 

@@ -160,6 +160,8 @@ def _matches(pattern: str) -> list[str]:
     if "://" in pattern:
         if "*" not in pattern:
             return [pattern]
+        if pattern.startswith("http"):
+            raise UserError(f"--data: found * in {shown(pattern)}, but HTTP has no lists; use {{0000..0127}}")
         with reading(f"{shown(pattern)} cannot be listed", "check the address, and the library for its scheme"):
             import fsspec
 

@@ -11,7 +11,6 @@ from itertools import groupby
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.captions import as_caption
 from vqgen.tokenizer.data.options import MAX_CAPTION, SUFFIXES
-from vqgen.tokenizer.data.tables import reading
 
 from .records import MAX_IMAGE, Record, as_label
 from .transport import opened, shown
@@ -52,13 +51,13 @@ def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
     `UserError` for a damaged file, a label that is no class, and a caption that is no text.
     """
     where = shown(url)
-    with (
-        reading(f"{where} cannot be read"),
-        opened(url) as file,
-        tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar,
-    ):
-        for key, members in groupby(_members(tar), key=lambda member: member[0]):
-            yield _record(tar, key, (member[1:] for member in members), where, text_column)
+    try:
+        with opened(url) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+            for key, members in groupby(_members(tar), key=lambda member: member[0]):
+                yield _record(tar, key, (member[1:] for member in members), where, text_column)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # what `tarfile` raises on damaged data
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"--data: {where} cannot be read ({reason}); restore it or download it again") from error
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

@@ -1,24 +1,27 @@
-"""Files of a stream, local or through fsspec; a connection that breaks is opened again where it was."""
+"""Files of a stream: local, by HTTP, or through fsspec. A connection that breaks is opened again where it was."""
 
-import asyncio
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from http.client import HTTPException, HTTPResponse
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.request import Request, urlopen
 
 from vqgen.errors import UserError
 from vqgen.files import open_regular
 
+T = TypeVar("T")
+
 TRIES = 6
-"""How often a read is tried before it is an error."""
+"""How often in a row a read is tried before it is an error."""
 PAUSE = 1.0
 """Seconds before the second try; each further pause is twice as long."""
 SILENCE = 60.0
-"""Seconds without a byte after which a connection counts as broken."""
+"""Seconds without a byte after which an HTTP connection counts as broken."""
 _BUFFER = 2**20  # bytes that are read at once
-_PERMANENT = {400, 401, 403, 404, 405, 410, 451}  # of HTTP
+_PERMANENT = {400, 401, 403, 404, 405, 410, 416, 451}  # answers of HTTP that a second try does not change
 
 
 def shown(url: str) -> str:
@@ -28,13 +31,13 @@ def shown(url: str) -> str:
 
 @contextmanager
 def opened(url: str) -> Iterator[BinaryIO]:
-    """Open a path or a URL for reading. Raises `UserError` where it cannot be read, at any time."""
+    """Open a path or a URL for reading. Raises `UserError` where a URL cannot be read, at any time; else `OSError`."""
     if "://" not in url:
         with open_regular(url) as file:
             yield file
         return
     with io.BufferedReader(_Remote(url), _BUFFER) as file:
-        yield file  # type: ignore[misc]
+        yield cast(BinaryIO, file)
 
 
 def size_of(url: str) -> int | None:
@@ -50,13 +53,15 @@ def size_of(url: str) -> int | None:
 
 
 class _Remote(io.RawIOBase):
-    """A file of fsspec that outlives its connections."""
+    """A file behind a URL that outlives its connections."""
 
     def __init__(self, url: str):
         super().__init__()
-        self.url, self.at = url, 0
-        self._file: Any = None
-        self.size: int | None = self._tried(lambda file: getattr(file, "size", None))
+        self.url, self.at = url, 0  # where the next read begins
+        self._file: Any = None  # an open connection
+        self._place = 0  # of it
+        self.size: int | None = None
+        self._tried(lambda: None)
 
     def readable(self) -> bool:
         return True
@@ -74,53 +79,78 @@ class _Remote(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        def read(file: Any) -> bytes:
-            self._go_to(file, self.at)
-            found = file.read(len(buffer))
-            if not found and self.size is not None and self.at < self.size:
-                raise OSError(f"it ends after {self.at} of {self.size} bytes")
-            return found
-
-        data = self._tried(read)
+        if self.size is not None and self.at >= self.size:
+            return 0
+        data = self._tried(lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
 
-    def _go_to(self, file: Any, place: int) -> None:
-        """Move an open file to a place, where its server sends no ranges by reading up to it."""
-        if (at := file.tell()) == place:
-            return
-        with suppress(ValueError):  # raised where the server sends no ranges
-            file.seek(place)
-            return
-        if at > place:
-            raise OSError("its server sends no ranges")  # it is opened again
-        while at < place:
-            skipped = file.read(min(_BUFFER, place - at))
-            if not skipped:
-                raise OSError(f"it ends after {at} bytes")
-            at += len(skipped)
+    def _read(self, count: int) -> bytes:
+        """Read from the open connection, or raise an error of it."""
+        data = self._file.read(count)
+        if not data and self.size is not None:
+            raise OSError(f"it ends after {self.at} of {self.size} bytes")
+        self._place += len(data)
+        return data
 
-    def _tried(self, act: Any) -> Any:
-        """The result of `act(file)`; after an error of the connection the file is opened again. Raises `UserError`."""
-        errors = _errors()
+    def _connect(self) -> None:
+        """Have an open connection at `at`."""
+        if self._file is not None and self._place == self.at:
+            return
+        if self.url.startswith(("http://", "https://")):
+            self._forget()
+            asked = {"Range": f"bytes={self.at}-", "Accept-Encoding": "identity", "User-Agent": "vqgen"}
+            self._file = answer = cast(HTTPResponse, urlopen(Request(self.url, headers=asked), timeout=SILENCE))
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else ""
+            self.size = int(total) if total.isdigit() else answer.length if answer.status == 200 else self.size
+            self._place = self.at if answer.status == 206 else 0
+            while self._place < self.at:  # its server sends no ranges
+                if not (skipped := answer.read(min(_BUFFER, self.at - self._place))):
+                    raise OSError(f"it ends after {self._place} of {self.at} bytes")
+                self._place += len(skipped)
+            return
+        if self._file is None:
+            import fsspec
+
+            system, path = fsspec.core.url_to_fs(self.url)
+            self._file = system.open(path, "rb")
+            self.size = getattr(self._file, "size", None)
+        self._place = self._file.seek(self.at)
+
+    def _tried(self, act: Callable[[], T]) -> T:
+        """The result of `act` on a connection at the right place, which is opened again after its errors.
+
+        Raises `UserError` after errors that another try does not change, and after `TRIES` of the others.
+        """
+        errors, advice = self._errors(), "check the address"
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                self._file = self._file or _open(self.url)
-                return act(self._file)
+                self._connect()
+                return act()
             except (ImportError, ValueError) as error:  # a scheme that fsspec does not know, or lacks a library for
-                raise UserError(f"--data: {shown(self.url)} cannot be opened ({_reason(error)})") from error
+                reason, last = "cannot be opened", cast(Exception, error)
+                break
             except errors as error:
                 self._forget()
-                lasting = isinstance(error, (FileNotFoundError, PermissionError))
-                if lasting or getattr(error, "status", None) in _PERMANENT:
-                    raise UserError(f"--data: {shown(self.url)} cannot be read ({_reason(error)}); check it") from error
-                last = error
-        tries = f"after {TRIES} tries in {PAUSE * (2 ** (TRIES - 1) - 1):.0f} s"
-        advice = "check the network and the server, then give the same command again"
-        raise UserError(f"--data: {shown(self.url)} cannot be read {tries} ({_reason(last)}); {advice}") from last
+                reason, last = "cannot be read", error
+                if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "code", 0) in _PERMANENT:
+                    break
+        else:
+            reason = f"cannot be read after {TRIES} tries in {PAUSE * (2 ** (TRIES - 1) - 1):.0f} s"
+            advice = "check the network and the server, then give the same command again"
+        found = f"{type(last).__name__}: {' '.join(str(last).split())[:150]}"
+        raise UserError(f"--data: {shown(self.url)} {reason} ({found}); {advice}") from last
+
+    def _errors(self) -> tuple[type[Exception], ...]:
+        """What a connection raises."""
+        if self.url.startswith(("http://", "https://")):
+            return OSError, HTTPException
+        from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
+
+        return OSError, EOFError, *CONNECTION_ERRORS_TO_RETRY
 
     def _forget(self) -> None:
         with suppress(Exception):  # a broken connection need not close well
@@ -131,29 +161,3 @@ class _Remote(io.RawIOBase):
     def close(self) -> None:
         self._forget()
         super().close()
-
-
-def _open(url: str) -> Any:
-    import fsspec
-
-    settings: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        # By default a file must have been read within five minutes, and a silent server is waited for as long.
-        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-        settings = {"client_kwargs": {"timeout": timeout}}
-    system, path = fsspec.core.url_to_fs(url, **settings)
-    return system.open(path, "rb")
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What reading through the network raises."""
-    import httpx
-    from aiohttp import ClientError
-
-    return OSError, EOFError, asyncio.TimeoutError, ClientError, httpx.HTTPError
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
