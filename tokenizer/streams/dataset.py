@@ -1,12 +1,13 @@
 """Images of a stream in training: shuffled, decoded in workers, and resumed exactly where a checkpoint was saved.
 
-The state of a shuffle buffer of `datasets` does not hold what is in the buffer, and a run that resumes skips it. Here
-images are shuffled within blocks, and a block is read again: its first image and the order follow from the position.
+A block of images is read, shuffled and used, then the next: where it began and how many of it were used is all that a
+checkpoint needs. `IterableDataset` of `datasets` has no such state: one that resumes loses what is in its shuffle
+buffer. Its `split_dataset_by_node` has each process read all files unless their number is a multiple of the processes.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -40,8 +41,9 @@ class Position:
     epoch: int = 0
     block: int = 0
     """Of the epoch."""
-    state: dict[str, Any] | None = None
-    """Of the `IterableDataset` before the block; None at the beginning of an epoch."""
+    file: int = 0
+    """Where the block begins, as of `Shards.share`."""
+    record: int = 0
     taken: int = 0
     """Images of the block that were used."""
 
@@ -139,26 +141,25 @@ class StreamImages(Dataset[Any]):
                 record = records[index]
                 keys.append((record, hash64("augment", seed, start.epoch, record.key)))
                 if len(keys) == batch_size:
-                    yield keys, Position(start.epoch, start.block, start.state, place + 1)
+                    yield keys, replace(start, taken=place + 1)
                     keys = []
             taken = 0
 
     def _blocks(self, seed: int, rank: int, world: int, buffer: int) -> Iterator[tuple[Position, list[Record]]]:
         """Yield blocks of records with their positions, without end. Raises `UserError` where a pass has none."""
-        epoch, block, state = self.position.epoch, self.position.block, self.position.state
+        start = replace(self.position, taken=0)
         while True:
-            order = np.random.default_rng(hash64("files", seed, epoch)).permutation(len(self.shards.files))
-            dataset = self.shards.dataset([self.shards.files[file] for file in order], rank, world)
-            if state is not None:
-                dataset.load_state_dict(state)
-            stream = iter(dataset)
-            while records := list(_block(stream, buffer)):
-                yield Position(epoch, block, state), records
-                block, state = block + 1, dataset.state_dict()
-            if not block:
+            order = np.random.default_rng(hash64("files", seed, start.epoch)).permutation(len(self.shards.files))
+            files = [self.shards.files[file] for file in order]
+            stream = self.shards.share(files, rank, world, start.file, start.record)
+            while block := list(_block(stream, buffer)):
+                yield start, [record for record, *_ in block]
+                _, file, record = block[-1]
+                start = Position(start.epoch, start.block + 1, file, record)
+            if not start.block:
                 share = f" for process {rank + 1} of {world}" if world > 1 else ""
                 raise UserError(f"--data: {self.shards.data} holds no training image{share}; add some")
-            epoch, block, state = epoch + 1, 0, None
+            start = Position(start.epoch + 1)
 
     def place(self) -> dict[str, Any]:
         """The position and what it belongs to, JSON-serialisable."""
@@ -177,13 +178,12 @@ class StreamImages(Dataset[Any]):
         return [f"--data: {self.shards.data} begins a new epoch, as {why}"]
 
 
-def _block(stream: Iterator[Record | Mapping[str, Any]], buffer: int) -> Iterator[Record]:
+def _block(stream: Iterator[tuple[Record, int, int]], buffer: int) -> Iterator[tuple[Record, int, int]]:
     """The next records of a stream, until there are `buffer` of them or `BLOCK_BYTES`."""
     size = 0
-    for example in islice(stream, buffer):
-        record = example if isinstance(example, Record) else Record(**example)
-        yield record
-        size += len(record.data)
+    for each in islice(stream, buffer):
+        yield each
+        size += len(each[0].data)
         if size >= BLOCK_BYTES:
             return
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal
 from urllib.parse import urlsplit
 
 from vqgen.errors import UserError
@@ -74,17 +75,22 @@ class Shards:
         """A hash of the names of the files, in order."""
         return hash64("shards", self.split, self.holdout, *self.names)
 
-    def dataset(self, files: Sequence[str], rank: int, world: int) -> Any:
-        """The share of process `rank` of `world` of the records in `files`, as an `IterableDataset` with a state."""
-        from datasets import IterableDataset
-        from datasets.distributed import split_dataset_by_node
+    def share(
+        self, files: Sequence[str], rank: int, world: int, file: int = 0, record: int = 0
+    ) -> Iterator[tuple[Record, int, int]]:
+        """Yield the share of process `rank` of `world` of the records in `files`, each with the place behind it.
 
-        # `split_dataset_by_node` shares out whole files only where their number is a multiple of the processes, and
-        # else has each process read all of them.
-        if len(files) >= world:
-            files, rank, world = files[rank::world], 0, 1
-        found = IterableDataset.from_generator(self.read, gen_kwargs={"files": list(files)})
-        return found if world == 1 else split_dataset_by_node(found, rank, world)
+        A place is a number of files and of records in the next one, of this share; it begins at (`file`, `record`).
+        With fewer files than processes, each process reads all of them and yields one of `world` records.
+        """
+        enough = len(files) >= world
+        own = files[rank::world] if enough else files
+        for number in range(file, len(own)):
+            found = self.read([own[number]])
+            found = found if enough else islice(found, rank, None, world)
+            for place, each in enumerate(found, 1):
+                if number > file or place > record:
+                    yield each, number, place
 
     def fingerprint(self, sizes: Mapping[str, int | None]) -> str:
         """SHA-256 over split, names and `sizes` of the files."""
