@@ -75,8 +75,8 @@ def main() -> None:
             images=ImageConfig(workers=options.workers, max_broken=1),
         )
         job = build_job(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        count = sum(len(dataset) for dataset in job.datasets.values())
-        batch = job.datasets["train"].__getitems__(range(min(options.batch_size, len(job.datasets["train"]))))
+        count = sum(len(dataset) for dataset in job.indexed.values())
+        batch = job.indexed["train"].__getitems__(list(range(min(options.batch_size, len(job.indexed["train"])))))
         images = batch.images.to(job.device)
         encoder_alone(job.tokenizer, images, 2 * len(images), job.precision)  # warms up kernels and threads
         ratios = []

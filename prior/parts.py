@@ -176,7 +176,7 @@ class Classes(Part):
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "Classes":
         count = len(files.class_names or [])
-        unlabelled = count > 0 and bool((files.labels < 0).any())
+        unlabelled = count > 0 and files.unlabelled
         return cls(count, files.class_names, options.label_dropout, unlabelled)
 
     @classmethod
@@ -204,7 +204,7 @@ class Classes(Part):
         return self.dropout > 0 or self.unlabelled
 
     def of_rows(self, rows: Rows) -> Tensor:
-        return self.of_labels(torch.from_numpy(rows.files.labels[rows.indices]))[:, None]
+        return self.of_labels(torch.from_numpy(rows.files.gather_labels(rows.indices)))[:, None]
 
     def of_labels(self, labels: Tensor) -> Tensor:
         """Labels (B,), -1 for none -> token ids (B,); null for all where the prior is unconditional."""

@@ -194,3 +194,34 @@ def test_shards_are_regular_files(tmp_path: Path) -> None:
         CodeFiles(tmp_path, "train")
     with pytest.raises(UserError, match=shard_name(0)):
         codes_format.checksum(tmp_path / shard_name(0))
+
+
+def test_a_folder_of_many_shards_opens_them_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = write_codes(tmp_path, counts=(2, 3, 4))
+    reference = CodeFiles(tmp_path, "train")
+    shards, count = len(reference.manifest.splits["train"].shards), len(reference)
+    assert shards > 2
+    order = np.random.default_rng(0).integers(0, count, 50)
+    for at_once, most in ((1, 1), (0, 2)):
+        monkeypatch.setattr(codes_format, "AT_ONCE", at_once)
+        monkeypatch.setattr(codes_format, "MOST_OPEN", most)
+        files = CodeFiles(tmp_path, "train")
+        assert len(files._opened) == at_once
+        files._large = True  # pages are read one by one, which changes no value
+        assert np.array_equal(files.gather(order, [0] * 50).numpy(), codes[order, 0])
+        assert np.array_equal(files.gather_labels(order), reference.labels[order])
+        assert files.unlabelled == bool((reference.labels < 0).any())
+        assert len(files._opened) == most
+        files.verify()
+    last = tmp_path / shard_name(shards - 1)
+    data = last.read_bytes()
+    last.write_bytes(data[:20])
+    with pytest.raises(UserError, match=last.name):
+        CodeFiles(tmp_path, "train")
+    last.unlink()
+    with pytest.raises(UserError, match=last.name):
+        CodeFiles(tmp_path, "train")
+    last.write_bytes(bytes([255]) + data[1:])  # long enough: found when it is read
+    files = CodeFiles(tmp_path, "train")
+    with pytest.raises(UserError, match=last.name):
+        files.gather([count - 1], [0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vqgen.errors import UserError
-from vqgen.seeding import epoch_slice, hash64, step_seed
+from vqgen.seeding import _scattered, epoch_slice, hash64, step_seed
 from vqgen.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 # ---- the order of examples ----
@@ -21,6 +21,26 @@ from vqgen.training.checkpoint import checkpoints, load_checkpoint, save_checkpo
 def test_each_epoch_holds_every_example_once(count, seed, epoch):
     order = epoch_slice(count, seed, epoch * count, count)
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(count))
+
+
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+def test_an_order_that_is_computed_is_a_permutation_too(count, seed, epoch):
+    order = _scattered(count, seed, epoch, np.arange(count))
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(count))
+    assert np.array_equal(_scattered(count, seed, epoch, np.arange(count)[::-3]), order[::-3])
+
+
+def test_a_billion_examples_are_shuffled_in_no_memory():
+    count = 10**9
+    first, second = (epoch_slice(count, 0, start, 50_000) for start in (0, count))
+    for order in (first, second):
+        assert len(set(order.tolist())) == len(order) and 0 <= order.min() <= order.max() < count
+        # Uniform: each tenth of the range gets a tenth, and neighbours are a third of the range apart.
+        assert np.abs(np.histogram(order, 10, (0, count))[0] / 5000 - 1).max() < 0.06
+        assert abs(np.abs(np.diff(order)).mean() / count - 1 / 3) < 0.01
+    assert (first != second).all()
+    both = epoch_slice(count, 0, count - 5, 10)
+    assert np.array_equal(both[5:], second[:5]) and np.array_equal(epoch_slice(count, 0, count - 5, 5), both[:5])
 
 
 @given(

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import mmap
 import os
 import platform
 import sys
@@ -123,6 +124,13 @@ def release_memory() -> None:
     gc.collect()
     if trim := _libc("malloc_trim"):
         trim(0)
+
+
+def advise_random(address: int, size: int) -> None:
+    """Say that a memory-mapped range is accessed at random (Linux with glibc; elsewhere do nothing)."""
+    if size and (madvise := _libc("madvise")):
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_RANDOM)
 
 
 def _libc(name: str) -> Callable[..., int] | None:

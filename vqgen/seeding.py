@@ -8,6 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+LARGE = 2**26
+"""From this many examples on, the order of an epoch is computed where it is needed: a billion would take 8 GB."""
+
 
 def hash64(*parts: object) -> int:
     """Hash the text of `parts` to 64 bits: the same number on every machine and in every process."""
@@ -25,6 +28,29 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(step_seed(seed, epoch)).permutation(count)
 
 
+def _scattered(count: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+    """Return what a permutation of `count` numbers has at `places`, each computed by itself, in no memory.
+
+    A Feistel network of four rounds permutes the numbers of an even count of bits (Luby & Rackoff 1988); it is repeated
+    for results from `count` on (cycle walking, Black & Rogaway 2002).
+    """
+    half = np.uint64(((count - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64(hash64("permutation", seed, epoch, part)) for part in range(4)]
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys:
+            mixed = right ^ key  # splitmix64 (Steele et al. 2014)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        found[outside] = (left << half) | right
+        outside = found >= count
+    return found.astype(np.int64)
+
+
 def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
     """Return the indices, int64 (size,), at `start .. start + size` of an endless sequence of shuffled epochs.
 
@@ -33,7 +59,10 @@ def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
     parts: list[np.ndarray] = []
     while size > 0:
         epoch, offset = divmod(start, count)
-        part = _permutation(count, seed, epoch)[offset : offset + size]
+        if count < LARGE:
+            part = _permutation(count, seed, epoch)[offset : offset + size]
+        else:
+            part = _scattered(count, seed, epoch, np.arange(offset, min(offset + size, count)))
         parts.append(part)
         start, size = start + len(part), size - len(part)
     return np.concatenate(parts)

@@ -7,6 +7,7 @@ complete. Shards are numbered consecutively over the splits. Everything about th
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -26,6 +28,7 @@ from vqgen.tokenizer.data.options import Split
 from .manifest import (
     FORMAT,
     MANIFEST,
+    REPAIR,
     Manifest,
     ShardEntry,
     Side,
@@ -74,6 +77,12 @@ REMEMBERED = 2**28
 """Bytes of codes from which on the check of shards, a quarter of a second or more, is remembered."""
 
 
+AT_ONCE = 64
+"""Shards whose headers are checked when a folder is opened; of further ones, that they are there and long enough."""
+MOST_OPEN = 8192
+"""Shards that are memory-mapped at a time: a process can have 65,530 mappings, two for each shard."""
+
+
 class CodeFiles:
     """The codes of one split of a folder, memory-mapped: opening reads headers only, whatever the size.
 
@@ -108,11 +117,15 @@ class CodeFiles:
         self.source, self.has_captions = manifest.source, manifest.captions
         row, shards = (self.views, *code_shape(self.grid, self.depth)), self._entry.shards
         source = (self.views, *code_shape(self.source.grid, self.depth)) if self.source else None
-        self._shards = [
-            open_shard(self.folder / s.file, self.codebook_size, row, s.count, source, self.has_captions)
-            for s in shards
-        ]
+        self._rows = row, source
+        self._bytes = len(self) * math.prod(row) * np.dtype(code_dtype(self.codebook_size)).itemsize
+        self._large = self._bytes > psutil.virtual_memory().total // 2  # it does not stay in memory
+        self._opened: dict[int, Shard] = {}
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
+        for number in range(min(len(shards), AT_ONCE)):
+            self._shard(number)
+        for entry in shards[AT_ONCE:]:
+            self._check_size(entry)
 
     def __reduce__(self):
         # Another process maps the files itself instead of receiving copies.
@@ -122,16 +135,58 @@ class CodeFiles:
         """Number of images."""
         return self._entry.count
 
+    def _shard(self, number: int) -> Shard:
+        """Shard `number`, memory-mapped; at most `MOST_OPEN` are at a time."""
+        if (found := self._opened.get(number)) is None:
+            while len(self._opened) >= MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+            entry, (row, source) = self._entry.shards[number], self._rows
+            path = self.folder / entry.file
+            found = open_shard(path, self.codebook_size, row, entry.count, source, self.has_captions)
+            if self._large:
+                found.read_at_random()
+            self._opened[number] = found
+        return found
+
+    def _check_size(self, entry: ShardEntry) -> None:
+        """Raise `UserError` where a shard is missing or too short for its codes; its header is read when it is used."""
+        path, least = self.folder / entry.file, self._bytes // max(len(self), 1) * entry.count
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {REPAIR}") from error
+        if size < least:
+            raise UserError(f"{path} is no complete shard of codes: it has {size} bytes, its codes {least}; {REPAIR}")
+
+    def _every_shard(self) -> Iterator[Shard]:
+        return map(self._shard, range(len(self._entry.shards)))
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether an image has no class; reads all labels, a shard at a time. Raises `UserError` as `labels` does."""
+        return any([(self._labels(shard) < 0).any() for shard in self._every_shard()])
+
+    def _labels(self, shard: Shard) -> NDArray[np.int32]:
+        check_range(shard.path, "label", shard.labels, -1, len(self.class_names) if self.class_names else 2**31)
+        return shard.labels
+
+    def gather_labels(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Read the classes of images, -1 where one has none: (m,) -> (m,). Raises as `gather` does."""
+        image = np.asarray(indices, np.int64)
+        out = np.empty(len(image), dtype=np.int64)
+        for shard, rows, part in self._located(image):
+            found = shard.labels[rows]
+            check_range(shard.path, "label", found, -1, len(self.class_names) if self.class_names else 2**31)
+            out[part] = found
+        return out
+
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """Class of every image (n,), -1 where it has none; read on first use.
 
         Raises `UserError` naming the shard where one is not among the classes.
         """
-        classes = len(self.class_names) if self.class_names else 2**31
-        for shard in self._shards:
-            check_range(shard.path, "label", shard.labels, -1, classes)
-        parts = [shard.labels for shard in self._shards]
+        parts = [self._labels(shard) for shard in self._every_shard()]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def gather(self, indices: ArrayLike, views: ArrayLike) -> Tensor:
@@ -165,9 +220,10 @@ class CodeFiles:
         for shard, rows, part in self._located(image):
             array = array_of(shard)
             assert array is not None  # what the manifest has, `open_shard` has found
-            found = array[rows, view[part]]
-            check_range(shard.path, what, found, 0, self.codebook_size)
-            out[part] = found
+            out[part] = array[rows, view[part]]
+        if out.size and not 0 <= int(out.min()) <= int(out.max()) < self.codebook_size:  # once for all of the shards
+            for shard, _, part in self._located(image):
+                check_range(shard.path, what, out[part], 0, self.codebook_size)
         return torch.from_numpy(out)
 
     def captions(self, indices: ArrayLike) -> list[str]:
@@ -182,17 +238,18 @@ class CodeFiles:
         texts = [""] * len(image)
         for shard, rows, part in self._located(image):
             assert shard.captions is not None
-            for place, row in zip(np.flatnonzero(part), rows):
+            for place, row in zip(part, rows):
                 texts[place] = shard.captions.read(int(row))
         return texts
 
-    def _located(self, image: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.bool_]]]:
-        """Yield each shard that holds some of these images, their rows in it, and which of them they are, (m,)."""
+    def _located(self, image: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each shard that holds some of these images, their rows in it, and their places in `image`."""
         self._check_indices("image", image, len(self))
-        shard_of = np.searchsorted(self._starts, image, side="right") - 1
-        for number in np.unique(shard_of):
-            part = shard_of == number
-            yield self._shards[number], image[part] - self._starts[number], part
+        order = np.argsort(image, kind="stable")
+        bounds = np.searchsorted(image[order], self._starts)
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            part = order[bounds[number] : bounds[number + 1]]
+            yield self._shard(number), image[part] - self._starts[number], part
 
     def _check_indices(self, what: str, values: NDArray[np.int64], limit: int) -> None:
         if values.size and not 0 <= values.min() <= values.max() < limit:
@@ -203,11 +260,11 @@ class CodeFiles:
         """Check every sha256, code, label and caption. Raises `UserError` naming the first bad shard."""
         for entry in self._entry.shards:
             verify_checksum(self.folder, entry)
-        for shard in self._shards:
+        for shard in self._every_shard():
             shard.check_codes(self.codebook_size)
             if shard.captions:
                 shard.captions.check()
-        _ = self.labels
+            self._labels(shard)
 
     def check(self) -> None:
         """Do what `verify` does, unless these very files were found whole before. Raises `UserError`.
@@ -215,7 +272,7 @@ class CodeFiles:
         It takes about a second for a gigabyte. That larger files are whole is remembered in the user's cache, until
         one of them changes.
         """
-        kept = self._checked_before() if sum(s.codes.nbytes for s in self._shards) >= REMEMBERED else None
+        kept = self._checked_before() if self._bytes >= REMEMBERED else None
         if kept and is_file(kept):
             return
         self.verify()
@@ -226,8 +283,8 @@ class CodeFiles:
     def _checked_before(self) -> Path:
         """The file that says that these very files were checked: by size, inode and times of each."""
         digest = hashlib.sha256(repr((self.manifest, self.split)).encode())
-        for shard in self._shards:
-            found = os.stat(shard.path)
+        for entry in self._entry.shards:
+            found = os.stat(self.folder / entry.file)
             times = found.st_size, found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns
             digest.update(repr(times).encode())
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -16,7 +16,7 @@ import numpy as np
 
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.dataset import ImageDataset
-from vqgen.tokenizer.data.items import Items, Joined, Rows
+from vqgen.tokenizer.data.items import Files, Items, Joined, Rows
 from vqgen.tokenizer.data.options import ImageConfig, Split
 from vqgen.tokenizer.data.sources import Source, find_splits
 from vqgen.tokenizer.data.tables import read_keys
@@ -71,6 +71,7 @@ def _keys(items: Items, by: str) -> list[str | None]:
         return read_keys(items, by)
     if isinstance(items, Joined):
         return [key for part in items.parts for key in _keys(part, by)]
+    assert isinstance(items, Files)  # those in memory are of streams, which have no partners
     if by != NAME:
         raise UsageError(f"--pair-by: found {by[:80]}, but {items.root} holds files, which are paired by {NAME}")
     return [os.path.splitext(name)[0] for name in items.names]

@@ -78,7 +78,8 @@ def open_streams(data: str, config: TokenizeConfig) -> tuple[dict[Split, StreamI
     if config.shard_size != TokenizeConfig.shard_size:
         raise UsageError("--shard-size: each file of a stream becomes a shard for each split; leave the option out")
     shards = open_shards(data, config.images.holdout, config.text_column)
-    streams = {split: StreamImages(each, config.images, config.views > 1) for split, each in shards.items()}
+    augment = config.views > 1
+    streams: dict[Split, StreamImages] = {s: StreamImages(each, config.images, augment) for s, each in shards.items()}
     sizes = on_main(lambda: sizes_of(file for each in shards.values() for file in each.files))
     for split, each in shards.items():
         streams[split].fingerprint = each.fingerprint(sizes)

@@ -55,8 +55,8 @@ def read_views(job: Job, shards: Sequence[ShardRange]) -> Iterator[ViewBatch]:
     if job.streams:
         batches = _of_streams(job, shards)
     else:
-        of_splits = ((split, [shard for shard in shards if shard.split == split]) for split in job.indexed)
-        batches = chain.from_iterable(_of_split(job, split, some) for split, some in of_splits)
+        of_splits = [[shard for shard in shards if shard.split == split] for split in job.indexed]
+        batches = chain.from_iterable(_of_split(job, split, some) for split, some in zip(job.indexed, of_splits))
     return map(_pinned, batches) if job.device.type == "cuda" else batches
 
 
@@ -81,7 +81,7 @@ class _Piece:
 
 def _pieces(job: Job, file: str, shards: Sequence[ShardRange]) -> Iterator[_Piece]:
     """Read a file once, for all of its `shards`; a shard without images has a piece without records."""
-    wanted = {shard.split: shard for shard in shards}
+    wanted: dict[Split, ShardRange] = {shard.split: shard for shard in shards}
     waiting, done = {split: list[Record]() for split in wanted}, dict.fromkeys(wanted, 0)
 
     def views(split: Split) -> Iterator[_Piece]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from vqgen.artifact import write_tensors
+from vqgen.devices import advise_random
 from vqgen.errors import UserError
 from vqgen.files import open_regular
 from vqgen.tokenizer.data.options import MAX_CAPTION
@@ -66,6 +67,12 @@ class Shard:
     source: NDArray[Any] | None = None
     """(n, views, h', w'[, depth])"""
     captions: Captions | None = None
+
+    def read_at_random(self) -> None:
+        """Have the system read only the pages that are accessed: without this, megabytes around each of them."""
+        for array in (self.codes, self.labels, self.source):
+            if array is not None:
+                advise_random(array.ctypes.data, array.nbytes)
 
     def check_codes(self, codebook_size: int) -> None:
         """Raise `UserError`, naming the shard, for codes or source codes outside of the codebook."""

@@ -119,7 +119,9 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
         "train": Shards(data, "train", train, share, text_column),
         "heldout": Shards(data, "heldout", train if divided else found["heldout"], share, text_column),
     }
-    return splits | ({"test": Shards(data, "test", found["test"], None, text_column)} if "test" in found else {})
+    if "test" in found:
+        splits["test"] = Shards(data, "test", found["test"], None, text_column)
+    return splits
 
 
 def _find(data: str) -> dict[str, list[str]]:

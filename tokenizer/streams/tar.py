@@ -7,6 +7,7 @@ first five, decodes every member by its ending, whatever its size, and ends sile
 import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # pyright: ignore[reportAttributeAccessIssue]
 
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.captions import as_caption
@@ -28,17 +29,17 @@ class _Member(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
         found = super().frombuf(buf, encoding, errors)
         if found.type in _EXTENDING and found.size > MAX_HEADER:  # it is read as a whole
-            raise tarfile.ReadError(f"a header of {found.size} bytes")
+            raise ReadError(f"a header of {found.size} bytes")
         return found
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Member":
+    def fromtarfile(cls, tarfile: TarFile) -> "_Member":
         try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+        except HeaderError as error:
+            raise ReadError(f"{error} at byte {tarfile.offset}") from error
 
 
 def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
@@ -60,10 +61,10 @@ def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
         raise UserError(f"--data: {where} cannot be read ({reason}); restore it or download it again") from error
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+def _members(tar: TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, ending in lower case and header of each member that is no folder and not hidden."""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # else they stay in memory
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else they stay in memory
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
         if stem and not member.isdir() and not folder.startswith("__MACOSX"):
@@ -71,7 +72,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
 
 
 def _record(
-    tar: tarfile.TarFile,
+    tar: TarFile,
     key: str,
     members: Iterable[tuple[str, tarfile.TarInfo]],
     where: str,
@@ -101,13 +102,13 @@ def _record(
     return Record(key, f"{where}: {name or key}", data, label, caption, problem)
 
 
-def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _bytes(tar: TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None  # it is a regular file
     return file.read()
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
+def _text(tar: TarFile, member: tarfile.TarInfo, where: str) -> str:
     found = f"{where}: {member.name}"
     if not member.isreg() or member.issparse() or member.size > 8 * MAX_CAPTION:
         raise UserError(f"--data: {found} is no regular file of at most {8 * MAX_CAPTION} bytes; remove it")

@@ -123,7 +123,7 @@ class _Remote(io.RawIOBase):
 
         Raises `UserError` after errors that another try does not change, and after `TRIES` of the others.
         """
-        errors, advice = self._errors(), "check the address"
+        errors, advice, last = self._errors(), "check the address", Exception()
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
@@ -131,7 +131,7 @@ class _Remote(io.RawIOBase):
                 self._connect()
                 return act()
             except (ImportError, ValueError) as error:  # a scheme that fsspec does not know, or lacks a library for
-                reason, last = "cannot be opened", cast(Exception, error)
+                reason, last = "cannot be opened", error
                 break
             except errors as error:
                 self._forget()

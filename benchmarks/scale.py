@@ -1,0 +1,194 @@
+"""Check that memory and rates do not depend on the size of the data.
+
+    python benchmarks/scale.py manifest --images 1000000000
+    python benchmarks/scale.py moments --images 1000000
+    python benchmarks/scale.py tokenize --images 20000 --tokenizer runs/demo/tokenizer
+
+`manifest` opens code files of that many images, which are sparse and take no room on the disk, and compares the rate of
+shuffled batches with that of 60,000 images. `moments` accumulates features and compares the result with that of all at
+once. `tokenize` encodes a stream of tar files, the demo's images again and again, with one and with two processes, and
+a quarter of them, and compares the peak memory. Times are of the processor, not of the clock.
+"""
+
+import argparse
+import io
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from vqgen.devices import peak_memory
+from vqgen.evaluation.features import FeatureSets
+from vqgen.prior.conditioning import Conditioning
+from vqgen.prior.dataset import Sequences
+from vqgen.prior.parts import Classes
+from vqgen.prior.vocabulary import Vocabulary
+from vqgen.tokenizer.codes.format import CodeFiles, shard_name
+from vqgen.tokenizer.data.sources import DEMO
+
+GRID, CODEBOOK, CLASSES = (16, 16), 16384, 1000  # of ImageNet at 256 pixels with LlamaGen's tokenizer
+SMALL = 60_000
+
+
+def taken(call: Callable[[], Any]) -> float:
+    """Seconds of the processor."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def write_sparse(folder: Path, images: int, each: int) -> CodeFiles:
+    """Code files of zeros that take no room, `each` images a shard."""
+    folder.mkdir()
+    counts = [min(each, images - start) for start in range(0, images, each)]
+    for number, count in enumerate(counts):
+        size = count * GRID[0] * GRID[1] * 2
+        tensors = {
+            "codes": {"dtype": "U16", "shape": [count, 1, *GRID], "data_offsets": [0, size]},
+            "labels": {"dtype": "I32", "shape": [count], "data_offsets": [size, size + 4 * count]},
+        }
+        header = json.dumps(tensors).encode()
+        header += b" " * (-len(header) % 8)
+        with open(folder / shard_name(number), "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + size + 4 * count)
+    shards = [{"file": shard_name(n), "count": count, "sha256": "0" * 64} for n, count in enumerate(counts)]
+    manifest = {
+        **{"format": 1, "codebook_size": CODEBOOK, "grid": GRID, "depth": 1, "image_size": [256, 256], "channels": 3},
+        **{"class_names": [str(n) for n in range(CLASSES)], "precision": "bf16", "version": "0.2.0"},
+        **{"tokenizer_fingerprint": "0" * 64, "data_fingerprint": "0" * 64},
+        "splits": {"train": {"views": 1, "count": images, "shards": shards}},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return CodeFiles(folder, "train")  # the first time loads modules
+
+
+def manifest(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Seconds to open, and of a batch after every shard was opened, beside those of a small set."""
+    found, rates = dict[str, float](), dict[str, float]()
+    for name, images, each in (("small", SMALL, 8192), ("large", options.images, 2**22)):
+        write_sparse(scratch / name, images, each)
+        found[f"{name}_open_seconds"] = min(
+            taken(lambda name=name: CodeFiles(scratch / name, "train")) for _ in range(3)
+        )
+        codes = CodeFiles(scratch / name, "train")
+        codes.gather_labels(np.arange(0, images, each))  # opens every shard
+        # Not `Conditioning.for_files`, which reads all labels to see whether some images have none.
+        layout = Conditioning(Vocabulary(CODEBOOK, 1, GRID), [Classes(CLASSES)])
+        batches = Sequences(codes, layout).training(256, 0, 0, 0, 1)
+        next(batches)
+        best = min(taken(lambda batches=batches: list(islice(batches, 20))) for _ in range(5))
+        rates[name] = 20 / best
+        found[f"{name}_batches_per_second"] = rates[name]
+    return found | {"rate_share": rates["large"] / rates["small"], "peak_gb": peak_memory(torch.device("cpu")) / 1e9}
+
+
+def moments(options: argparse.Namespace, _scratch: Path) -> dict[str, float]:
+    """Largest differences of mean and covariance from those of all features at once, and memory on the way."""
+    count, size, batch = options.images, options.size, 1000
+    mixing = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) / size**0.5
+
+    def part(start: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(start + 1)
+        return torch.randn(min(batch, count - start), size, generator=generator) @ mixing + 3
+
+    sets, memory = FeatureSets(size, torch.device("cpu"), [count]), list[int]()
+    for start in range(0, count, batch):
+        features = part(start)
+        sets.add(torch.arange(start, start + len(features)), features)
+        if start >= len(memory) * count // 10:
+            memory.append(peak_memory(torch.device("cpu")))
+    statistics = sets.reduce(True)[count]
+    every = torch.cat([part(start) for start in range(0, count, batch)]).double()
+    mean = every.mean(0)
+    covariance = (every - mean).T @ (every - mean) / (count - 1)
+    return {
+        "mean_difference": float(((statistics.mean - mean).abs() / mean.abs()).max()),
+        "covariance_difference": float((statistics.covariance - covariance).abs().max() / covariance.abs().max()),
+        "peak_gb_after_a_tenth": memory[1] / 1e9,
+        "peak_gb_at_the_end": memory[-1] / 1e9,
+    }
+
+
+def write_tars(folder: Path, images: int, each: int) -> None:
+    """Tar files of the demo's images, repeated, under keys of their own."""
+    folder.mkdir()
+    rows = pq.read_table(DEMO / "train.parquet").to_pylist()
+    for start in range(0, images, each):
+        with tarfile.open(folder / f"{start // each:05d}.tar", "w") as tar:
+            for number in range(start, min(start + each, images)):
+                row = rows[number % len(rows)]
+                for ending, data in (("png", row["image"]["bytes"]), ("cls", b"%d" % row["label"])):
+                    header = tarfile.TarInfo(f"{number:09d}.{ending}")
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+
+
+CHILD = """
+import json, sys, time
+import torch
+from vqgen.devices import peak_memory
+from vqgen.tokenizer.encode import main
+code = main(sys.argv[2:])
+json.dump([code, peak_memory(torch.device("cpu"))], open(sys.argv[1], "w"))
+"""
+
+
+def tokenize(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Peak memory of a process: one and two processes for all images, one for a quarter of them."""
+    found = dict[str, float]()
+    for name, images, processes in (("quarter", options.images // 4, 1), ("one", options.images, 1), ("two", 0, 2)):
+        if images:
+            write_tars(scratch / f"tars-{name}", images, options.each)
+        data = scratch / f"tars-{name if images else 'one'}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started, start = [], time.perf_counter()
+        for rank in range(processes):
+            shared = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+            words = ["--data", f"stream:{data}", "--tokenizer", str(options.tokenizer), "--output", str(scratch / name)]
+            command = [sys.executable, "-c", CHILD, str(scratch / f"{name}-{rank}.json"), *words]
+            environment = {**os.environ, **(shared if processes > 1 else {})}
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        for process in started:
+            process.wait()
+        ended = [json.loads((scratch / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+        assert all(code == 0 for code, _ in ended)
+        found[f"{name}_peak_gb"] = max(memory for _, memory in ended) / 1e9
+        found[f"{name}_seconds"] = time.perf_counter() - start
+    files = [sorted((scratch / name).glob("codes-*")) for name in ("one", "two")]
+    same = [a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True)]
+    return found | {"shards": len(same), "equal_shards": sum(same), "images": options.images}
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["manifest", "moments", "tokenize"])
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--size", type=int, default=64, help="of a feature")
+    parser.add_argument("--each", type=int, default=2000, help="images a tar file")
+    parser.add_argument("--tokenizer", type=Path, help="run or model folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = {"manifest": manifest, "moments": moments, "tokenize": tokenize}[options.what](options, Path(scratch))
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in result.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
