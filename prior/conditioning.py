@@ -171,12 +171,17 @@ class Conditioning:
     def dropped(self, sequences: Tensor) -> Tensor:
         """Sequences in which each part is absent in a random share of the rows, its `dropout`.
 
-        Where one is, all of them are in half of the rows: guidance by several compares with sequences without any.
+        In half of the smallest of these shares all such parts are absent together, as in guidance by several at once,
+        which compares with sequences without any; in the other rows they are drawn apart.
         """
         rows, device = len(sequences), sequences.device
-        chosen = {part.name: torch.rand(rows, device=device) < part.dropout for part in self.parts}
-        if sum(part.dropout > 0 for part in self.parts) > 1:
-            together = torch.stack(list(chosen.values())).any(0) & (torch.rand(rows, device=device) < 0.5)
+        shares = [part.dropout for part in self.parts if part.dropout]
+        joint = min(shares) / 2 if len(shares) > 1 else 0.0
+        chosen = {
+            part.name: torch.rand(rows, device=device) < (part.dropout - joint) / (1 - joint) for part in self.parts
+        }
+        if joint:
+            together = torch.rand(rows, device=device) < joint
             chosen = {part.name: chosen[part.name] | (together & (part.dropout > 0)) for part in self.parts}
         prefix = [
             torch.where(chosen[part.name][:, None], ids.new_tensor(part.absent), ids)
