@@ -21,7 +21,7 @@ from vqgen.devices import find_device, matrix_rate, precision_of
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, generate, image_uniforms

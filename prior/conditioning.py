@@ -1,8 +1,8 @@
 """What a sequence is conditioned on: the tokens in front of the codes, called the prefix.
 
-A prefix has parts of fixed length in the order of `PARTS`: `[text][source][class or null][codes]`. A prior may lack any
-part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last part to the
-first, so that those of the class follow the codes whatever else there is.
+A prefix has parts of fixed length in the order of `PARTS`: `[scan][text][source][class or null][codes]`. A prior may
+lack any part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last
+part to the first, so that those of the class follow the codes whatever else there is.
 """
 
 import copy
@@ -20,8 +20,9 @@ from vqgen.files import read_text, write_text
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import PART_CLASSES, ObjectiveConfig
-from .parts import ABSENT, Classes, Part, Rows, is_absent
-from .source import PairedSource, Source
+from .parts.part import ABSENT, Classes, Part, Rows, is_absent
+from .parts.scan import Scan
+from .parts.source import PairedSource, Source
 from .vocabulary import Vocabulary
 
 PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
@@ -120,6 +121,11 @@ class Conditioning:
     def classes(self) -> Classes:
         """The class part, which every prior has."""
         return next(part for part in self.parts if isinstance(part, Classes))
+
+    @property
+    def scan(self) -> Scan | None:
+        """The part of a prior that was trained on other scan orders, too."""
+        return next((part for part in self.parts if isinstance(part, Scan)), None)
 
     @property
     def masked_source(self) -> Source | None:
@@ -223,7 +229,11 @@ class Conditioning:
     def record(self, conditions: Conditions) -> dict[str, Any]:
         """What samples.json holds of the conditions besides the classes; parts that are omitted are not in it."""
         layout = self.layout(conditions)
-        return {part.name: part.record(conditions[part.name]) for part in layout.parts if part.name != "class"}
+        return {
+            part.name: part.record(conditions[part.name])
+            for part in layout.parts
+            if part.informative and part.name != "class"
+        }
 
     @staticmethod
     def cycle(conditions: Conditions) -> int:

@@ -30,7 +30,7 @@ from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
 from .objective import accuracy, corrupted, objective
-from .source import random_masks
+from .parts.source import random_masks
 from .train import PriorTraining
 
 
@@ -125,7 +125,7 @@ class PriorTrainer:
         share = self.run.micro_batch * self.config.run.accumulate
         accelerator, seed = self.run.accelerator, self.config.run.seed
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.batches = self.train_codes.training(share, seed, first_step, rank, world)
+        self.batches = self.train_codes.training(share, seed, first_step, rank, world, self.run.plan.progress)
 
     def step(self, step: int) -> dict[str, Tensor]:
         batch, settings = next(self.batches), self.config.objective

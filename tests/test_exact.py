@@ -14,7 +14,7 @@ from torch import Tensor
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding import generate
 from vqgen.sampling.decoding.cached_transformer import ROWS, Linear

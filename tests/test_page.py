@@ -25,7 +25,7 @@ from vqgen.app.page.server import POLICY, Guard
 from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.source import MaskedSource, PairedSource
+from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord

@@ -23,7 +23,7 @@ from vqgen.files import checksum
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import SHIPPED, Generator, find_model
 from vqgen.sampling.known import Known

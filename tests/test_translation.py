@@ -24,8 +24,8 @@ from vqgen.prior.export.program import main as export
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.parts import ABSENT, Classes
-from vqgen.prior.source import UNKNOWN, MaskedSource, PairedSource
+from vqgen.prior.parts.part import ABSENT, Classes
+from vqgen.prior.parts.source import UNKNOWN, MaskedSource, PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
