@@ -41,6 +41,8 @@ class TokenizerTrainer:
         self.examples = len(train)
         torch.manual_seed(config.run.seed)
         tokenizer = self._placed(Tokenizer(config.architecture()))
+        if config.decoder_only:
+            tokenizer.freeze_codes()
         self.average = averaged(tokenizer)
         self.perceptual: PerceptualDistance | None = None
         if config.loss.perceptual_weights:
@@ -128,11 +130,16 @@ class TokenizerTrainer:
             if parts[key] != "quantizer":
                 shapes = [tuple(of[key].shape) if key in of else "no such tensor" for of in (given, own)]
                 raise UserError(f"--init: {folder} has {key} as {shapes[0]}, this run has {shapes[1]}; use its sizes")
+        if different and self.config.decoder_only:
+            raise UserError(
+                f"--decoder-only: the quantizer of {folder} has other sizes than this run's; use its options"
+            )
         if different:
             given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
             self.run.say(f"--init: the quantizer of {folder} has other sizes; this run initializes its own")
         self.tokenizer.load_state_dict({**own, **given})
-        self.tokenizer.quantizer.reset_training_state()
+        if not self.config.decoder_only:  # it may scale the codes again, whose last bits would change
+            self.tokenizer.quantizer.reset_training_state()
         return not different
 
     @torch.no_grad()
