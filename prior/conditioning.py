@@ -190,7 +190,7 @@ class Conditioning:
             together = torch.rand(rows, device=device) < joint
             chosen = {part.name: chosen[part.name] | (together & (part.dropout > 0)) for part in self.parts}
         prefix = [
-            torch.where(chosen[part.name][:, None], ids.new_tensor(part.absent), ids)
+            torch.where(chosen[part.name][:, None], ids.new_full((), part.absent[0]), ids)
             for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
@@ -200,8 +200,7 @@ class Conditioning:
         these."""
         chosen = [part for part in self.parts if part.dropout or not part.informative] if parts is None else parts
         prefix = [
-            ids.new_tensor(part.absent).expand_as(ids) if part in chosen else ids
-            for part, ids in self._by_part(sequences)
+            torch.full_like(ids, part.absent[0]) if part in chosen else ids for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqgen.devices import to_device
 from vqgen.errors import UserError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
@@ -160,7 +161,7 @@ class TokenizerTrainer:
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
         """Return a batch as float images in [-1, 1] on the device, one tensor for each part of accumulation."""
-        images = to_float(batch.images.to(self.run.device, non_blocking=True))
+        images = to_float(to_device(batch.images, self.run.device))
         return list(images.contiguous(memory_format=torch.channels_last).chunk(self.config.run.accumulate))
 
     def step(self, step: int) -> dict[str, Tensor]:

@@ -94,6 +94,12 @@ def locked_by_main(folder: Path) -> Iterator[None]:
         yield
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for it."""
+    # A copy from memory that is not pinned waits for all work before it, whatever `non_blocking` says.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Measure the FLOP/s of a large matrix product for 0.1 s; `precision` is Accelerate's name."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
