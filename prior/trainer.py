@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from vqgen.devices import matrix_rate, to_device
+from vqgen.devices import compile_module, matrix_rate, to_device
 from vqgen.errors import UsageError, UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
@@ -91,8 +91,8 @@ class PriorTrainer:
         self.examples = len(train)
         self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
-        if config.run.compile:
-            prior.compile()
+        if not run.sharded or config.run.compile:
+            compile_module(prior, config.run.compile, run.device, config.run.steps, run.say)
         units(run.accelerator, [type(prior.backbone).__name__, *(prior.backbone._no_split_modules or [])])
         shard(run.accelerator, self.average.module)
         self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)

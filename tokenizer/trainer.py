@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vqgen.devices import to_device
+from vqgen.devices import compile_module, to_device
 from vqgen.errors import UserError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
@@ -50,13 +50,12 @@ class TokenizerTrainer:
             distance = PerceptualDistance(config.loss.perceptual_net, config.loss.perceptual_weights)
             self.perceptual = self._placed(distance)
         optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, run.plan)
-        if config.run.compile:
-            if config.gan.gan_weight and config.gan.gan_adaptive:
-                # The adaptive weight runs further backward passes; donated buffers are gone after the first.
-                from torch._functorch import config as functorch
+        compiled = compile_module(tokenizer, config.run.compile, run.device, config.run.steps, run.say)
+        if compiled and config.gan.gan_weight and config.gan.gan_adaptive:
+            # The adaptive weight runs further backward passes; donated buffers are gone after the first.
+            from torch._functorch import config as functorch
 
-                functorch.donated_buffer = False
-            tokenizer.compile()
+            functorch.donated_buffer = False
         self.model, self.optimizer = run.accelerator.prepare(tokenizer, optimizer)
         self.tokenizer = tokenizer  # without the wrapper of a distributed run
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer, "average": self.average}
