@@ -196,7 +196,7 @@ def test_all_that_drawing_computes_lies_on_the_device(backbone: str, static: boo
 @NEEDS_CUDA
 @backbones
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_captured_steps_are_static_steps(backbone: str, dtype: torch.dtype) -> None:
+def test_captured_steps_are_static_steps_on_cuda(backbone: str, dtype: torch.dtype) -> None:
     """Bit for bit: the same kernels on the same shapes."""
     prior = prior_of(backbone).to("cuda")
     for parameter in prior.parameters():
@@ -215,7 +215,7 @@ def test_captured_steps_are_static_steps(backbone: str, dtype: torch.dtype) -> N
 
 @NEEDS_CUDA
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_images_of_the_package_do_not_depend_on_graphs_or_neighbours(precision: str) -> None:
+def test_images_of_the_package_do_not_depend_on_neighbours_on_cuda(precision: str) -> None:
     """At one batch size; in float32 without graphs, too, but for a code in many hundred that rounding turns."""
     generator = Generator.load(SHIPPED, "cuda", precision)
     whole = generator.sample(32, seed=3, batch_size=16)
