@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(setup: Setup) -> dict[str, Any]:
-    """Run all tests that have the fixture `device` or `cuda` in their names, on the device; in the rehearsal those of one file."""
+    """Run the tests with `cuda` in their names or parameters; in the rehearsal one of those of the CPU."""
     files = [
         path
         for path in sorted((ROOT / "tests").glob("test_*.py"))
