@@ -34,6 +34,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def trained_on(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device that programs which ask Accelerate for one get, in a process that may have had another."""
+    from accelerate import PartialState
+
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_CPU", str(device == "cpu"))
+    PartialState._reset_state()
+    yield device
+    PartialState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def no_precision_is_left() -> Iterator[None]:
     """Let Accelerate, which keeps one precision per process, forget that of a run in the test."""

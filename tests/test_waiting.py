@@ -3,7 +3,6 @@
 On CUDA torch reports each synchronisation; on a CPU the operators are watched that would cause one.
 """
 
-import os
 import shutil
 from itertools import repeat
 from pathlib import Path
@@ -35,9 +34,8 @@ ON_THE_HOST = ("dead.any()", "get_last_lr", "average.n_averaged")
 
 
 @pytest.fixture(autouse=True)
-def on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train on the device, and leave non-finite values to be looked for where a run logs."""
-    monkeypatch.setitem(os.environ, "ACCELERATE_USE_CPU", str(device == "cpu"))
+def late(trained_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave non-finite values to be looked for where a run logs."""
     record = Run.backward
 
     def later(self: Run, *args: Any) -> None:

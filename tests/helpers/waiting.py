@@ -1,5 +1,6 @@
 """What waits for a device: on CUDA by torch's own check, elsewhere by the operators that would wait there."""
 
+import linecache
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -45,4 +46,8 @@ def watched(device: str) -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            found += [f"{w.filename}:{w.lineno}: {w.message}" for w in caught if "synchroniz" in str(w.message)]
+            found += [
+                f"{each.filename}:{each.lineno}: {linecache.getline(each.filename, each.lineno).strip()}"
+                for each in caught
+                if "synchroniz" in str(each.message)
+            ]
