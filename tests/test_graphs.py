@@ -4,7 +4,6 @@ On a CPU a graph is the step itself, called again; that it is captured is tested
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
-M = TypeVar("M", bound=torch.nn.Module)
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -62,17 +60,6 @@ def prior_of(backbone: str, depth: int = 1, side: int = 12) -> Prior:
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(20)  # type: ignore[operator, union-attr]
     return prior.eval()
-
-
-def without_values(model: M) -> M:
-    """The model with tensors of CUDA in the place of its own; inside `FakeTensorMode`."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, value in tensors.items():
-                if value is not None:
-                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                    tensors[name] = torch.nn.Parameter(fake) if isinstance(value, torch.nn.Parameter) else fake
-    return model
 
 
 def allowed_of(prior: Prior) -> list[tuple[int, int]]:
