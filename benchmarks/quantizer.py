@@ -104,7 +104,7 @@ def compared(
     memory = peak_mib(ours, device), peak_mib(theirs, device)  # warms up as well
     turns = [(seconds(ours, device, clock), seconds(theirs, device, clock)) for _ in range(repeat)]
     times = [1000 * statistics.median(column) for column in zip(*turns)]
-    return Measured(*times, statistics.median(b / a for a, b in turns), *memory)
+    return Measured(times[0], times[1], statistics.median(b / a for a, b in turns), *memory)
 
 
 def main() -> None:

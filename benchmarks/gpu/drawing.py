@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.sample import compared
 from vqgen.devices import find_device, peak_memory
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import SHIPPED, Generator
 
+from ..sample import compared
 from .parts import Setup
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.sample import copy_bandwidth
 from vqgen.devices import describe, find_device, matrix_rate
 
+from ..sample import copy_bandwidth
 from .parts import Setup
 
 

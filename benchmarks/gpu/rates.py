@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import encode
-from benchmarks import quantizer as codebooks
 from vqgen.devices import find_device
 from vqgen.sampling.generator import SHIPPED
 from vqgen.threads import available_cpus
 
+from .. import encode
+from .. import quantizer as codebooks
 from .parts import Setup
 from .training import few_images
 
