@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior, backbone_config
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding import graphs
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
