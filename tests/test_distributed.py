@@ -229,13 +229,8 @@ def test_a_tokenizer_resumes_on_another_number_of_processes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environ", [DDP, FSDP], ids=["ddp", "fsdp"])
-def test_torchrun_restarts_a_run_of_which_a_process_was_killed(
-    tmp_path: Path, codes: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path, codes: Path) -> None:
     """Both start anew and go on from the checkpoint, to the losses of a run that was left alone."""
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["--codes", codes, *STAGE_TWO, "--steps", 60, "--output"]
     for folder, killed in ((tmp_path / "run", True), (tmp_path / "undisturbed", False)):
