@@ -34,7 +34,7 @@ from vqgen.devices import peak_memory
 from vqgen.evaluation.features import FeatureSets
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import CodeFiles, shard_name
 from vqgen.tokenizer.data.sources import DEMO

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
@@ -21,6 +22,13 @@ from .conditioning import Conditioning
 from .options import PriorConfig
 from .orders import ORDERS
 from .vocabulary import Vocabulary
+
+CAUSAL = "vqgen_causal"
+"""The attention "sdpa" of transformers without its mask: whole sequences are causal and never padded or packed.
+
+To see that it needs no mask transformers reads positions from the device in each pass. Compiled it cannot read them and
+always makes a mask, which keeps flash attention from being used."""
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from vqgen.errors import UsageError
-from vqgen.prior.source import masked
+from vqgen.prior.parts.source import masked
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.pixels import center_crop, fit

@@ -9,7 +9,7 @@ from vqgen.errors import UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer, Linear
 from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill

@@ -4,7 +4,7 @@ It computes what the given transformers model does (Llama, Qwen3 or GPT-2) at a 
 and cache objects are not built for every token and layer, and one projection replaces three.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+
+from .graphs import StaticSteps
 
 Norm = Callable[[Tensor], Tensor]
 ROWS = 64
@@ -123,6 +125,8 @@ def _norm(module: nn.Module) -> Norm:
     if isinstance(module, nn.LayerNorm):
         return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.device.type != "cpu":
+        return lambda x: F.rms_norm(x, weight.shape, weight, module.variance_epsilon)  # type: ignore[arg-type]
     epsilon = torch.full((), module.variance_epsilon, device=weight.device)  # type: ignore[arg-type]
 
     def rms_norm(x: Tensor) -> Tensor:  # F.rms_norm is 25 % slower on CPUs
@@ -170,6 +174,8 @@ class _Batch(local):
         self.cache: list[Tensor] = []
         """Keys and values of each block (2, rows, positions, heads, d)."""
         self.rows, self.fed = 0, 0
+        self.steps: StaticSteps | None = None
+        """Steps of single tokens on CUDA."""
 
 
 class CachedTransformer:
@@ -178,13 +184,15 @@ class CachedTransformer:
     Args:
         model: a Llama, Qwen3 or GPT-2 of transformers, in evaluation mode. Its projections become views of joined ones.
         positions: size of the cache, the most tokens that are fed in one sequence.
+        graphs: on CUDA, feed single tokens by CUDA graphs where they can be captured.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int) -> None:
+    def __init__(self, model: PreTrainedModel, positions: int, graphs: bool = True) -> None:
         config = model.config
         if config.model_type not in ("llama", "qwen3", "gpt2"):
             raise ValueError(f"no decoder for a {config.model_type}; expected llama, qwen3 or gpt2")
         self.model, self.positions = model, positions
+        self.graphs = graphs and model.device.type == "cuda"
         self.heads = config.num_attention_heads
         if getattr(config, "num_key_value_heads", self.heads) != self.heads:
             raise ValueError("no decoder for grouped heads; num_key_value_heads must equal num_attention_heads")
@@ -225,22 +233,30 @@ class CachedTransformer:
         """Begin a batch of `rows` sequences."""
         batch = self._batch
         if rows != batch.rows:
-            batch.cache = []  # free the former cache first
+            batch.cache, batch.steps = [], None  # free the former cache first
             width = self._blocks[0].out.weight.shape[1] // self.heads
             shape = (2, rows, self.positions, self.heads, width)
             batch.cache = [self._head.new_zeros(shape) for _ in self._blocks]
+            batch.steps = StaticSteps(self, batch.cache) if self.graphs else None
+        elif batch.steps:
+            for both in batch.cache:  # masked positions count as 0 times what is there: it must be finite
+                both.zero_()
         batch.rows, batch.fed = rows, 0
 
     def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
         """Feed the next tokens (rows, T); return the logits after the last one, float32 (rows, V).
 
-        With `allowed` only those of the ids from its first to before its second.
+        With `allowed` only those of the ids from its first to before its second. On CUDA the next call may overwrite
+        the logits of a single token.
         """
         (rows, count), batch = tokens.shape, self._batch
         first, last = batch.fed, batch.fed + count
         if last > self.positions:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
         batch.fed = last
+        ids = allowed or (0, len(self._head))
+        if count == 1 and batch.steps and (logits := batch.steps.feed(tokens, first, ids)) is not None:
+            return logits
         x = F.embedding(tokens, self._tokens)
         if self._positions is not None:
             x = x + self._positions[first:last]
@@ -248,32 +264,39 @@ class CachedTransformer:
         mask = None  # a single token sees all
         if count > 1:
             mask = torch.ones(count, last, dtype=torch.bool, device=x.device).tril(first)
+        rotation = None if self._rotations is None else [table[first:last] for table in self._rotations]
         for block, (keys, values) in zip(self._blocks, batch.cache, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
-            q, k, v = self._heads(block, qkv, first, last)
+            q, k, v = self._heads(block, qkv, rotation)
             keys[:, first:last] = k
             values[:, first:last] = v
             seen = F.scaled_dot_product_attention(
                 q.transpose(1, 2), keys[:, :last].transpose(1, 2), values[:, :last].transpose(1, 2), mask
             )
-            x = block.out.added(x, seen.transpose(1, 2).reshape(x.shape))
-            inner = block.up(block.before_mlp(x))
-            if self.gated:
-                gate, inner = inner.chunk(2, -1)
-                inner = self._activation(gate).mul_(inner)
-            else:
-                inner = self._activation(inner)
-            x = block.down.added(x, inner)
-        head = self._head_of(allowed or (0, len(self._head)))
-        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+            x = self._rest(block, x, seen)
+        return self._head_of(ids)(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
 
-    def _heads(self, block: Block, qkv: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), with rotary positions."""
+    def _rest(self, block: Block, x: Tensor, seen: Tensor) -> Tensor:
+        """Finish a block: x (rows * T, dim) and what attention has seen (rows, heads, T, d) -> (rows * T, dim)."""
+        x = block.out.added(x, seen.transpose(1, 2).reshape(x.shape))
+        inner = block.up(block.before_mlp(x))
+        if self.gated:
+            gate, inner = inner.chunk(2, -1)
+            inner = self._activation(gate).mul_(inner)
+        else:
+            inner = self._activation(inner)
+        return block.down.added(x, inner)
+
+    def _heads(self, block: Block, qkv: Tensor, rotation: Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, T, 3 * heads, d) -> queries, keys, values, each (rows, T, heads, d), with rotary positions.
+
+        `rotation` are the rows of `_rotations` at the T positions, where the model has them.
+        """
         qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
         if block.norms is not None:
             qk = torch.cat([norm(part) for norm, part in zip(block.norms, qk.chunk(2, 2), strict=True)], 2)
-        if self._rotations is not None:
-            cos, sin = (part[first:last] for part in self._rotations)
+        if rotation is not None:
+            cos, sin = rotation
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k = qk.chunk(2, 2)
         return q, k, v
