@@ -11,8 +11,9 @@ from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.decoding.cached_transformer import CachedTransformer, Linear
+from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.decoding.linear import Linear
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
@@ -202,10 +203,10 @@ def test_the_cache_is_exact_and_used_again():
         return generate(decoder, conditions(spec, count), legal, uniforms, settings).tokens
 
     first = drawn(0)
-    places = [cache.data_ptr() for cache in decoder._batch.cache]
-    assert len(places) == 2 and decoder._batch.cache[0].shape[2] == spec.vocabulary.length
+    places = [attention.kept.data_ptr() for attention in decoder._batch.attentions]
+    assert len(places) == 2 and decoder._batch.attentions[0].kept.shape[2] == spec.vocabulary.length
     second = drawn(1)
-    assert [cache.data_ptr() for cache in decoder._batch.cache] == places
+    assert [attention.kept.data_ptr() for attention in decoder._batch.attentions] == places
     assert not torch.equal(first, second)
     drawn(2, count=2)
     assert torch.equal(drawn(0), first)

@@ -1,13 +1,11 @@
-"""A causal LM for fast decoding: joined projections, a static key-value cache, attention for one query.
+"""A causal LM for fast decoding: joined projections and a static key-value cache.
 
 It computes what the given transformers model does (Llama, Qwen3 or GPT-2) at a lower cost per token: masks, positions
 and cache objects are not built for every token and layer, and one projection replaces three.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from threading import local
 from typing import Any
 
@@ -17,90 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from .attention import Fused, Products, attention_of
+from .linear import ROWS, Linear
+
 Norm = Callable[[Tensor], Tensor]
-ROWS = 64
-"""Most rows of one product on a CPU."""
-
-
-class _Product:
-    """Products with one weight, which is packed for oneDNN where that is faster."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.packed: Tensor | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            with suppress(AttributeError, RuntimeError):  # another torch, a processor without such products
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-    def product(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-    def sum(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(y, x, self.packed, self.bias, "add")
-        return torch.addmm(x, y, self.weight.t()) if self.bias is None else x + self.product(y)
-
-
-@cache
-def _step(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> int:
-    """Find n such that on one thread of a CPU a row has the same bits at every multiple of n rows up to `ROWS`, in
-    products with a weight of `shape` and in what is computed of each number in them.
-
-    Kernels differ in the order of their sums and at the ends of arrays, which are no full vector.
-    """
-    random = torch.Generator().manual_seed(0)
-    outer, inner = shape
-    # Each sum is 0 but for its rounding: in others the order shows in one of 10,000 numbers rounded to bfloat16.
-    half = torch.randn(outer + ROWS, inner // 2, generator=random).to(dtype)
-    order = torch.randperm(inner, generator=random)
-    both = torch.cat([half, half, half.new_zeros(len(half), inner % 2)], 1)
-    both[:outer, : inner // 2] *= -1
-    weight, y = both[:, order].split([outer, ROWS])
-    made = _Product(weight.contiguous(), half.new_zeros(outer) if biased else None)
-    x = half.new_zeros(ROWS, outer)
-
-    def same(n: int) -> bool:
-        parts = slice(n), slice(ROWS - n, ROWS)
-        products = all(torch.equal(made.product(y[part]), product[part]) for part in parts)
-        return products and all(torch.equal(made.sum(x[part], y[part]), total[part]) for part in parts)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        product, total = made.product(y), made.sum(x, y)
-        fits = [n for n in (1, 16) if n * outer % 64 == n * inner % 64 == 0]  # elements of two vectors of bfloat16
-        return next((n for n in fits if all(same(rows) for rows in range(n, ROWS, n))), ROWS)
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Linear(_Product):
-    """y = x W^T + b on (N, in), for a weight (out, in).
-
-    In bfloat16 on a CPU oneDNN packs the weight into blocks for every product, which at few rows costs as much as the
-    product. Here it is packed once, by the operators of frozen compiled graphs where torch has them.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
-        outer, inner = weight.shape
-        self.step = _step((outer, inner), bias is not None, weight.dtype) if weight.device.type == "cpu" else 1
-        """On one thread of a CPU the bits of a row do not depend on the others where N is a multiple of this."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._by_rows(self.product, x)
-
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + linear(y) in one pass."""
-        return self._by_rows(self.sum, x, y)
-
-    def _by_rows(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Apply `function` to at most `ROWS` rows at a time on a CPU."""
-        if len(inputs[0]) <= ROWS or self.weight.device.type != "cpu":
-            return function(*inputs)
-        return torch.cat([function(*part) for part in zip(*(x.split(ROWS) for x in inputs), strict=True)])
 
 
 @dataclass
@@ -167,8 +85,8 @@ class _Batch(local):
     """The sequences that a thread feeds: each thread has its own."""
 
     def __init__(self) -> None:
-        self.cache: list[Tensor] = []
-        """Keys and values of each block (2, rows, positions, heads, d)."""
+        self.attentions: Sequence[Fused | Products] = []
+        """Of each block, with its keys and values."""
         self.rows, self.fed = 0, 0
 
 
@@ -211,9 +129,14 @@ class CachedTransformer:
 
     def step(self, allowed: Iterable[tuple[int, int]]) -> int:
         """On one thread of a CPU the logits of a row do not depend on the others where `start` gets a multiple of
-        this; `allowed` are the ranges of ids that `feed` gets."""
+        this; `allowed` are the ranges of ids that `feed` gets.
+
+        The ends of arrays, which are no full vector, are computed in another way.
+        """
         blocks = [linear for block in self._blocks for linear in (block.qkv, block.out, block.up, block.down)]
-        return max(linear.step for linear in [*blocks, *map(self._head_of, allowed)])
+        sizes = {size for linear in [*blocks, *map(self._head_of, allowed)] for size in linear.weight.shape}
+        # Elements of two vectors of bfloat16.
+        return next(n for n in (1, 16, ROWS) if n == ROWS or all(n * size % 64 == 0 for size in sizes))
 
     def _head_of(self, ids: tuple[int, int]) -> Linear:
         """The rows of the output layer for a range of ids; there is one range for each depth of codes."""
@@ -225,10 +148,11 @@ class CachedTransformer:
         """Begin a batch of `rows` sequences."""
         batch = self._batch
         if rows != batch.rows:
-            batch.cache = []  # free the former cache first
+            batch.attentions = []  # free the former cache first
             width = self._blocks[0].out.weight.shape[1] // self.heads
-            shape = (2, rows, self.positions, self.heads, width)
-            batch.cache = [self._head.new_zeros(shape) for _ in self._blocks]
+            kind = attention_of(self.heads, width, self._head.dtype, self._head.device)
+            made = (kind(rows, self.positions, self.heads, width, self._head) for _ in self._blocks)
+            batch.attentions = list(made)
         batch.rows, batch.fed = rows, 0
 
     def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
@@ -245,18 +169,10 @@ class CachedTransformer:
         if self._positions is not None:
             x = x + self._positions[first:last]
         x = x.view(rows * count, -1)
-        mask = None  # a single token sees all
-        if count > 1:
-            mask = torch.ones(count, last, dtype=torch.bool, device=x.device).tril(first)
-        for block, (keys, values) in zip(self._blocks, batch.cache, strict=True):
+        for block, attention in zip(self._blocks, batch.attentions, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
-            q, k, v = self._heads(block, qkv, first, last)
-            keys[:, first:last] = k
-            values[:, first:last] = v
-            seen = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys[:, :last].transpose(1, 2), values[:, :last].transpose(1, 2), mask
-            )
-            x = block.out.added(x, seen.transpose(1, 2).reshape(x.shape))
+            seen = attention(*self._heads(block, qkv, first, last), first)
+            x = block.out.added(x, seen.reshape(x.shape))
             inner = block.up(block.before_mlp(x))
             if self.gated:
                 gate, inner = inner.chunk(2, -1)
