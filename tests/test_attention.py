@@ -33,7 +33,8 @@ def fed(kind: type[Fused] | type[Products], given: Tensor, pieces: list[int]) ->
     attention, first, found = kind(rows, POSITIONS, heads, width, given), 0, []
     attention.kept.fill_(torch.nan)  # what a former batch left matters to none
     for piece in pieces:
-        found.append(attention(*given[:, :, first : first + piece], first).clone())
+        qkv = torch.cat(given[:, :, first : first + piece].unbind(), 2)
+        found.append(attention(qkv, first).clone())
         first += piece
     return torch.cat(found, 1)
 

@@ -5,7 +5,7 @@ where the fused kernel of a processor prepares a product for every head of every
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,12 @@ class Fused:
     def __init__(self, rows: int, positions: int, heads: int, width: int, like: Tensor) -> None:
         self.kept = like.new_zeros(2, rows, positions, heads, width)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """Keep keys and values of tokens `first` and on; all of q, k, v and the result are (rows, T, heads, d)."""
+    def __call__(self, qkv: Tensor, first: int) -> Tensor:
+        """Keep keys and values of tokens `first` and on.
+
+        `qkv` (rows, T, 3 * heads, d) has the queries, keys and values of all heads; the result is (rows, T, heads, d).
+        """
+        q, k, v = qkv.chunk(3, 2)
         last = first + q.shape[1]
         keys, values = self.kept
         keys[:, first:last] = k
@@ -45,53 +49,56 @@ class Products:
 
     def __init__(self, rows: int, positions: int, heads: int, width: int, like: Tensor) -> None:
         self.kept = like.new_zeros(2, rows * heads * positions * width)
-        self.shape, self.positions, self.extent = (rows, heads, width), positions, 0
+        self.shape, self.positions = (rows, heads, width), positions
+        self._open(0)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """Keep keys and values of tokens `first` and on; all of q, k, v and the result are (rows, T, heads, d)."""
+    def __call__(self, qkv: Tensor, first: int) -> Tensor:
+        """Keep keys and values of tokens `first` and on.
+
+        `qkv` (rows, T, 3 * heads, d) has the queries, keys and values of all heads; the result is (rows, T, heads, d).
+        """
         rows, heads, width = self.shape
-        count = q.shape[1]
-        keys, values = self._opened(first, first + count)
-        if count == 1:
-            keys.view(rows, heads, -1, width)[:, :, first] = k[:, 0]
-            values.view(rows, heads, -1, width)[:, :, first] = v[:, 0]
-            return attend(q.reshape(rows * heads, 1, width), keys, values, first + 1).view(rows, 1, heads, width)
+        count = qkv.shape[1]
         last = first + count
-        keys, values = (part.view(rows, heads, -1, width)[:, :, :last] for part in (keys, values))
-        keys[:, :, first:] = k.transpose(1, 2)
-        values[:, :, first:] = v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, _causal(q, first)).transpose(1, 2)
+        if not first or last > self.extent:
+            self._extend(first, last)
+        if count == 1:
+            self._places[:, :, :, first] = qkv.view(rows, 3, heads, width)[:, 1:]
+            q = qkv[:, 0, :heads].reshape(rows * heads, 1, width)
+            return attend(q, self._keys, self._values, last).view(rows, 1, heads, width)
+        q, k, v = qkv.transpose(1, 2).chunk(3, 1)
+        keys, values = (part[:, :, :last] for part in self._places.unbind(1))
+        keys[:, :, first:] = k
+        values[:, :, first:] = v
+        return F.scaled_dot_product_attention(q, keys, values, _causal(qkv, first)).transpose(1, 2)
 
-    def _opened(self, first: int, last: int) -> Tensor:
-        """Keys and values with room for tokens before `last`, of which those before `first` are kept."""
-        extent = min(-(-last // GROWTH) * GROWTH, self.positions)
-        if first and extent == self.extent:
-            return self._view(extent)
-        before = self._view(self.extent)[:, :, :first].clone()
-        opened = self._view(extent)
-        opened[:, :, :first] = before
-        opened[:, :, first:] = 0  # what a former batch left there may not be finite
-        self.extent = extent
-        return opened
+    def _extend(self, first: int, last: int) -> None:
+        """Make room for tokens before `last` and keep those before `first`."""
+        before = self._places[:, :, :, :first].clone()
+        self._open(min(-(-last // GROWTH) * GROWTH, self.positions))
+        self._places[:, :, :, :first] = before
+        self._places[:, :, :, first:] = 0  # what a former batch left there may not be finite
 
-    def _view(self, extent: int) -> Tensor:
+    def _open(self, extent: int) -> None:
         rows, heads, width = self.shape
-        return self.kept[:, : rows * heads * extent * width].view(2, rows * heads, extent, width)
+        n = rows * heads
+        self.extent, opened = extent, self.kept[:, : n * extent * width]
+        self._keys, self._values = opened.view(2, n, extent, width)
+        self._places = opened.view(2, rows, heads, extent, width).transpose(0, 1)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, last: int) -> Tensor:
     """Attention of one query (n, 1, d) each to the first `last` of keys and values (n, extent, d) -> (n, 1, d)."""
-    extent = keys.shape[1]
-    hidden = _hidden(extent, q.dtype)[..., extent - last : 2 * extent - last]
+    hidden = _hidden(keys.shape[1], last, q.dtype)
     scores = torch.baddbmm(hidden, q, keys.transpose(1, 2), alpha=1 / math.sqrt(q.shape[-1]))
     return torch.bmm(scores.softmax(-1), values)
 
 
-@cache
-def _hidden(extent: int, dtype: torch.dtype) -> Tensor:
-    """(1, 1, 2 * extent): `extent` times 0, then -inf."""
-    found = torch.zeros(1, 1, 2 * extent, dtype=dtype)
-    found[..., extent:] = -math.inf
+@lru_cache(4096)
+def _hidden(extent: int, last: int, dtype: torch.dtype) -> Tensor:
+    """(1, 1, extent): 0 before `last`, then -inf."""
+    found = torch.zeros(1, 1, extent, dtype=dtype)
+    found[..., last:] = -math.inf
     return found
 
 
@@ -131,7 +138,7 @@ def _exact(heads: int, width: int, dtype: torch.dtype) -> bool:
     q, keys = cancelling(most * heads, width, GROWTH)
     weights, values = cancelling(most * heads, GROWTH, width)
     keys = keys.transpose(1, 2).contiguous().transpose(1, 2)  # as `attend` has them
-    hidden, threads = _hidden(GROWTH, dtype)[..., :GROWTH], torch.get_num_threads()
+    hidden, threads = _hidden(GROWTH, GROWTH, dtype), torch.get_num_threads()
 
     def products(part: slice) -> Tensor:
         scores = torch.baddbmm(hidden, q[part], keys[part], alpha=1 / math.sqrt(width))

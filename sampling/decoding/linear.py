@@ -1,5 +1,6 @@
 """Products of few rows with weights, in which a row has the same bits whatever rows are computed with it."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -80,6 +81,12 @@ class Linear(_Product):
     of frozen compiled graphs where torch has them.
     """
 
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        # On other devices a product takes all rows.
+        self._most = ROWS if weight.device.type == "cpu" else sys.maxsize
+        self._fits = {ROWS: ROWS}
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._by_rows(self.product, x)
 
@@ -89,13 +96,15 @@ class Linear(_Product):
 
     def _by_rows(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Apply `function` to at most `ROWS` rows at a time on a CPU, and to as many that their bits are the same."""
-        count = len(inputs[0])
-        if count == ROWS or self.weight.device.type != "cpu":
+        count = inputs[0].shape[0]
+        if self._fits.get(count) == count:
             return function(*inputs)
-        if count > ROWS:
+        if count > self._most:
             parts = zip(*(x.split(ROWS) for x in inputs), strict=True)
             return torch.cat([self._by_rows(function, *part) for part in parts])
-        fitting = _fitting(count, tuple(self.weight.shape), self.bias is not None, self.weight.dtype)  # type: ignore[arg-type]
-        if fitting == count:
-            return function(*inputs)
-        return function(*(F.pad(x, (0, 0, 0, fitting - count)) for x in inputs))[:count]
+        if count not in self._fits:
+            shape, biased = tuple(self.weight.shape), self.bias is not None
+            alone = self.weight.device.type != "cpu"
+            self._fits[count] = count if alone else _fitting(count, shape, biased, self.weight.dtype)  # type: ignore[arg-type]
+            return self._by_rows(function, *inputs)
+        return function(*(F.pad(x, (0, 0, 0, self._fits[count] - count)) for x in inputs))[:count]
