@@ -3,13 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
@@ -21,6 +21,9 @@ from .conditioning import Conditioning
 from .options import PriorConfig
 from .orders import ORDERS
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # takes seconds
+    from transformers import PreTrainedModel
 
 
 def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:
@@ -47,7 +50,7 @@ def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrain
     )
 
 
-def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
+def _add_dropout(backbone: "PreTrainedModel", dropout: float) -> None:
     """Add dropout where GPT-2 has it, by forward hooks, which change no parameter names; GPT-2 is left as it is."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -60,6 +63,63 @@ def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
         for layer in backbone.model.layers:
             layer.self_attn.register_forward_hook(hook)
             layer.mlp.register_forward_hook(hook)
+
+
+def _network(config: PriorConfig, conditioning: Conditioning) -> "PreTrainedModel":
+    """A backbone with random weights."""
+    from transformers import AutoModelForCausalLM  # takes seconds
+
+    network = AutoModelForCausalLM.from_config(
+        backbone_config(config, conditioning), attn_implementation="sdpa", dtype=torch.float32
+    )
+    _add_dropout(network, config.dropout)
+    return network
+
+
+class StoredBackbone(nn.Module):
+    """The parameters of a Llama or Qwen3 under their names, without the network.
+
+    This is what decoding with a cache needs. The networks of transformers take longer to import than 64 images to draw.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, shape in _shapes(config).items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, nn.Parameter(torch.empty(shape)))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.get_submodule("lm_head")
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a Llama or Qwen3 without biases and grouped heads."""
+    dim, hidden, inner = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    block: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (inner, dim) for name in "qkv"}
+    block |= {"self_attn.o_proj": (dim, inner), "mlp.down_proj": (dim, hidden)}
+    block |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (hidden, dim))
+    block |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (dim,))
+    if config.model_type == "qwen3":
+        block |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
+    found = {
+        f"model.layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in block.items()
+    }
+    found |= dict.fromkeys(("model.embed_tokens", "lm_head"), (config.vocab_size, dim))
+    return {f"{name}.weight": shape for name, shape in (found | {"model.norm": (dim,)}).items()}
 
 
 _WRITER = {"architectures", "dtype", "transformers_version"}
@@ -128,18 +188,25 @@ class Prior(nn.Module):
     Args:
         image_shape: channels, height and width of the images behind the codes (for bits per dimension).
         tokenizer_fingerprint: of the tokenizer that made the codes.
+        stored: hold the parameters of a Llama or Qwen3 alone, and build the network when it is first called.
     """
 
     def __init__(
-        self, config: PriorConfig, conditioning: Conditioning, image_shape: tuple[int, ...], tokenizer_fingerprint: str
+        self,
+        config: PriorConfig,
+        conditioning: Conditioning,
+        image_shape: tuple[int, ...],
+        tokenizer_fingerprint: str,
+        stored: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.conditioning, self.vocabulary = config, conditioning, conditioning.vocabulary
         self.image_shape, self.tokenizer_fingerprint = image_shape, tokenizer_fingerprint
-        self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(
-            backbone_config(config, conditioning), attn_implementation="sdpa", dtype=torch.float32
+        stored = stored and config.model_type != "gpt2"
+        # Only `Generator` has a prior with a `StoredBackbone`, until it is called.
+        self.backbone: PreTrainedModel = (
+            StoredBackbone(backbone_config(config, conditioning)) if stored else _network(config, conditioning)  # type: ignore[assignment]
         )
-        _add_dropout(self.backbone, config.dropout)
         self.fingerprint: str | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -147,6 +214,12 @@ class Prior(nn.Module):
 
         V is conditioning.size, or vocabulary.size where the backbone predicts codes alone (mingpt).
         """
+        if isinstance(self.backbone, StoredBackbone):
+            with torch.inference_mode(False):
+                network = _network(self.config, self.conditioning).to(self.backbone.device).train(self.training)
+                for name, parameter in self.backbone.named_parameters():
+                    network.get_parameter(name).data = parameter.data
+            self.backbone = network
         logits = self.backbone(input_ids=tokens, use_cache=False).logits
         return logits[..., : self.vocabulary.size] if self.config.backbone == "mingpt" else logits
 
@@ -235,8 +308,9 @@ class Prior(nn.Module):
         return found | {"max_new_tokens": length, "min_new_tokens": length}
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
-        """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", stored: bool = False) -> "Prior":
+        """Read a model folder, in evaluation mode; `stored` as for `Prior`. Raises `UserError` where anything does not
+        fit."""
         folder = Path(folder)
         artifact, path = load_artifact(folder, "prior"), folder / DESCRIPTION
         about, known = artifact.description, read_record(path, _Description)
@@ -244,7 +318,7 @@ class Prior(nn.Module):
         shape, mark = known.image_shape, known.tokenizer_fingerprint
         try:
             with torch.device("meta"):
-                prior = cls(config, conditioning, shape, mark)
+                prior = cls(config, conditioning, shape, mark, stored)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
         if unknown := sorted(set(about) - set(prior.description)):
@@ -252,7 +326,7 @@ class Prior(nn.Module):
             raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
         _compare(folder / "config.json", prior.backbone.config)
         refuse_others(artifact.tensors, prior.backbone.state_dict(), folder)
-        prior = cls(config, conditioning, shape, mark)
+        prior = cls(config, conditioning, shape, mark, stored)
         prior.backbone.load_state_dict(artifact.tensors)
         prior.fingerprint = artifact.fingerprint
         return prior.eval().to(device)

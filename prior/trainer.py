@@ -8,13 +8,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError, UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.data.pixels import image_grid, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.checkpoint import checkpoints
@@ -197,7 +196,7 @@ class PriorTrainer:
             images = to_uint8(self.tokenizer.decode(codes).float())
         cycle = self.conditioning.cycle(self.conditioning.conditions())
         columns = cycle if 2 <= cycle <= 20 else 8
-        grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+        grid = image_grid(images.cpu(), columns)
         if self.run.main:
             write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
 

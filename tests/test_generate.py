@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
 from vqgen.prior.conditioning import Conditioning
-from vqgen.prior.model import backbone_config
+from vqgen.prior.model import Prior, StoredBackbone, backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
@@ -413,3 +413,23 @@ def test_nothing_to_draw_is_nothing():
     none = conditions(spec, 0)
     drawn = generate(decoder, none, allowed_of(spec), image_uniforms(0, [], 4), SamplingSettings())
     assert drawn.tokens.shape == (0, 4) and drawn.nats.shape == (0,)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+def test_stored_weights_decode_as_the_network_does(backbone):
+    """Their names, shapes and logits are those of the network, which is built when it is called."""
+    spec, shape = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3), PriorConfig(backbone, 32, 11, 2)
+    whole, stored = (Prior(shape, spec, (3, 8, 8), "", stored) for stored in (False, True))
+    weights = whole.backbone.state_dict()
+    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in stored.backbone.state_dict().items()}
+    stored.backbone.load_state_dict(weights)
+    assert isinstance(stored.backbone, StoredBackbone) and whole.eval() and stored.eval()
+    tokens, logits = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0)), []
+    with torch.inference_mode():
+        for prior in (whole, stored):
+            decoder = CachedTransformer(prior.backbone, spec.vocabulary.length)
+            decoder.start(3)
+            logits.append(torch.stack([decoder.feed(column[:, None]) for column in tokens.unbind(1)], 1))
+            logits.append(prior(tokens))
+    assert type(stored.backbone) is type(whole.backbone)
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])

@@ -1,5 +1,6 @@
 """Validation of a training run: the metrics of reconstructions, and the picture that compares some of them."""
 
+import io
 import os
 import struct
 import zlib
@@ -9,15 +10,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
-from torchvision.utils import make_grid
 
 from vqgen.errors import UsageError
 from vqgen.files import atomic_path, open_regular
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
 from .metrics import ReconstructionMetrics
@@ -63,8 +64,10 @@ def reconstruct(
 
 def write_png_atomic(path: Path, image: Tensor, marked: bool = False) -> None:
     """Write a uint8 image (1 or 3, H, W) as PNG, atomically; `marked` so that `refuse_foreign_png` knows it again."""
-    data = encode_png(image.cpu()).numpy().tobytes()
-    with atomic_path(path) as temporary:  # torchvision's `write_png` does not report a full disk
+    pixels, buffer = image.cpu().permute(1, 2, 0).numpy(), io.BytesIO()
+    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(buffer, "PNG")
+    data = buffer.getvalue()
+    with atomic_path(path) as temporary:
         temporary.write_bytes(data[:_HEADER] + _MARK + data[_HEADER:] if marked else data)
 
 
@@ -86,4 +89,4 @@ def write_comparison(path: Path, result: Reconstructions) -> None:
     blank = torch.full_like(result.images[:1], 255).expand(-len(result.images) % columns, -1, -1, -1)
     pair = [torch.cat([part, blank]).split(columns) for part in (result.originals, result.images)]
     rows = [row for rows in zip(*pair) for row in rows]
-    write_png_atomic(path, make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=255))
+    write_png_atomic(path, image_grid(torch.cat(rows), columns))

@@ -7,16 +7,17 @@ and cache objects are not built for every token and layer, and one projection re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from .attention import Fused, Products, attention_of
 from .linear import ROWS, Linear
+
+if TYPE_CHECKING:  # takes seconds
+    from transformers import PreTrainedModel
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -36,18 +37,18 @@ class Block:
     down: Linear
 
 
-def _norm(module: nn.Module) -> Norm:
-    """Return layer norm (GPT-2) or RMS norm (others) as a function."""
+def _norm(module: nn.Module, epsilon: float = 0) -> Norm:
+    """Return layer norm (GPT-2) or RMS norm (others), which has this epsilon, as a function."""
     if isinstance(module, nn.LayerNorm):
         return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     weight: Tensor = module.weight  # type: ignore[assignment]
     weight = weight.detach().float()
-    epsilon = torch.full((), module.variance_epsilon, device=weight.device)  # type: ignore[arg-type]
+    added = torch.full((), epsilon, device=weight.device)
 
     def rms_norm(x: Tensor) -> Tensor:  # F.rms_norm takes a third longer on CPUs
         full = x.float()
         size = torch.linalg.vector_norm(full, dim=-1, keepdim=True)
-        scale = torch.addcmul(epsilon, size, size, value=1 / x.shape[-1]).rsqrt_()
+        scale = torch.addcmul(added, size, size, value=1 / x.shape[-1]).rsqrt_()
         return (full * scale).mul_(weight).to(x.dtype)
 
     return rms_norm
@@ -68,15 +69,39 @@ def _gpt2_block(layer: Any) -> Block:
     return Block(_norm(layer.ln_1), qkv, None, out, _norm(layer.ln_2), up, down)
 
 
-def _llama_block(layer: Any) -> Block:
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name == "silu":
+        return F.silu
+    from transformers.activations import ACT2FN  # takes seconds
+
+    return ACT2FN[name]
+
+
+def _rotations(config: Any, positions: int, like: Tensor) -> list[Tensor]:
+    """Cosine and signed sine (positions, 3 * heads, d) of rotary positions, as transformers has them.
+
+    With swapped halves times the sine this is its rotate_half(x) * sin. Values are not turned.
+    """
+    if (kind := config.rope_parameters["rope_type"]) != "default":
+        raise ValueError(f"no decoder for rotary positions of type {kind}")
+    heads, width = config.num_attention_heads, config.head_dim
+    frequencies = config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None, None] * (1 / frequencies)
+    turned = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    parts = (part.expand(-1, 2 * heads, -1) for part in turned)
+    one, zero = (torch.full((positions, heads, width), of) for of in (1.0, 0.0))
+    return [torch.cat(pair, 1).to(like) for pair in zip(parts, (one, zero), strict=True)]
+
+
+def _llama_block(layer: Any, epsilon: float) -> Block:
     """A block from one of Llama or Qwen3."""
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
-        _norm(layer.input_layernorm),
+        _norm(layer.input_layernorm, epsilon),
         _joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+        (_norm(attention.q_norm, epsilon), _norm(attention.k_norm, epsilon)) if hasattr(attention, "q_norm") else None,
         Linear(attention.o_proj.weight.data),
-        _norm(layer.post_attention_layernorm),
+        _norm(layer.post_attention_layernorm, epsilon),
         _joined(mlp.gate_proj, mlp.up_proj),
         Linear(mlp.down_proj.weight.data),
     )
@@ -99,7 +124,7 @@ class CachedTransformer:
         positions: size of the cache, the most tokens that are fed in one sequence.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int) -> None:
+    def __init__(self, model: "PreTrainedModel", positions: int) -> None:
         config = model.config
         if config.model_type not in ("llama", "qwen3", "gpt2"):
             raise ValueError(f"no decoder for a {config.model_type}; expected llama, qwen3 or gpt2")
@@ -110,25 +135,19 @@ class CachedTransformer:
         inner: Any = model  # its submodules have no declared types
         self._head: Tensor = inner.get_output_embeddings().weight.data
         self._heads_of: dict[tuple[int, int], Linear] = {}
-        ids = torch.arange(positions, device=model.device)[None]
         if config.model_type == "gpt2":
-            self.gated, self._activation = False, ACT2FN[config.activation_function]
+            self.gated, self._activation = False, _activation(config.activation_function)
             self._blocks = [_gpt2_block(layer) for layer in inner.transformer.h]
             self._tokens: Tensor = inner.transformer.wte.weight.data
-            self._positions: Tensor | None = inner.transformer.wpe(ids[0]).detach()
+            self._positions: Tensor | None = inner.transformer.wpe.weight.data[:positions]
             self._last_norm, self._rotations = _norm(inner.transformer.ln_f), None
         else:
-            self.gated, self._activation = True, ACT2FN[config.hidden_act]
-            self._blocks = [_llama_block(layer) for layer in inner.model.layers]
+            self.gated, self._activation = True, _activation(config.hidden_act)
+            epsilon = config.rms_norm_eps
+            self._blocks = [_llama_block(layer, epsilon) for layer in inner.model.layers.children()]
             self._tokens, self._positions = inner.model.embed_tokens.weight.data, None
-            self._last_norm = _norm(inner.model.norm)
-            cos, sin = (part[0, :, None] for part in inner.model.rotary_emb(self._head, ids))
-            half = sin.shape[-1] // 2
-            # With swapped halves times this, transformers' rotate_half(x) * sin. Values are not turned.
-            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-            parts = (part.expand(-1, 2 * self.heads, -1) for part in (cos, sin))
-            one, zero = (torch.full_like(sin, of).expand(-1, self.heads, -1) for of in (1, 0))
-            self._rotations = [torch.cat(pair, 1) for pair in zip(parts, (one, zero), strict=True)]
+            self._last_norm = _norm(inner.model.norm, epsilon)
+            self._rotations = _rotations(config, positions, self._head)
         self._batch = _Batch()
 
     def step(self, allowed: Iterable[tuple[int, int]]) -> int:
