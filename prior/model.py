@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
 
 from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
@@ -17,6 +15,10 @@ from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
 
+from .backbone.config import backbone_config as backbone_config  # part of this module's interface
+from .backbone.config import compare, plain_config
+from .backbone.network import network_of
+from .backbone.stored import StoredBackbone
 from .conditioning import Conditioning
 from .options import PriorConfig
 from .orders import ORDERS
@@ -24,127 +26,6 @@ from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # takes seconds
     from transformers import PreTrainedModel
-
-
-def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:
-    """The transformers configuration of a prior of this size."""
-    gpt2, heads, dropout = config.model_type == "gpt2", config.heads, config.dropout
-    hidden = config.hidden_dim or -(-int(config.dim * (4 if gpt2 else 8 / 3)) // 64) * 64
-    if gpt2:
-        own = {"n_inner": hidden, "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
-        own["activation_function"] = "gelu" if config.backbone == "mingpt" else "gelu_new"
-    else:
-        own = {"intermediate_size": hidden, "num_key_value_heads": heads, "head_dim": config.dim // heads}
-    return AutoConfig.for_model(
-        config.model_type,
-        vocab_size=conditioning.size,
-        hidden_size=config.dim,
-        num_hidden_layers=config.layers,
-        num_attention_heads=heads,
-        max_position_embeddings=conditioning.length + conditioning.vocabulary.length,
-        bos_token_id=conditioning.null,
-        eos_token_id=None,  # every sequence has the same length
-        pad_token_id=None,
-        tie_word_embeddings=False,
-        **own,
-    )
-
-
-def _add_dropout(backbone: "PreTrainedModel", dropout: float) -> None:
-    """Add dropout where GPT-2 has it, by forward hooks, which change no parameter names; GPT-2 is left as it is."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (F.dropout(output[0], dropout, module.training), *output[1:])
-        return F.dropout(output, dropout, module.training)
-
-    if dropout and backbone.config.model_type != "gpt2":
-        backbone.get_input_embeddings().register_forward_hook(hook)
-        for layer in backbone.model.layers:
-            layer.self_attn.register_forward_hook(hook)
-            layer.mlp.register_forward_hook(hook)
-
-
-def _network(config: PriorConfig, conditioning: Conditioning) -> "PreTrainedModel":
-    """A backbone with random weights."""
-    from transformers import AutoModelForCausalLM  # takes seconds
-
-    network = AutoModelForCausalLM.from_config(
-        backbone_config(config, conditioning), attn_implementation="sdpa", dtype=torch.float32
-    )
-    _add_dropout(network, config.dropout)
-    return network
-
-
-class StoredBackbone(nn.Module):
-    """The parameters of a Llama or Qwen3 under their names, without the network.
-
-    This is what decoding with a cache needs. The networks of transformers take longer to import than 64 images to draw.
-    """
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.config = config
-        for name, shape in _shapes(config).items():
-            *path, last = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            module.register_parameter(last, nn.Parameter(torch.empty(shape)))
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.get_submodule("lm_head")
-
-
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of a Llama or Qwen3 without biases and grouped heads."""
-    dim, hidden, inner = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    block: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (inner, dim) for name in "qkv"}
-    block |= {"self_attn.o_proj": (dim, inner), "mlp.down_proj": (dim, hidden)}
-    block |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (hidden, dim))
-    block |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (dim,))
-    if config.model_type == "qwen3":
-        block |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (config.head_dim,))
-    found = {
-        f"model.layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in block.items()
-    }
-    found |= dict.fromkeys(("model.embed_tokens", "lm_head"), (config.vocab_size, dim))
-    return {f"{name}.weight": shape for name, shape in (found | {"model.norm": (dim,)}).items()}
-
-
-_WRITER = {"architectures", "dtype", "transformers_version"}
-"""Keys of `config.json` that describe its writer, not the network."""
-
-
-def _compare(path: Path, own: PreTrainedConfig) -> None:
-    """Raise `UserError` where `config.json` describes another network than `vqgen.json`, `own`."""
-    written = read_json(path)
-    expected = own.to_dict()
-    # First what is written: transformers makes lists as long as numbers in it say.
-    for key in expected.keys() & written.keys() - _WRITER:
-        _refuse_unequal(path, key, written[key], expected[key])
-    try:
-        stated = AutoConfig.for_model(**written).to_dict()
-    except Exception as error:  # transformers raises errors of several types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
-    for key in expected.keys() - _WRITER:
-        _refuse_unequal(path, key, stated.get(key), expected[key])
-
-
-def _refuse_unequal(path: Path, key: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-        raise UserError(f"{path} has {key} {found!r}, vqgen.json needs {wanted!r}; restore the file")
 
 
 _Side = Annotated[int, Interval(ge=1, le=2**16)]
@@ -202,11 +83,9 @@ class Prior(nn.Module):
         super().__init__()
         self.config, self.conditioning, self.vocabulary = config, conditioning, conditioning.vocabulary
         self.image_shape, self.tokenizer_fingerprint = image_shape, tokenizer_fingerprint
-        stored = stored and config.model_type != "gpt2"
+        plain = plain_config(config, conditioning) if stored else None
         # Only `Generator` has a prior with a `StoredBackbone`, until it is called.
-        self.backbone: PreTrainedModel = (
-            StoredBackbone(backbone_config(config, conditioning)) if stored else _network(config, conditioning)  # type: ignore[assignment]
-        )
+        self.backbone: PreTrainedModel = StoredBackbone(plain) if plain else network_of(config, conditioning)  # type: ignore[assignment]
         self.fingerprint: str | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -216,7 +95,7 @@ class Prior(nn.Module):
         """
         if isinstance(self.backbone, StoredBackbone):
             with torch.inference_mode(False):
-                network = _network(self.config, self.conditioning).to(self.backbone.device).train(self.training)
+                network = network_of(self.config, self.conditioning).to(self.backbone.device).train(self.training)
                 for name, parameter in self.backbone.named_parameters():
                     network.get_parameter(name).data = parameter.data
             self.backbone = network
@@ -324,7 +203,7 @@ class Prior(nn.Module):
         if unknown := sorted(set(about) - set(prior.description)):
             text = f"has {', '.join(map(repr, unknown))}, which this installation does not know"
             raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
-        _compare(folder / "config.json", prior.backbone.config)
+        compare(folder / "config.json", config, conditioning)
         refuse_others(artifact.tensors, prior.backbone.state_dict(), folder)
         prior = cls(config, conditioning, shape, mark, stored)
         prior.backbone.load_state_dict(artifact.tensors)

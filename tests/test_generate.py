@@ -1,13 +1,18 @@
 """Cached decoding: equal to the full forward, independent of its batch, and drawing what the model says."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
+from vqgen.prior.backbone.config import WRITER, plain_config
+from vqgen.prior.backbone.stored import StoredBackbone
 from vqgen.prior.conditioning import Conditioning
-from vqgen.prior.model import Prior, StoredBackbone, backbone_config
+from vqgen.prior.model import Prior, backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts import Classes
 from vqgen.prior.vocabulary import Vocabulary
@@ -417,9 +422,11 @@ def test_nothing_to_draw_is_nothing():
 
 @pytest.mark.parametrize("backbone", ["llama", "qwen3"])
 def test_stored_weights_decode_as_the_network_does(backbone):
-    """Their names, shapes and logits are those of the network, which is built when it is called."""
+    """Their configuration, names, shapes and logits are those of the network, which is built when it is called."""
     spec, shape = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3), PriorConfig(backbone, 32, 11, 2)
     whole, stored = (Prior(shape, spec, (3, 8, 8), "", stored) for stored in (False, True))
+    written = {k: v for k, v in whole.backbone.config.to_diff_dict().items() if k not in WRITER}
+    assert written == plain_config(shape, spec)
     weights = whole.backbone.state_dict()
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in stored.backbone.state_dict().items()}
     stored.backbone.load_state_dict(weights)
@@ -433,3 +440,16 @@ def test_stored_weights_decode_as_the_network_does(backbone):
             logits.append(prior(tokens))
     assert type(stored.backbone) is type(whole.backbone)
     assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+
+
+def test_drawing_imports_nothing_slow():
+    """Each of these takes a second, more than the images."""
+    program = """
+import sys
+import vqgen.sampling.write_samples
+from vqgen.sampling.generator import SHIPPED, Generator
+Generator.load(SHIPPED, "cpu").sample(1)
+print(*({"transformers", "torchvision", "torchmetrics", "scipy", "sympy", "torch._dynamo"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
