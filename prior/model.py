@@ -95,7 +95,8 @@ class Prior(nn.Module):
         """
         if isinstance(self.backbone, StoredBackbone):
             with torch.inference_mode(False):
-                network = network_of(self.config, self.conditioning).to(self.backbone.device).train(self.training)
+                network = network_of(self.config, self.conditioning).train(self.training)
+                network.to(self.backbone.device)  # type: ignore[arg-type]
                 for name, parameter in self.backbone.named_parameters():
                     network.get_parameter(name).data = parameter.data
             self.backbone = network
