@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-slow campaign lint types clean
+.PHONY: demo test test-slow campaign gpu lint types clean
 
 demo: $(READY)
 	$(BIN)/vqgen-demo $(DEMO)
@@ -22,6 +22,10 @@ test-slow: $(READY)
 # Damaged inputs, kills and full disks; about half an hour on two cores (docs/robustness.md).
 campaign: $(READY)
 	$(BIN)/python -m benchmarks.campaign $(CAMPAIGN)
+
+# Tests and measurements on a CUDA device, in eight minutes (docs/gpu.md).
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 lint: $(READY) types
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.files import read_json, write_json
 from vqgen.prior.likelihood import token_nats
-from vqgen.prior.parts import ABSENT
+from vqgen.prior.parts.part import ABSENT
 from vqgen.sampling.compression.archive import ROWS, Header, Picture, Stream, crc_of, read_archive, write_archive
 from vqgen.sampling.compression.coding import Coder
 from vqgen.sampling.decoding.threads import on_threads

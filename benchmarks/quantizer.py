@@ -18,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,41 @@ def peak_mib(step: Step, device: torch.device) -> float:
     return peak / 2**20
 
 
+@dataclass
+class Measured:
+    """Medians of a step of ours and of the library's, and of their ratios."""
+
+    milliseconds: float
+    their_milliseconds: float
+    ratio: float
+    mib: float
+    their_mib: float
+
+
+def compared(
+    size: int,
+    dim: int,
+    count: int,
+    cosine: bool,
+    device: torch.device,
+    repeat: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Let both take steps on `count` random vectors in turns."""
+    torch.manual_seed(0)
+    vectors = torch.randn(count, dim, device=device)
+    config = VQConfig(codebook_size=size, codebook_decay=DECAY, commitment_weight=COMMITMENT, revive_after=0)
+    library = VectorQuantize(
+        dim, size, decay=DECAY, commitment_weight=COMMITMENT, use_cosine_sim=cosine, rotation_trick=False
+    )
+    ours = step_of(Codebook(config, dim, cosine).to(device), vectors, lambda out: (out.vectors, out.loss))
+    theirs = step_of(library.to(device), vectors[None], lambda out: (out[0], out[2]))
+    memory = peak_mib(ours, device), peak_mib(theirs, device)  # warms up as well
+    turns = [(seconds(ours, device, clock), seconds(theirs, device, clock)) for _ in range(repeat)]
+    times = [1000 * statistics.median(column) for column in zip(*turns)]
+    return Measured(times[0], times[1], statistics.median(b / a for a, b in turns), *memory)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 16384, 65536], help="codes K")
@@ -90,21 +126,10 @@ def main() -> None:
     print("     K    d        ms      ms  ratio       MiB     MiB  ratio")
     for size in options.sizes:
         for dim in options.dims:
-            torch.manual_seed(0)
-            vectors = torch.randn(options.vectors, dim, device=device)
-            config = VQConfig(codebook_size=size, codebook_decay=DECAY, commitment_weight=COMMITMENT, revive_after=0)
-            library = VectorQuantize(
-                dim, size, decay=DECAY, commitment_weight=COMMITMENT, use_cosine_sim=cosine, rotation_trick=False
-            )
-            ours = step_of(Codebook(config, dim, cosine).to(device), vectors, lambda out: (out.vectors, out.loss))
-            theirs = step_of(library.to(device), vectors[None], lambda out: (out[0], out[2]))
-            memory = peak_mib(ours, device), peak_mib(theirs, device)  # warms up as well
-            turns = [(seconds(ours, device, clock), seconds(theirs, device, clock)) for _ in range(options.repeat)]
-            times = [1000 * statistics.median(column) for column in zip(*turns)]
-            faster = statistics.median(b / a for a, b in turns)
+            found = compared(size, dim, options.vectors, cosine, device, options.repeat, clock)
             print(
-                f"{size:6d} {dim:4d} {times[0]:9.1f} {times[1]:7.0f} {faster:5.1f}x"
-                f" {memory[0]:9.1f} {memory[1]:7.0f} {memory[1] / memory[0]:5.1f}x",
+                f"{size:6d} {dim:4d} {found.milliseconds:9.1f} {found.their_milliseconds:7.0f} {found.ratio:5.1f}x"
+                f" {found.mib:9.1f} {found.their_mib:7.0f} {found.their_mib / found.mib:5.1f}x",
                 flush=True,
             )
 

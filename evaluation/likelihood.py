@@ -18,7 +18,7 @@ from vqgen.prior.dataset import Sequences
 from vqgen.prior.likelihood import rated, tabulate
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset

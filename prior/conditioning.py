@@ -1,8 +1,8 @@
 """What a sequence is conditioned on: the tokens in front of the codes, called the prefix.
 
-A prefix has parts of fixed length in the order of `PARTS`: `[text][source][class or null][codes]`. A prior may lack any
-part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last part to the
-first, so that those of the class follow the codes whatever else there is.
+A prefix has parts of fixed length in the order of `PARTS`: `[scan][text][source][class or null][codes]`. A prior may
+lack any part but the class, and sequences may lack a part that is `omissible`. Token ids are assigned from the last
+part to the first, so that those of the class follow the codes whatever else there is.
 """
 
 import copy
@@ -20,8 +20,9 @@ from vqgen.files import read_text, write_text
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .options import PART_CLASSES, ObjectiveConfig
-from .parts import ABSENT, Classes, Part, Rows, is_absent
-from .source import PairedSource, Source
+from .parts.part import ABSENT, Classes, Part, Rows, is_absent
+from .parts.scan import Scan
+from .parts.source import PairedSource, Source
 from .vocabulary import Vocabulary
 
 PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
@@ -122,6 +123,11 @@ class Conditioning:
         return next(part for part in self.parts if isinstance(part, Classes))
 
     @property
+    def scan(self) -> Scan | None:
+        """The part of a prior that was trained on other scan orders, too."""
+        return next((part for part in self.parts if isinstance(part, Scan)), None)
+
+    @property
     def masked_source(self) -> Source | None:
         """The source part of a prior that was trained to fill in images."""
         return next((part for part in self.parts if isinstance(part, Source) and part.inpainting), None)
@@ -171,15 +177,20 @@ class Conditioning:
     def dropped(self, sequences: Tensor) -> Tensor:
         """Sequences in which each part is absent in a random share of the rows, its `dropout`.
 
-        Where one is, all of them are in half of the rows: guidance by several compares with sequences without any.
+        In half of the smallest of these shares all such parts are absent together, as in guidance by several at once,
+        which compares with sequences without any; in the other rows they are drawn apart.
         """
         rows, device = len(sequences), sequences.device
-        chosen = {part.name: torch.rand(rows, device=device) < part.dropout for part in self.parts}
-        if sum(part.dropout > 0 for part in self.parts) > 1:
-            together = torch.stack(list(chosen.values())).any(0) & (torch.rand(rows, device=device) < 0.5)
+        shares = [part.dropout for part in self.parts if part.dropout]
+        joint = min(shares) / 2 if len(shares) > 1 else 0.0
+        chosen = {
+            part.name: torch.rand(rows, device=device) < (part.dropout - joint) / (1 - joint) for part in self.parts
+        }
+        if joint:
+            together = torch.rand(rows, device=device) < joint
             chosen = {part.name: chosen[part.name] | (together & (part.dropout > 0)) for part in self.parts}
         prefix = [
-            torch.where(chosen[part.name][:, None], ids.new_tensor(part.absent), ids)
+            torch.where(chosen[part.name][:, None], ids.new_full((), part.absent[0]), ids)
             for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
@@ -189,8 +200,7 @@ class Conditioning:
         these."""
         chosen = [part for part in self.parts if part.dropout or not part.informative] if parts is None else parts
         prefix = [
-            ids.new_tensor(part.absent).expand_as(ids) if part in chosen else ids
-            for part, ids in self._by_part(sequences)
+            torch.full_like(ids, part.absent[0]) if part in chosen else ids for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
@@ -218,7 +228,11 @@ class Conditioning:
     def record(self, conditions: Conditions) -> dict[str, Any]:
         """What samples.json holds of the conditions besides the classes; parts that are omitted are not in it."""
         layout = self.layout(conditions)
-        return {part.name: part.record(conditions[part.name]) for part in layout.parts if part.name != "class"}
+        return {
+            part.name: part.record(conditions[part.name])
+            for part in layout.parts
+            if part.informative and part.name != "class"
+        }
 
     @staticmethod
     def cycle(conditions: Conditions) -> int:

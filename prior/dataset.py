@@ -1,6 +1,6 @@
 """Code files -> sequences of token ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,8 +12,9 @@ from vqgen.seeding import epoch_slice, step_seed
 from vqgen.tokenizer.codes.format import CodeFiles
 
 from .conditioning import Conditioning
-from .parts import Rows
-from .source import random_masks
+from .parts.part import Rows
+from .parts.scan import scanned
+from .parts.source import random_masks
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,22 @@ class Sequences:
         """Number of images."""
         return len(self.codes)
 
-    def rows(self, indices: np.ndarray, views: np.ndarray, unknown: Tensor | None = None) -> Examples:
+    def rows(
+        self,
+        indices: np.ndarray,
+        views: np.ndarray,
+        unknown: Tensor | None = None,
+        scans: np.ndarray | None = None,
+    ) -> Examples:
         """Sequences of the given images and views.
 
-        With `unknown`, bool (B, h, w), the source is the images' own codes less those, and those are wanted.
+        With `unknown`, bool (B, h, w), the source is the images' own codes less those, and those are wanted. With
+        `scans`, (B,), the grids are in these orders, and so are those of `unknown`.
         """
         codes = self.codes.gather(indices, views)
+        codes = codes if scans is None else scanned(codes, scans)
         layout = self.conditioning.plain if unknown is None else self.conditioning
-        prefix = layout.of_rows(Rows(self.codes, indices, views, codes, unknown))
+        prefix = layout.of_rows(Rows(self.codes, indices, views, codes, unknown, scans))
         tokens = torch.cat([prefix, layout.vocabulary.to_tokens(codes)], dim=1)
         if unknown is None:
             return Examples(tokens, layout)
@@ -62,20 +71,32 @@ class Sequences:
             unknown = None if masks is None else masks[start : start + batch_size]
             yield self.rows(part, np.zeros_like(part), unknown)
 
-    def training(self, batch_size: int, seed: int, first_step: int, rank: int, world: int) -> Iterator[Examples]:
+    def training(
+        self,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        rank: int,
+        world: int,
+        progress: Callable[[int], float] = lambda step: 0.0,
+    ) -> Iterator[Examples]:
         """Endless shuffled batches of this process; the batch of step s, its layout included, depends on (seed, s).
 
-        `batch_size` is of one process; the processes take neighbouring slices of a global batch.
+        `batch_size` is of one process; the processes take neighbouring slices of a global batch. `progress` is the
+        share of the run that is done before a step.
         """
+        scan = self.conditioning.scan
         for step in count(first_step):
             global_batch = epoch_slice(len(self), seed, step * batch_size * world, batch_size * world)
             random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
             views = random.integers(self.codes.views, size=len(global_batch))
             local = slice(rank * batch_size, (rank + 1) * batch_size)
+            orders = np.random.default_rng(step_seed(seed, step, 2))
+            scans = scan.draw(len(global_batch), progress(step), orders)[local] if scan else None
             source = self.conditioning.masked_source
             if source and random.random() < source.inpainting:
                 masks = random_masks(len(global_batch), self.codes.grid, random)
-                found = self.rows(global_batch[local], views[local], masks[local])
+                found = self.rows(global_batch[local], views[local], masks[local], scans)
                 yield Examples(found.tokens, found.layout, found.wanted, masks.float().mean().item())
             else:
-                yield self.rows(global_batch[local], views[local])
+                yield self.rows(global_batch[local], views[local], scans=scans)

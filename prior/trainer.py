@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqgen.devices import matrix_rate
+from vqgen.devices import compile_module, matrix_rate, to_device
 from vqgen.errors import UsageError, UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
@@ -24,12 +24,13 @@ from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import millions
 
+from .backbone.network import attend_unmasked
 from .conditioning import Conditioning
 from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
 from .objective import accuracy, corrupted, objective
-from .source import random_masks
+from .parts.source import random_masks
 from .train import PriorTraining
 
 
@@ -82,14 +83,16 @@ class PriorTrainer:
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
             # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
             prior.backbone.set_attn_implementation("eager")
+        elif run.device.type == "cuda":
+            attend_unmasked(prior.backbone)
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
         self.examples = len(train)
         self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
-        if config.run.compile:
-            prior.compile()
+        if not run.sharded or config.run.compile:
+            compile_module(prior, config.run.compile, run.device, config.run.steps, run.say)
         units(run.accelerator, [type(prior.backbone).__name__, *(prior.backbone._no_split_modules or [])])
         shard(run.accelerator, self.average.module)
         self.model, self.optimizer = run.accelerator.prepare(prior, optimizer)
@@ -124,18 +127,18 @@ class PriorTrainer:
         share = self.run.micro_batch * self.config.run.accumulate
         accelerator, seed = self.run.accelerator, self.config.run.seed
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.batches = self.train_codes.training(share, seed, first_step, rank, world)
+        self.batches = self.train_codes.training(share, seed, first_step, rank, world, self.run.plan.progress)
 
     def step(self, step: int) -> dict[str, Tensor]:
         batch, settings = next(self.batches), self.config.objective
         layout = batch.layout
-        tokens = layout.dropped(batch.tokens.to(self.run.device, non_blocking=True))
+        tokens = layout.dropped(to_device(batch.tokens, self.run.device))
         inputs = corrupted(tokens[:, :-1], settings.token_corruption, layout)
         targets = layout.split(tokens)[1]
         count = self.config.run.accumulate
         weights: list[Tensor | None] = [None] * count
         if batch.wanted is not None:
-            weights[:] = (batch.wanted.to(self.run.device) / batch.share).chunk(count)
+            weights[:] = (to_device(batch.wanted, self.run.device) / batch.share).chunk(count)
         logged: dict[str, Tensor] = {}
         for index, part in enumerate(zip(inputs.chunk(count), targets.chunk(count), weights, strict=True)):
             with self.run.part(self.model, index):

@@ -13,7 +13,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
-from vqgen.prior.parts import is_absent
+from vqgen.prior.parts.part import is_absent
 from vqgen.tokenizer.codes.degrade import Keep
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer

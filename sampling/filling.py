@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqgen.errors import UsageError
-from vqgen.prior.source import masked
+from vqgen.prior.parts.source import masked
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.pixels import center_crop, fit

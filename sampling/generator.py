@@ -21,19 +21,20 @@ from .known import Known
 from .settings import read_recommended
 
 DEFAULT_MODEL = Path("runs/demo/prior")
-SHIPPED = Path(__file__).parent / "pretrained" / "cifar10"
-"""A class-conditional model of CIFAR-10 that comes with the package; its README.md says how it was made."""
+SHIPPED = {file.parent.name: file.parent for file in sorted(Path(__file__).parent.glob(f"pretrained/*/{DESCRIPTION}"))}
+"""The models in the package, by name; the README.md of each says how it was made."""
+DEFAULT = SHIPPED["cifar10"]
 Classes = Sequence[str | int] | str | int | None
 """Classes by name or index, given to the images in turn."""
 
 
 def find_model(model: Path | None) -> Path:
-    """The given folder, else $VQGEN_MODEL, else the demo's prior, else the model in the package."""
+    """The given folder, or model of the package by name; else $VQGEN_MODEL, the demo's prior, or `DEFAULT`."""
+    if model is None and os.environ.get("VQGEN_MODEL"):
+        model = Path(os.environ["VQGEN_MODEL"])
     if model is not None:
-        return model
-    if os.environ.get("VQGEN_MODEL"):
-        return Path(os.environ["VQGEN_MODEL"])
-    return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else SHIPPED
+        return model if (model / DESCRIPTION).exists() else SHIPPED.get(str(model), model)
+    return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else DEFAULT
 
 
 class Generator(Inpainter):

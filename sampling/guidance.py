@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vqgen.prior.conditioning import Conditioning, Conditions
-from vqgen.prior.parts import Part, is_absent
+from vqgen.prior.parts.part import Part, is_absent
 
 from .decoding.generate import Contrast
 from .settings import SamplingSettings

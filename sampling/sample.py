@@ -37,8 +37,8 @@ class SampleConfig(Options):
     )  # fmt: skip
 
     model: Path | None = None
-    """Run or model folder of the prior; by default $VQGEN_MODEL, then runs/demo/prior, then the model of CIFAR-10 that
-    comes with the package."""
+    """Run or model folder of the prior, or cifar10, the model in the package; by default $VQGEN_MODEL, then
+    runs/demo/prior, then cifar10."""
     n: Images | None = None
     """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts, or one for each
     --source-image."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditions
-from vqgen.prior.parts import is_absent
-from vqgen.prior.source import masked
+from vqgen.prior.parts.part import is_absent
+from vqgen.prior.parts.source import masked
 from vqgen.seeding import hash64
 
 from .decoding.generate import image_uniforms

@@ -22,7 +22,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.options import GENERATION
-from vqgen.prior.parts import ABSENT
+from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.pixels import image_grid

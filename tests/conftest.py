@@ -12,6 +12,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import settings
 
 if sys.version_info >= (3, 11):
@@ -25,6 +26,23 @@ settings.load_profile("vqgen")
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks.campaign`, wherever pytest is called from
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that a test of arithmetic runs on: the CPU, and CUDA where there is a device."""
+    return request.param
+
+
+@pytest.fixture
+def trained_on(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device that programs which ask Accelerate for one get, in a process that may have had another."""
+    from accelerate import PartialState
+
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_CPU", str(device == "cpu"))
+    PartialState._reset_state()
+    yield device
+    PartialState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TOKENIZER = "vqgen.tokenizer.train"
 TOKENIZE = "vqgen.tokenizer.encode"
 PRIOR = "vqgen.prior.train"
@@ -142,6 +144,16 @@ def launch(command: Sequence[str], *words: Any) -> Started:
         texts = [*command, *(str(word) for word in words)]
         process = subprocess.Popen(texts, stdout=stdout, stderr=stderr, start_new_session=True)
     return Started(process, log)
+
+
+def kill_rank(started: Started, rank: int, folder: Path, after: int) -> None:
+    """SIGKILL one process that torchrun has started, once the run in `folder` has logged step `after`."""
+    end = time.monotonic() + _LIMIT
+    while not any(row["step"] >= after for row in rows(folder)):
+        assert started.running() and time.monotonic() < end, started.wait().err
+        time.sleep(0.005)
+    workers = psutil.Process(started.process.pid).children(recursive=True)
+    next(each for each in workers if each.environ().get("RANK") == str(rank)).kill()
 
 
 def start_module(module: str, *words: Any) -> Started:

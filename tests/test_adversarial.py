@@ -427,6 +427,20 @@ def test_a_decoder_is_told_of_an_adversary_gone_bad(tmp_path):
         made.run.backward(terms, reconstruction + weighted)
 
 
+def test_the_scale_of_fp16_does_not_change_the_weight(tmp_path):
+    """It is a tensor, so that no value is read, and it is in both gradients."""
+    found = []
+    for scale in (None, 1024.0):
+        made = Players(tmp_path / str(scale))
+        made.run.accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        torch.manual_seed(1)
+        real = torch.rand(4, 3, 16, 16)
+        fake = made.decoder(real)
+        terms, _ = made.adversary.terms(0, fake, (fake - real).abs().mean(), made.decoder.weight)
+        found.append(terms["adaptive_ratio"])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e15, 1e30])
 def test_the_weight_is_a_number_whatever_the_losses(tmp_path, size):
     """Under bf16 autocast, with the decoder's gradient at the ends of what floats hold."""

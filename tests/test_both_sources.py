@@ -16,8 +16,8 @@ from vqgen.prior.dataset import Sequences
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.parts import Classes
-from vqgen.prior.source import PairedSource
+from vqgen.prior.parts.part import Classes
+from vqgen.prior.parts.source import PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator

@@ -14,9 +14,9 @@ from vqgen.errors import UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.export.logits_processor import CodesOnly
 from vqgen.prior.model import Prior
-from vqgen.prior.parts import Classes, Part
-from vqgen.prior.source import MaskedSource, PairedSource
-from vqgen.prior.text import Text, TextTokenizer
+from vqgen.prior.parts.part import Classes, Part
+from vqgen.prior.parts.source import MaskedSource, PairedSource
+from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings

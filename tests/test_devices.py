@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from vqgen.devices import keep_memory
+from vqgen.devices import compile_module, keep_memory
 
 GLIBC = pytest.mark.skipif(
     not hasattr(__import__("ctypes").CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc"
 )
 FAULTS = """
 import resource, sys, torch
-from vqgen.devices import keep_memory
+from vqgen.devices import compile_module, keep_memory
 if sys.argv[1] == "keep":
     keep_memory(torch.device("cpu"))
 def step():
@@ -57,3 +57,37 @@ print(resident - psutil.Process().memory_info().rss, float(last[0]))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     released, value = map(float, done.stdout.split())
     assert released > 49 * 2**22 / 2 and value == 1
+
+
+def test_compilation_is_chosen_on_cuda_in_long_runs(monkeypatch):
+    """Asked for it is done anywhere, refused nowhere."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for asked, kind, steps, expected in (
+        (None, "cuda", 1000, True), (None, "cuda", 999, False), (None, "cpu", 10**6, False), (True, "cpu", 1, True),
+        (False, "cuda", 10**6, False),
+    ):  # fmt: skip
+        module = torch.nn.Linear(2, 2)
+        assert compile_module(module, asked, torch.device(kind), steps, print) == expected
+        assert (module._compiled_call_impl is not None) == expected
+        assert module(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_compilation_that_fails_unasked_is_said_once_and_left_out(monkeypatch):
+    class Broken(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    def fails(*_):
+        raise RuntimeError("no C++ compiler\nin /usr/bin")
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=fails))
+    told, module = [], Broken(3, 2)
+    expected = module(torch.ones(1, 3))
+    compile_module(module, None, torch.device("cuda"), 1000, told.append)
+    assert torch.equal(module(torch.ones(1, 3)), expected) and torch.equal(module(torch.ones(1, 3)), expected)
+    assert len(told) == 1 and "no C++ compiler" in told[0] and "--compile" in told[0]
+    # Where it was asked for, the error is the user's to see.
+    compile_module(module, True, torch.device("cpu"), 1, told.append)
+    with pytest.raises(RuntimeError, match="no C"):
+        module(torch.ones(1, 3))

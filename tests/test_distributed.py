@@ -11,13 +11,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.quantizers import quantizer_options
-from processes import PRIOR, TOKENIZE, TOKENIZER, in_step, launch, rows, run, run_two, steps, weights, write_images
+from processes import (
+    PRIOR,
+    TOKENIZE,
+    TOKENIZER,
+    in_step,
+    kill_rank,
+    launch,
+    rows,
+    run,
+    run_two,
+    steps,
+    weights,
+    write_images,
+)
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from vqgen.artifact import load_artifact
 from vqgen.tokenizer.quantizers import quantizer_for
 from vqgen.tokenizer.quantizers.base import Quantizer
+from vqgen.training.folder import read_sessions
 
 # No dropout: its noise is each process's own.
 STAGE_ONE = (
@@ -170,25 +184,63 @@ def test_a_sharded_prior_trains_as_a_whole_one_does(tmp_path: Path, codes: Path)
     assert (tmp_path / "two" / "images").is_dir()
 
 
-@pytest.mark.parametrize("before, after", [(FSDP, None), (None, FSDP)], ids=["to-one", "from-one"])
-def test_a_sharded_prior_resumes_on_another_number_of_processes(
+DDP: dict[str, str] = {}
+CHANGES = {
+    "fsdp-to-one": (FSDP, None),
+    "one-to-fsdp": (None, FSDP),
+    "ddp-to-one": (DDP, None),
+    "one-to-ddp": (None, DDP),
+}
+
+
+def go(
+    module: str, words: list[Any], environ: dict[str, str] | None, folder: Path, stop: int | None = None
+) -> list[int]:
+    """Train on two processes with this environment, or on one for None, at most to step `stop`; the checkpoints."""
+    hook = in_step(stop, signal.SIGTERM) if stop else None
+    words = [*words, "--output", folder]
+    if environ is None:
+        ended = [run(module, *words, hook=hook)]
+    else:
+        ended = run_two(module, *words, environ=environ, hooks=[None, hook])
+    assert all(process.code == (143 if stop else 0) for process in ended), [process.err for process in ended]
+    return steps(folder)
+
+
+@pytest.mark.parametrize("before, after", CHANGES.values(), ids=CHANGES)
+def test_a_prior_resumes_on_another_number_of_processes(
     tmp_path: Path, codes: Path, before: dict[str, str] | None, after: dict[str, str] | None
 ) -> None:
-    words = ["--codes", codes, *STAGE_TWO, "--output"]
-    stop = in_step(4, signal.SIGTERM)
+    words = ["--codes", codes, *STAGE_TWO]
+    assert go(PRIOR, words, before, tmp_path / "run", stop=4)[-1] == 4
+    go(PRIOR, words, after, tmp_path / "run")
+    go(PRIOR, words, None, tmp_path / "undisturbed")
+    alike(tmp_path / "run", tmp_path / "undisturbed", PRIOR_NAMES, 1e-3)
 
-    def go(sharded: dict[str, str] | None, stopped: bool) -> list[int]:
-        hook = stop if stopped else None
-        if sharded:
-            ended = run_two(PRIOR, *words, tmp_path / "run", environ=sharded, hooks=[None, hook])
-        else:
-            ended = [run(PRIOR, *words, tmp_path / "run", hook=hook)]
-        assert all(process.code == (143 if stopped else 0) for process in ended), [process.err for process in ended]
-        return steps(tmp_path / "run")
 
-    assert go(before, True)[-1] == 4
-    go(after, False)
-    run(PRIOR, *words, tmp_path / "undisturbed").ok()
+@pytest.mark.parametrize("before, after", [(DDP, None), (None, DDP)], ids=["to-one", "from-one"])
+def test_a_tokenizer_resumes_on_another_number_of_processes(
+    tmp_path: Path, single: Path, before: dict[str, str] | None, after: dict[str, str] | None
+) -> None:
+    assert go(TOKENIZER, STAGE_ONE, before, tmp_path / "run", stop=3)[-1] == 3
+    go(TOKENIZER, STAGE_ONE, after, tmp_path / "run")
+    # As in two processes from the start: which latent a revived code takes is each number's own.
+    alike(tmp_path / "run", single, ["train/reconstruction", "heldout/psnr"], 0.05)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path, codes: Path) -> None:
+    """Both start anew and go on from the checkpoint, to the losses of a run that was left alone."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["--codes", codes, *STAGE_TWO, "--steps", 60, "--output"]
+    for folder, killed in ((tmp_path / "run", True), (tmp_path / "undisturbed", False)):
+        # More than one: on a busy machine gloo now and then fails to connect in an attempt.
+        started = launch([*torchrun, "--max-restarts", "3", "-m", PRIOR], *words, folder)
+        if killed:
+            kill_rank(started, 1, folder, after=7)
+        started.wait().ok()
+    sessions = [read_sessions(tmp_path / name) for name in ("run", "undisturbed")]
+    assert list(map(len, sessions)) == [2, 1] and 6 <= sessions[0][1]["first_step"] < 60
     alike(tmp_path / "run", tmp_path / "undisturbed", PRIOR_NAMES, 1e-3)
 
 

@@ -42,7 +42,7 @@ from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches

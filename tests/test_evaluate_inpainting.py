@@ -21,7 +21,7 @@ from vqgen.evaluation.tasks.inpainting import Hole
 from vqgen.evaluation.tasks.options import InpaintingConfig
 from vqgen.evaluation.tasks.windows import owners
 from vqgen.prior.likelihood import token_nats
-from vqgen.prior.source import MaskedSource
+from vqgen.prior.parts.source import MaskedSource
 from vqgen.sampling.generator import Generator
 
 DATA = 12  # images

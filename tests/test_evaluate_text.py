@@ -12,7 +12,7 @@ from torch import Tensor
 import vqgen.evaluation.program as evaluate
 from vqgen.evaluation.tasks import text
 from vqgen.evaluation.tasks.text import rank
-from vqgen.prior.text import Text, TextTokenizer
+from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig

@@ -13,7 +13,7 @@ import vqgen.evaluation.program as evaluate
 from vqgen.evaluation.tasks.classical import colourfulness, non_local_means
 from vqgen.evaluation.tasks.images import Encoded
 from vqgen.prior.likelihood import token_nats
-from vqgen.prior.source import MaskedSource, PairedSource
+from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.degrade import degrade, keep_of, parse_degradations, source_seed

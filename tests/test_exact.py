@@ -14,13 +14,13 @@ from torch import Tensor
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding import generate
 from vqgen.sampling.decoding.generate import Drawn, image_uniforms
 from vqgen.sampling.decoding.linear import ROWS, Linear
 from vqgen.sampling.decoding.threads import on_threads
-from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.sampling.generator import DEFAULT, Generator
 from vqgen.sampling.known import Known
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.model import Tokenizer
@@ -66,7 +66,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def generator_of(name: str, precision: str) -> Generator:
     if name == "package":
-        return Generator.load(SHIPPED, "cpu", precision)
+        return Generator.load(DEFAULT, "cpu", precision)
     torch.manual_seed(0)
     # As configs/demo-tokenizer.yaml and demo-prior.yaml say.
     architecture = VQGANConfig(64, 48, [1, 2], 2, blocks=1, attention=False, groups=8)

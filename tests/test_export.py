@@ -204,3 +204,27 @@ def test_the_task_is_that_of_the_parts(tmp_path):
 
     assert task() == "unconditional-image-generation" and task("text") == "text-to-image"
     assert task("source") == task("text", "source") == "image-to-image"
+
+
+@pytest.mark.parametrize("to", ["transformers", "vqgen"])
+def test_another_decoder_of_the_same_codes_takes_the_place(cli, tmp_path, to):
+    model = make_prior(tmp_path / "model")
+    tokenizer = Tokenizer.load(model / "tokenizer")
+    with torch.no_grad():
+        tokenizer.last_weight.mul_(2)
+    tokenizer.save(tmp_path / "better")
+    words = ["--model", model, "--tokenizer", tmp_path / "better", "--to", to, "--output"]
+    assert cli(exporting.main, *words, tmp_path / "export").code == 0
+    before, after = (Generator.load(folder, "cpu", "fp32").sample(2) for folder in (model, tmp_path / "export"))
+    assert torch.equal(before.codes, after.codes) and not torch.equal(before.images, after.images)
+    # Samples with the former decoder do not show what the folder draws.
+    assert cli(sample.main, "--model", model, "--n", "1", "--output", tmp_path / "samples", "--device", "cpu").code == 0
+    result = cli(exporting.main, *words, tmp_path / "again", "--samples", tmp_path / "samples")
+    assert result.code == 1 and "--samples" in result.err and not (tmp_path / "again").exists()
+    # Another encoder has other codes.
+    with torch.no_grad():
+        next(tokenizer.encoder.parameters()).mul_(2)
+    tokenizer.save(tmp_path / "other")
+    words[3] = tmp_path / "other"
+    result = cli(exporting.main, *words, tmp_path / "again")
+    assert result.code == 1 and str(tmp_path / "other") in result.err and not (tmp_path / "again").exists()

@@ -21,7 +21,7 @@ from vqgen.prior.convert import program as convert
 from vqgen.prior.export import program as export
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.orders import ORDERS
-from vqgen.prior.parts import Classes, Part, Rows
+from vqgen.prior.parts.part import Classes, Part, Rows
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.train import train as train_prior
 from vqgen.sampling.generator import Generator
@@ -187,10 +187,10 @@ class BrightSampleConfig(SampleConfig):
 
 
 def test_another_kind_of_conditioning(cli, tmp_path, monkeypatch):
-    """A class in a module of prior/, its name and option in prior/options.py, an option in sampling/sample.py."""
+    """A class in a module of prior/parts/, its name and option in prior/options.py, an option in sampling/sample.py."""
     monkeypatch.setattr(conditioning, "PARTS", [Brightness, Classes])
     codes, model = write_dark_and_light(tmp_path / "codes"), tmp_path / "prior"
-    generator = trained(codes, model, 60)
+    generator = trained(codes, model, 100)
     found = generator.conditioning
     assert (found.length, found.classes.first, found.null, found.parts[0].first, found.size) == (2, 16, 18, 19, 24)
     assert json.loads((model / "config.json").read_text())["max_position_embeddings"] == 8

@@ -14,7 +14,7 @@ from vqgen.prior.backbone.stored import StoredBackbone
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior, backbone_config
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill
@@ -447,8 +447,8 @@ def test_drawing_imports_nothing_slow():
     program = """
 import sys
 import vqgen.sampling.write_samples
-from vqgen.sampling.generator import SHIPPED, Generator
-Generator.load(SHIPPED, "cpu").sample(1)
+from vqgen.sampling.generator import DEFAULT, Generator
+Generator.load(DEFAULT, "cpu").sample(1)
 print(*({"transformers", "torchvision", "torchmetrics", "scipy", "sympy", "torch._dynamo"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

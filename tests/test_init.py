@@ -90,3 +90,32 @@ def test_a_resumed_run_keeps_what_it_learned(source: Path, tmp_path: Path) -> No
     for steps, name in (("2", "a"), ("4", "a"), ("4", "b")):
         assert main([*common, "--steps", steps, "--output", str(tmp_path / name)]) == 0
     assert Tokenizer.load(tmp_path / "a").fingerprint == Tokenizer.load(tmp_path / "b").fingerprint
+
+
+def test_the_decoder_alone_is_trained(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [*SIZES, *SHORT, "--steps", "3", "--init", str(source), "--output", str(tmp_path / "run"), "--decoder-only"]
+    assert main([*words, "--codebook-size", "64"]) == 1
+    assert "--decoder-only" in (err := capsys.readouterr().err) and str(source) in err
+    assert main([word for word in [*words, "--codebook-size", "32"] if word not in ("--init", str(source))]) == 2
+    assert main([*words, "--codebook-size", "32", "--overwrite"]) == 0
+    before, after = Tokenizer.load(source), Tokenizer.load(tmp_path / "run")
+    assert after.has_codes_of(before) and after.fingerprint != before.fingerprint
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    codes = before.encode(images)
+    assert torch.equal(codes, after.encode(images)) and not torch.equal(before.decode(codes), after.decode(codes))
+    with torch.no_grad():
+        after.quantizer.codebook.codes[3] += 1
+    assert not after.has_codes_of(before)
+
+
+def test_codes_that_are_frozen_stay_so_in_training_mode(source: Path) -> None:
+    tokenizer = Tokenizer.load(source)
+    tokenizer.freeze_codes()
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    output = tokenizer.train()(images)
+    (output.images.square().mean() + output.quantized.loss).backward()
+    assert torch.equal(output.quantized.codes, tokenizer.encode(images))
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
+    trained = {name.partition(".")[0] for name, p in tokenizer.named_parameters() if p.grad is not None}
+    assert trained == {"decoder"} and not tokenizer.encoder.training and tokenizer.decoder.training

@@ -22,8 +22,8 @@ from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.objective import objective
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
-from vqgen.prior.parts import Classes
-from vqgen.prior.source import UNKNOWN, MaskedSource, masked, random_masks
+from vqgen.prior.parts.part import Classes
+from vqgen.prior.parts.source import UNKNOWN, MaskedSource, masked, random_masks
 from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.generate import image_uniforms

@@ -8,19 +8,20 @@ import pytest
 import torch
 from helpers.quantizers import quantizer_options
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
-from vqgen.training.optimizer import Muon, optimizer_for, orthogonalised
+from vqgen.training.optimizer import Muon, averaged, optimizer_for, orthogonalised, update_average
 from vqgen.training.options import OptimizerConfig
 from vqgen.training.schedule import Plan
 
@@ -204,3 +205,20 @@ def test_a_loaded_state_lies_beside_the_parameters() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     tensors = [value for state in resumed.state.values() for value in state.values() if torch.is_tensor(value)]
     assert len(tensors) == 3 + 3 * 3 and {value.device.type for value in tensors} == {"meta"}
+
+
+def test_the_average_is_that_of_torch(device: str) -> None:
+    """Bit for bit, integer buffers included, and the counter stays on the host."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).to(device)
+    ours, theirs = averaged(model), averaged(model)
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(5, 6, device=device))  # batch norm counts its batches
+        update_average(ours, model, 0.9, step)
+        theirs.multi_avg_fn = get_ema_multi_avg_fn(min(0.9, (1 + step) / (10 + step)))
+        theirs.update_parameters(model)
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+    assert ours.n_averaged.device.type == "cpu"

@@ -22,7 +22,7 @@ import torch
 from helpers.models import make_prior, make_square_prior
 from PIL import Image
 
-from vqgen.prior.source import MaskedSource, PairedSource
+from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.codes.format import SourceRecord
 from vqgen.tokenizer.data.decoding import decode

@@ -11,7 +11,7 @@ import vqgen
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
 from vqgen.sampling import sample
-from vqgen.sampling.generator import SHIPPED
+from vqgen.sampling.generator import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
@@ -20,9 +20,9 @@ NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def test_it_is_small_and_in_16_bits():
-    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    files = [path for path in DEFAULT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30 * 10**6
-    for weights in (SHIPPED / "model.safetensors", SHIPPED / "tokenizer" / "model.safetensors"):
+    for weights in (DEFAULT / "model.safetensors", DEFAULT / "tokenizer" / "model.safetensors"):
         with safe_open(weights, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 
@@ -31,7 +31,7 @@ def test_it_draws_ten_classes_without_being_named(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VQGEN_MODEL", raising=False)
     result = cli(sample.main, "--n", 10, "--temperature", 0.9, "--device", "cpu")
-    assert result.code == 0 and str(SHIPPED) in result.out, result.err
+    assert result.code == 0 and str(DEFAULT) in result.out, result.err
     drawn = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [image["class"] for image in drawn["images"]] == NAMES
     images = vqgen.Generator.load(device="cpu").sample(4, classes="ship", temperature=0.9)
@@ -42,7 +42,7 @@ def test_it_draws_ten_classes_without_being_named(cli, tmp_path, monkeypatch):
 
 
 def test_its_receipts_are_of_this_very_model():
-    generator = vqgen.Generator.load(SHIPPED, "cpu")
+    generator = vqgen.Generator.load(DEFAULT, "cpu")
     marks = {generator.prior.fingerprint, generator.tokenizer.fingerprint}
     for name in ("reconstruction", "reconstruction-1000", "likelihood", "samples", "samples-guided"):
         found = read_receipt(RECEIPTS / f"{name}.json")
@@ -55,7 +55,7 @@ def test_its_reconstructions_are_what_the_receipt_says(cli):
     if not (REAL / "cifar10").is_dir():
         pytest.skip("CIFAR-10 is not on this machine")
     path = RECEIPTS / "reconstruction-1000.json"
-    words = ["--data", REAL / "cifar10", "--tokenizer", SHIPPED / "tokenizer", "--device", "cpu"]
+    words = ["--data", REAL / "cifar10", "--tokenizer", DEFAULT / "tokenizer", "--device", "cpu"]
     result = cli(evaluate.main, "replay", path, *words)
     assert result.code == 0 and result.out.startswith("same"), result.err
 
@@ -68,11 +68,11 @@ def test_its_likelihood_is_what_the_card_says():
     from vqgen.tokenizer.data.dataset import open_images
     from vqgen.tokenizer.data.options import ImageConfig
 
-    generator = vqgen.Generator.load(SHIPPED, "cpu", "fp32")
+    generator = vqgen.Generator.load(DEFAULT, "cpu", "fp32")
     images = open_images(str(REAL / "cifar10"), "test", ImageConfig([32, 32]))
     given = [images[index] for index in range(1000)]
     labels = [sample.label for sample in given]
     nats = -generator.log_likelihood(torch.stack([sample.image for sample in given]), labels).mean() / 64
-    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    card = (DEFAULT / "README.md").read_text(encoding="utf-8")
     stated = float(card.split(" nats per token")[0].split()[-1])
     assert nats.item() == pytest.approx(stated, rel=0.01)

@@ -24,7 +24,7 @@ from vqgen.prior.dataset import Examples, Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import preview_codes
 from vqgen.prior.vocabulary import Vocabulary

@@ -23,9 +23,9 @@ from vqgen.files import checksum
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.generator import SHIPPED, Generator, find_model
+from vqgen.sampling.generator import DEFAULT, Generator, find_model
 from vqgen.sampling.known import Known
 from vqgen.sampling.output import Names
 from vqgen.sampling.settings import SamplingSettings
@@ -189,14 +189,22 @@ def test_no_two_classes_share_a_path_and_none_is_too_long():
 def test_which_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VQGEN_MODEL", raising=False)
-    assert find_model(None) == SHIPPED
+    assert find_model(None) == DEFAULT
     Path("runs/demo/prior").mkdir(parents=True)
-    assert find_model(None) == SHIPPED  # nothing is trained there yet
+    assert find_model(None) == DEFAULT  # nothing is trained there yet
     Path("runs/demo/prior/vqgen.json").write_text("{}")
     assert find_model(None) == Path("runs/demo/prior")
     monkeypatch.setenv("VQGEN_MODEL", "elsewhere")
     assert find_model(None) == Path("elsewhere")
     assert find_model(Path("named")) == Path("named")
+    # The models of the package have names; a model of that name in the working directory goes before.
+    assert find_model(Path("cifar10")) == DEFAULT
+    monkeypatch.setenv("VQGEN_MODEL", "cifar10")
+    assert find_model(None) == DEFAULT
+    Path("cifar10").mkdir()
+    assert find_model(None) == DEFAULT
+    Path("cifar10/vqgen.json").write_text("{}")
+    assert find_model(None) == Path("cifar10")
 
 
 # The program

@@ -603,7 +603,7 @@ def test_training_pays_for_no_checks(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_images_and_codes_come_from_any_device(tmp_path):
+def test_images_and_codes_come_from_any_device_on_cuda(tmp_path):
     make().save(tmp_path)
     tokenizer, x = Tokenizer.load(tmp_path, "cuda"), noise(2, 3, 16, 24)
     codes = tokenizer.encode(x)

@@ -24,8 +24,8 @@ from vqgen.prior.export.program import main as export
 from vqgen.prior.likelihood import likelihood
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig
-from vqgen.prior.parts import ABSENT, Classes
-from vqgen.prior.source import UNKNOWN, MaskedSource, PairedSource
+from vqgen.prior.parts.part import ABSENT, Classes
+from vqgen.prior.parts.source import UNKNOWN, MaskedSource, PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
@@ -84,16 +84,17 @@ def test_dropout_takes_the_source_away_as_a_whole(tmp_path: Path) -> None:
     assert torch.equal(layout.without(tokens, [layout.paired_source])[:, :6], torch.full((400, 6), NULL + 1))
 
 
-def test_all_parts_are_left_out_together_in_half_of_the_rows(tmp_path: Path) -> None:
+def test_parts_are_left_out_at_their_shares_and_together(tmp_path: Path) -> None:
     """Independent dropout alone leaves hardly a row without any condition, with which guidance by both compares."""
     write_codes(tmp_path, size=SIZE, source=True)
     files = CodeFiles(tmp_path, "train")
-    layout = Conditioning.for_files(files, ObjectiveConfig(source_dropout=0.2, label_dropout=0.2))
+    layout = Conditioning.for_files(files, ObjectiveConfig(source_dropout=0.5, label_dropout=0.2))
     tokens = Sequences(files, layout).rows(np.arange(8000) % 9, np.zeros(8000, np.int64)).tokens
     torch.manual_seed(0)
     dropped = layout.dropped(tokens)
     source, label = (dropped[:, :6] == NULL + 1).all(1), dropped[:, 6] == NULL
-    for found, share in ((source & label, 0.2), (source & ~label, 0.08), (label & ~source, 0.08)):
+    both = 0.1 + 0.9 * (0.4 / 0.9) * (0.1 / 0.9)
+    for found, share in ((source, 0.5), (label, 0.2), (source & label, both)):
         assert abs(found.float().mean() - share) < 0.02
 
 

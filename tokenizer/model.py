@@ -45,6 +45,8 @@ class Tokenizer(nn.Module):
         self.decoder = decoder_for(config.channels, config.model)
         self.fingerprint: str | None = None
         """sha256 of the weights as saved or loaded; None before."""
+        self.codes_are_frozen = False
+        """Whether the decoder alone is trained; see `freeze_codes`."""
 
     @property
     def factor(self) -> int:
@@ -72,9 +74,38 @@ class Tokenizer(nn.Module):
         return self.decoder.last_weight
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstruct images (B, C, H, W); in training mode also update the codebook."""
-        quantized = self.quantizer(self.encoder(images))
+        """Reconstruct images (B, C, H, W); in training mode also update the codebook, unless it is frozen."""
+        if self.codes_are_frozen:
+            with torch.no_grad():
+                codes = self.quantizer.encode(self.encoder(images))
+                latents = self.quantizer.decode(codes)
+            quantized = Quantized(latents, codes, latents.new_zeros(()), {})
+        else:
+            quantized = self.quantizer(self.encoder(images))
         return TokenizerOutput(self.decoder(quantized.z_q), quantized)
+
+    def freeze_codes(self) -> None:
+        """Keep encoder and quantizer as they are in training: only the decoder learns, and images keep their codes."""
+        self.codes_are_frozen = True
+        self.encoder.requires_grad_(False)
+        self.quantizer.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Tokenizer":
+        super().train(mode)
+        if self.codes_are_frozen:
+            self.encoder.eval()
+            self.quantizer.eval()
+        return self
+
+    def has_codes_of(self, other: "Tokenizer") -> bool:
+        """Whether both give every image the same codes: all weights but the decoder's are equal."""
+        states = [
+            {name: value for name, value in each.inference_state().items() if not name.startswith("decoder.")}
+            for each in (self, other)
+        ]
+        same = self.config == other.config and states[0].keys() == states[1].keys()
+        return same and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

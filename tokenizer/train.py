@@ -43,6 +43,9 @@ class TokenizerTraining(Options):
     init: Path | None = None
     """Tokenizer whose weights the run starts from; its encoder and decoder must have the same sizes. Its quantizer is
     kept where it has the same sizes, and else starts new."""
+    decoder_only: bool = False
+    """Keep encoder and quantizer of --init as they are, and train its decoder alone. Images keep their codes, so that a
+    prior of them can draw with the new decoder: vqgen-export --tokenizer."""
     overwrite: bool = False
     """Remove an earlier run in --output and start again. To resume an interrupted run, leave it out."""
     validation_images: CountOrZero = 1000
@@ -60,6 +63,8 @@ class TokenizerTraining(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.architecture()  # checks that the sizes fit together
+        if self.decoder_only and self.init is None:
+            raise UsageError("--decoder-only: the codes stay those of a tokenizer, but --init names none; add it")
         height, width = self.images.size
         if self.loss.perceptual_weights:
             check_size(self.loss.perceptual_net, height, width)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqgen.devices import compile_module, to_device
 from vqgen.errors import UserError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
@@ -41,19 +42,20 @@ class TokenizerTrainer:
         self.examples = len(train)
         torch.manual_seed(config.run.seed)
         tokenizer = self._placed(Tokenizer(config.architecture()))
+        if config.decoder_only:
+            tokenizer.freeze_codes()
         self.average = averaged(tokenizer)
         self.perceptual: PerceptualDistance | None = None
         if config.loss.perceptual_weights:
             distance = PerceptualDistance(config.loss.perceptual_net, config.loss.perceptual_weights)
             self.perceptual = self._placed(distance)
         optimizer, self.schedule = optimizer_for(tokenizer, config.optimizer, run.plan)
-        if config.run.compile:
-            if config.gan.gan_weight and config.gan.gan_adaptive:
-                # The adaptive weight runs further backward passes; donated buffers are gone after the first.
-                from torch._functorch import config as functorch
+        compiled = compile_module(tokenizer, config.run.compile, run.device, config.run.steps, run.say)
+        if compiled and config.gan.gan_weight and config.gan.gan_adaptive:
+            # The adaptive weight runs further backward passes; donated buffers are gone after the first.
+            from torch._functorch import config as functorch
 
-                functorch.donated_buffer = False
-            tokenizer.compile()
+            functorch.donated_buffer = False
         self.model, self.optimizer = run.accelerator.prepare(tokenizer, optimizer)
         self.tokenizer = tokenizer  # without the wrapper of a distributed run
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer, "average": self.average}
@@ -128,11 +130,16 @@ class TokenizerTrainer:
             if parts[key] != "quantizer":
                 shapes = [tuple(of[key].shape) if key in of else "no such tensor" for of in (given, own)]
                 raise UserError(f"--init: {folder} has {key} as {shapes[0]}, this run has {shapes[1]}; use its sizes")
+        if different and self.config.decoder_only:
+            raise UserError(
+                f"--decoder-only: the quantizer of {folder} has other sizes than this run's; use its options"
+            )
         if different:
             given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
             self.run.say(f"--init: the quantizer of {folder} has other sizes; this run initializes its own")
         self.tokenizer.load_state_dict({**own, **given})
-        self.tokenizer.quantizer.reset_training_state()
+        if not self.config.decoder_only:  # it may scale the codes again, whose last bits would change
+            self.tokenizer.quantizer.reset_training_state()
         return not different
 
     @torch.no_grad()
@@ -153,7 +160,7 @@ class TokenizerTrainer:
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
         """Return a batch as float images in [-1, 1] on the device, one tensor for each part of accumulation."""
-        images = to_float(batch.images.to(self.run.device, non_blocking=True))
+        images = to_float(to_device(batch.images, self.run.device))
         return list(images.contiguous(memory_format=torch.channels_last).chunk(self.config.run.accumulate))
 
     def step(self, step: int) -> dict[str, Tensor]:

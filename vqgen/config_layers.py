@@ -14,7 +14,7 @@ import yaml
 from .errors import UsageError, UserError
 from .files import read_text
 from .files.yaml_text import MAX_YAML, parse_yaml
-from .option_types import checked, from_words, kinds
+from .option_types import checked, from_words, is_switch, kinds
 from .options import Choice, Option, option_name, options
 
 # First line of the config.yaml of a run.
@@ -120,11 +120,11 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
                 raise UsageError(f"unexpected argument {word!r}: options begin with --")
             bare.append(word)  # as it is: a comma in it is no list
             continue
-        if flag != "--config" and flag not in known and (negated not in known or known[negated].type is not bool):
+        if flag != "--config" and flag not in known and (negated not in known or not is_switch(known[negated].type)):
             every = [*known, "--config", "--threads", "--help", "--help-all", "--version"]
             raise UsageError(f"unknown option {flag}{_suggest(flag, every)}")
         option = known.get(flag) or known.get(negated or "")
-        if option and option.type is bool:  # `--flip`, `--no-flip`, `--flip=false`
+        if option and is_switch(option.type):  # `--flip`, `--no-flip`, `--flip=false`
             chosen = checked(bool, value if has_value else True, flag)
             layer.values[option.name] = (chosen != (negated is not None), flag)
             continue

@@ -1,4 +1,4 @@
-"""Devices, processes and precision of a run, and a description of the machine."""
+"""Devices, processes, precision and compilation of a run, and a description of the machine."""
 
 import ctypes
 import gc
@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 
 from . import __version__
 from .errors import UsageError, UserError
 from .files import locked
 
 T = TypeVar("T")
+COMPILED_STEPS = 1000
+"""Steps on CUDA from which a run is compiled unasked: shorter ones are over before a compilation has paid."""
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -49,6 +52,43 @@ def precision_of(precision: str, device: torch.device) -> Literal["no", "bf16", 
     if precision not in ("fp32", "bf16", "fp16"):
         raise UsageError(f"--precision: found {precision}, expected auto, fp32, bf16 or fp16")
     return precision.replace("fp32", "no")  # type: ignore[return-value]
+
+
+def compile_module(
+    module: nn.Module, asked: bool | None, device: torch.device, steps: int, say: Callable[[str], None]
+) -> bool:
+    """Compile the calls of a module where it is `asked` for, or where None, in long runs on CUDA; return whether.
+
+    The compilation comes with the first call. Where nobody asked for it, an error there is said, and calls are not
+    compiled.
+    """
+    if asked:
+        module.compile()
+    elif asked is None and device.type == "cuda" and steps >= COMPILED_STEPS:
+        module._compiled_call_impl = _Fallible(module._call_impl, say)  # as `compile` sets it
+    else:
+        return False
+    return True
+
+
+class _Fallible:
+    """A compiled function, or the function itself once it could not be compiled."""
+
+    def __init__(self, function: Callable[..., Any], say: Callable[[str], None]) -> None:
+        self.function, self.say = function, say
+        self.compiled: Callable[..., Any] | None = torch.compile(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is not None:
+            from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+            try:
+                return self.compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                cause = getattr(error, "inner_exception", error)
+                self.compiled, reason = None, (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+                self.say(f"training goes on without torch.compile, slower ({reason}); --compile shows the whole error")
+        return self.function(*args, **kwargs)
 
 
 def processes(cpu: bool = False, **settings: Any) -> PartialState:
@@ -92,6 +132,12 @@ def locked_by_main(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(folder)))
         yield
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for it."""
+    # A copy from memory that is not pinned waits for all work before it, whatever `non_blocking` says.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:

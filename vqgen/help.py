@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .option_types import kinds
+from .option_types import is_switch, kinds
 from .options import Option, options
 
 WIDTH = 100
@@ -71,7 +71,7 @@ def _entry(option: Option) -> Iterator[str]:
 
 def _syntax(option: Option) -> str:
     """What follows the name: `INT ...`, `vq|fsq`; nothing for a switch."""
-    if option.type is bool:
+    if is_switch(option.type):
         return ""
     return "|".join(_placeholder(kind) for kind in kinds(option.type) if kind is not type(None))
 
@@ -90,6 +90,8 @@ def _default(option: Option) -> str:
         return "needed"
     if isinstance(option.default, bool):
         return f"default on; --no-{option.flag[2:]}" if option.default else "default off"
+    if is_switch(option.type):
+        return f"default as below; --no-{option.flag[2:]}"
     if isinstance(option.default, list):
         return "default " + (" ".join(map(str, option.default)) or "none")
     return "default none" if option.default is None else f"default {option.default}"

@@ -21,6 +21,11 @@ def kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
+def is_switch(hint: Any) -> bool:
+    """Whether an option of this type is on by its name alone: a bool, or None where the program decides."""
+    return bool in kinds(hint) and set(kinds(hint)) <= {bool, type(None)}
+
+
 def type_name(hint: Any) -> str:
     """A type as errors name it."""
     if typing.get_origin(hint) is typing.Literal:

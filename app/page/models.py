@@ -11,8 +11,6 @@ from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.sampling.generator import SHIPPED, Generator
 
-PACKAGED = "cifar10"
-"""The name of the model in the package."""
 KEPT = 3
 """Models that stay in memory."""
 
@@ -26,7 +24,7 @@ def is_prior(folder: Path) -> bool:
 
 
 def find_models(folder: Path | None) -> dict[str, Path]:
-    """Name -> folder of the priors in the sub-folders of `folder`, by name, then the model in the package.
+    """Name -> folder of the priors in the sub-folders of `folder`, by name, then the models in the package.
 
     Raises `UserError` where there is a folder and none in it.
     """
@@ -42,7 +40,7 @@ def find_models(folder: Path | None) -> dict[str, Path]:
                 found[name] = priors[0]
         if not found:
             raise UserError(f"--models: no sub-folder of {folder} is a prior ({DESCRIPTION}); name a folder of models")
-    return found | {PACKAGED if PACKAGED not in found else f"{PACKAGED} (package)": SHIPPED}
+    return found | {name if name not in found else f"{name} (package)": path for name, path in SHIPPED.items()}
 
 
 def task_of(source: Any) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vqgen.devices import rank_and_world
 from vqgen.errors import UserError
 from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, warn
-from vqgen.prior.parts import ABSENT
+from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice, fixed_subset

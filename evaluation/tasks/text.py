@@ -12,7 +12,7 @@ from vqgen.evaluation.extractors import Extractor, extract, extractor_for
 from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
-from vqgen.prior.text import Text
+from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice

@@ -39,3 +39,16 @@ def network_of(config: PriorConfig, conditioning: Conditioning) -> "PreTrainedMo
     )
     _add_dropout(network, config.dropout)
     return network
+
+
+def attend_unmasked(network: "PreTrainedModel") -> None:
+    """Use the attention "sdpa" of transformers without its mask: whole sequences are causal, never padded or packed.
+
+    To see that it needs no mask transformers reads positions from the device in each pass. Compiled it cannot read them
+    and always makes a mask, which keeps flash attention from being used.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("vqgen_causal", sdpa_attention_forward)
+    network.set_attn_implementation("vqgen_causal")

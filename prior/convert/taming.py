@@ -21,7 +21,7 @@ from vqgen.files import as_record, atomic_path
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes
+from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.convert.options import ConvertConfig
 from vqgen.tokenizer.convert.read import expect, load_taming, taming_params

@@ -13,6 +13,7 @@ from vqgen.files import atomic_path, is_file, read_json, write_json, write_text
 from vqgen.files.output_folder import new_folder
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION
+from vqgen.tokenizer.model import Tokenizer
 
 from .card import GRID, card, measured, recommended
 from .program import ExportConfig
@@ -36,19 +37,34 @@ def export_prior(config: ExportConfig) -> None:
     print(f"to upload it to the hub: hf upload {repository} {shlex.quote(str(config.output))}")
 
 
+def _replacement(folder: Path, former: Tokenizer) -> Tokenizer:
+    """The tokenizer of --tokenizer. Raises `UserError` where it has other codes than the prior's own."""
+    tokenizer = Tokenizer.load(folder)
+    if not tokenizer.has_codes_of(former):
+        text = "has another encoder or quantizer than the prior's, whose codes it cannot decode"
+        raise UserError(f"--tokenizer: {folder} {text}; give one of vqgen-train-tokenizer --decoder-only")
+    return tokenizer
+
+
 def _check_samples(folder: Path, prior: Prior) -> None:
-    """Raise `UserError` where --samples is no folder of samples of this prior."""
+    """Raise `UserError` where --samples is no folder of samples of this prior and its tokenizer."""
     if not is_file(folder / GRID):
         raise UserError(f"--samples: {folder} holds no {GRID}; give a folder of vqgen-sample")
-    found = read_json(folder / "samples.json").get("prior_fingerprint")
-    if found != prior.fingerprint:
-        text = f"are of the prior {str(found)[:12]}, --model is {str(prior.fingerprint)[:12]}; draw some from it"
-        raise UserError(f"--samples: those in {folder} {text}")
+    about = read_json(folder / "samples.json")
+    for kind, own in ("prior", prior.fingerprint), ("tokenizer", prior.tokenizer_fingerprint):
+        found = about.get(f"{kind}_fingerprint")
+        if found != own:
+            text = f"are of the {kind} {str(found)[:12]}, the folder gets {str(own)[:12]}; draw some from it"
+            raise UserError(f"--samples: those in {folder} {text}")
 
 
 def _export(config: ExportConfig) -> None:
     prior, source = Prior.load(config.model), config.model / "tokenizer"
     tokenizer = prior.load_tokenizer(source)
+    if config.tokenizer is not None:
+        source = config.tokenizer
+        tokenizer = _replacement(source, tokenizer)
+        prior.tokenizer_fingerprint = str(tokenizer.fingerprint)
     if config.samples is not None:
         _check_samples(config.samples, prior)
     metrics, settings = measured(config.model, prior), recommended(config.model)

@@ -23,6 +23,9 @@ class ExportConfig(Options):
 
     model: Path
     """Run or model folder of the prior."""
+    tokenizer: Path | None = None
+    """Tokenizer that takes the place of the prior's, with the same codes and another decoder, of vqgen-train-tokenizer
+    --decoder-only; by default the prior's own."""
     to: Literal["transformers", "vqgen"] = "transformers"
     """Layout of the folder: what transformers and serving engines draw from, or a model folder of vqgen (which
     transformers loads, too)."""

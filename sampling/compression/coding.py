@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqgen.prior.parts import ABSENT
+from vqgen.prior.parts.part import ABSENT
 from vqgen.sampling.drawing import Drawer
 
 from .archive import ROWS, Probabilities

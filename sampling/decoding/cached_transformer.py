@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Fused, Products, attention_of
+from .graphs import StaticSteps
 from .linear import ROWS, Linear
 
 if TYPE_CHECKING:  # takes seconds
@@ -42,6 +43,8 @@ def _norm(module: nn.Module, epsilon: float = 0) -> Norm:
     if isinstance(module, nn.LayerNorm):
         return lambda x: F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.device.type != "cpu":
+        return lambda x: F.rms_norm(x, weight.shape, weight, epsilon)
     weight = weight.detach().float()
     added = torch.full((), epsilon, device=weight.device)
 
@@ -114,6 +117,8 @@ class _Batch(local):
         self.attentions: Sequence[Fused | Products] = []
         """Of each block, with its keys and values."""
         self.rows, self.fed = 0, 0
+        self.steps: StaticSteps | None = None
+        """Steps of single tokens on CUDA."""
 
 
 class CachedTransformer:
@@ -122,9 +127,10 @@ class CachedTransformer:
     Args:
         model: a Llama, Qwen3 or GPT-2 of transformers, in evaluation mode. Its projections become views of joined ones.
         positions: size of the cache, the most tokens that are fed in one sequence.
+        graphs: on CUDA, feed single tokens by CUDA graphs where they can be captured.
     """
 
-    def __init__(self, model: "PreTrainedModel", positions: int) -> None:
+    def __init__(self, model: "PreTrainedModel", positions: int, graphs: bool = True) -> None:
         config = model.config
         if config.model_type not in ("llama", "qwen3", "gpt2"):
             raise ValueError(f"no decoder for a {config.model_type}; expected llama, qwen3 or gpt2")
@@ -134,6 +140,7 @@ class CachedTransformer:
             raise ValueError("no decoder for grouped heads; num_key_value_heads must equal num_attention_heads")
         inner: Any = model  # its submodules have no declared types
         self._head: Tensor = inner.get_output_embeddings().weight.data
+        self.graphs = graphs and self._head.device.type == "cuda"
         self._heads_of: dict[tuple[int, int], Linear] = {}
         if config.model_type == "gpt2":
             self.gated, self._activation = False, _activation(config.activation_function)
@@ -171,23 +178,32 @@ class CachedTransformer:
         """Begin a batch of `rows` sequences."""
         batch = self._batch
         if rows != batch.rows:
-            batch.attentions = []  # free the former cache first
+            batch.attentions, batch.steps = [], None  # free the former cache first
             width = self._blocks[0].out.weight.shape[1] // self.heads
             kind = attention_of(self.heads, width, self._head.dtype, self._head.device)
             made = (kind(rows, self.positions, self.heads, width, self._head) for _ in self._blocks)
             batch.attentions = list(made)
+            if self.graphs:
+                batch.steps = StaticSteps(self, [attention.kept for attention in batch.attentions])
+        elif batch.steps:
+            for attention in batch.attentions:  # masked positions count as 0 times what is there: it must be finite
+                attention.kept.zero_()
         batch.rows, batch.fed = rows, 0
 
     def feed(self, tokens: Tensor, allowed: tuple[int, int] | None = None) -> Tensor:
         """Feed the next tokens (rows, T); return the logits after the last one, float32 (rows, V).
 
-        With `allowed` only those of the ids from its first to before its second.
+        With `allowed` only those of the ids from its first to before its second. On CUDA the next call may overwrite
+        the logits of a single token.
         """
         (rows, count), batch = tokens.shape, self._batch
         first, last = batch.fed, batch.fed + count
         if last > self.positions:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
         batch.fed = last
+        ids = allowed or (0, len(self._head))
+        if count == 1 and batch.steps and (logits := batch.steps.feed(tokens, first, ids)) is not None:
+            return logits
         x = F.embedding(tokens, self._tokens)
         if self._positions is not None:
             x = x + self._positions[first:last]
@@ -195,20 +211,29 @@ class CachedTransformer:
         rotation = None if self._rotations is None else [part[first:last] for part in self._rotations]
         for block, attention in zip(self._blocks, batch.attentions, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
-            if block.norms is not None:
-                q, k, v = qkv.chunk(3, 2)
-                qkv = torch.cat([block.norms[0](q), block.norms[1](k), v], 2)
-            if rotation is not None:
-                cos, sin = rotation
-                qkv = torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, -1), sin)
-            seen = attention(qkv, first)
-            x = block.out.added(x, seen.reshape(x.shape))
-            inner = block.up(block.before_mlp(x))
-            if self.gated:
-                gate, inner = inner.chunk(2, -1)
-                inner = self._activation(gate).mul_(inner)
-            else:
-                inner = self._activation(inner)
-            x = block.down.added(x, inner)
-        head = self._head_of(allowed or (0, len(self._head)))
-        return head(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+            x = self._rest(block, x, attention(self._heads(block, qkv, rotation), first))
+        return self._head_of(ids)(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
+
+    def _heads(self, block: Block, qkv: Tensor, rotation: Sequence[Tensor] | None) -> Tensor:
+        """Queries, keys and values (rows, T, 3 * heads, d), normed where the model does so, with rotary positions.
+
+        `rotation` are the rows of `_rotations` at the T positions, where the model has them.
+        """
+        if block.norms is not None:
+            q, k, v = qkv.chunk(3, 2)
+            qkv = torch.cat([block.norms[0](q), block.norms[1](k), v], 2)
+        if rotation is not None:
+            cos, sin = rotation
+            qkv = torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, -1), sin)
+        return qkv
+
+    def _rest(self, block: Block, x: Tensor, seen: Tensor) -> Tensor:
+        """Finish a block: x (rows * T, dim) and what attention has seen (rows, T, heads, d) -> (rows * T, dim)."""
+        x = block.out.added(x, seen.reshape(x.shape))
+        inner = block.up(block.before_mlp(x))
+        if self.gated:
+            gate, inner = inner.chunk(2, -1)
+            inner = self._activation(gate).mul_(inner)
+        else:
+            inner = self._activation(inner)
+        return block.down.added(x, inner)

@@ -13,7 +13,7 @@ from torchvision.io import write_png
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
-from vqgen.prior.parts import Classes, Part
+from vqgen.prior.parts.part import Classes, Part
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,

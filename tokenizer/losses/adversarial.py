@@ -56,7 +56,7 @@ def adaptive_ratio(
     last_weight: nn.Parameter,
     largest: float,
     mean: Callable[[Tensor], Tensor] = lambda gradients: gradients,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
     """Ratio |grad reconstruction loss| / |grad adversarial loss| at the decoder's last weights (), detached.
 
@@ -172,10 +172,11 @@ class AdversarialTraining:
         self.discriminator.requires_grad_(False).eval()
         adversarial = generator_loss(self.config.gan_loss, self._logits(self.discriminator, fakes))
         self.discriminator.requires_grad_(True).train()
-        terms, effective = {"adversarial": adversarial}, reconstruction.new_tensor(weight)
+        terms, effective = {"adversarial": adversarial}, reconstruction.new_full((), weight)
         if self.config.gan_adaptive:
             scaler = self.run.accelerator.scaler
-            scale = 1.0 if scaler is None else scaler.get_scale()
+            # As a tensor: `get_scale` reads the value, which waits for the device.
+            scale = 1.0 if scaler is None else scaler.scale(reconstruction.new_ones(()))
             largest = self.config.gan_adaptive_max
             ratio = adaptive_ratio(reconstruction, adversarial, last_weight, largest, self._mean, scale)
             terms["adaptive_ratio"], effective = ratio, weight * ratio

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .options import QuantizerConfig
@@ -111,7 +112,11 @@ class Quantizer(nn.Module):
     def vectors(self, z: Tensor) -> Tensor:
         """Map latents (B, D, h, w) to vectors (B*h*w, d), float32, in raster order."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.project_in(z.float()).permute(0, 2, 3, 1).flatten(0, 2)
+            if z.device.type == "cpu":
+                return self.project_in(z.float()).permute(0, 2, 3, 1).flatten(0, 2)
+            # Convolutions in float32 round to 10 bits (TF32) on CUDA, which chooses other codes; products do not.
+            flat, layer = z.float().permute(0, 2, 3, 1).flatten(0, 2), self.project_in
+            return F.linear(flat, layer.weight.flatten(1), layer.bias)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize latents (B, D, h, w); in training mode also update the codebook."""

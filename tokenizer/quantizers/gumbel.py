@@ -60,7 +60,7 @@ class GumbelQuantizer(Quantizer):
         each = -(q * log_q).sum(dim=1).mean()
         kl = math.log(self.codebook_size) - each
         loss = self.config.gumbel_kl_weight * kl
-        stats = {"gumbel_temperature": flat.new_tensor(temperature), "gumbel_kl": kl.detach()}
+        stats = {"gumbel_temperature": flat.new_full((), temperature), "gumbel_kl": kl.detach()}
         if self.config.entropy_weight:
             mean = entropy_of_mean(q.mean(dim=0), self.training)
             loss = loss + self.config.entropy_weight * (each - self.config.entropy_diversity * mean)

@@ -20,7 +20,7 @@ from vqgen.options import option_name
 
 # Options that do not change what a run computes, so that they may differ when it resumes.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
-_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "minutes", "epochs", "patience"}
+_OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "minutes", "epochs", "patience", "compile"}
 FINISHED = "finished.json"
 MACHINE = "machine.json"
 CONFIG = "config.yaml"

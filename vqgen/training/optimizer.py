@@ -1,5 +1,6 @@
 """AdamW, Muon and the averaged weights that are validated and saved."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -128,6 +129,22 @@ def averaged(model: nn.Module) -> AveragedModel:
 
 def update_average(average: AveragedModel, model: nn.Module, decay: float, step: int) -> None:
     """Update the average after step `step` (0 is the first); the decay rises from 0.1 to `decay` over early steps."""
-    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average.multi_avg_fn = lambda averages, values, count: update(local_shards(averages), local_shards(values), count)
-    average.update_parameters(model)
+    update, first = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step))), not average.n_averaged
+    kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    # `update_parameters` copies its counter to the device for each kind of tensor, which waits for the device.
+    for mean, value in zip(_tensors(average.module), _tensors(model), strict=True):
+        for group, tensor in zip(kinds[mean.dtype], (mean, value)):
+            group.append(tensor.detach())
+    for means, values in kinds.values():
+        own, new = local_shards(means), local_shards(values)
+        if not first:
+            update(own, new, average.n_averaged)
+            continue
+        for mean, value in zip(own, new):
+            mean.copy_(value)
+    average.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers."""
+    return itertools.chain(module.parameters(), module.buffers())

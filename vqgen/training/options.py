@@ -26,8 +26,9 @@ class RunConfig(Options):
     """Seed of weights, data order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; auto is bf16 where the hardware supports it, else fp16 on CUDA, else fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile (needs a C++ compiler)."""
+    compile: bool | None = None
+    """Compile the model with torch.compile (needs a C++ compiler). By default in runs of 1,000 steps or more on CUDA,
+    if it can be compiled there."""
     log_every: Count = 20
     """Steps between rows of training metrics in metrics.jsonl; losses are checked to be finite as often."""
     validate_every: Count = 500

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files.read import as_record
+from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.degrade import Keep, keep_of
 from vqgen.tokenizer.codes.format import CodeFiles, SourceRecord
 
-from .options import ObjectiveConfig
-from .parts import Part, Rows, is_absent
-from .vocabulary import Vocabulary
+from .part import Part, Rows, is_absent
+from .scan import scanned
 
 UNKNOWN = -1
 """The code of an unknown cell."""
@@ -206,7 +207,8 @@ class PairedSource(Source):
     def of_rows(self, rows: Rows) -> Tensor:
         if rows.unknown is not None:
             return self.of_codes(masked(rows.codes, rows.unknown))
-        return self.of_codes(rows.files.gather_source(rows.indices, rows.views))
+        codes = rows.files.gather_source(rows.indices, rows.views)
+        return self.of_codes(codes if rows.scans is None else scanned(codes, rows.scans))
 
     @property
     def note(self) -> str:

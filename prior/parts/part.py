@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError
+from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import CodeFiles
-
-from .options import ObjectiveConfig
-from .vocabulary import Vocabulary
 
 ABSENT = -1
 """The value that leaves a part out, as -1 is the label of an image without a class."""
@@ -43,6 +42,8 @@ class Rows:
     """int64 (B, h, w[, depth])."""
     unknown: Tensor | None = None
     """Cells that the source does not tell, bool (B, h, w), where it is the image's own codes; None for none at all."""
+    scans: np.ndarray | None = None
+    """Scan order of each grid in `codes`, (B,), where they are not all in raster order."""
 
 
 class Part(ABC):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import as_record, parse_json, read_text
+from vqgen.prior.options import MAX_TEXT_IDS, MAX_TEXT_LENGTH, ObjectiveConfig
 from vqgen.tokenizer.codes.format import CodeFiles
 
-from .options import MAX_TEXT_IDS, MAX_TEXT_LENGTH, ObjectiveConfig
-from .parts import ABSENT, Part, Rows, is_absent
+from .part import ABSENT, Part, Rows, is_absent
 
 FILE = "text_tokenizer.json"
 MAX_FILE = 2**22

@@ -1,0 +1,1 @@
+"""The parts of a prefix: what sequences are conditioned on, a file for each kind."""
