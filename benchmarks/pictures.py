@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.utils import make_grid
 
 import vqgen.sampling.sample as sample
 from vqgen.files import read_bytes
@@ -28,6 +27,7 @@ from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.decoding import decode
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 SCALE = 3
@@ -60,7 +60,7 @@ def write(path: Path, rows: Sequence[Sequence[Tensor]]) -> None:
     """Write rows of images as one picture."""
     images = torch.stack([image.expand(3, -1, -1) for row in rows for image in row])
     images = F.interpolate(images, scale_factor=SCALE)
-    write_png_atomic(path, make_grid(images, nrow=len(rows[0]), padding=2 * SCALE, pad_value=255))
+    write_png_atomic(path, image_grid(images, len(rows[0]), 2 * SCALE))
     print(f"  {path}: {len(rows)} rows of {len(rows[0])}")
 
 

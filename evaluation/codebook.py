@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_json, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest
-from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.data.pixels import image_grid, to_uint8
 from vqgen.tokenizer.metrics import code_metrics
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
@@ -165,4 +164,4 @@ def _inspect(config: CodebookConfig) -> None:
 
 
 def _write_sheet(path: Path, images: Tensor, columns: int) -> None:
-    write_png_atomic(path, make_grid(images, nrow=columns, padding=1, pad_value=255), marked=True)
+    write_png_atomic(path, image_grid(images, columns, 1), marked=True)

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from vqgen.training.fsdp import is_sharded
-
 from .dataset import Examples
 from .model import Prior
 
@@ -45,6 +43,8 @@ def tabulate(prior: Prior, batches: Iterable[Examples], accelerator: Accelerator
     Returns the sums and the numbers of wanted codes by group of `Conditioning.group_names` and code position, both
     (groups, length).
     """
+    from vqgen.training.fsdp import is_sharded  # half a second that drawing images does not need
+
     conditioning, device, length = prior.conditioning, accelerator.device, prior.vocabulary.length
     dtype = torch.float64 if device.type != "mps" else torch.float32
     table = torch.zeros(len(conditioning.group_names), 2 * length, dtype=dtype, device=device)

@@ -3,14 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vqgen.artifact import copy_artifact, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
@@ -18,81 +15,17 @@ from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
 
+from .backbone.config import backbone_config as backbone_config  # part of this module's interface
+from .backbone.config import compare, plain_config
+from .backbone.network import network_of
+from .backbone.stored import StoredBackbone
 from .conditioning import Conditioning
 from .options import PriorConfig
 from .orders import ORDERS
 from .vocabulary import Vocabulary
 
-CAUSAL = "vqgen_causal"
-"""The attention "sdpa" of transformers without its mask: whole sequences are causal and never padded or packed.
-
-To see that it needs no mask transformers reads positions from the device in each pass. Compiled it cannot read them and
-always makes a mask, which keeps flash attention from being used."""
-AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-
-
-def backbone_config(config: PriorConfig, conditioning: Conditioning) -> PreTrainedConfig:
-    """The transformers configuration of a prior of this size."""
-    gpt2, heads, dropout = config.model_type == "gpt2", config.heads, config.dropout
-    hidden = config.hidden_dim or -(-int(config.dim * (4 if gpt2 else 8 / 3)) // 64) * 64
-    if gpt2:
-        own = {"n_inner": hidden, "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
-        own["activation_function"] = "gelu" if config.backbone == "mingpt" else "gelu_new"
-    else:
-        own = {"intermediate_size": hidden, "num_key_value_heads": heads, "head_dim": config.dim // heads}
-    return AutoConfig.for_model(
-        config.model_type,
-        vocab_size=conditioning.size,
-        hidden_size=config.dim,
-        num_hidden_layers=config.layers,
-        num_attention_heads=heads,
-        max_position_embeddings=conditioning.length + conditioning.vocabulary.length,
-        bos_token_id=conditioning.null,
-        eos_token_id=None,  # every sequence has the same length
-        pad_token_id=None,
-        tie_word_embeddings=False,
-        **own,
-    )
-
-
-def _add_dropout(backbone: PreTrainedModel, dropout: float) -> None:
-    """Add dropout where GPT-2 has it, by forward hooks, which change no parameter names; GPT-2 is left as it is."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (F.dropout(output[0], dropout, module.training), *output[1:])
-        return F.dropout(output, dropout, module.training)
-
-    if dropout and backbone.config.model_type != "gpt2":
-        backbone.get_input_embeddings().register_forward_hook(hook)
-        for layer in backbone.model.layers:
-            layer.self_attn.register_forward_hook(hook)
-            layer.mlp.register_forward_hook(hook)
-
-
-_WRITER = {"architectures", "dtype", "transformers_version"}
-"""Keys of `config.json` that describe its writer, not the network."""
-
-
-def _compare(path: Path, own: PreTrainedConfig) -> None:
-    """Raise `UserError` where `config.json` describes another network than `vqgen.json`, `own`."""
-    written = read_json(path)
-    expected = own.to_dict()
-    # First what is written: transformers makes lists as long as numbers in it say.
-    for key in expected.keys() & written.keys() - _WRITER:
-        _refuse_unequal(path, key, written[key], expected[key])
-    try:
-        stated = AutoConfig.for_model(**written).to_dict()
-    except Exception as error:  # transformers raises errors of several types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no transformers configuration ({reason}); restore the file") from error
-    for key in expected.keys() - _WRITER:
-        _refuse_unequal(path, key, stated.get(key), expected[key])
-
-
-def _refuse_unequal(path: Path, key: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-        raise UserError(f"{path} has {key} {found!r}, vqgen.json needs {wanted!r}; restore the file")
+if TYPE_CHECKING:  # takes seconds
+    from transformers import PreTrainedModel
 
 
 _Side = Annotated[int, Interval(ge=1, le=2**16)]
@@ -136,18 +69,23 @@ class Prior(nn.Module):
     Args:
         image_shape: channels, height and width of the images behind the codes (for bits per dimension).
         tokenizer_fingerprint: of the tokenizer that made the codes.
+        stored: hold the parameters of a Llama or Qwen3 alone, and build the network when it is first called.
     """
 
     def __init__(
-        self, config: PriorConfig, conditioning: Conditioning, image_shape: tuple[int, ...], tokenizer_fingerprint: str
+        self,
+        config: PriorConfig,
+        conditioning: Conditioning,
+        image_shape: tuple[int, ...],
+        tokenizer_fingerprint: str,
+        stored: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.conditioning, self.vocabulary = config, conditioning, conditioning.vocabulary
         self.image_shape, self.tokenizer_fingerprint = image_shape, tokenizer_fingerprint
-        self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(
-            backbone_config(config, conditioning), attn_implementation="sdpa", dtype=torch.float32
-        )
-        _add_dropout(self.backbone, config.dropout)
+        plain = plain_config(config, conditioning) if stored else None
+        # Only `Generator` has a prior with a `StoredBackbone`, until it is called.
+        self.backbone: PreTrainedModel = StoredBackbone(plain) if plain else network_of(config, conditioning)  # type: ignore[assignment]
         self.fingerprint: str | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -155,6 +93,13 @@ class Prior(nn.Module):
 
         V is conditioning.size, or vocabulary.size where the backbone predicts codes alone (mingpt).
         """
+        if isinstance(self.backbone, StoredBackbone):
+            with torch.inference_mode(False):
+                network = network_of(self.config, self.conditioning).train(self.training)
+                network.to(self.backbone.device)  # type: ignore[arg-type]
+                for name, parameter in self.backbone.named_parameters():
+                    network.get_parameter(name).data = parameter.data
+            self.backbone = network
         logits = self.backbone(input_ids=tokens, use_cache=False).logits
         return logits[..., : self.vocabulary.size] if self.config.backbone == "mingpt" else logits
 
@@ -243,8 +188,9 @@ class Prior(nn.Module):
         return found | {"max_new_tokens": length, "min_new_tokens": length}
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Prior":
-        """Read a model folder, in evaluation mode. Raises `UserError` where anything does not fit."""
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", stored: bool = False) -> "Prior":
+        """Read a model folder, in evaluation mode; `stored` as for `Prior`. Raises `UserError` where anything does not
+        fit."""
         folder = Path(folder)
         artifact, path = load_artifact(folder, "prior"), folder / DESCRIPTION
         about, known = artifact.description, read_record(path, _Description)
@@ -252,15 +198,15 @@ class Prior(nn.Module):
         shape, mark = known.image_shape, known.tokenizer_fingerprint
         try:
             with torch.device("meta"):
-                prior = cls(config, conditioning, shape, mark)
+                prior = cls(config, conditioning, shape, mark, stored)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not describe a prior ({error!r}); restore the file") from error
         if unknown := sorted(set(about) - set(prior.description)):
             text = f"has {', '.join(map(repr, unknown))}, which this installation does not know"
             raise UserError(f"{path} {text}; use the version of vqgen that wrote it")
-        _compare(folder / "config.json", prior.backbone.config)
+        compare(folder / "config.json", config, conditioning)
         refuse_others(artifact.tensors, prior.backbone.state_dict(), folder)
-        prior = cls(config, conditioning, shape, mark)
+        prior = cls(config, conditioning, shape, mark, stored)
         prior.backbone.load_state_dict(artifact.tensors)
         prior.fingerprint = artifact.fingerprint
         return prior.eval().to(device)

@@ -8,13 +8,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from vqgen.devices import compile_module, matrix_rate, to_device
 from vqgen.errors import UsageError, UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
-from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.data.pixels import image_grid, to_uint8
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.checkpoint import checkpoints
@@ -25,10 +24,11 @@ from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import millions
 
+from .backbone.network import attend_unmasked
 from .conditioning import Conditioning
 from .dataset import Sequences
 from .likelihood import likelihood
-from .model import CAUSAL, Prior
+from .model import Prior
 from .objective import accuracy, corrupted, objective
 from .parts.source import random_masks
 from .train import PriorTraining
@@ -84,7 +84,7 @@ class PriorTrainer:
             # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
             prior.backbone.set_attn_implementation("eager")
         elif run.device.type == "cuda":
-            prior.backbone.set_attn_implementation(CAUSAL)
+            attend_unmasked(prior.backbone)
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
@@ -199,7 +199,7 @@ class PriorTrainer:
             images = to_uint8(self.tokenizer.decode(codes).float())
         cycle = self.conditioning.cycle(self.conditioning.conditions())
         columns = cycle if 2 <= cycle <= 20 else 8
-        grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+        grid = image_grid(images.cpu(), columns)
         if self.run.main:
             write_png_atomic(self.run.folder / "images" / f"step-{step:08d}.png", grid)
 

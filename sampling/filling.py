@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from vqgen.errors import UsageError
 from vqgen.prior.parts.source import masked
@@ -69,6 +68,8 @@ def paste(drawn: Tensor, originals: Tensor, masks: Tensor, feather: int) -> Tens
     The two blend within `feather` pixels outside of the mask; inside all is drawn.
     """
     hole = masks[:, None].float()
+    from torchvision.transforms.v2.functional import gaussian_blur  # slow to import
+
     soft = (2 * gaussian_blur(hole, [4 * (feather // 2) + 1] * 2, [max(feather, 1) / 4] * 2)).clamp(0, 1)
     share = torch.maximum(hole, soft)
     return (share * drawn + (1 - share) * originals).round().to(torch.uint8)

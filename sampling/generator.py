@@ -46,7 +46,7 @@ class Generator(Inpainter):
     ) -> "Generator":
         """Read a prior's folder with its tokenizer, by default that of `find_model`. Raises `UserError`."""
         folder, place = find_model(None if model is None else Path(model)), find_device(device)
-        prior = Prior.load(folder)
+        prior = Prior.load(folder, stored=True)
         tokenizer = prior.load_tokenizer(folder / "tokenizer")
         stated, own = ((m.codebook_size, m.depth, m.grid) for m in (prior.vocabulary, tokenizer))
         if own != stated:

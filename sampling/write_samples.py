@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from vqgen import __version__
 from vqgen.config import as_dict
@@ -26,6 +25,7 @@ from vqgen.prior.options import GENERATION
 from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
+from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .filling import Filling
@@ -69,7 +69,7 @@ def write_grid(output: Path, series: "Series", n: int) -> None:
             images.append(decode(read_bytes(path), channels))
         except (OSError, BrokenImage) as error:
             raise UserError(f"{path} is damaged; remove it and run the same command to have it drawn again") from error
-    write_png_atomic(output / GRID, make_grid(images, nrow=columns, padding=2, pad_value=255))
+    write_png_atomic(output / GRID, image_grid(torch.stack(images), columns))
 
 
 @dataclass(frozen=True)

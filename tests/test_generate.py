@@ -1,18 +1,24 @@
 """Cached decoding: equal to the full forward, independent of its batch, and drawing what the model says."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vqgen.errors import UserError
+from vqgen.prior.backbone.config import WRITER, plain_config
+from vqgen.prior.backbone.stored import StoredBackbone
 from vqgen.prior.conditioning import Conditioning
-from vqgen.prior.model import backbone_config
+from vqgen.prior.model import Prior, backbone_config
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.decoding.cached_transformer import CachedTransformer, Linear
+from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill
+from vqgen.sampling.decoding.linear import Linear
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
@@ -202,10 +208,10 @@ def test_the_cache_is_exact_and_used_again():
         return generate(decoder, conditions(spec, count), legal, uniforms, settings).tokens
 
     first = drawn(0)
-    places = [cache.data_ptr() for cache in decoder._batch.cache]
-    assert len(places) == 2 and decoder._batch.cache[0].shape[2] == spec.vocabulary.length
+    places = [attention.kept.data_ptr() for attention in decoder._batch.attentions]
+    assert len(places) == 2 and decoder._batch.attentions[0].kept.shape[2] == spec.vocabulary.length
     second = drawn(1)
-    assert [cache.data_ptr() for cache in decoder._batch.cache] == places
+    assert [attention.kept.data_ptr() for attention in decoder._batch.attentions] == places
     assert not torch.equal(first, second)
     drawn(2, count=2)
     assert torch.equal(drawn(0), first)
@@ -412,3 +418,38 @@ def test_nothing_to_draw_is_nothing():
     none = conditions(spec, 0)
     drawn = generate(decoder, none, allowed_of(spec), image_uniforms(0, [], 4), SamplingSettings())
     assert drawn.tokens.shape == (0, 4) and drawn.nats.shape == (0,)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+def test_stored_weights_decode_as_the_network_does(backbone):
+    """Their configuration, names, shapes and logits are those of the network, which is built when it is called."""
+    spec, shape = layout(codebook_size=20, depth=1, grid=(3, 4), classes=3), PriorConfig(backbone, 32, 11, 2)
+    whole, stored = (Prior(shape, spec, (3, 8, 8), "", stored) for stored in (False, True))
+    written = {k: v for k, v in whole.backbone.config.to_diff_dict().items() if k not in WRITER}
+    assert written == plain_config(shape, spec)
+    weights = whole.backbone.state_dict()
+    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in stored.backbone.state_dict().items()}
+    stored.backbone.load_state_dict(weights)
+    assert isinstance(stored.backbone, StoredBackbone) and whole.eval() and stored.eval()
+    tokens, logits = torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(0)), []
+    with torch.inference_mode():
+        for prior in (whole, stored):
+            decoder = CachedTransformer(prior.backbone, spec.vocabulary.length)
+            decoder.start(3)
+            logits.append(torch.stack([decoder.feed(column[:, None]) for column in tokens.unbind(1)], 1))
+            logits.append(prior(tokens))
+    assert type(stored.backbone) is type(whole.backbone)
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+
+
+def test_drawing_imports_nothing_slow():
+    """Each of these takes a second, more than the images."""
+    program = """
+import sys
+import vqgen.sampling.write_samples
+from vqgen.sampling.generator import DEFAULT, Generator
+Generator.load(DEFAULT, "cpu").sample(1)
+print(*({"transformers", "torchvision", "torchmetrics", "scipy", "sympy", "torch._dynamo"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -21,7 +21,7 @@ from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding import graphs
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, decode_n, generate, image_uniforms, prefill
-from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.sampling.generator import DEFAULT, Generator
 from vqgen.sampling.settings import SamplingSettings
 
 backbones = pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
@@ -128,9 +128,9 @@ def test_what_an_earlier_batch_left_does_not_count(device: str) -> None:
     prior = prior_of("llama", side=4).to(device)
     static = Static(prior, Recorder())
     expected = draw(static, prior, range(2))
-    for both in static._batch.cache:
+    for attention in static._batch.attentions:
         with torch.inference_mode():
-            both.fill_(torch.nan)
+            attention.kept.fill_(torch.nan)
     assert torch.equal(draw(static, prior, range(2)), expected)
 
 
@@ -205,7 +205,7 @@ def test_captured_steps_are_static_steps_on_cuda(backbone: str, dtype: torch.dty
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_images_of_the_package_do_not_depend_on_neighbours_on_cuda(precision: str) -> None:
     """At one batch size; in float32 without graphs, too, but for a code in many hundred that rounding turns."""
-    generator = Generator.load(SHIPPED, "cuda", precision)
+    generator = Generator.load(DEFAULT, "cuda", precision)
     whole = generator.sample(32, seed=3, batch_size=16)
     part = generator.draw([5, 30, 2], seed=3, batch_size=16)
     assert torch.equal(part.codes, whole.codes[[5, 30, 2]])
@@ -216,6 +216,6 @@ def test_images_of_the_package_do_not_depend_on_neighbours_on_cuda(precision: st
     if precision == "fp32":
         assert (plain.codes == whole.codes).all((1, 2)).float().mean() > 0.9
     torch.testing.assert_close(plain.nats.mean(), whole.nats.mean(), rtol=0.02, atol=0)
-    cpu = Generator.load(SHIPPED, "cpu", "fp32").sample(4, seed=3)
+    cpu = Generator.load(DEFAULT, "cpu", "fp32").sample(4, seed=3)
     if precision == "fp32":
         assert (cpu.codes == whole.codes[:4]).float().mean() > 0.75

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqgen.prior import train as prior_program
 from vqgen.sampling import sample as sample_program
 from vqgen.sampling.decoding.generate import decode_one, image_uniforms
-from vqgen.sampling.generator import SHIPPED
+from vqgen.sampling.generator import DEFAULT
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer import encode as tokenize_program
 from vqgen.tokenizer import train as tokenizer_program
@@ -122,7 +122,7 @@ def test_codes_are_those_of_the_cpu(trained_on: str, tmp_path: Path, cli: Any) -
     images, found = save_garments(tmp_path / "images", 40), []
     for number, device in enumerate(("cpu", trained_on)):
         output = tmp_path / str(number)
-        words = ["--tokenizer", SHIPPED / "tokenizer", "--data", images, "--holdout", 0.25, "--output", output]
+        words = ["--tokenizer", DEFAULT / "tokenizer", "--data", images, "--holdout", 0.25, "--output", output]
         assert cli(tokenize_program.main, *words, "--device", device, "--precision", "fp32").code == 0
         files = CodeFiles(output, "train")
         found.append(files.gather(range(len(files)), [0] * len(files)))

@@ -127,6 +127,8 @@ def test_decoding_an_image_does_not_depend_on_the_batch(model, size):
 def test_only_parameters_are_cast(model):
     generator = Generator.load(model, "cpu", "bf16")
     assert {p.dtype for p in generator.prior.backbone.parameters()} == {torch.bfloat16}
+    generator.prior(torch.zeros(1, 2, dtype=torch.long))  # builds the network, which has buffers
+    assert {p.dtype for p in generator.prior.backbone.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in generator.prior.backbone.buffers() if b.is_floating_point()} == {torch.float32}
     assert {p.dtype for p in generator.tokenizer.parameters()} == {torch.float32}
     assert generator.precision == "bf16"

@@ -15,7 +15,7 @@ from helpers.quantizers import latents, quantizer_options
 from helpers.waiting import watched
 
 from vqgen.config import parse
-from vqgen.prior.model import CAUSAL
+from vqgen.prior.backbone.network import attend_unmasked
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import PriorTrainer
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
@@ -80,7 +80,7 @@ def test_a_step_of_the_prior(tmp_path: Path, device: str, words: str) -> None:
     config = parse(PriorTraining, ["--codes", str(codes), *given.split(), "--output", str(tmp_path / "run")])
     images = CodeFiles(codes, "train")
     trainer = PriorTrainer(Run(config.output, config, config.run, False), config, images, images)
-    trainer.prior.backbone.set_attn_implementation(CAUSAL)  # as on CUDA
+    attend_unmasked(trainer.prior.backbone)  # as on CUDA
     (tmp_path / "run").mkdir()
     assert waits_of(trainer, device) == []
 
@@ -102,7 +102,7 @@ def test_attention_without_a_mask_is_causal(device: str, backbone: str) -> None:
     prior = small_prior(backbone).eval().to(device)
     tokens = tokens_for(prior).to(device)
     expected = prior(tokens)
-    prior.backbone.set_attn_implementation(CAUSAL)
+    attend_unmasked(prior.backbone)
     torch.testing.assert_close(prior(tokens), expected)
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % SIZE

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vqgen.metric import Metric
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
@@ -42,6 +41,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
     Computed on [0, 1], because the luminance term depends on where black is. Images need `SMALLEST` pixels a side.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # a second of importing
+
     # In 16 bits the variances lose their digits: even two equal images get 0.83.
     with torch.autocast(images.device.type, enabled=False):
         one, two = images.float() / 255, targets.float() / 255

@@ -3,21 +3,23 @@
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.io import encode_png
-from torchvision.utils import make_grid
 
 from vqgen.errors import UsageError
 from vqgen.files import atomic_path, open_regular
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
 from .metrics import ReconstructionMetrics
@@ -61,9 +63,26 @@ def reconstruct(
     return Reconstructions(metrics.compute(), torch.cat(originals)[:SHOWN], torch.cat(images)[:SHOWN])
 
 
+@cache
+def _png_encoder() -> Callable[[Tensor, int], Tensor]:
+    """torchvision's PNG encoder: (image, compression level) -> bytes.
+
+    From its library alone where that is found: the import of torchvision takes longer than drawing 64 images.
+    """
+    package = find_spec("torchvision")
+    for folder in (package and package.submodule_search_locations) or ():
+        for library in Path(folder).glob("image*.so"):
+            with suppress(OSError, AttributeError):
+                torch.ops.load_library(library)
+                return torch.ops.image.encode_png
+    from torchvision.io import encode_png
+
+    return encode_png
+
+
 def write_png_atomic(path: Path, image: Tensor, marked: bool = False) -> None:
     """Write a uint8 image (1 or 3, H, W) as PNG, atomically; `marked` so that `refuse_foreign_png` knows it again."""
-    data = encode_png(image.cpu()).numpy().tobytes()
+    data = _png_encoder()(image.cpu(), 6).numpy().tobytes()
     with atomic_path(path) as temporary:  # torchvision's `write_png` does not report a full disk
         temporary.write_bytes(data[:_HEADER] + _MARK + data[_HEADER:] if marked else data)
 
@@ -86,4 +105,4 @@ def write_comparison(path: Path, result: Reconstructions) -> None:
     blank = torch.full_like(result.images[:1], 255).expand(-len(result.images) % columns, -1, -1, -1)
     pair = [torch.cat([part, blank]).split(columns) for part in (result.originals, result.images)]
     rows = [row for rows in zip(*pair) for row in rows]
-    write_png_atomic(path, make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=255))
+    write_png_atomic(path, image_grid(torch.cat(rows), columns))

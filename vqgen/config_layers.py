@@ -125,6 +125,8 @@ def read_arguments(config: type, arguments: Sequence[str]) -> tuple[Layer, list[
             raise UsageError(f"unknown option {flag}{_suggest(flag, every)}")
         option = known.get(flag) or known.get(negated or "")
         if option and is_switch(option.type):  # `--flip`, `--no-flip`, `--flip=false`
+            if option.type is not bool and not has_value and rest[:1] in (["true"], ["false"]):
+                has_value, value = True, rest.pop(0)  # one without a default always took a value
             chosen = checked(bool, value if has_value else True, flag)
             layer.values[option.name] = (chosen != (negated is not None), flag)
             continue

@@ -5,10 +5,10 @@ from typing import Any
 
 import gradio as gr
 import torch
-from torchvision.utils import make_grid
 
 from vqgen.errors import UserError
 from vqgen.evaluation.codebook import TILE, code_vectors, nearest_codes, tiles
+from vqgen.tokenizer.data.pixels import image_grid
 
 from .controls import answer, gallery
 from .shared import PRIVATE, Page
@@ -59,7 +59,7 @@ def add(page: Page) -> None:
         tokenizer, start = place(values["model"], values["first"])
         end = min(start + SHEET, tokenizer.depth * tokenizer.codebook_size)
         found = pictures(tokenizer, torch.arange(start, end))
-        return make_grid(found, nrow=math.isqrt(SHEET), padding=1, pad_value=255).permute(1, 2, 0).numpy(), start
+        return image_grid(found, math.isqrt(SHEET), 1).permute(1, 2, 0).numpy(), start
 
     def nearest(values: dict[str, Any], session: str) -> list[Any]:
         """A code, and the codes nearest to it by their vectors, with their distances."""

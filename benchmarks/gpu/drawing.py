@@ -10,7 +10,7 @@ import torch
 from vqgen.devices import find_device, peak_memory
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.sampling.generator import DEFAULT, Generator
 
 from ..sample import compared
 from .parts import Setup
@@ -35,10 +35,10 @@ def sides(setup: Setup, dim: int, layers: int, codebook_size: int) -> dict[str, 
 def package(setup: Setup) -> dict[str, Any]:
     """Rates by precision; whether images depend on neighbours, and agree with the CPU's; a cold start."""
     count, few = (8, 2) if setup.tiny else (1024, 8)
-    expected = Generator.load(SHIPPED, "cpu", "fp32").sample(few, seed=7)
+    expected = Generator.load(DEFAULT, "cpu", "fp32").sample(few, seed=7)
     rows: dict[str, Any] = {}
     for precision in ["fp32", "bf16"] if setup.tiny else ["fp32", "bf16", "fp16"]:
-        generator = Generator.load(SHIPPED, setup.device, precision)
+        generator = Generator.load(DEFAULT, setup.device, precision)
         size = min(256, count)
         generator.sample(size, batch_size=size)  # warms up
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def package(setup: Setup) -> dict[str, Any]:
         "-m",
         "vqgen.sampling.sample",
         "--model",
-        SHIPPED,
+        DEFAULT,
         "--n",
         few * 8,
         "--output",

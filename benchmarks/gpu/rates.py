@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vqgen.devices import find_device
-from vqgen.sampling.generator import SHIPPED
+from vqgen.sampling.generator import DEFAULT
 from vqgen.threads import available_cpus
 
 from .. import encode
@@ -31,6 +31,6 @@ def tokenizing(setup: Setup) -> dict[str, Any]:
     workers = 0 if setup.tiny else min(available_cpus() - 1, 8)
     data = str(few_images(setup.folder / "images")) if setup.tiny else "demo"
     found = encode.compared(
-        SHIPPED / "tokenizer", data, setup.folder, 8 if setup.tiny else 256, "auto", setup.device, workers, 1
+        DEFAULT / "tokenizer", data, setup.folder, 8 if setup.tiny else 256, "auto", setup.device, workers, 1
     )
     return {**found, "workers": workers, "threads": torch.get_num_threads()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vqgen.prior import train as prior_program
-from vqgen.sampling.generator import SHIPPED
+from vqgen.sampling.generator import DEFAULT
 from vqgen.tokenizer import encode as tokenize_program
 from vqgen.tokenizer import train as tokenizer_program
 
@@ -44,7 +44,7 @@ def codes(setup: Setup) -> Path:
         "--data",
         data,
         "--tokenizer",
-        SHIPPED / "tokenizer",
+        DEFAULT / "tokenizer",
         "--output",
         folder,
         "--holdout",

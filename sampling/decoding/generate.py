@@ -16,7 +16,8 @@ from torch import Tensor
 from vqgen.errors import UserError
 from vqgen.sampling.settings import SamplingSettings
 
-from .cached_transformer import ROWS, CachedTransformer
+from .cached_transformer import CachedTransformer
+from .linear import ROWS
 from .logits import choose, guide
 from .threads import on_threads
 

@@ -97,10 +97,10 @@ class StaticSteps:
         mask = mask.view(1, 1, 1, last).expand(rows, decoder.heads, 1, last)
         for block, both in zip(decoder._blocks, self.cache, strict=True):
             qkv = block.qkv(block.before_attention(x)).view(rows, 1, 3 * decoder.heads, -1)
-            q, k, v = decoder._heads(block, qkv, rotation)
+            q, k, v = decoder._heads(block, qkv, rotation).chunk(3, 2)
             for cached, new in zip(both, (k, v)):
                 cached.index_copy_(1, position, new)
             keys, values = (cached[:, :last].transpose(1, 2) for cached in both)
             seen = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask)
-            x = decoder._rest(block, x, seen)
+            x = decoder._rest(block, x, seen.transpose(1, 2))
         logits.copy_(decoder._head_of(ids)(decoder._last_norm(x)))

@@ -8,13 +8,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from vqgen.errors import UsageError
 from vqgen.options import Range
@@ -64,6 +63,13 @@ class Kind:
     """Gives drawn images what it leaves of an image as it was, as `Keep` by its strength; None where it changes all."""
 
 
+def _transforms() -> Any:
+    """torchvision's functions of images, whose import takes a second, which drawing images does not need."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def _to_uint8(pixels: Tensor) -> Tensor:
     """Round and clamp float pixels in the range of uint8."""
     return pixels.round().clamp(0, 255).to(torch.uint8)
@@ -74,8 +80,8 @@ def _coarse(images: Tensor, factor: float) -> Tensor:
     float (..., C, H, W)."""
     size = list(images.shape[-2:])
     small = [max(round(side / factor), 1) for side in size]
-    pixels = transforms.resize(images.float(), small, InterpolationMode.BICUBIC, antialias=True)
-    return transforms.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)
+    pixels = _transforms().resize(images.float(), small, _transforms().InterpolationMode.BICUBIC, antialias=True)
+    return _transforms().resize(pixels, size, _transforms().InterpolationMode.BICUBIC, antialias=True)
 
 
 def _downscale(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
@@ -96,7 +102,7 @@ def _noise(image: Tensor, sigma: float, random: np.random.Generator) -> Tensor:
 
 def _grey(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
     """Luma (ITU-R BT.601) in all three channels."""
-    return _to_uint8(transforms.rgb_to_grayscale(image.float(), num_output_channels=3))
+    return _to_uint8(_transforms().rgb_to_grayscale(image.float(), num_output_channels=3))
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -119,19 +125,19 @@ def _keep_luma(drawn: Tensor, grey: Tensor, _: float) -> Tensor:
 def _blur(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
     """Gaussian blur over three sigma each way, or as far as the image can be mirrored; sigma in pixels."""
     sizes = [2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in reversed(image.shape[-2:])]
-    return transforms.gaussian_blur(image, sizes, [sigma, sigma])
+    return _transforms().gaussian_blur(image, sizes, [sigma, sigma])
 
 
 def _jpeg(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
     """Compression by Pillow's JPEG encoder, with its chroma subsampling."""
     file = io.BytesIO()
-    transforms.to_pil_image(image).save(file, "JPEG", quality=int(quality))
-    return transforms.pil_to_tensor(Image.open(file))
+    _transforms().to_pil_image(image).save(file, "JPEG", quality=int(quality))
+    return _transforms().pil_to_tensor(Image.open(file))
 
 
 def _edges(image: Tensor, _: float, __: np.random.Generator) -> Tensor:
     """Magnitude of the Sobel gradient of the luma, white on black; a step from black to white is white."""
-    grey = transforms.rgb_to_grayscale(image.float()) if len(image) == 3 else image.float()
+    grey = _transforms().rgb_to_grayscale(image.float()) if len(image) == 3 else image.float()
     padded = torch.nn.functional.pad(grey[None], [1, 1, 1, 1], mode="replicate")
     across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     gradient = torch.nn.functional.conv2d(padded, torch.stack([across, across.T])[:, None])

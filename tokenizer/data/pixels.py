@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 MAX_ASPECT = 8  # images are first cropped to this multiple of the target's aspect ratio, which bounds memory
 
@@ -30,6 +30,8 @@ def fit(image: Tensor, size: Sequence[int], mode: Literal["crop", "pad"]) -> Ten
     if mode == "crop":
         h, w = min(h, MAX_ASPECT * -(-w * height // width)), min(w, MAX_ASPECT * -(-h * width // height))
         image = center_crop(image, [h, w])
+    from torchvision.transforms.v2 import functional as transforms  # a second that drawing images does not need
+
     scale = (max if mode == "crop" else min)(height / h, width / w)
     inner = [max(round(h * scale), 1), max(round(w * scale), 1)]
     image = transforms.resize(image, inner, antialias=True) if inner != [h, w] else image
@@ -45,3 +47,18 @@ def center_crop(image: Tensor, size: Sequence[int]) -> Tensor:
         return image
     top, left = ((have - want) // 2 for have, want in zip(image.shape[-2:], size))
     return image[..., top : top + size[0], left : left + size[1]]
+
+
+def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """Images uint8 (B, C, h, w) as one image in colour (3, H, W), in rows of `columns`, with white lines between them
+    and around; a single one as it is."""
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    if len(images) == 1:
+        return images[0]
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
+    tiles = F.pad(torch.cat([images, blank]), (padding, 0, padding, 0), value=255)
+    _, channels, height, width = tiles.shape
+    tiles = tiles.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    return F.pad(tiles.reshape(channels, rows * height, columns * width), (0, padding, 0, padding), value=255)

@@ -147,7 +147,9 @@ class Codebook(nn.Module):
         super().__init__()
         self.config, self.unit, self.entropy = config, unit, entropy
         self.by_gradient = config.codebook == "gradient"
-        codes = F.normalize(torch.randn(config.codebook_size, width), dim=1)
+        codes = torch.empty(config.codebook_size, width)
+        if not codes.is_meta:  # there random numbers import the compiler
+            codes = F.normalize(torch.randn(codes.shape), dim=1)
         if self.by_gradient:
             self.codes = nn.Parameter(codes)
         else:

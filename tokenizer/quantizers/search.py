@@ -1,8 +1,9 @@
 """Nearest-code search, k-means and histograms of codes."""
 
 from collections.abc import Callable
+from functools import cache, wraps
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ _GROUPS = 32
 
 def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Exclude a function from compilation, which would unroll its loops over slices."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return _disabled(function)(*args, **kwargs)  # type: ignore[no-any-return]
+
+    return call
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, which imports the compiler: a second that decoding does not need."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
