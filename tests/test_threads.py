@@ -125,3 +125,34 @@ def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         for _ in range(5):
             bar.update()
     assert not any(capsys.readouterr())
+
+
+THREADS = """
+from threading import Thread
+import torch
+from vqgen.sampling.generator import DEFAULT, Generator
+
+def threads():
+    found = []
+    other = Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    return found[0]
+
+generator = Generator.load(DEFAULT, "cpu", "{}")
+before = threads()
+drawing = Thread(target=lambda: generator.sample(5))
+drawing.start()
+drawing.join()
+generator.sample(3)
+print(before, threads(), torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_drawing_leaves_other_threads_their_number(precision: str) -> None:
+    """Products are measured on one thread when rows are first computed, which is in a thread of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", THREADS.format(precision)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == "2 2 2\n", done.stderr

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .threads import one_thread
+
 GROWTH = 32
 """Positions by which `Products` extends what it reads."""
+EXTENTS = GROWTH, 3 * GROWTH
+"""Those at which products are tried before they are used."""
 
 
 class Fused:
@@ -135,19 +139,19 @@ def _exact(heads: int, width: int, dtype: torch.dtype) -> bool:
         pair = torch.cat([left, left], 2)[..., order], torch.cat([right, -right], 1)[:, order]
         return F.pad(pair[0], (0, size % 2)).to(dtype), F.pad(pair[1], (0, 0, 0, size % 2)).to(dtype)
 
-    q, keys = cancelling(most * heads, width, GROWTH)
-    weights, values = cancelling(most * heads, GROWTH, width)
-    keys = keys.transpose(1, 2).contiguous().transpose(1, 2)  # as `attend` has them
-    hidden, threads = _hidden(GROWTH, GROWTH, dtype), torch.get_num_threads()
+    def same(extent: int) -> bool:
+        q, keys = cancelling(most * heads, width, extent)
+        weights, values = cancelling(most * heads, extent, width)
+        keys = keys.transpose(1, 2).contiguous().transpose(1, 2)  # as `attend` has them
+        hidden = _hidden(extent, extent, dtype)
 
-    def products(part: slice) -> Tensor:
-        scores = torch.baddbmm(hidden, q[part], keys[part], alpha=1 / math.sqrt(width))
-        return torch.cat([scores, torch.bmm(weights[part], values[part])], -1)
+        def products(part: slice) -> Tensor:
+            scores = torch.baddbmm(hidden, q[part], keys[part], alpha=1 / math.sqrt(width))
+            return torch.cat([scores, torch.bmm(weights[part], values[part])], -1)
 
-    torch.set_num_threads(1)
-    try:
         whole = products(slice(None))
         sizes = [rows * heads for rows in (1, 2, 3, 5, 8, 17, 32, 64)]
         return all(torch.equal(products(slice(-size, None)), whole[-size:]) for size in sizes)
-    finally:
-        torch.set_num_threads(threads)
+
+    with one_thread():
+        return all(same(extent) for extent in EXTENTS)

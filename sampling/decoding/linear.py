@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .threads import one_thread
+
 ROWS = 64
 """Most rows of one product on a CPU."""
 
@@ -57,9 +59,7 @@ def _fitting(rows: int, shape: tuple[int, int], biased: bool, dtype: torch.dtype
 
     On one thread of a CPU: kernels differ in the order of their sums.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         made, y, product, total = _sample(shape, biased, dtype)
         for count in range(rows, ROWS):
             x = y.new_zeros(count, shape[0])
@@ -69,8 +69,6 @@ def _fitting(rows: int, shape: tuple[int, int], biased: bool, dtype: torch.dtype
             ):
                 return count
         return ROWS
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Linear(_Product):

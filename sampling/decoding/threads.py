@@ -6,8 +6,9 @@ depend on how many there are.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
 from typing import TypeVar
@@ -16,6 +17,20 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread; afterwards this thread and those that begin later have as many as before."""
+    count = torch.get_num_threads()
+    if count == 1:  # as in the threads below: setting it here would set it for new threads, too
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 @cache
