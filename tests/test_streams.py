@@ -93,6 +93,41 @@ def test_splits_by_name(tmp_path: Path) -> None:
     assert all(len(list(shards.read(shards.files))) == 6 for shards in found.values())
 
 
+def test_a_missing_file_of_a_range_is_named(tars: Path, tmp_path: Path) -> None:
+    assert "shard-0004.tar" in error(lambda: open_shards(f"{tars}/shard-{{0002..0005}}.tar", 0.2))
+    write_tars(tmp_path, 1, 3)
+    (tmp_path / "shard-0001.tar").mkdir()
+    assert "shard-0001.tar" in error(lambda: open_shards(f"{tmp_path}/shard-{{0000..0001}}.tar", 0.2))
+    (tmp_path / "shard-0001.tar").rmdir()
+    assert len(open_shards(f"{tmp_path}/{{shard,none}}-*.tar", 0.2)["train"].files) == 1, "patterns are looked up"
+
+
+def test_urls_that_differ_in_host_or_query_are_all_read() -> None:
+    for data in (
+        "http://{one,two}.host/a.tar",
+        "http://host/a.tar?part={1,2}",
+        "s3://{x,y}/a/{0..1}.tar",
+        "{http,s3}://h/a.tar",
+    ):
+        found = open_shards(data, 0.2)["train"]
+        count = 4 if ".." in data else 2
+        assert len(set(found.files)) == len(set(found.names)) == count
+    secret = open_shards("http://host/{0..1}.tar?token=secret", 0.2)["train"]
+    assert secret.names == ["0.tar", "1.tar"] and secret.mark == open_shards("http://b/{0..1}.tar", 0.2)["train"].mark
+
+
+@pytest.mark.parametrize("url", ["http://[::1/shard-0000.tar", "http://host:port/a.tar", "http://host:99999/a.tar"])
+def test_a_url_that_is_none_is_one_line(url: str) -> None:
+    assert url in error(lambda: open_shards(url, 0.2))
+
+
+def test_files_of_no_split_beside_others_are_named(tmp_path: Path) -> None:
+    write_tars(tmp_path, 1, 3, "train")
+    write_tars(tmp_path, 1, 3, "more")
+    assert "more-0000.tar" in error(lambda: open_shards(f"stream:{tmp_path}", 0.2))
+    assert open_shards(f"{tmp_path}/train-*.tar", 0.2)["train"].names == ["train-0000.tar"]
+
+
 def test_a_dataset_of_the_hub_is_its_files(parquets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -273,13 +308,19 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "at a member", "header", "first header", "no tar", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ["joined", "zeros", "zeros at first", "truncated", "at a member", "header", "first header", "no tar", "empty"],
+)
 def test_a_damaged_tar_is_one_line(damage: str, tars: Path, tmp_path: Path) -> None:
     data = (tars / "shard-0000.tar").read_bytes()
     with tarfile.open(tars / "shard-0000.tar") as tar:
         place = tar.getmembers()[9].offset
     (tmp_path / "x.tar").write_bytes(
         {
+            "joined": 2 * data,
+            "zeros": data[:place] + bytes(2**20 + 2048),
+            "zeros at first": bytes(1024) + data,
             "truncated": data[: place + 700],
             "at a member": data[:place],
             "header": flipped(data, place + 20),
@@ -291,12 +332,27 @@ def test_a_damaged_tar_is_one_line(damage: str, tars: Path, tmp_path: Path) -> N
     assert "x.tar" in error(lambda: records(tmp_path / "x.tar"))
 
 
+def test_padding_of_a_tar_is_no_damage(tars: Path, tmp_path: Path) -> None:
+    data = (tars / "shard-0000.tar").read_bytes()
+    for count in (0, 512, 10_240, 2**19):
+        (tmp_path / "x.tar").write_bytes(data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512 + 512 + count))
+        assert len(records(tmp_path / "x.tar")) == 25
+
+
+def test_a_text_column_that_no_member_has_is_named(tars: Path) -> None:
+    text = error(lambda: records(tars / "shard-0000.tar", "json"))
+    assert "--text-column" in text and "shard-0000.tar" in text and "json" in text and "txt" in text
+
+
 def test_labels_keys_and_captions_that_do_not_fit(tmp_path: Path) -> None:
     image = garments(1)[0]["image"]
     wrong = {
         "word": [("a.png", image), ("a.cls", b"cat")],
         "large": [("a.png", image), ("a.cls", b"65536")],
         "digits": [("a.png", image), ("a.cls", b"9" * 5000)],
+        "million": [("a.png", image), ("a.cls", b"2000000000")],
+        "negative": [("a.png", image), ("a.cls", b"-000000002")],
+        "hidden": [("a.png", image), ("a.cls", b"-0000000000000005")],
         "twice": [("a.png", image), ("a.jpg", image)],
         "bytes": [("a.png", image), ("a.txt", b"\xff\xfe\xff")],
         "long": [("a.png", image), ("a.txt", b"x" * 20_000)],
@@ -319,6 +375,25 @@ def test_a_parquet_file_that_does_not_fit(parquets: Path, tmp_path: Path) -> Non
     row = {"bytes": None, "path": "/etc/passwd"}
     pq.write_table(pa.table({"image": [{"bytes": image, "path": ""}, row]}), tmp_path / "path.parquet")
     assert [bool(record.problem) for record in records(f"stream:{tmp_path}/path.parquet")] == [False, True]
+
+
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], None])
+def test_shards_with_other_names_of_classes_are_refused(names: list[str] | None, tmp_path: Path) -> None:
+    import datasets
+
+    def write(name: str, names: list[str] | None) -> None:
+        label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        rows = {"image": [row["image"] for row in garments(2)], "label": [0, 1]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / name)
+
+    write("part-0.parquet", ["a", "b"])
+    write("part-1.parquet", names)
+    assert "part-1.parquet" in error(lambda: records(f"stream:{tmp_path}"))
+    (tmp_path / "part-0.parquet").rename(tmp_path / "train.parquet")
+    (tmp_path / "part-1.parquet").rename(tmp_path / "val.parquet")
+    held = open_shards(f"stream:{tmp_path}", 0.2)["heldout"]
+    assert "val.parquet" in error(lambda: list(held.read(held.files)))
 
 
 def test_broken_images_are_replaced_counted_and_limited(tmp_path: Path) -> None:

@@ -36,8 +36,11 @@ def declared_classes(url: str) -> list[str] | None:
         return find_columns(table.schema_arrow, shown(url)).class_names
 
 
-def read_parquet(url: str, text_column: str | None) -> Iterator[Record]:
+def read_parquet(url: str, text_column: str | None, class_names: list[str] | None) -> Iterator[Record]:
     """Yield the records of a parquet file. Raises `UserError` for a damaged file and for columns that do not fit.
+
+    Args:
+        class_names: those of the stream, which the file declares, too: labels are places in them.
 
     The key of a row is its `__key__`, else the name of the file and its number.
     """
@@ -48,6 +51,13 @@ def read_parquet(url: str, text_column: str | None) -> Iterator[Record]:
         if columns.label_is_text:
             advice = "number the classes, as a stream does not know their names before its end"
             raise UserError(f"--data: {where}: column {columns.label} holds text; {advice}")
+        if columns.class_names != class_names:
+            other, first = (
+                f"{len(names)} classes ({', '.join(names)[:150]})" if names else "classes without names"
+                for names in (columns.class_names, class_names)
+            )
+            found = f"{where} has {other}, but the first file of the stream {first}"
+            raise UserError(f"--data: {found}; make them alike, or read them apart")
         if text_column is not None:
             check_text_column(schema, text_column, where)
         key = KEY if schema.get_field_index(KEY) >= 0 else None

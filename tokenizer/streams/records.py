@@ -1,5 +1,6 @@
 """Records: encoded images of a shard with their labels and captions."""
 
+import re
 from dataclasses import dataclass
 
 from vqgen.errors import UserError
@@ -27,7 +28,7 @@ class Record:
 def as_label(text: str, where: str) -> int:
     """A label from text, -1 for none. Raises `UserError`."""
     text = text.strip()
-    if not text.lstrip("-").isascii() or not text.removeprefix("-").isdigit() or not -1 <= int(text[:9]) < MAX_CLASSES:
+    if not re.fullmatch("-?[0-9]{1,80}", text) or not -1 <= int(text) < MAX_CLASSES:
         expected = f"a class from 0 to {MAX_CLASSES - 1}, or -1 for none"
         raise UserError(f"--data: {where} holds {text[:80]!r}, expected {expected}")
     return int(text)

@@ -26,7 +26,7 @@ from .transport import shown, size_of
 
 MOST_FILES = 10**6
 """Most files of a stream."""
-READERS = {".tar": read_tar, ".parquet": read_parquet}
+ENDINGS = (".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Shards:
     data: str
     split: Split
     files: list[str] = field(repr=False)
+    first: str
+    """The file that declares the names of the classes of all splits."""
     holdout: float | None
     """Share of the images that are held out by a hash of their keys; None where files are of one split as a whole."""
     text_column: str | None = None
@@ -47,7 +49,10 @@ class Shards:
     def read_all(self, files: Sequence[str]) -> Iterator[Record]:
         """Yield the records of all splits that share these files. Raises `UserError`."""
         for file in files:
-            yield from READERS[_ending(file)](file, self.text_column)
+            if _ending(file) == ".tar":
+                yield from read_tar(file, self.text_column)
+            else:
+                yield from read_parquet(file, self.text_column, self.class_names)
 
     def split_of(self, record: Record) -> Split:
         """The split of a record, by a hash of its key alone: other files and other orders change nothing."""
@@ -62,8 +67,8 @@ class Shards:
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """Names that the first file declares; None where it has none."""
-        return declared_classes(self.files[0]) if _ending(self.files[0]) == ".parquet" else None
+        """Names that all files declare; None where they have none."""
+        return declared_classes(self.first) if _ending(self.first) == ".parquet" else None
 
     @property
     def names(self) -> list[str]:
@@ -116,11 +121,11 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
     train = found["train" if "train" in found else "all"]
     share = holdout if divided else None
     splits: dict[Split, Shards] = {
-        "train": Shards(data, "train", train, share, text_column),
-        "heldout": Shards(data, "heldout", train if divided else found["heldout"], share, text_column),
+        "train": Shards(data, "train", train, train[0], share, text_column),
+        "heldout": Shards(data, "heldout", train if divided else found["heldout"], train[0], share, text_column),
     }
     if "test" in found:
-        splits["test"] = Shards(data, "test", found["test"], None, text_column)
+        splits["test"] = Shards(data, "test", found["test"], train[0], None, text_column)
     return splits
 
 
@@ -128,6 +133,9 @@ def _find(data: str) -> dict[str, list[str]]:
     """The files of a stream by split, or of "all"."""
     where = data.removeprefix(STREAM)
     patterns = _without_braces(where)
+    for name in patterns if patterns != [where] else ():  # a list of names, all of which are meant
+        if not ("://" in name or re.search(r"[*?\[]", name) or os.path.isfile(os.path.expanduser(name))):
+            raise UserError(f"--data: {name} of {where} is no regular file; restore it, or correct the range")
     files = sorted({file for pattern in patterns for file in _matches(pattern)})
     if files:
         groups = group_by_split(dict(zip(_relative(files), files)))
@@ -136,12 +144,17 @@ def _find(data: str) -> dict[str, list[str]]:
     else:
         raise UserError(f"--data: {where} names no tar or parquet file; correct the path or the pattern")
     for file in (file for group in groups.values() for file in group):
-        if _ending(file) not in READERS:
+        if _ending(file) not in ENDINGS:
             raise UserError(f"--data: found {shown(file)} in the stream, expected files that end in .tar or .parquet")
     endings = {_ending(file) for group in groups.values() for file in group}
     if len(endings) > 1:
         raise UserError(f"--data: {where} holds tar and parquet files; name those of one kind by a pattern")
-    return name_splits(groups, where)
+    splits = name_splits(groups, where)
+    used = {file for group in splits.values() for file in group}
+    if left := [file for file in files if file not in used]:  # the hub's further splits are no oversight
+        found = f"{shown(left[0])} is of no split, unlike {shown(next(iter(used)))}"
+        raise UserError(f"--data: {found}; name its split, or give a pattern without it")
+    return splits
 
 
 def _without_braces(pattern: str) -> list[str]:
@@ -166,6 +179,10 @@ def _without_braces(pattern: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     """The files that a path, a pattern with wildcards or a folder names; a URL without wildcards is not looked up."""
     if "://" in pattern:
+        try:
+            _ = urlsplit(pattern).port if pattern.startswith("http") else urlsplit(pattern)
+        except ValueError as error:
+            raise UserError(f"--data: {shown(pattern)} is no URL ({error}); correct it") from error
         if "*" not in pattern:
             return [pattern]
         if pattern.startswith("http"):
@@ -177,7 +194,7 @@ def _matches(pattern: str) -> list[str]:
             return [str(system.unstrip_protocol(file)) for file in system.glob(path)]
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
-        inside = (glob.glob(os.path.join(glob.escape(path), "**", f"*{ending}"), recursive=True) for ending in READERS)
+        inside = (glob.glob(os.path.join(glob.escape(path), "**", f"*{ending}"), recursive=True) for ending in ENDINGS)
         return [file for each in inside for file in each]
     return [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
 
@@ -192,8 +209,12 @@ def _of_hub(name: str) -> dict[str, list[str]]:
 
 
 def _relative(files: Sequence[str]) -> list[str]:
-    """Files by their paths below the folder that they have in common."""
-    paths = [urlsplit(file).path if "://" in file else os.path.abspath(file) for file in files]
+    """Files by their paths below the folder that they have in common; by host and query, too, where paths are alike."""
+    urls = [urlsplit(file) if "://" in file else None for file in files]
+    paths = [os.path.abspath(file) if url is None else url.path or "/" for file, url in zip(files, urls)]
+    for longer in (lambda url: f"/{url.netloc}{url.path}", lambda url: f"/{url.geturl()}"):
+        if len(set(paths)) < len(paths):
+            paths = [path if url is None else longer(url) for path, url in zip(paths, urls)]
     start = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return [path.removeprefix(start).lstrip("/") for path in paths]
 

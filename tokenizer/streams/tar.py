@@ -18,6 +18,10 @@ from .transport import opened, shown
 
 MAX_HEADER = 2**20
 """Largest header that extends another (long names and the like), in bytes."""
+MAX_PADDING = 2**20
+"""Most zeros behind the marker that ends a file, in bytes: writers fill their last block, of 10 KiB as a rule."""
+MOST_ENDINGS = 100
+"""Endings of members that are remembered for a message."""
 _EXTENDING = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDING += (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -46,29 +50,50 @@ def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
     """Yield the records of a tar file: `KEY.jpg` or another image, and `KEY.cls` with its class, if there is one.
 
     Args:
-        text_column: ending of the members that are captions, e.g. "txt".
+        text_column: ending of the members that are captions, e.g. "txt"; one member at least has it.
 
     Images that are links, or larger than `MAX_IMAGE`, and samples without an image are records with a problem. Raises
     `UserError` for a damaged file, a label that is no class, and a caption that is no text.
     """
-    where = shown(url)
+    where, endings = shown(url), dict[str, None]()
     try:
         with opened(url) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
-            for key, members in groupby(_members(tar), key=lambda member: member[0]):
+            for key, members in groupby(_members(tar, endings, text_column), key=lambda member: member[0]):
                 yield _record(tar, key, (member[1:] for member in members), where, text_column)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # what `tarfile` raises on damaged data
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(f"--data: {where} cannot be read ({reason}); restore it or download it again") from error
+    if text_column is not None and endings and text_column not in endings:
+        found = f"{where} has no member that ends in {text_column}; its endings are {', '.join(endings)[:500]}"
+        raise UserError(f"--text-column: {found}; give one of them")
 
 
-def _members(tar: TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, ending in lower case and header of each member that is no folder and not hidden."""
+def _members(tar: TarFile, endings: dict[str, None], wanted: str | None) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, ending in lower case and header of each member that is no folder and not hidden.
+
+    `endings` gets the first of theirs, and `wanted` wherever it is.
+    """
     while (member := tar.next()) is not None:
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else they stay in memory
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
         if stem and not member.isdir() and not folder.startswith("__MACOSX"):
+            if len(endings) < MOST_ENDINGS or ending.lower() == wanted:
+                endings.setdefault(ending.lower())
             yield f"{folder}/{stem}" if folder else stem, ending.lower(), member
+    _check_end(tar)
+
+
+def _check_end(tar: TarFile) -> None:
+    """Raise `ReadError` where anything but a little padding is behind the marker at which `tarfile` stops."""
+    rest, size = tar.fileobj, 0
+    assert rest is not None
+    while data := rest.read(2**16):
+        if data.strip(b"\0"):
+            raise ReadError(f"data behind the marker of its end at byte {tar.offset}: tar files that were joined?")
+        size += len(data)
+        if size > MAX_PADDING:
+            raise ReadError(f"it ends early: zeros from byte {tar.offset} on")
 
 
 def _record(
