@@ -3,6 +3,8 @@
 import os
 import signal
 import tarfile
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from itertools import islice
@@ -19,6 +21,7 @@ from processes import TOKENIZER, at_row, rows, run, run_two, weights
 
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.decoding import decode
+from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import ImageConfig, is_stream
 from vqgen.tokenizer.data.sources import find_splits
 from vqgen.tokenizer.streams import tar as tar_module
@@ -26,7 +29,7 @@ from vqgen.tokenizer.streams import transport
 from vqgen.tokenizer.streams.dataset import Position, StreamImages, open_stream
 from vqgen.tokenizer.streams.heldout import read_heldout
 from vqgen.tokenizer.streams.records import Record
-from vqgen.tokenizer.streams.shards import open_shards
+from vqgen.tokenizer.streams.shards import open_shards, sizes_of
 from vqgen.tokenizer.train import main
 
 CONFIG = ImageConfig(size=[16, 16], channels=1, holdout=0.2)
@@ -449,10 +452,51 @@ def test_a_missing_file_is_not_asked_for_again(tars: Path, impatient: None) -> N
 
 def test_pauses_double(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept = list[float]()
-    monkeypatch.setattr(transport.time, "sleep", slept.append)
+    monkeypatch.setattr("time.sleep", slept.append)
     with serving(tars, status=500) as server:
         error(lambda: records(f"{server.url}/shard-0000.tar"))
     assert [pause for pause in slept if pause >= 0.5] == [1, 2, 4, 8, 16]
+
+
+def test_nobody_waits_for_tries_after_an_interrupt(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "PAUSE", 60.0)
+
+    def interrupted(wait: Callable[[], object]) -> None:
+        """`wait`, interrupted a moment after the server was asked."""
+        asked = len(server.requests)
+
+        def interrupt() -> None:
+            while len(server.requests) == asked:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt, daemon=True)
+        thread.start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert time.monotonic() - begun < 20
+        thread.join()
+
+    with serving(tars, status=503) as server:
+        shards = open_shards(f"{server.url}/shard-{{0000..0003}}.tar", 0.2)["train"]
+        interrupted(lambda: list(prefetch(shards.read(shards.files), 1)))
+        interrupted(lambda: sizes_of(shards.files))
+
+
+def test_secrets_in_urls_are_not_shown(tars: Path, impatient: None) -> None:
+    with serving(tars) as server:
+        url = f"{server.url}/shard-{{0000..0001}}.tar?token=secret"
+        told = [
+            error(lambda: open_stream(url, ImageConfig(holdout=1e-9), 8)),
+            error(lambda: find_splits(url)),
+            error(lambda: records(url.replace("0001", "9999999"))),
+            error(lambda: records(url.replace("0001}", "0001}}.tar{"))),
+            error(lambda: records(f"{server.url}/a b.tar?token=secret")),
+            error(lambda: records(f"{server.url}/none.tar?token=secret")),
+            error(lambda: records("http://user:secret@127.0.0.1:1/a.tar")),
+        ]
+    assert not [text for text in told if "secret" in text]
 
 
 # ---- the program ----
@@ -480,6 +524,20 @@ def test_two_processes_and_then_one(tars: Path, tmp_path: Path) -> None:
         ended.ok()
     ended = run(TOKENIZER, *words, "--steps", 16).ok()
     assert "new epoch" in ended.err and max(row["step"] for row in rows(tmp_path / "run")) == 16
+
+
+def test_another_token_resumes_a_run(tars: Path, tmp_path: Path, cli: Any) -> None:
+    with serving(tars) as server:
+
+        def words(file: str, steps: int) -> list[Any]:
+            data = ["--data", f"{server.url}/shard-{file}.tar?token=secret{steps}"]
+            return [*data, *WORDS, "--steps", steps, "--output", tmp_path / "run"]
+
+        first, second = cli(main, *words("{0000..0003}", 2)), cli(main, *words("{0000..0003}", 3))
+        other = cli(main, *words("{0000..0002}", 4))
+    assert first.code == second.code == 0 and max(row["step"] for row in rows(tmp_path / "run")) == 3
+    assert "new epoch" not in second.err and other.code == 1 and "--data" in other.err
+    assert not any("secret" in each.out + each.err for each in (first, second, other))
 
 
 @pytest.mark.parametrize("option", ["--epochs 2", "--validation-images 0"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqgen.config import shown
 from vqgen.devices import compile_module, to_device
 from vqgen.errors import UserError
 from vqgen.seeding import step_seed
@@ -89,7 +90,7 @@ class TokenizerTrainer:
         rows, columns = self.tokenizer.grid
         codes = f"{rows}x{columns} codes of {self.tokenizer.codebook_size}"
         return {
-            "images": f"{config.data}: {self._images()}",
+            "images": f"{shown(config.data)}: {self._images()}",
             "size": f"{height}x{width} pixels, {images.channels} channels{', '.join(['', *augmented])}",
             "codes": f"{codes}{f' x {self.tokenizer.depth}' * (self.tokenizer.depth > 1)}, by {config.quantizer.kind}",
             "parameters": size_of(model),

@@ -202,6 +202,11 @@ def _ended(
         return 1
 
 
+def shown(url: str) -> str:
+    """A URL as messages show it: without query and password, which may be secrets. Paths are returned as they are."""
+    return re.sub("://[^/@]*@", "://", url.split("?")[0]) if "://" in url else url
+
+
 def one_line(text: str) -> str:
     """A message as one line of printable characters: names in it may hold escape sequences of a terminal.
 

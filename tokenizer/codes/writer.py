@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vqgen import __version__
 from vqgen.artifact import copy_artifact
-from vqgen.config import save
+from vqgen.config import one_line, save, shown
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
 from vqgen.progress import progress
@@ -113,7 +113,7 @@ def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
                 of_shard = parts.setdefault(batch.shard, [])
                 for text in batch.broken:
                     if text not in told:
-                        bar.write(f"skipped, broken: {text}", file=sys.stderr)
+                        bar.write(one_line(f"skipped, broken: {text}"), file=sys.stderr)
                     told.add(text)
                 if len(batch.indices):
                     codes, source = (
@@ -188,7 +188,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         found = sum(shard.count for shard in entries[split])
         splits[split] = SplitEntry(config.views if split == "train" else 1, found, entries[split])
         if job.streams and not found and split != "test":
-            raise UserError(f"--data: {config.data} has no {split} image; add some, or change --holdout")
+            raise UserError(f"--data: {shown(str(config.data))} has no {split} image; add some, or change --holdout")
     for split, dataset in job.indexed.items():
         total, found = len(dataset), splits[split].count
         if total - found > (config.images.max_broken * total if skip else 0):

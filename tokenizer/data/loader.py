@@ -1,12 +1,15 @@
-"""Worker processes that decode images."""
+"""Worker processes that decode images, and threads that read them in advance."""
 
 import os
 import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
@@ -101,16 +104,37 @@ def _obey_parent_alone(_worker: int) -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
+_LEFT: ContextVar[threading.Event] = ContextVar("left")  # of a thread of `background`: set once nobody needs its work
+
+
+@contextmanager
+def background(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads; where the block is left, e.g. by an interrupt, a `pause` in them ends with their work."""
+    left = threading.Event()
+    pool = ThreadPoolExecutor(threads, initializer=_LEFT.set, initargs=(left,))
+    try:
+        yield pool
+    finally:
+        left.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def pause(seconds: float) -> None:
+    """Sleep. Raises `CancelledError` in a thread of `background` whose work nobody needs any more."""
+    left = _LEFT.get(None)
+    if left is None:
+        time.sleep(seconds)
+    elif left.wait(seconds):
+        raise CancelledError
+
+
 def prefetch(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield the same items; up to `count` of them are computed in a background thread in advance."""
-    pool = ThreadPoolExecutor(1)
-    try:
+    with background(1) as pool:
         pending = deque(pool.submit(next, items, None) for _ in range(count))
         while (item := pending.popleft().result()) is not None:
             pending.append(pool.submit(next, items, None))
             yield item
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def worker_count(asked: int) -> int:

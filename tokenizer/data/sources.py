@@ -15,6 +15,7 @@ from unicodedata import category
 
 import numpy as np
 
+from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
 
@@ -119,7 +120,7 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
         raise UserError("--data: found nothing; give a folder, a parquet file, a dataset's name or demo")
     if is_stream(data):
         read_by = "which vqgen-train-tokenizer and vqgen-tokenize read; give a folder, a table or a dataset's name"
-        raise UserError(f"--data: {data} is a stream of shards, {read_by}")
+        raise UserError(f"--data: {shown(data)} is a stream of shards, {read_by}")
     path = DEMO if data == "demo" else Path(os.path.expanduser(data))
     roots = [path]
     if os.path.isfile(path):

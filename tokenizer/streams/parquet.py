@@ -7,12 +7,13 @@ from os.path import basename
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.captions import check_text_column, of_column
 from vqgen.tokenizer.data.tables import find_columns, is_text, raw_labels, reading, value_type
 
 from .records import MAX_IMAGE, Record
-from .transport import opened, shown
+from .transport import opened
 
 KEY = "__key__"
 """Column that decides the split, where there is one."""

@@ -6,15 +6,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Literal
 from urllib.parse import urlsplit
 
+from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
+from vqgen.tokenizer.data.loader import background
 from vqgen.tokenizer.data.options import STREAM, Split
 from vqgen.tokenizer.data.sources import name_splits
 from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
@@ -22,7 +23,7 @@ from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
 from .parquet import declared_classes, read_parquet
 from .records import Record
 from .tar import read_tar
-from .transport import shown, size_of
+from .transport import size_of
 
 MOST_FILES = 10**6
 """Most files of a stream."""
@@ -107,7 +108,7 @@ class Shards:
 def sizes_of(files: Iterable[str]) -> dict[str, int | None]:
     """The bytes of each file, None where its server does not say. Raises `UserError` where one is missing."""
     names = sorted(set(files))
-    with ThreadPoolExecutor(16) as pool:
+    with background(16) as pool:
         return dict(zip(names, pool.map(size_of, names)))
 
 
@@ -116,7 +117,7 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
 
     Files without a validation split are divided by a hash of the keys in them. Raises `UserError`.
     """
-    found = _find(data)
+    found, data = _find(data), shown(data)
     divided = "heldout" not in found
     train = found["train" if "train" in found else "all"]
     share = holdout if divided else None
@@ -142,14 +143,14 @@ def _find(data: str) -> dict[str, list[str]]:
     elif data.startswith(STREAM) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", where) and not os.path.lexists(where):
         groups = _of_hub(where)
     else:
-        raise UserError(f"--data: {where} names no tar or parquet file; correct the path or the pattern")
+        raise UserError(f"--data: {shown(where)} names no tar or parquet file; correct the path or the pattern")
     for file in (file for group in groups.values() for file in group):
         if _ending(file) not in ENDINGS:
             raise UserError(f"--data: found {shown(file)} in the stream, expected files that end in .tar or .parquet")
     endings = {_ending(file) for group in groups.values() for file in group}
     if len(endings) > 1:
-        raise UserError(f"--data: {where} holds tar and parquet files; name those of one kind by a pattern")
-    splits = name_splits(groups, where)
+        raise UserError(f"--data: {shown(where)} holds tar and parquet files; name those of one kind by a pattern")
+    splits = name_splits(groups, shown(where))
     used = {file for group in splits.values() for file in group}
     if left := [file for file in files if file not in used]:  # the hub's further splits are no oversight
         found = f"{shown(left[0])} is of no split, unlike {shown(next(iter(used)))}"
@@ -166,11 +167,11 @@ def _without_braces(pattern: str) -> list[str]:
         if numbers:
             first, last = map(int, numbers.groups())
             if len(found) * (last - first + 1) > MOST_FILES:
-                raise UserError(f"--data: {pattern} names more than {MOST_FILES} files; use longer ones")
+                raise UserError(f"--data: {shown(pattern)[:500]} names more than {MOST_FILES} files; use longer ones")
             words = [str(n).zfill(len(numbers[1])) for n in range(first, last + 1)]
         if not words or len(found) * len(words) > MOST_FILES:
             expected = f"{{0000..0127}} or {{one,other}}, and at most {MOST_FILES} files"
-            raise UserError(f"--data: found {match[0][:80]} in {pattern[:500]}, expected {expected}")
+            raise UserError(f"--data: found {shown(match[0])[:80]} in {shown(pattern)[:500]}, expected {expected}")
         found = [start + rest[: match.start()] + word for start in found for word in words]
         rest = rest[match.end() :]
     return [start + rest for start in found]

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # pyright: ignore[reportAttributeAccessIssue]
 
+from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.captions import as_caption
 from vqgen.tokenizer.data.options import MAX_CAPTION, SUFFIXES
 
 from .records import MAX_IMAGE, Record, as_label
-from .transport import opened, shown
+from .transport import opened
 
 MAX_HEADER = 2**20
 """Largest header that extends another (long names and the like), in bytes."""

@@ -2,15 +2,16 @@
 
 import io
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.request import Request, urlopen
 
+from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.files import open_regular
+from vqgen.tokenizer.data.loader import pause
 
 T = TypeVar("T")
 
@@ -22,11 +23,6 @@ SILENCE = 60.0
 """Seconds without a byte after which an HTTP connection counts as broken."""
 _BUFFER = 2**20  # bytes that are read at once
 _PERMANENT = {400, 401, 403, 404, 405, 410, 416, 451}  # answers of HTTP that a second try does not change
-
-
-def shown(url: str) -> str:
-    """A URL without its query, which may hold a secret."""
-    return url.split("?")[0] if "://" in url else url
 
 
 @contextmanager
@@ -126,11 +122,11 @@ class _Remote(io.RawIOBase):
         errors, advice, last = self._errors(), "check the address", Exception()
         for attempt in range(TRIES):
             if attempt:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+                pause(PAUSE * 2 ** (attempt - 1))
             try:
                 self._connect()
                 return act()
-            except (ImportError, ValueError) as error:  # a scheme that fsspec does not know, or lacks a library for
+            except (ImportError, ValueError, InvalidURL) as error:  # or a scheme that fsspec has no library for
                 reason, last = "cannot be opened", error
                 break
             except errors as error:
@@ -141,7 +137,9 @@ class _Remote(io.RawIOBase):
         else:
             reason = f"cannot be read after {TRIES} tries in {PAUSE * (2 ** (TRIES - 1) - 1):.0f} s"
             advice = "check the network and the server, then give the same command again"
-        found = f"{type(last).__name__}: {' '.join(str(last).split())[:150]}"
+        query = self.url.partition("?")[2]
+        text = str(last).replace(query, "…") if query else str(last)
+        found = f"{type(last).__name__}: {' '.join(text.split())[:150]}"
         raise UserError(f"--data: {shown(self.url)} {reason} ({found}); {advice}") from last
 
     def _errors(self) -> tuple[type[Exception], ...]:
