@@ -96,6 +96,11 @@ def test_splits_by_name(tmp_path: Path) -> None:
     assert all(len(list(shards.read(shards.files))) == 6 for shards in found.values())
 
 
+@pytest.mark.parametrize("data", ["a.tar.gz", "s/*.tgz", "stream:s/a-{0..3}.tar.zst", "https://host/a.TAR.GZ?token=1"])
+def test_compressed_tars_are_refused(data: str) -> None:
+    assert is_stream(data) and "compressed" in error(lambda: open_shards(data, 0.2))
+
+
 def test_a_missing_file_of_a_range_is_named(tars: Path, tmp_path: Path) -> None:
     assert "shard-0004.tar" in error(lambda: open_shards(f"{tars}/shard-{{0002..0005}}.tar", 0.2))
     write_tars(tmp_path, 1, 3)

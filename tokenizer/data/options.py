@@ -27,10 +27,17 @@ STREAM = "stream:"
 """What a --data begins with that is read as a stream, and does not show it."""
 
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+"""Endings of tar files that are not read."""
+
+
 def is_stream(data: str) -> bool:
-    """Whether --data names shards that are read one after another: URLs, tar files, parquet by a pattern, `stream:`."""
+    """Whether --data names shards that are read one after another: URLs, tar files, parquet by a pattern, `stream:`.
+
+    Compressed tar files are among them, though they are refused there.
+    """
     pattern = data.lower().endswith(".parquet") and bool(re.search(r"[*?\[{]", data)) and not os.path.exists(data)
-    return data.startswith(STREAM) or "://" in data or data.lower().endswith(".tar") or pattern
+    return data.startswith(STREAM) or "://" in data or data.lower().endswith((".tar", *COMPRESSED)) or pattern
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vqgen.config import shown
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
 from vqgen.tokenizer.data.loader import background
-from vqgen.tokenizer.data.options import STREAM, Split
+from vqgen.tokenizer.data.options import COMPRESSED, STREAM, Split
 from vqgen.tokenizer.data.sources import name_splits
 from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
 
@@ -134,6 +134,9 @@ def _find(data: str) -> dict[str, list[str]]:
     """The files of a stream by split, or of "all"."""
     where = data.removeprefix(STREAM)
     patterns = _without_braces(where)
+    for name in patterns:
+        if shown(name).lower().endswith(COMPRESSED):
+            raise UserError(f"--data: {shown(name)} is compressed, and such tar files are not read; decompress them")
     for name in patterns if patterns != [where] else ():  # a list of names, all of which are meant
         if not ("://" in name or re.search(r"[*?\[]", name) or os.path.isfile(os.path.expanduser(name))):
             raise UserError(f"--data: {name} of {where} is no regular file; restore it, or correct the range")
