@@ -112,7 +112,28 @@ def test_other_files_do_not_continue_a_folder(
     shutil.copytree(whole, tmp_path / "out")
     write_tar(tmp_path / "tars" / "shard-0001.tar", sample("new", garments(1)[0]))
     ended = cli(main, *words(f"stream:{tmp_path / 'tars'}", tokenizer, tmp_path / "out", *VIEWS))
-    assert ended.code == 1 and "--data" in ended.err
+    assert ended.code == 1 and "--data" in ended.err and "shard-0001.tar" in ended.err
+
+
+def test_a_repaired_file_continues_a_folder(tars: Path, tokenizer: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(tars, tmp_path / "tars")
+    damaged, first = tmp_path / "tars" / "shard-0002.tar", tmp_path / "tars" / "shard-0000.tar"
+    damaged.write_bytes(damaged.read_bytes()[:20_000])
+    command = words(f"stream:{tmp_path / 'tars'}", tokenizer, tmp_path / "out", *VIEWS)
+
+    def again() -> Any:
+        return start(TOKENIZE, *command, environ=ONE_THREAD).wait()
+
+    ended = again()
+    assert ended.code == 1 and damaged.name in ended.err and (tmp_path / "out" / "codes-00000.safetensors").exists()
+    shutil.copy(tars / damaged.name, damaged)
+    with open(first, "ab") as file:
+        file.write(bytes(512))
+    ended = again()
+    assert ended.code == 1 and first.name in ended.err and "--data" in ended.err, "its codes are there"
+    shutil.copy(tars / first.name, first)
+    again().ok()
+    assert content(tmp_path / "out") == content(whole)
 
 
 def test_splits_by_name_and_broken_images(tokenizer: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

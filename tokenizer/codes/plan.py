@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from vqgen.config import values_of
+from vqgen.config import shown, values_of
 from vqgen.devices import find_device, on_main, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
@@ -35,6 +35,7 @@ CONFIG = "config.yaml"
 # A copy of the tokenizer, so that the folder is all that training a prior needs.
 TOKENIZER = "tokenizer"
 _TEST = "data_test"  # fingerprint of the test images; plans of version 0.1 have none
+_SIZES = "sizes"  # of the files of a stream, by shard
 # Files of a folder but for the plan, in order of removal: without its manifest it is not complete.
 _OWN = (r"manifest\.json", r"codes-[0-9]{5,}\.safetensors", rf"{TOKENIZER}/(vqgen\.json|model\.safetensors)")
 _OWN += (r"config\.yaml",)
@@ -71,8 +72,13 @@ def shard_ranges(counts: dict[Split, int], views: int, size: int) -> list[ShardR
     ]
 
 
-def open_streams(data: str, config: TokenizeConfig) -> tuple[dict[Split, StreamImages], list[ShardRange]]:
-    """Open the splits of a stream; each of its files becomes one shard for each split that it has images of."""
+def open_streams(
+    data: str, config: TokenizeConfig
+) -> tuple[dict[Split, StreamImages], list[ShardRange], list[int | None]]:
+    """Open the splits of a stream; each of its files becomes one shard for each split that it has images of.
+
+    Also returns the bytes of the file of each shard, None where its server does not say.
+    """
     if config.source_data is not None:
         raise UsageError("--source-data: a stream has no index to find partners by; give a folder or a table as --data")
     if config.shard_size != TokenizeConfig.shard_size:
@@ -88,7 +94,7 @@ def open_streams(data: str, config: TokenizeConfig) -> tuple[dict[Split, StreamI
         for file in each.files:
             views = config.views if split == "train" else 1
             found[split, file] = ShardRange(next(number), split, 0, 0, views, file)
-    return streams, list(found.values())
+    return streams, list(found.values()), [sizes[shard.file] for shard in found.values()]
 
 
 @dataclass
@@ -105,6 +111,8 @@ class Job:
     degradations: list[Degradation] = field(default_factory=list)
     """Of the source images; empty where there are none, or they are paired."""
     pairs: Pairs | None = None
+    sizes: list[int | None] = field(default_factory=list)
+    """Of a stream: the bytes of the file of each shard."""
 
     @property
     def streams(self) -> dict[Split, StreamImages]:
@@ -136,8 +144,7 @@ class Job:
     @property
     def data_fingerprint(self) -> str:
         """Fingerprint of the training and held-out images."""
-        fingerprints = self.datasets["train"].fingerprint + self.datasets["heldout"].fingerprint
-        return hashlib.sha256(fingerprints.encode()).hexdigest()
+        return _joined({split: each.fingerprint for split, each in self.datasets.items()})
 
     def source_record(self) -> SourceRecord | None:
         """What the source codes are; None where there are none."""
@@ -152,12 +159,21 @@ class Job:
         given = _PAIRED if self.pairs else {"source"} if self.degradations else set[str]()
         left_out = _OPERATIONAL | (_PAIRED | {"source"}) - given
         values = {k: v for k, v in values_of(self.config).items() if k not in left_out}
-        values |= {"precision": self.precision, "tokenizer": self.tokenizer.fingerprint, "data": self.data_fingerprint}
+        marks = {split: each.fingerprint for split, each in self.indexed.items()}
+        marks |= {split: each.shards.fingerprint({}) for split, each in self.streams.items()}  # see `check_sizes`
+        values |= {"precision": self.precision, "tokenizer": self.tokenizer.fingerprint, "data": _joined(marks)}
         if self.pairs:
             values["source_data"] = self.pairs.fingerprint
-        if "test" in self.datasets:
-            values[_TEST] = self.datasets["test"].fingerprint
+        if "test" in marks:
+            values[_TEST] = marks["test"]
+        if self.sizes:
+            values[_SIZES] = self.sizes
         return values
+
+
+def _joined(marks: dict[Split, str]) -> str:
+    """Fingerprint of the training and held-out images from that of each split."""
+    return hashlib.sha256((marks["train"] + marks["heldout"]).encode()).hexdigest()
 
 
 def _with_image_size(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeConfig:
@@ -183,8 +199,8 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     degradations = parse_degradations(config.source) if config.source else []
     check_channels(degradations, tokenizer.config.channels)
     if is_stream(data):
-        streams, shards = open_streams(data, config)
-        return Job(config, tokenizer, device, precision, streams, shards, degradations)
+        streams, shards, sizes = open_streams(data, config)
+        return Job(config, tokenizer, device, precision, streams, shards, degradations, sizes=sizes)
     # Decoded images are cached only where they are read again.
     once = dataclasses.replace(config.images, cache_mb=0)
     often = config.images if config.views > 1 else once
@@ -229,7 +245,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         return
     before = read_json(folder / PLAN)
     # Options first: one of them may be why the fingerprint of the data is another.
-    for name in sorted(plan.keys() | before.keys(), key=lambda name: (name in ("data", _TEST), name)):
+    for name in sorted((plan.keys() | before.keys()) - {_SIZES}, key=lambda name: (name in ("data", _TEST), name)):
         old, new = (
             value[:12] if isinstance(value, str) and len(value) == 64 else value  # a fingerprint by its first digits
             for value in (before.get(name), plan.get(name))
@@ -240,6 +256,26 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
                 "give the same options to finish it, --overwrite to start anew, or another --output"
             )
     output.remove_leftovers()
+
+
+def check_sizes(job: Job) -> None:
+    """Raise `UserError` where a file of a stream has another size than when its codes were written.
+
+    A file without codes may change, as one that was damaged is replaced: the plan gets its size.
+    """
+    path = job.config.output / PLAN
+    before = read_json(path).get(_SIZES, [])
+    if before == job.sizes:
+        return
+    before = before if isinstance(before, list) and len(before) == len(job.sizes) else ["unknown"] * len(job.sizes)
+    written = {shard.file for shard in job.shards if job.path(shard).exists()}
+    for shard, old, new in zip(job.shards, before, job.sizes):
+        if old != new and shard.file in written:
+            raise UserError(
+                f"--data: {job.config.output} has codes of {shown(shard.file)} when its bytes were {old}, now {new}: "
+                "restore it, or give --overwrite to start anew, or another --output"
+            )
+    write_json(path, job.plan())
 
 
 def reopen(folder: Path) -> None:

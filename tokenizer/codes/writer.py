@@ -46,7 +46,7 @@ from .format import (
     verify_checksums,
     write_shard,
 )
-from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, reopen
+from .plan import CONFIG, TOKENIZER, Job, ShardRange, begin, build_job, check_sizes, reopen
 from .reading import read_views
 
 # Batches decoded in advance, and unfinished ones on a CUDA device: they keep it busy and bound pinned memory.
@@ -144,6 +144,8 @@ def _prepare(job: Job) -> None:
     """Open the output folder for this plan: new, begun or finished. Raises `UserError` where it is another's."""
     output = job.config.output
     begin(output, job.plan(), job.config.overwrite)
+    if job.streams:
+        check_sizes(job)
     if not (output / CONFIG).exists():
         save(dataclasses.replace(job.config, overwrite=False), output / CONFIG)
     present = [shard for shard in job.shards if job.path(shard).exists()]

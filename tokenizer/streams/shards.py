@@ -99,8 +99,8 @@ class Shards:
                     yield each, number, place
 
     def fingerprint(self, sizes: Mapping[str, int | None]) -> str:
-        """SHA-256 over split, names and `sizes` of the files."""
-        listing = [f"{name}\t{sizes[file]}" for name, file in zip(self.names, self.files)]
+        """SHA-256 over split, names and, where they are given, `sizes` of the files."""
+        listing = [f"{name}\t{sizes.get(file)}" for name, file in zip(self.names, self.files)]
         text = json.dumps([self.split, self.holdout, self.text_column, *listing])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
