@@ -159,7 +159,7 @@ class Job:
         given = _PAIRED if self.pairs else {"source"} if self.degradations else set[str]()
         left_out = _OPERATIONAL | (_PAIRED | {"source"}) - given
         values = {k: v for k, v in values_of(self.config).items() if k not in left_out}
-        marks = {split: each.fingerprint for split, each in self.indexed.items()}
+        marks: dict[Split, str] = {split: each.fingerprint for split, each in self.indexed.items()}
         marks |= {split: each.shards.fingerprint({}) for split, each in self.streams.items()}  # see `check_sizes`
         values |= {"precision": self.precision, "tokenizer": self.tokenizer.fingerprint, "data": _joined(marks)}
         if self.pairs:
