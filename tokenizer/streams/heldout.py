@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from vqgen.config import shown
 from vqgen.devices import on_main
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
@@ -34,7 +35,7 @@ def read_heldout(shards: Shards, config: ImageConfig, count: int) -> ImageDatase
 
 def _records(shards: Shards, count: int) -> list[Record]:
     """The first held-out images of several files in a fixed order."""
-    files = sorted(shards.files, key=lambda file: hash64("heldout", file.rpartition("/")[2]))
+    files = sorted(shards.files, key=lambda file: hash64("heldout", shown(file).rpartition("/")[2]))
     share, found = math.ceil(count / min(FILES, len(files))), list[Record]()
     for file in files:
         most = min(share, count - len(found))
