@@ -531,6 +531,21 @@ def test_two_processes_and_then_one(tars: Path, tmp_path: Path) -> None:
     assert "new epoch" in ended.err and max(row["step"] for row in rows(tmp_path / "run")) == 16
 
 
+def test_a_run_whose_server_stays_away_is_saved(tars: Path, tmp_path: Path, cli: Any, impatient: None) -> None:
+    failing = False
+    with serving(tars, drop=lambda n: 0 if failing and n > 8 else None) as server:
+        words = ["--data", f"{server.url}/shard-{{0000..0003}}.tar", *WORDS, "--checkpoint-every", 1000, "--output"]
+        assert cli(main, *words, tmp_path / "whole").code == 0
+        server.requests.clear()
+        failing = True
+        ended = cli(main, *words, tmp_path / "run")
+        assert ended.code == 1 and "shard-" in ended.err.splitlines()[-1] and "Traceback" not in ended.err
+        (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+        failing = False
+        assert cli(main, *words, tmp_path / "run").code == 0
+    assert int(saved.name.partition("-")[2]) > 0 and weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def test_another_token_resumes_a_run(tars: Path, tmp_path: Path, cli: Any) -> None:
     with serving(tars) as server:
 

@@ -11,3 +11,7 @@ class UsageError(UserError):
     """A wrong option or configuration key; exit code 2."""
 
     exit_code = 2
+
+
+class DataError(UserError):
+    """Training data that cannot be read any more, found before a step computed anything: what is done can be saved."""

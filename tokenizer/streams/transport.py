@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.request import Request, urlopen
 
 from vqgen.config import shown
-from vqgen.errors import UserError
+from vqgen.errors import DataError, UserError
 from vqgen.files import open_regular
 from vqgen.tokenizer.data.loader import pause
 
@@ -140,7 +140,7 @@ class _Remote(io.RawIOBase):
         query = self.url.partition("?")[2]
         text = str(last).replace(query, "…") if query else str(last)
         found = f"{type(last).__name__}: {' '.join(text.split())[:150]}"
-        raise UserError(f"--data: {shown(self.url)} {reason} ({found}); {advice}") from last
+        raise DataError(f"--data: {shown(self.url)} {reason} ({found}); {advice}") from last
 
     def _errors(self) -> tuple[type[Exception], ...]:
         """What a connection raises."""

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from vqgen.devices import describe, keep_memory, on_main, peak_memory, precision_of, processes
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import DataError, UsageError, UserError
 from vqgen.files import is_file, read_record, write_json, write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
@@ -203,7 +203,7 @@ class Run:
         """Train to the last step: resume, step, log, validate, save checkpoints; then write the model folder.
 
         On SIGTERM or SIGINT the current step is completed, a checkpoint saved, and the process ends with 128 + the
-        signal's number. A step that raises is never saved.
+        signal's number. A step that raises is never saved; those before are where its data cannot be read.
         """
         keep_memory(self.device)
         on_main(lambda: prepare_folder(self.folder, self.config, self.overwrite))
@@ -251,7 +251,14 @@ class Run:
             while self.done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, self.done, self.accelerator.process_index))
                 start = time.perf_counter()
-                for name, value in trainer.step(self.done).items():
+                try:
+                    scalars = trainer.step(self.done)
+                except DataError:
+                    if self.accelerator.num_processes == 1 and self.done % settings.checkpoint_every:
+                        self.finite.check()
+                        self.checkpoint(trainer)
+                    raise
+                for name, value in scalars.items():
                     total, count = sums.get(name, (0.0, 0))
                     sums[name] = (value + total, count + 1)
                 self.done = done = self.done + 1
