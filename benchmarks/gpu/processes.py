@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .parts import Setup
-from .training import codes, intervals
+from .training import options_of_prior
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -24,15 +24,7 @@ def two(setup: Setup) -> dict[str, Any]:
     """Rates, and whether the losses are those of one process but for the order of sums."""
     if not setup.tiny and torch.cuda.device_count() < 2:
         return {"not_run": f"{torch.cuda.device_count()} CUDA device, two are needed"}
-    size = ["--dim", 32, "--layers", 1, "--heads", 2] if setup.tiny else ["--dim", 768, "--layers", 12, "--heads", 12]
-    words = [
-        "--codes",
-        codes(setup),
-        *size,
-        "--batch-size",
-        8 if setup.tiny else 256,
-        *intervals(4 if setup.tiny else 40),
-    ]
+    words = options_of_prior(setup, 40)
     words += ["--dropout", 0, "--label-dropout", 0, "--preview-images", 0, "--precision", "fp32", "--no-compile"]
     losses: dict[str, list[float]] = {}
     for name, count, environ in (("one", 1, {}), ("ddp", 2, {}), ("fsdp", 2, FSDP)):
