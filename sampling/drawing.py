@@ -120,16 +120,16 @@ class Drawer:
         rows, columns = source.about.grid if source else self.tokenizer.grid
         return rows * self.tokenizer.factor, columns * self.tokenizer.factor
 
-    @property
-    def keep(self) -> Keep | None:
+    def keep(self, degraded_by: Sequence[str] | None = None) -> Keep | None:
         """How drawn images get what their sources show as it was; None where that is nothing, or of another size."""
         source = self.conditioning.paired_source
-        return source.keep if source and self.source_size == tuple(self.tokenizer.config.image_size) else None
+        equal = self.source_size == tuple(self.tokenizer.config.image_size)
+        return source.keep(degraded_by) if source and equal else None
 
-    def sources(self, images: Tensor, paste: bool = True) -> Sources:
+    def sources(self, images: Tensor, paste: bool = True, degraded_by: Sequence[str] | None = None) -> Sources:
         """Encode images uint8 (C, H, W) or (B, C, H, W) to make others from. Raises `UsageError`; see `translate`."""
         self.check_translation()
-        codes, keep = self.encode(images, self.source_size), self.keep if paste else None
+        codes, keep = self.encode(images, self.source_size), self.keep(degraded_by) if paste else None
         images = images[None] if images.ndim == 3 else images
         return Sources(codes, keep, self.fitted(images).cpu() if keep and len(images) else None)
 

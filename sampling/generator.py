@@ -192,6 +192,7 @@ class Generator(Inpainter):
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
         paste: bool = True,
+        degraded_by: Sequence[str] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images of which `images` are the sources: restored, or in the other style, as the prior has learned.
@@ -205,9 +206,11 @@ class Generator(Inpainter):
             conditions: as in `sample`, but by default none.
             paste: keep what sources show as it was, the luma of grey ones and the coarse structure of smaller ones,
                 where the prior was trained on such; else all of an image is decoded from codes.
+            degraded_by: how the sources were degraded, as ["grey"], which says what to keep where the prior was
+                trained on several degradations.
             settings: those of `SamplingSettings`, as `source_guidance_scale=1.5`.
         """
-        sources = self.sources(images, paste)
+        sources = self.sources(images, paste, degraded_by)
         chosen = self._conditions(classes, {**(conditions or {}), "source": sources.codes}, absent=True)
         indices = range(len(sources) if n is None else n)
         drawn = self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
-from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
+from vqgen.tokenizer.codes.degrade import Degradations, degrade, parse_degradations, source_seed
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.sources import SUFFIXES
 
@@ -116,10 +116,10 @@ def chosen_sources(config: SampleConfig, generator: Generator) -> SourceImages |
     if not config.source_image:
         return None
     generator.check_translation()
-    chain = parse_degradations(config.source) if config.source is not None else []
+    degradations = Degradations() if config.source is None else parse_degradations(config.source)
     paths, channels = image_files(config.source_image, "--source-image"), generator.tokenizer.config.channels
     size, images = generator.source_size, []
     for number, path in enumerate(paths):
         image = generator.fitted(read_image(path, channels, "--source-image")[None], size)
-        images.append(degrade(image, chain, [source_seed(config.seed, number)]))
-    return SourceImages(paths, generator.sources(torch.cat(images), config.paste))
+        images.append(degrade(image, degradations, [source_seed(config.seed, number)]))
+    return SourceImages(paths, generator.sources(torch.cat(images), config.paste, config.source))

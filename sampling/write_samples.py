@@ -177,7 +177,7 @@ class Series:
             about["source_images"] = [str(path) for path in self.sources.paths]
             if config.source:
                 about["degradations"] = config.source
-            if generator.keep:
+            if generator.keep(config.source):
                 about["paste"] = config.paste
                 about["source_fingerprint"] = self.sources.read.fingerprint
         if generator.device.type == "cuda":

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from vqgen.errors import UsageError
-from vqgen.tokenizer.codes.degrade import DEGRADATIONS, MOST, degrade, keep_of, parse_degradations
+from vqgen.tokenizer.codes.degrade import (
+    DEGRADATIONS,
+    MOST,
+    alternatives,
+    degrade,
+    keep_of,
+    parse_degradations,
+    source_seed,
+)
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import DEMO
@@ -63,7 +71,7 @@ def test_an_image_and_its_seed_decide_all(garments: Tensor, spec: str) -> None:
     last = garments.contiguous(memory_format=torch.channels_last)
     assert torch.equal(degrade(last, chain, seeds), whole)
     same = torch.equal(degrade(garments, chain, [seed + 1 for seed in seeds]), whole)
-    assert same is not chain[0].random
+    assert same is not chain.random
 
 
 def test_the_seed_of_an_image_gives_it_the_same_result_in_every_release() -> None:
@@ -165,7 +173,7 @@ def test_other_specifications_are_one_line(spec: str) -> None:
 
 
 def test_chains_are_bounded() -> None:
-    assert len(parse_degradations(["noise:0.5"] * MOST)) == MOST
+    assert len(parse_degradations(["noise:0.5"] * MOST).each) == MOST
     for specs in ([], ["grey"] * (MOST + 1)):
         with pytest.raises(UsageError, match="--source"):
             parse_degradations(specs)
@@ -220,3 +228,24 @@ def test_only_a_degradation_that_leaves_something_as_it_was_gives_it_back() -> N
     assert [spec for spec in EVERY if keep_of([spec])] == ["downscale:4", "grey"]
     for chain in ([], ["downscale:2", "grey"], ["grey", "jpeg:10"], ["sepia"], ["downscale:2-4"]):
         assert keep_of(chain) is None
+
+
+def test_each_image_gets_one_of_the_alternatives(garments: Tensor) -> None:
+    """Which one its seed decides; each is about as likely."""
+    specs = ["grey", "or", "blur:1", "jpeg:10", "or", "noise:0.2"]
+    images = garments.repeat(20, 1, 1, 1)
+    seeds = [source_seed(0, place) for place in range(len(images))]
+    found = degrade(images, parse_degradations(specs), seeds)
+    chains = [degrade(images, parse_degradations(chain), seeds) for chain in alternatives(specs)]
+    equal = torch.stack([(found == each).flatten(1).all(1) for each in chains])
+    assert (equal.sum(0) == 1).all() and equal.float().mean(1).min() > 0.2
+    assert parse_degradations(specs).random and not parse_degradations(["grey"]).random
+    assert torch.equal(found[5], degrade(images[5:6], parse_degradations(specs), seeds[5:6])[0])
+
+
+def test_chains_that_are_empty_or_too_many_are_refused() -> None:
+    for given in ("or", "grey or", "or grey", "grey or or edges", "grey" + 8 * " or edges"):
+        with pytest.raises(UsageError, match="--source"):
+            parse_degradations(given.split())
+    assert len(parse_degradations(["grey", *["or", "edges"] * 7]).chains) == 8
+    assert keep_of(["grey", "or", "downscale:4"]) is None

@@ -1,5 +1,6 @@
 """vqgen-app in headless Chromium, and its API: the server is a process of its own, the models are small and random."""
 
+import base64
 import io
 import json
 import os
@@ -334,6 +335,12 @@ def test_a_drawn_image_is_taken_on_to_the_editor(visit: Visit) -> None:
     visit.status("^1 of 1 image")
 
 
+def is_grey(url: str | None) -> bool:
+    """Whether the image in a data URL has no colour."""
+    image = decode(base64.b64decode((url or "").partition(",")[2]), 3)
+    return bool((image == image[:1]).all())
+
+
 def test_translate_and_compare(visit: Visit, photo: bytes) -> None:
     visit.tab("Translate")
     visit.upload("photo.png", photo)
@@ -356,6 +363,13 @@ def test_translate_and_compare(visit: Visit, photo: bytes) -> None:
     visit.page.locator(".pictures:visible .thumbnail-lg").nth(1).click()
     playwright.expect(after).not_to_have_attribute("src", shown)
     playwright.expect(visit.page.locator("before-after input")).to_be_visible()
+    before = visit.page.locator("before-after .before")
+    assert not is_grey(before.get_attribute("src"))
+    shown = before.get_attribute("src")
+    visit.choose("Degrade the image first", "grey")
+    visit.press("Translate")
+    playwright.expect(before).not_to_have_attribute("src", shown, timeout=PATIENCE)
+    assert is_grey(before.get_attribute("src"))
 
 
 def test_reconstruct_and_codebook(visit: Visit, photo: bytes) -> None:
@@ -476,7 +490,7 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
         assert size == ((24, 16) if values["way"] == "extend" else (16, 16))
     with pytest.raises(gradio_client.exceptions.AppError, match="Plain was not trained to fill in"):
         client.predict(model="plain", image=image, way="extend", api_name="/edit")
-    assert len(client.predict(model="restores", image=image, degraded=True, n=1, api_name="/translate")[0]) == 1
+    assert len(client.predict(model="restores", image=image, degraded="grey", n=1, api_name="/translate")[0]) == 1
     numbers = client.predict(model="fills", image=image, api_name="/reconstruct")[3]
     assert sum(map(sum, numbers["bits_of_codes"])) == pytest.approx(numbers["bits"]) and len(numbers["codes"]) == 8
     assert Path(client.predict(model="fills", first=0, api_name="/codebook")).is_file()

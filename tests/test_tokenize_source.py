@@ -66,6 +66,7 @@ def make(tokenizer: Path, images: Path) -> Make:
     return config
 
 
+RANDOM = ["downscale:2", "noise:0.05-0.4", "or", "jpeg:5-20"]
 AUGMENTED: dict[str, Any] = {"views": 3, "flip": True, "random_crop": 0.25}
 
 
@@ -85,13 +86,13 @@ def agreement(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def degraded(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("degraded") / "codes"
-    tokenize(make(folder, source=["downscale:2", "noise:0.05-0.4"], **AUGMENTED))
+    tokenize(make(folder, source=RANDOM, **AUGMENTED))
     return folder
 
 
 def test_source_codes_are_those_of_the_degraded_view(make: Make, degraded: Path, tokenizer: Path, images: Path) -> None:
     model = Tokenizer.load(tokenizer)
-    chain = parse_degradations(["downscale:2", "noise:0.05-0.4"])
+    chain = parse_degradations(RANDOM)
     config = make(degraded, **AUGMENTED)
     for split in ("train", "heldout"):
         files = CodeFiles(degraded, split)
@@ -105,7 +106,7 @@ def test_source_codes_are_those_of_the_degraded_view(make: Make, degraded: Path,
             assert agreement(files.gather_source(indices, [view] * len(files)), model.encode(worse)) > 0.999
             assert agreement(model.encode(plain), model.encode(worse)) < 0.9
     record = CodeFiles(degraded, "train").source
-    assert record is not None and record.degradations == ["downscale:2", "noise:0.05-0.4"]
+    assert record is not None and record.degradations == RANDOM
     assert record.kind == "degraded" and record.data_fingerprint == files.data_fingerprint and record.grid == [8, 8]
 
 
@@ -122,7 +123,7 @@ def test_the_codes_of_the_images_are_those_without_a_source(make: Make, degraded
 
 
 def test_killed_and_resumed_by_two_processes_it_has_the_same_bytes(make: Make, degraded: Path, tmp_path: Path) -> None:
-    config = make(tmp_path / "codes", source=["downscale:2", "noise:0.05-0.4"], **AUGMENTED)
+    config = make(tmp_path / "codes", source=RANDOM, **AUGMENTED)
     for name in (shard_name(2), MANIFEST):
         command = [sys.executable, "-c", DIE, name, "SIGKILL", *words(config)]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
@@ -140,7 +141,7 @@ def test_each_process_degrades_its_own_shards(
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
     with pytest.raises(UserError, match="manifest"):  # nobody writes the even ones here
-        tokenize(make(tmp_path / "codes", source=["downscale:2", "noise:0.05-0.4"], **AUGMENTED))
+        tokenize(make(tmp_path / "codes", source=RANDOM, **AUGMENTED))
     written = {name: data for name, data in content(tmp_path / "codes").items() if name.startswith("codes-")}
     assert sorted(written) == [shard_name(number) for number in (1, 3, 5)]
     assert written.items() <= content(degraded).items()

@@ -311,6 +311,21 @@ def test_nothing_is_kept_of_other_sources(cli, tmp_path: Path, about: SourceReco
     assert "paste" not in json.loads((tmp_path / "out" / "samples.json").read_text())
 
 
+def test_of_several_degradations_it_is_said_which_leaves_something(cli, tmp_path: Path) -> None:
+    about = SourceRecord("degraded", [2, 3], "d" * 64, ["noise:0.1", "or", "grey"])
+    model = model_with(tmp_path, [PairedSource(about, 0.1), Classes(3, NAMES)])
+    generator, images = Generator.load(model, "cpu", "fp32"), photos(1)
+    plain, kept = generator.translate(images), generator.translate(images, degraded_by=["grey"])
+    assert torch.equal(plain.images, generator.decode(plain.codes)) and torch.equal(plain.codes, kept.codes)
+    assert (luma(kept.images) - luma(images)).abs().max() <= 0.51 < (luma(plain.images) - luma(images)).abs().max()
+    assert torch.equal(generator.translate(images, degraded_by=["downscale:4"]).images, plain.images)
+    write_png_atomic(tmp_path / "a.png", images[0])
+    words = ["--model", model, "--device", "cpu", "--source-image", tmp_path / "a.png", "--output", tmp_path / "out"]
+    assert cli(program.main, *words, "--source", "grey").code == 0
+    found = decode((tmp_path / "out" / "translated" / "a.png").read_bytes(), 3)
+    assert (luma(found[None]) - luma(images)).abs().max() <= 1.51  # that of an image which was made grey and rounded
+
+
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "source_guidance_scale": 3.0}, {"oversample": 1.25}])
 def test_a_translation_depends_on_no_batch_and_no_number_of_threads(generator: Generator, settings: dict) -> None:
     images, threads = photos(5), torch.get_num_threads()

@@ -40,8 +40,8 @@ class TokenizeConfig(Options):
     """Grids of codes per training image: one of the image as it is, further ones of augmented copies."""
     source: list[str] | None = None
     """Store the codes of each image degraded, too, to learn restoring it: downscale:FACTOR, noise:SIGMA (of the range
-    from 0 to 1), grey, blur:SIGMA (pixels), jpeg:QUALITY, edges. Several are applied in order. noise:0.05-0.4 draws the
-    strength for each image and view."""
+    from 0 to 1), grey, blur:SIGMA (pixels), jpeg:QUALITY, edges. Several are applied in order; after "or" begins
+    another chain, and each image and view gets one. noise:0.05-0.4 draws the strength for each image and view."""
     source_data: str | None = None
     """Store the codes of each image's partner in this data, too, to learn turning one into the other."""
     pair_by: str = "name"
@@ -83,7 +83,7 @@ class TokenizeConfig(Options):
             return self.source_data is not None
         from vqgen.tokenizer.codes.degrade import parse_degradations
 
-        return any(degradation.random for degradation in parse_degradations(self.source))
+        return parse_degradations(self.source).random
 
 
 def run(config: TokenizeConfig) -> None:

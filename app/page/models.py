@@ -10,6 +10,7 @@ from typing import Any
 from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.tokenizer.codes.degrade import alternatives
 
 KEPT = 3
 """Models that stay in memory."""
@@ -43,11 +44,17 @@ def find_models(folder: Path | None) -> dict[str, Path]:
     return found | {name if name not in found else f"{name} (package)": path for name, path in SHIPPED.items()}
 
 
+def chains_of(source: Any) -> list[list[str]]:
+    """The chains of degradations that a prior with this key `source` in its description was trained to undo."""
+    about = source if isinstance(source, dict) else {}
+    return [chain for chain in alternatives([str(spec) for spec in about.get("degradations") or []]) if chain]
+
+
 def task_of(source: Any) -> str:
     """What a prior with this key `source` in its description was trained to do, in words."""
-    about = source if isinstance(source, dict) else {}
-    chain = about.get("degradations") or []
-    return f"undo {', '.join(map(str, chain))}" if chain else str(about.get("description") or "translate")
+    if chains := chains_of(source):
+        return f"undo {' or '.join(map(', '.join, chains))}"
+    return str((isinstance(source, dict) and source.get("description")) or "translate")
 
 
 @dataclass(frozen=True)
@@ -106,10 +113,21 @@ class Models:
         return list(self.folders)
 
     @property
+    def sources(self) -> dict[str, Any]:
+        """Name -> what its description says of source images, of the models that were trained on them."""
+        about = {name: read_json(folder / DESCRIPTION) for name, folder in self.folders.items()}
+        return {name: each["source"] for name, each in about.items() if "source" in each}
+
+    @property
     def tasks(self) -> dict[str, str]:
         """What a model was trained to do with source images, with its name -> its name."""
-        about = {name: read_json(folder / DESCRIPTION) for name, folder in self.folders.items()}
-        return {f"{task_of(each['source'])} ({name})": name for name, each in about.items() if "source" in each}
+        return {f"{task_of(source)} ({name})": name for name, source in self.sources.items()}
+
+    @property
+    def degradations(self) -> list[str]:
+        """Every chain of degradations that one of the models was trained to undo, as `grey jpeg:10`."""
+        found = [" ".join(chain) for source in self.sources.values() for chain in chains_of(source)]
+        return list(dict.fromkeys(found))
 
     def load(self, name: str) -> Loaded:
         """The model of this name. Raises `UserError`, in which its folder has no path."""

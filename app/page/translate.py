@@ -16,6 +16,9 @@ from .uploads import as_url, png_url, read_upload
 
 NONE = "No model here was trained to translate; train one on codes of `vqgen-tokenize --source`, and start with it."
 
+NOT = ""
+"""The image is taken as it is."""
+
 
 def slider(before: str, after: str) -> str:
     """Two images behind a slider, see `page.js`."""
@@ -37,8 +40,9 @@ def add(page: Page) -> None:
                 info="In place of the model above.",
             )
             image = image_file()
-            worse = gr.Checkbox(
-                False,
+            worse = gr.Dropdown(
+                [("no", NOT), *[(each.replace(" ", ", "), each) for each in page.models.degradations]],
+                value=NOT,
                 label="Degrade the image first",
                 info="As in training: for an image that is not degraded already.",
             )
@@ -59,20 +63,23 @@ def add(page: Page) -> None:
         generator = loaded.generator
         generator.check_translation()
         upload = read_upload(values["image"], generator.tokenizer.config.channels, limits)
-        source = generator.fitted(upload[None], generator.source_size)
-        about = generator.conditioning.paired_source
-        if values["degraded"] and about is not None:
-            source = degrade(source, parse_degradations(about.about.degradations), [source_seed(values["seed"], 0)])
+        original = generator.fitted(upload[None], generator.source_size)
+        specs = values["degraded"].split()
         asked = {
             "n": values["n"],
             "seed": values["seed"],
             "class": [values["class_name"]] if values["class_name"] else None,
+            "source": specs or None,
         }
         with tempfile.TemporaryDirectory(dir=results.folder) as place:
-            path = Path(place, "source.png")
-            write_png_atomic(path, source[0])
+            path, shown = Path(place, "original.png"), Path(place, "source.png")
+            write_png_atomic(path, original[0])
             series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
-            for found in results.follow(series, page.jobs, session, {path.name: path}):
+            seeds = [source_seed(values["seed"], 0)]  # as `series` degrades it
+            source = degrade(original, parse_degradations(specs), seeds) if specs else original
+            write_png_atomic(shown, source[0])
+            files = {shown.name: shown, path.name: path} if specs else {shown.name: shown}
+            for found in results.follow(series, page.jobs, session, files):
                 yield [*found, png_url(source[0])]
 
     def compare(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData | None = None) -> str:

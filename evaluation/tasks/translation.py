@@ -13,7 +13,7 @@ from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
-from vqgen.tokenizer.codes.degrade import Degradation, degrade, parse_degradations, source_seed
+from vqgen.tokenizer.codes.degrade import Degradations, Keep, degrade, parse_degradations, source_seed
 from vqgen.tokenizer.codes.pairs import pair
 from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.sources import open_source
@@ -86,11 +86,12 @@ def measure_translation(config: TranslationConfig) -> Measurement:
     device, (_, world) = start_processes(config.device), rank_and_world()
     generator = Generator.load(config.model, device, config.precision)
     specs = degradations_of(config, generator)
-    chain = parse_degradations(specs) if specs else []
+    degradations = parse_degradations(specs) if specs else Degradations()
+    keep = generator.keep(specs) if config.paste else None
     perceptual = perceptual_of(config, device)
 
     def degraded(originals: Tensor, indices: Tensor) -> Tensor:
-        return degrade(originals, chain, [source_seed(config.seed, index) for index in indices.tolist()])
+        return degrade(originals, degradations, [source_seed(config.seed, index) for index in indices.tolist()])
 
     if config.source_data:
         images = PairedImages(config, generator)
@@ -110,10 +111,10 @@ def measure_translation(config: TranslationConfig) -> Measurement:
         {"images": len(truth)},
         {
             "nats": _likelihoods(config, generator, truth, sources),
-            **_pictures(config, generator, images, truth, sources, chain, source_of, perceptual),
+            **_pictures(config, generator, images, truth, sources, degradations, keep, source_of, perceptual),
         },
         environment(device, generator.precision, world),
-        {**details, "source_kept": config.paste and generator.keep is not None},
+        {**details, "source_kept": keep is not None},
     )
 
 
@@ -146,7 +147,8 @@ def _pictures(
     images: TaskImages,
     truth: Encoded,
     sources: Encoded,
-    chain: list[Degradation],
+    degradations: Degradations,
+    keep: Keep | None,
     source_of: Callable[[Tensor, Tensor], Tensor],
     perceptual: PerceptualDistance | None,
 ) -> dict[str, Any]:
@@ -159,15 +161,15 @@ def _pictures(
             given = conditions, config.sampling, config.seed, config.batch_size
             drawn[list(rows)] = generator.draw_codes(rows, *given, lambda tokens, bar=bar: bar.update(len(tokens)))[0]
         codes[name] = drawn
-    noise = [each for each in chain if each.name == "noise"]
+    noise = [each for each in degradations.each if each.name == "noise"] if len(degradations.chains) == 1 else []
     sigma = 255 * sum((each.low + each.high) ** 2 / 4 for each in noise) ** 0.5  # the middle of a range
     found: dict[str, Columns] = {}
     with progress(len(truth), "comparing", "img", rank == 0) as bar:
         for part, originals, indices in images.pixels(truth):
             shown = {name: generator.decode(of[part]) for name, of in codes.items()}
             shown["input"] = source_of(originals, indices)
-            if config.paste and generator.keep:
-                kept = {name: generator.keep(shown[name], shown["input"]) for name in codes}
+            if keep:
+                kept = {name: keep(shown[name], shown["input"]) for name in codes}
                 shown |= {"decoded": shown["translated"], **kept}
             if noise:
                 shown["non_local_means"] = non_local_means(shown["input"], sigma)

@@ -20,7 +20,9 @@ from vqgen.options import Range
 from vqgen.seeding import hash64
 
 MOST = 8
-"""Degradations in one chain."""
+"""Degradations in one chain, and chains."""
+OR = "or"
+"""Stands between chains of which each image gets one."""
 Keep = Callable[[Tensor, Tensor], Tensor]
 """Drawn images, and the degraded ones that they were drawn from -> the drawn ones with what these show as it was; all
 uint8 (B, C, H, W)."""
@@ -46,6 +48,33 @@ class Degradation:
         if kind.whole:
             strength = int(random.integers(int(self.low), int(self.high) + 1))
         return kind.apply(image, strength, random)
+
+
+@dataclass(frozen=True)
+class Degradations:
+    """Chains of degradations, of which each image gets one; without any, images stay as they are."""
+
+    chains: tuple[tuple[Degradation, ...], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.chains)
+
+    @property
+    def random(self) -> bool:
+        """Whether what an image gets differs by seed."""
+        return len(self.chains) > 1 or any(each.random for each in self.each)
+
+    @property
+    def each(self) -> list[Degradation]:
+        """Those of all chains."""
+        return [each for chain in self.chains for each in chain]
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Degrade one image, uint8 (C, H, W) -> uint8 (C, H, W), by one of the chains, each as likely as another."""
+        if self.chains:
+            for order, degradation in enumerate(self.chains[hash64("chain", seed) % len(self.chains)]):
+                image = degradation(image, hash64("degrade", seed, order))
+        return image
 
 
 @dataclass(frozen=True)
@@ -158,11 +187,27 @@ _NUMBER = r"\d{1,4}(?:\.\d{0,6})?"
 _SPEC = re.compile(rf"([a-z]+)(?::({_NUMBER})(?:-({_NUMBER}))?)?")
 
 
-def parse_degradations(specs: Sequence[str]) -> list[Degradation]:
-    """Parse a chain such as ["downscale:2", "noise:0.05-0.4"]. Raises `UsageError` naming --source."""
-    if not 0 < len(specs) <= MOST:
-        raise UsageError(f"--source: found {len(specs)} degradations, expected 1 to {MOST}")
-    return [_parse(spec) for spec in specs]
+def alternatives(specs: Sequence[str]) -> list[list[str]]:
+    """Divide what was given at each "or": ["grey", "or", "blur:2", "jpeg:10"] -> [["grey"], ["blur:2", "jpeg:10"]]."""
+    chains: list[list[str]] = [[]]
+    for spec in specs:
+        if spec == OR:
+            chains.append([])
+        else:
+            chains[-1].append(spec)
+    return chains
+
+
+def parse_degradations(specs: Sequence[str]) -> Degradations:
+    """Parse chains such as ["downscale:2", "noise:0.05-0.4", "or", "grey"]. Raises `UsageError` naming --source."""
+    chains = alternatives(specs)
+    for chain in chains:
+        if not 0 < len(chain) <= MOST:
+            place = " between two or" if len(chains) > 1 else ""
+            raise UsageError(f"--source: found {len(chain)} degradations{place}, expected 1 to {MOST}")
+    if len(chains) > MOST:
+        raise UsageError(f"--source: found {len(chains)} chains of degradations, expected 1 to {MOST}")
+    return Degradations(tuple(tuple(_parse(spec) for spec in chain) for chain in chains))
 
 
 def _parse(spec: str) -> Degradation:
@@ -190,7 +235,8 @@ def _parse(spec: str) -> Degradation:
 def keep_of(specs: Sequence[str]) -> Keep | None:
     """How drawn images get what a chain of degradations leaves of an image as it was; None where that is nothing.
 
-    A chain of several leaves nothing: each changes what another may leave. So does a strength that differs by image.
+    A chain of several leaves nothing: each changes what another may leave. So do a strength that differs by image, and
+    chains of which an image gets one.
     """
     if len(specs) != 1 or specs[0].partition(":")[0] not in DEGRADATIONS:
         return None
@@ -205,18 +251,18 @@ def source_seed(seed: int, image: object, view: int = 0) -> int:
     return hash64("source", seed, image, view)
 
 
-def check_channels(degradations: Sequence[Degradation], channels: int) -> None:
+def check_channels(degradations: Degradations, channels: int) -> None:
     """Raise `UsageError` where a degradation means nothing for images of that many channels."""
-    if channels != 3 and any(each.name == "grey" for each in degradations):
+    if channels != 3 and any(each.name == "grey" for each in degradations.each):
         raise UsageError(f"--source grey: the images have {channels} channel; leave it out, or take colour images")
 
 
-def degrade(images: Tensor, degradations: Sequence[Degradation], seeds: Sequence[int]) -> Tensor:
-    """Degrade each image by a chain, the first one first.
+def degrade(images: Tensor, degradations: Degradations, seeds: Sequence[int]) -> Tensor:
+    """Degrade each image by one of the chains, the first degradation first.
 
     Args:
         images: uint8 (B, C, H, W) of 1 or 3 channels.
-        seeds: one for each image; strengths and noise are a function of it alone.
+        seeds: one for each image; chain, strengths and noise are a function of it alone.
 
     Returns uint8 (B, C, H, W). Raises `UsageError` for grey on images of 1 channel.
     """
@@ -225,7 +271,5 @@ def degrade(images: Tensor, degradations: Sequence[Degradation], seeds: Sequence
         raise ValueError(f"{len(images)} images, {len(seeds)} seeds")
     out = torch.empty_like(images)
     for place, (image, seed) in enumerate(zip(images, seeds)):
-        for order, degradation in enumerate(degradations):
-            image = degradation(image, hash64("degrade", seed, order))
-        out[place] = image
+        out[place] = degradations(image, seed)
     return out

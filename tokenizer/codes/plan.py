@@ -26,7 +26,7 @@ from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.streams.dataset import StreamImages
 from vqgen.tokenizer.streams.shards import open_shards, sizes_of
 
-from .degrade import Degradation, check_channels, parse_degradations
+from .degrade import Degradations, check_channels, parse_degradations
 from .format import MANIFEST, Manifest, Shard, SourceRecord, code_shape, open_shard, shard_name, verify_checksum
 from .pairs import Pairs, pair
 
@@ -108,7 +108,7 @@ class Job:
     datasets: dict[Split, ImageDataset] | dict[Split, StreamImages]
     """train, heldout and, where the source has one, test."""
     shards: list[ShardRange]
-    degradations: list[Degradation] = field(default_factory=list)
+    degradations: Degradations = field(default_factory=Degradations)
     """Of the source images; empty where there are none, or they are paired."""
     pairs: Pairs | None = None
     sizes: list[int | None] = field(default_factory=list)
@@ -196,7 +196,7 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     precision = precision_of(config.precision, device).replace("no", "fp32")
     tokenizer = Tokenizer.load(config.tokenizer, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = _with_image_size(config, tokenizer)
-    degradations = parse_degradations(config.source) if config.source else []
+    degradations = parse_degradations(config.source) if config.source else Degradations()
     check_channels(degradations, tokenizer.config.channels)
     if is_stream(data):
         streams, shards, sizes = open_streams(data, config)
