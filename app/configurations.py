@@ -103,9 +103,9 @@ class Configurations:
             return "--samples gives them"
         if self.prompts():
             return "samples are drawn of captions"
-        if survey.classes < 2:
-            return "it takes classes, by which samples are judged"
-        if survey.rarest < rules.LEAST_HELDOUT:
+        if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * rules.PARTS):
+            return f"there are {survey.heldout} held-out images, fewer than {least}"
+        if survey.classes > 1 and survey.rarest < rules.LEAST_HELDOUT:
             return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
         return "--codes gives a source" if self.given("codes", "source", "source-data") else ""
 

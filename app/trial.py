@@ -70,7 +70,7 @@ class Measured:
     encoded: float = 0.0
     """Images that the tokenizer encodes in a second; 0 for a prior."""
     judged: float = 0.0
-    """Seconds of a step of the classifier that judges samples; 0 for a prior, and without classes."""
+    """Seconds of a step of the classifier that judges samples; 0 for a prior, and for images too small for it."""
     drawn: float = 0.0
     """Images that are drawn in a second; 0 for a tokenizer."""
     drawing_memory: float = 0.0
@@ -151,7 +151,7 @@ def _tokenizer(stage: Stage) -> Measured:
 
     config = parse(TokenizerTraining, stage.tokenizer)
     found = _training(config, build)
-    judged = _judging_step(config, stage.classes) if stage.classes and min(config.images.size) >= SMALLEST else 0.0
+    judged = _judging_step(config, stage.classes or 4) if min(config.images.size) >= SMALLEST else 0.0
     return replace(found, encoded=_encoding_rate(config), judged=judged)
 
 

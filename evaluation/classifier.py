@@ -1,6 +1,6 @@
 """A small image classifier, to measure whether samples are of the class that they were drawn as."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -124,17 +124,36 @@ def _train(config: ClassifierTraining) -> None:
     print(f"classifier: {config.output}, accuracy {shares.mean():.1%} on {len(shares)} held-out images")
 
 
-def classifier_of(train: ImageDataset, config: ClassifierTraining, device: torch.device) -> Classifier:
-    """Train a classifier on the labelled images of a split, as `config` says. Raises `UsageError`."""
+def classifier_of(
+    train: ImageDataset, config: ClassifierTraining, device: torch.device, turned: bool = False
+) -> Classifier:
+    """Train a classifier on the images of a split, as `config` says. Raises `UsageError`.
+
+    With `turned` it tells by how much an image is turned (Gidaris et al. 2018), 0 for not at all, and not its class.
+    """
     images = train.config
     if min(images.size) < 16:
         raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
-    described = ClassifierConfig(images.size, images.channels, train.class_names or [], config.width)
     batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
     shown = ((batch.images, batch.labels) for batch in batches)
+    names = train.class_names or []
+    if turned:
+        turns = range(0, 4, 1 if images.size[0] == images.size[1] else 2)
+        names = [f"{90 * turn} degrees" for turn in turns]
+        shown = _turned((pictures for pictures, _ in shown), turns, config.seed)
+    described = ClassifierConfig(images.size, images.channels, names, config.width)
     model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device)
     model.fingerprint = fingerprint(model.state_dict())
     return model
+
+
+def _turned(batches: Iterable[Tensor], turns: Sequence[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, C, H, W), each turned by one of `turns` quarters at random, with the place of that among `turns`."""
+    random = torch.Generator().manual_seed(seed)
+    for images in batches:
+        labels = torch.randint(len(turns), (len(images),), generator=random)
+        chosen = zip(images, labels.tolist(), strict=True)
+        yield torch.stack([image.rot90(turns[label], (1, 2)) for image, label in chosen]), labels
 
 
 def fit_classifier(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +11,15 @@ from helpers.models import NAMES, make_prior, make_square_prior
 from torchvision.io import write_png
 
 import vqgen.evaluation.program as evaluate
-from vqgen.evaluation.classifier import Classifier, shuffled_batches
+from vqgen.evaluation.classifier import Classifier, classifier_of, shuffled_batches
 from vqgen.evaluation.distances import kernel_distance
+from vqgen.evaluation.options import ClassifierTraining
 from vqgen.evaluation.tasks.settings import best_of, kernel_distances
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings, read_recommended
+from vqgen.tokenizer.data.dataset import open_images
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.sources import DEMO
 
 CLASSES = sorted(NAMES)
 
@@ -179,6 +185,35 @@ def test_the_search_trains_a_classifier_where_none_is_given(cli, tmp_path, real,
     assert json.loads(receipt.read_text())["fingerprints"]["classifier"] != before
 
 
+def test_without_classes_the_classifier_learns_how_images_are_turned(cli, tmp_path, real):
+    """The samples of a prior without classes are compared with validation images in ten parts."""
+    model, receipt = make_square_prior(tmp_path / "prior", names=None), tmp_path / "settings.json"
+    words = ["--model", model, "--data", real, "--classifier-steps", 15, "--batch-size", 16, "--n", 40]
+    words += ["--min-p", 0, 0.5, "--device", "cpu", "--output", receipt]
+    result = cli(evaluate.main, "settings", *words)
+    assert result.code == 0, result.err
+    found = json.loads(receipt.read_text())["metrics"]
+    assert set(found["class_kernel_distance"]) == {"plain", "--min-p 0.5"}  # no guidance, which needs a class
+    assert all(0 <= share <= 1 for share in found["classifier_accuracy"].values())
+    again = cli(evaluate.main, "replay", receipt)
+    assert again.code == 0 and again.out.startswith("same"), again.err
+    result = cli(evaluate.main, "settings", *words, "--guidance-scale", 2)
+    assert result.code == 2 and "guidance" in result.err
+
+
+def test_a_classifier_tells_how_images_are_turned():
+    """Squares by quarters, other images by halves; the seed decides which."""
+    images = open_images(str(DEMO), "train", ImageConfig(size=[16, 16], channels=1), augment=True)
+    training = ClassifierTraining(str(DEMO), Path("none"), [16, 16], 1, steps=150, batch_size=64)
+    model = classifier_of(images, training, torch.device("cpu"), turned=True)
+    shown = open_images(str(DEMO), "heldout", ImageConfig(size=[16, 16], channels=1)).__getitems__(range(100)).images
+    right = [(model.choose(shown.rot90(turn, (2, 3))) == turn).float().mean() for turn in range(4)]
+    assert sum(right) / 4 > 0.6, right
+    wide = open_images(str(DEMO), "train", ImageConfig(size=[16, 24], channels=1))
+    other = classifier_of(wide, replace(training, steps=1), torch.device("cpu"), turned=True)
+    assert len(other.config.class_names) == 2
+
+
 def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, model, judge):
     unconditional = make_prior(tmp_path / "unconditional", names=None)
     few = shutil.copytree(real, tmp_path / "few")
@@ -186,7 +221,7 @@ def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, mode
         path.unlink()
     base = {"--model": model, "--data": real, "--classifier": judge, "--n": 24, "--device": "cpu"}
     for changed, code, parts in (
-        ({"--model": unconditional}, 2, ["--model", "no classes"]),
+        ({"--model": unconditional}, 2, ["--classifier", "no classes"]),
         ({"--classifier": model}, 1, ["prior", "classifier"]),
         ({"--data": few}, 1, ["--data", "bag"]),
         ({"--temperature": 0}, 2, ["--temperature", "0"]),

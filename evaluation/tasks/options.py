@@ -233,7 +233,7 @@ class SettingsConfig(Options):
     """Real images: as for vqgen-train-tokenizer. Samples are compared with those of its heldout split."""
     classifier: Path | None = None
     """Classifier of `vqgen-eval classifier` of the same classes, trained on other images than those of heldout. By
-    default one is trained on those of train, and not kept."""
+    default one is trained on those of train, and not kept; without classes it learns how images are turned."""
     classifier_steps: Count = 600
     """Optimizer steps of a classifier that is trained here."""
     n: Annotated[int, Range(least=20, most=MOST_IMAGES)] = 1000
@@ -241,7 +241,7 @@ class SettingsConfig(Options):
     temperature: list[Annotated[float, Range(above=0, most=1e6)]] = field(default_factory=lambda: [1.0])
     """Temperatures to try."""
     guidance_scale: list[Annotated[float, Range(least=0, most=1e6)]] = field(default_factory=lambda: [1.0, 1.5, 2.0])
-    """Scales of classifier-free guidance to try."""
+    """Scales of classifier-free guidance to try; none by default for a prior without classes."""
     guidance_schedule: list[Literal["constant", "linear", "cosine", "power-cosine"]] = field(
         default_factory=lambda: ["constant"]
     )

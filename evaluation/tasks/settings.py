@@ -1,7 +1,8 @@
 """Recommended sampling settings of a prior: a search on validation images."""
 
 import itertools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,9 +35,12 @@ _METRICS = (
 METRICS = {metric.name: metric for metric in _METRICS}
 """Of samples of each candidate. The distance is KID's (cubic kernel, unbiased) on the classifier's features, between
 the samples of a class and the validation images of it, and its mean over the classes: samples of other classes raise
-it, and so do samples that are too much alike."""
+it, and so do samples that are too much alike. Without classes it is between tenths of both, and the classifier tells
+how images are turned: its accuracy is the share of the samples that it takes for upright."""
 LEAST = 2
 """Images of a class on each side; an unbiased distance needs them."""
+PARTS = 10
+"""Parts of images without classes, over which their distance has a standard error."""
 
 
 def kernel_distances(samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
@@ -68,11 +72,12 @@ def best_of(distances: list[Tensor], accuracies: list[float]) -> int:
     return max(filter(tied, range(len(distances))), key=lambda i: (accuracies[i], i == least))
 
 
-def candidates(config: SettingsConfig) -> list[SamplingSettings]:
-    """All combinations of the values to try; without guidance there is no schedule."""
-    combinations = itertools.product(
-        config.temperature, config.guidance_scale, config.guidance_schedule, config.min_p, config.top_p
-    )
+def candidates(config: SettingsConfig, classes: bool = True) -> list[SamplingSettings]:
+    """All combinations of the values to try; without guidance there is no schedule, and without classes no guidance
+    that nobody asked for."""
+    asked = classes or (config.stated is not None and "guidance_scale" in config.stated)
+    scales = config.guidance_scale if asked else [1.0]
+    combinations = itertools.product(config.temperature, scales, config.guidance_schedule, config.min_p, config.top_p)
     found: dict[str, SamplingSettings] = {}
     for temperature, scale, schedule, min_p, top_p in combinations:
         settings = SamplingSettings(
@@ -112,37 +117,27 @@ def measure_settings(config: SettingsConfig) -> Measurement:
         raise UsageError("vqgen-eval settings runs in one process; start it without accelerate launch")
     device = start_processes(config.device)
     generator = Generator.load(config.model, device, config.precision)
-    about, classes = generator.tokenizer.config, generator.conditioning.classes
-    if not classes.count:
-        raise UsageError(f"--model: {config.model} has no classes, by which its samples are judged")
+    about = generator.tokenizer.config
     reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
     reading.workers = config.workers
-    tried = candidates(config)
+    tried = candidates(config, bool(generator.conditioning.classes.count))
     for settings in tried:
         generator.check(settings, generator.conditioning.conditions())
     heldout = open_images(config.data, "heldout", reading)
     heldout.broken.report = warn
-    if heldout.class_names != classes.names:
-        theirs = ", ".join(heldout.class_names or []) or "none"
-        raise UserError(f"--data: {config.data} has the classes {theirs}, the prior {', '.join(classes.names or [])}")
-    if config.classifier:
-        classifier = load_classifier(config.classifier, classes.names, reading, device)
-    else:
-        classifier = _trained_classifier(config, reading, device)
-    pixels, parts = SetHash(), []
+    judge = _judge(config, generator, heldout.class_names, reading, device)
+    pixels, features = SetHash(), []
     for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, reading):
         pixels.add_images(batch.images, batch.labels)
-        parts.append((classifier.judge(batch.images)[1], batch.labels))
-    real, labels = (torch.cat(side) for side in zip(*parts, strict=True))
-    for label, name in enumerate(classes.names or []):
-        if (count := int((labels == label).sum())) < LEAST or config.n < LEAST * classes.count:
-            text = f"{count} validation images of {name} and --n {config.n} samples of {classes.count} classes"
-            raise UserError(f"--data: found {text}, expected at least {LEAST} of each class on both sides")
+        features.append((judge.classifier.judge(batch.images)[1], batch.labels))
+    real, labels = (torch.cat(side) for side in zip(*features, strict=True))
+    groups = judge.groups(labels)
+    judge.check(groups, config.n)
     distances, accuracies = [], []
     with progress(len(tried) * config.n, "samples", "img", True) as bar:
         for settings in tried:
-            features, accuracy, drawn_labels = _judged(generator, classifier, settings, config, bar.update)
-            distances.append(kernel_distances(features, drawn_labels, real, labels, classes.count))
+            drawn, accuracy, theirs = _judged(generator, judge, settings, config, bar.update)
+            distances.append(kernel_distances(drawn, theirs, real, groups, len(judge.names)))
             accuracies.append(accuracy)
     names = [name_of(settings) for settings in tried]
     chosen = best_of(distances, accuracies)
@@ -150,7 +145,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
         {
             "prior": generator.prior.fingerprint,
             "tokenizer": generator.tokenizer.fingerprint,
-            "classifier": classifier.fingerprint,
+            "classifier": judge.classifier.fingerprint,
             "data": pixels.hexdigest(),
         },
         {"samples": config.n, "settings": len(tried), "real images": len(labels)},
@@ -163,8 +158,60 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     )
 
 
-def _trained_classifier(config: SettingsConfig, reading: ImageConfig, device: torch.device) -> Classifier:
-    """A classifier of the images of the train split, fitted as those that are measured are."""
+@dataclass(frozen=True)
+class Judge:
+    """What the samples of a prior are judged by."""
+
+    classifier: Classifier
+    """Of the prior's classes; without any, of how images are turned."""
+    names: list[str]
+    """Of the groups of images within which samples are compared with real ones."""
+    classes: bool
+    """Whether these are the classes."""
+
+    def groups(self, labels: Tensor) -> Tensor:
+        """The groups of images with these classes, (n,)."""
+        return labels if self.classes else torch.arange(len(labels)) % PARTS
+
+    def correct(self, chosen: Tensor, labels: Tensor) -> Tensor:
+        """Whether the classifier's choices (n,) are right of images with these classes."""
+        return chosen == (labels if self.classes else 0)
+
+    def check(self, groups: Tensor, n: int) -> None:
+        """Raise `UserError` where a group has too few of the real images, or of `n` samples."""
+        for group, name in enumerate(self.names):
+            if (count := int((groups == group).sum())) < LEAST or n < LEAST * len(self.names):
+                text = f"{count} validation images of {name} and --n {n} samples of {len(self.names)} classes"
+                least = f"{LEAST} of each class"
+                if not self.classes:
+                    text, least = f"{len(groups)} validation images and --n {n} samples", str(LEAST * PARTS)
+                raise UserError(f"--data: found {text}, expected at least {least} on both sides")
+
+
+def _judge(
+    config: SettingsConfig, generator: Generator, names: list[str] | None, reading: ImageConfig, device: torch.device
+) -> Judge:
+    """What samples are judged by, of data with classes of these names. Raises `UserError`, `UsageError`."""
+    classes = generator.conditioning.classes
+    if classes.count < 2:
+        if config.classifier:
+            text = f"{config.model} has no classes that a classifier could tell apart"
+            raise UsageError(f"--classifier: found {config.classifier}, but {text}; leave it out")
+        return Judge(_trained_classifier(config, reading, device, turned=True), [str(n) for n in range(PARTS)], False)
+    if names != classes.names:
+        theirs = ", ".join(names or []) or "none"
+        raise UserError(f"--data: {config.data} has the classes {theirs}, the prior {', '.join(classes.names or [])}")
+    if config.classifier:
+        classifier = load_classifier(config.classifier, classes.names, reading, device)
+    else:
+        classifier = _trained_classifier(config, reading, device)
+    return Judge(classifier, classes.names or [], True)
+
+
+def _trained_classifier(
+    config: SettingsConfig, reading: ImageConfig, device: torch.device, turned: bool = False
+) -> Classifier:
+    """A classifier of the images of the train split, fitted as those that are measured are; see `classifier_of`."""
     images = replace(reading, flip=True, cache_mb=ImageConfig.cache_mb)
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     train.broken.report = warn
@@ -172,17 +219,23 @@ def _trained_classifier(config: SettingsConfig, reading: ImageConfig, device: to
         config.data, config.model, images.size, images.channels, config.classifier_steps, config.batch_size,
         seed=config.seed,
     )  # fmt: skip
-    return classifier_of(train, training, device)
+    return classifier_of(train, training, device, turned)
 
 
-def _judged(generator: Generator, classifier: Classifier, settings: SamplingSettings, config: SettingsConfig, advance):
-    """Features (n, D) of samples, the share that is taken for its class, and the classes they were drawn as (n,)."""
+def _judged(
+    generator: Generator,
+    judge: Judge,
+    settings: SamplingSettings,
+    config: SettingsConfig,
+    advance: Callable[[int], object],
+) -> tuple[Tensor, float, Tensor]:
+    """Features (n, D) of samples, the share that the classifier is right about, and their groups (n,)."""
     rows = []
     for first in range(0, config.n, config.batch_size):
         part = range(first, min(first + config.batch_size, config.n))
         drawn = generator.draw(part, None, settings, config.seed, config.batch_size)
-        chosen, features = classifier.judge(drawn.images)
-        rows.append((features, chosen == drawn.labels, drawn.labels))
+        chosen, features = judge.classifier.judge(drawn.images)
+        rows.append((features, judge.correct(chosen, drawn.labels), drawn.labels))
         advance(len(part))
     features, correct, labels = (torch.cat(side) for side in zip(*rows, strict=True))
-    return features, correct.double().mean().item(), labels
+    return features, correct.double().mean().item(), judge.groups(labels)

@@ -84,13 +84,14 @@ def make_prior(folder: Path, backbone="llama", depth=1, names=NAMES) -> Path:
     return folder
 
 
-def make_square_prior(folder: Path, *parts: Part) -> Path:
+def make_square_prior(folder: Path, *parts: Part, names: list[str] | None = NAMES) -> Path:
     """A random prior of 8x8 codes with the tokenizer of its 16x16 images; its classes are in the order of folders."""
     torch.manual_seed(0)
     model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
     tokenizer = Tokenizer(TokenizerConfig([16, 16], 3, model, VQConfig(codebook_size=SIZE, code_dim=4)))
     mark = tokenizer.save(folder / "made-of")
-    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), [*parts, Classes(len(NAMES), sorted(NAMES))])
+    classes = Classes(len(names or []), sorted(names or []) or None)
+    conditioning = Conditioning(Vocabulary(SIZE, 1, (8, 8)), [*parts, classes])
     prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 16, 16), mark)
     with torch.no_grad():
         prior.backbone.lm_head.weight.mul_(10)
