@@ -15,6 +15,7 @@ from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
 
+from .backbone import fused
 from .backbone.config import backbone_config as backbone_config  # part of this module's interface
 from .backbone.config import compare, plain_config
 from .backbone.network import network_of
@@ -87,6 +88,7 @@ class Prior(nn.Module):
         # Only `Generator` has a prior with a `StoredBackbone`, until it is called.
         self.backbone: PreTrainedModel = StoredBackbone(plain) if plain else network_of(config, conditioning)  # type: ignore[assignment]
         self.fingerprint: str | None = None
+        self.fused = False  # train by `fused.logits`
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int64 (B, T) -> logits (B, T, V); position t sees tokens 0..t.
@@ -100,6 +102,8 @@ class Prior(nn.Module):
                 for name, parameter in self.backbone.named_parameters():
                     network.get_parameter(name).data = parameter.data
             self.backbone = network
+        if self.training and self.fused:
+            return fused.logits(self.backbone, tokens, self.config.dropout)
         logits = self.backbone(input_ids=tokens, use_cache=False).logits
         return logits[..., : self.vocabulary.size] if self.config.backbone == "mingpt" else logits
 

@@ -24,6 +24,7 @@ from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import millions
 
+from .backbone.fused import fits
 from .backbone.network import attend_unmasked
 from .conditioning import Conditioning
 from .dataset import Sequences
@@ -83,6 +84,10 @@ class PriorTrainer:
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
             # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
             prior.backbone.set_attn_implementation("eager")
+            # Not in float32, where runs of earlier versions resume exactly: it draws dropout in another way.
+            half = run.accelerator.mixed_precision == "bf16"
+            whole = not (run.sharded or config.run.compile or config.gradient_checkpointing)
+            prior.fused = half and whole and fits(prior.backbone)
         elif run.device.type == "cuda":
             attend_unmasked(prior.backbone)
         self.average = averaged(prior)
@@ -217,6 +222,7 @@ class PriorTrainer:
         return [finding] if finding else []
 
     def origin(self) -> str:
+        self.prior.fused = False  # so that the modules are called
         return non_finite_origin(self.prior, lambda: self.prior(self.last_tokens))
 
     def finished(self) -> str | None:

@@ -178,6 +178,17 @@ def test_prior_killed_and_stopped(tmp_path: Path, codes: Path, two: Path) -> Non
     same(folder, two)
 
 
+def test_prior_in_bfloat16_killed(tmp_path: Path, codes: Path) -> None:
+    """On CPUs that has a training pass of its own, which draws its dropout itself."""
+    short = {"fp32": "bf16", "60": "10"}
+    words = ["--codes", codes, *(short.get(word, word) for word in STAGE_TWO), "--output"]
+    run(PRIOR, *words, tmp_path / "whole").ok()
+    assert run(PRIOR, *words, tmp_path / "run", hook=at_row(6)).code == -signal.SIGKILL
+    assert steps(tmp_path / "run") == [4]
+    run(PRIOR, *words, tmp_path / "run").ok()
+    same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_prior_killed_as_python_dash_m(tmp_path: Path, codes: Path, two: Path) -> None:
     words, folder = ["--codes", codes, *STAGE_TWO, "--output", tmp_path / "run"], tmp_path / "run"
