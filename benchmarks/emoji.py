@@ -29,6 +29,7 @@ from vqgen.evaluation.classifier import Classifier
 from vqgen.evaluation.extractors import Extractor, extract, extractor_for
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.tasks.text import rank
+from vqgen.prior.parts.text import Text
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import hash64
 
@@ -80,6 +81,13 @@ def read(data: Path, size: int) -> Drawings:
 
 def features(extractor: Extractor, images: Tensor) -> Tensor:
     return torch.cat([extract(extractor, part, CPU)[0] for part in images.split(64)])
+
+
+def as_read(generator: Generator, texts: list[str]) -> list[str]:
+    """Texts without the ends that the prior does not read: it was trained on the beginnings of long captions."""
+    part = next(part for part in generator.conditioning.parts if isinstance(part, Text))
+    rests = [part.tokenizer.rest(text, part.length) for text in texts]
+    return [text[: len(text) - len(rest)].rstrip() for text, rest in zip(texts, rests, strict=True)]
 
 
 class Judge:
@@ -146,7 +154,10 @@ def main() -> None:
         rows = drawings.of(split)[: args.n]
         codes = torch.cat([generator.encode(part) for part in drawings.images[rows].split(64)])
         put(f"{split} reconstructed", rows, torch.cat([generator.decode(part) for part in codes.split(64)]))
-        given = {"class": [drawings.styles[row] for row in rows], "text": [drawings.texts[row] for row in rows]}
+        given = {
+            "class": [drawings.styles[row] for row in rows],
+            "text": as_read(generator, [drawings.texts[row] for row in rows]),
+        }
         put(f"{split} from text", rows, generator.sample(len(rows), seed=args.seed, conditions=given).images)
         paired = [row for row in rows if drawings.partner(row) is not None]
         sources = drawings.images[[drawings.partner(row) for row in paired]]

@@ -85,5 +85,4 @@ def add(page: Page) -> None:
     picked.then(answer(nearest, asked), list(asked.values()), near, api_visibility="private")
     page.follow_model(sheet, lambda m: None)
     page.follow_model(first, lambda m: 0)
-    page.follow_model(sheet, lambda m: None)
     page.follow_model(near, lambda m: None)
