@@ -101,7 +101,7 @@ class Configurations:
         survey = self.survey
         if settings_given(self.request.samples):
             return "--samples gives them"
-        if self.prompts():
+        if self.prompts() or (survey.captions and survey.classes < 2):
             return "samples are drawn of captions"
         if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * rules.PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"

@@ -86,6 +86,7 @@ def features(extractor: Extractor, images: Tensor) -> Tensor:
 def as_read(generator: Generator, texts: list[str]) -> list[str]:
     """Texts without the ends that the prior does not read: it was trained on the beginnings of long captions."""
     part = next(part for part in generator.conditioning.parts if isinstance(part, Text))
+    texts = [" ".join(text.split()) for text in texts]
     rests = [part.tokenizer.rest(text, part.length) for text in texts]
     return [text[: len(text) - len(rest)].rstrip() for text, rest in zip(texts, rests, strict=True)]
 

@@ -192,7 +192,7 @@ class Generator(Inpainter):
         batch_size: int = 64,
         conditions: Mapping[str, Any] | None = None,
         paste: bool = True,
-        degraded_by: Sequence[str] | None = None,
+        degraded_by: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> Samples:
         """Draw images of which `images` are the sources: restored, or in the other style, as the prior has learned.
@@ -210,7 +210,8 @@ class Generator(Inpainter):
                 trained on several degradations.
             settings: those of `SamplingSettings`, as `source_guidance_scale=1.5`.
         """
-        sources = self.sources(images, paste, degraded_by)
+        named = [degraded_by] if isinstance(degraded_by, str) else degraded_by
+        sources = self.sources(images, paste, named)
         chosen = self._conditions(classes, {**(conditions or {}), "source": sources.codes}, absent=True)
         indices = range(len(sources) if n is None else n)
         drawn = self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size)

@@ -13,6 +13,7 @@ from vqgen.tokenizer.codes.degrade import (
     DEGRADATIONS,
     MOST,
     alternatives,
+    chain_among,
     degrade,
     keep_of,
     parse_degradations,
@@ -249,3 +250,5 @@ def test_chains_that_are_empty_or_too_many_are_refused() -> None:
             parse_degradations(given.split())
     assert len(parse_degradations(["grey", *["or", "edges"] * 7]).chains) == 8
     assert keep_of(["grey", "or", "downscale:4"]) is None
+    chains = [["sepia"], ["downscale:4", "grey"], ["downscale:4"]]
+    assert chain_among(["downscale:4.0"], chains) == ["downscale:4"] and chain_among(["downscale:2"], chains) == []

@@ -114,8 +114,25 @@ def test_dropped_sum_and_norm_have_the_gradients_of_the_formula(monkeypatch, til
     assert torch.autograd.gradcheck(lambda *given: joined(*given)[1], (x, y, weight))
 
 
-def test_dropout_stands_where_the_plain_network_has_it():
-    """With all weights of the blocks 0 the stream is that of the embeddings; each branch is dropped on its own."""
+def test_every_branch_is_dropped_on_its_own(monkeypatch: pytest.MonkeyPatch):
+    """The embeddings and both branches of each block, with the share of the model."""
+    prior, shares, shapes = small_prior(dropout=0.25), [], []
+
+    def note(like: torch.Tensor, dropout: float) -> tuple[torch.Tensor | None, float]:
+        shares.append(dropout)
+        shapes.append(like.shape)
+        return torch.zeros_like(like, dtype=torch.int16), 1.0  # drops all
+
+    monkeypatch.setattr(fused, "_kept", note)
+    prior.fused, tokens = True, tokens_for(prior)
+    dropped = prior(tokens)
+    blocks = len(prior.backbone.model.layers)
+    assert shares == [0.25] * (1 + 2 * blocks) and {len(shape) for shape in shapes} == {3}
+    assert (dropped - dropped[:1, :1]).abs().max() < 1e-3, "nothing of the tokens is left"
+
+
+def test_dropout_of_embeddings_has_its_share():
+    """With all weights of the branches 0 the stream is that of the embeddings."""
     prior = small_prior(dropout=0.5)
     prior.fused = True
     tokens = tokens_for(prior, batch=2000)[:, :1]

@@ -318,7 +318,10 @@ def test_of_several_degradations_it_is_said_which_leaves_something(cli, tmp_path
     plain, kept = generator.translate(images), generator.translate(images, degraded_by=["grey"])
     assert torch.equal(plain.images, generator.decode(plain.codes)) and torch.equal(plain.codes, kept.codes)
     assert (luma(kept.images) - luma(images)).abs().max() <= 0.51 < (luma(plain.images) - luma(images)).abs().max()
+    assert torch.equal(generator.translate(images, degraded_by="grey").images, kept.images)
     assert torch.equal(generator.translate(images, degraded_by=["downscale:4"]).images, plain.images)
+    with pytest.raises(UsageError, match="gray"):
+        generator.translate(images, degraded_by="gray")
     write_png_atomic(tmp_path / "a.png", images[0])
     words = ["--model", model, "--device", "cpu", "--source-image", tmp_path / "a.png", "--output", tmp_path / "out"]
     assert cli(program.main, *words, "--source", "grey").code == 0

@@ -126,8 +126,11 @@ class Models:
     @property
     def degradations(self) -> list[str]:
         """Every chain of degradations that one of the models was trained to undo, as `grey jpeg:10`."""
-        found = [" ".join(chain) for source in self.sources.values() for chain in chains_of(source)]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(chain for name in self.sources for chain in self.degradations_of(name)))
+
+    def degradations_of(self, name: str) -> list[str]:
+        """Those of one model."""
+        return [" ".join(chain) for chain in chains_of(self.sources.get(name))]
 
     def load(self, name: str) -> Loaded:
         """The model of this name. Raises `UserError`, in which its folder has no path."""

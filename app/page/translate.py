@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from vqgen.errors import UsageError
 from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
@@ -23,6 +24,16 @@ NOT = ""
 def slider(before: str, after: str) -> str:
     """Two images behind a slider, see `page.js`."""
     return f'<before-after before="{before}" after="{after}"></before-after>'
+
+
+def checked_chain(given: object, known: list[str]) -> str:
+    """A chain of degradations of the model, or `NOT`. Raises `UsageError`."""
+    if given in (None, NOT):
+        return NOT
+    if not isinstance(given, str) or given not in known:
+        expected = " or ".join(map(repr, known)) or "none, as the model was trained on pairs"
+        raise UsageError(f"degraded: found {str(given)[:80]!r}, expected {expected}")
+    return given
 
 
 def add(page: Page) -> None:
@@ -44,7 +55,7 @@ def add(page: Page) -> None:
                 [("no", NOT), *[(each.replace(" ", ", "), each) for each in page.models.degradations]],
                 value=NOT,
                 label="Degrade the image first",
-                info="As in training: for an image that is not degraded already.",
+                info="As in training. Grey or enlarged images keep what they show where this is named.",
             )
             with gr.Row():
                 n = gr.Slider(1, limits.most_images, value=min(4, limits.most_images), step=1, label="Results")
@@ -64,7 +75,7 @@ def add(page: Page) -> None:
         generator.check_translation()
         upload = read_upload(values["image"], generator.tokenizer.config.channels, limits)
         original = generator.fitted(upload[None], generator.source_size)
-        specs = values["degraded"].split()
+        specs = checked_chain(values["degraded"], page.models.degradations_of(values["model"])).split()
         asked = {
             "n": values["n"],
             "seed": values["seed"],
@@ -75,7 +86,7 @@ def add(page: Page) -> None:
             path, shown = Path(place, "original.png"), Path(place, "source.png")
             write_png_atomic(path, original[0])
             series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
-            seeds = [source_seed(values["seed"], 0)]  # as `series` degrades it
+            seeds = [source_seed(series.config.seed, 0)]  # as `series` degrades it
             source = degrade(original, parse_degradations(specs), seeds) if specs else original
             write_png_atomic(shown, source[0])
             files = {shown.name: shown, path.name: path} if specs else {shown.name: shown}

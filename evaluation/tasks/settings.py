@@ -20,6 +20,8 @@ from vqgen.files import is_file, read_json
 from vqgen.metric import Metric
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION, RECOMMENDED
+from vqgen.prior.parts.source import PairedSource
+from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings, in_words, write_recommended
@@ -120,7 +122,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     about = generator.tokenizer.config
     reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
     reading.workers = config.workers
-    tried = candidates(config, bool(generator.conditioning.classes.count))
+    tried = candidates(config, generator.conditioning.classes.count > 1)
     for settings in tried:
         generator.check(settings, generator.conditioning.conditions())
     heldout = open_images(config.data, "heldout", reading)
@@ -194,6 +196,9 @@ def _judge(
     """What samples are judged by, of data with classes of these names. Raises `UserError`, `UsageError`."""
     classes = generator.conditioning.classes
     if classes.count < 2:
+        if others := [part.option for part in generator.conditioning.parts if isinstance(part, (Text, PairedSource))]:
+            text = f"{config.model} is for images with {' and '.join(others)}"
+            raise UsageError(f"--model: {text}, which have no classes to judge them by")
         if config.classifier:
             text = f"{config.model} has no classes that a classifier could tell apart"
             raise UsageError(f"--classifier: found {config.classifier}, but {text}; leave it out")

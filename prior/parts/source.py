@@ -19,7 +19,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files.read import as_record
 from vqgen.prior.options import ObjectiveConfig
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.tokenizer.codes.degrade import Keep, alternatives, keep_of
+from vqgen.tokenizer.codes.degrade import Keep, alternatives, chain_among, keep_of
 from vqgen.tokenizer.codes.format import CodeFiles, SourceRecord
 
 from .part import Part, Rows, is_absent
@@ -165,11 +165,12 @@ class PairedSource(Source):
     def keep(self, degraded_by: Sequence[str] | None = None) -> Keep | None:
         """How drawn images get what their sources show as it was; None where that is nothing, as of pairs.
 
-        A prior that was trained on several chains needs to be told by which of them the sources were degraded.
+        A prior that was trained on several chains needs to be told by which of them the sources were degraded. Raises
+        `UsageError` for what is no degradation.
         """
         chains = alternatives(self.about.degradations)
-        given = list(degraded_by or [])
-        return keep_of(given if given in chains else chains[0] if len(chains) == 1 else [])
+        named = [] if degraded_by is None else chain_among(degraded_by, chains)
+        return keep_of(chains[0] if len(chains) == 1 else named)
 
     @classmethod
     def for_files(cls, files: CodeFiles, options: ObjectiveConfig) -> "PairedSource | None":

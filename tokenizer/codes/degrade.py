@@ -201,9 +201,9 @@ def alternatives(specs: Sequence[str]) -> list[list[str]]:
 def parse_degradations(specs: Sequence[str]) -> Degradations:
     """Parse chains such as ["downscale:2", "noise:0.05-0.4", "or", "grey"]. Raises `UsageError` naming --source."""
     chains = alternatives(specs)
-    for chain in chains:
+    for number, chain in enumerate(chains, 1):
         if not 0 < len(chain) <= MOST:
-            place = " between two or" if len(chains) > 1 else ""
+            place = f" in chain {number} of {len(chains)}" if len(chains) > 1 else ""
             raise UsageError(f"--source: found {len(chain)} degradations{place}, expected 1 to {MOST}")
     if len(chains) > MOST:
         raise UsageError(f"--source: found {len(chains)} chains of degradations, expected 1 to {MOST}")
@@ -230,6 +230,16 @@ def _parse(spec: str) -> Degradation:
     if not within or (kind.whole and not (low.is_integer() and high.is_integer())):
         raise UsageError(f"--source: found {spec[:80]!r}, {expected}")
     return Degradation(name, low, high)
+
+
+def chain_among(given: Sequence[str], chains: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The one of `chains` that `given` is in other words, as "blur:2.0" for "blur:2"; empty where it is none of them.
+
+    Raises `UsageError` naming --source for what is no degradation.
+    """
+    wanted = parse_degradations(given)
+    known = (chain for chain in chains if all(spec.partition(":")[0] in DEGRADATIONS for spec in chain))
+    return next((chain for chain in known if chain and parse_degradations(chain) == wanted), [])
 
 
 def keep_of(specs: Sequence[str]) -> Keep | None:
