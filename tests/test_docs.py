@@ -17,7 +17,7 @@ from vqgen.options import options
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS.append(ROOT / "sampling/pretrained/cifar10/README.md")
+DOCUMENTS += sorted(ROOT.glob("sampling/pretrained/*/README.md"))
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 # Options of other programs that the documents name, and what the examples of docs/extending.md add.
 FOREIGN = {"--check", "--metric"}

@@ -26,7 +26,7 @@ from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.parts.source import MaskedSource, PairedSource
-from vqgen.sampling.generator import Generator
+from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord
 
@@ -63,9 +63,9 @@ def image_file(path: Path, size: tuple[int, int] = (16, 16)) -> Path:
 
 def test_sub_folders_that_are_priors_are_offered_and_nothing_else(models: Path) -> None:
     found = find_models(models)
-    assert list(found) == ["colours", "damaged", "fills", "run", "cifar10"]
+    assert list(found) == ["colours", "damaged", "fills", "run", *SHIPPED]
     assert found["run"] == models / "run" / "prior"
-    assert list(find_models(None)) == ["cifar10"]
+    assert find_models(None) == SHIPPED
 
 
 def test_a_folder_without_models_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_folder_without_models_is_an_error_that_names_it(tmp_path: Path) -> No
 def test_a_model_called_as_that_of_the_package_is_offered_beside_it(tmp_path: Path) -> None:
     make_prior(tmp_path / "cifar10")
     found = find_models(tmp_path)
-    assert len(found) == 2 and found["cifar10"] == tmp_path / "cifar10"
+    assert len(found) == 1 + len(SHIPPED) and found["cifar10"] == tmp_path / "cifar10"
 
 
 def test_models_are_loaded_once_and_only_by_the_names_that_are_offered(models: Path) -> None:
@@ -97,7 +97,7 @@ def test_errors_of_loading_name_the_model_and_not_its_place_on_disk(models: Path
 
 def test_tasks_are_those_of_models_with_a_source(models: Path) -> None:
     found = Models(models, "cpu", "fp32").tasks
-    assert list(found.values()) == ["colours"] and "grey" in next(iter(found))
+    assert list(found.values()) == ["colours", "cifar10-restorer"] and "grey" in next(iter(found))
     assert "night" in task_of({"description": "day to night"})
 
 
@@ -422,7 +422,7 @@ def test_a_model_that_cannot_be_read_is_listed_with_the_reason(models: Path, add
     from gradio_client import Client
 
     found = Client(address, verbose=False).predict(api_name="/models")
-    assert list(found) == ["colours", "damaged", "fills", "run", "cifar10"]
+    assert list(found) == ["colours", "damaged", "fills", "run", *SHIPPED]
     assert "16×16 pixels" in found["fills"] and "pixels" not in found["damaged"] and str(models) not in str(found)
 
 

@@ -24,6 +24,7 @@ from helpers.models import make_prior, make_square_prior
 from PIL import Image
 
 from vqgen.prior.parts.source import MaskedSource, PairedSource
+from vqgen.sampling.generator import SHIPPED
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.codes.format import SourceRecord
 from vqgen.tokenizer.data.decoding import decode
@@ -476,7 +477,7 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
     (tmp_path / "photo.png").write_bytes(photo)
     client = gradio_client.Client(server.url, verbose=False, download_files=tmp_path / "got")
     image = gradio_client.handle_file(tmp_path / "photo.png")
-    assert list(client.predict(api_name="/models")) == ["fills", "plain", "restores", "cifar10"]
+    assert list(client.predict(api_name="/models")) == ["fills", "plain", "restores", *SHIPPED]
     job = client.submit(model="fills", classes=["bag"], n=20, temperature=0.7, api_name="/draw")
     pictures, archive, text = job.result()
     assert len(pictures) == 20 and text.startswith("20 of 20")
@@ -491,6 +492,11 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
     with pytest.raises(gradio_client.exceptions.AppError, match="Plain was not trained to fill in"):
         client.predict(model="plain", image=image, way="extend", api_name="/edit")
     assert len(client.predict(model="restores", image=image, degraded="grey", n=1, api_name="/translate")[0]) == 1
+    for wrong in ("noise:0.2", "sepia", ["grey"], ["grey", "grey"]):  # of another model, none, no text
+        with pytest.raises(gradio_client.exceptions.AppError) as refused:
+            client.predict(model="restores", image=image, degraded=wrong, n=1, api_name="/translate")
+        assert "defect" not in str(refused.value)
+    assert len(client.predict(model="restores", image=image, degraded=None, n=1, api_name="/translate")[0]) == 1
     numbers = client.predict(model="fills", image=image, api_name="/reconstruct")[3]
     assert sum(map(sum, numbers["bits_of_codes"])) == pytest.approx(numbers["bits"]) and len(numbers["codes"]) == 8
     assert Path(client.predict(model="fills", first=0, api_name="/codebook")).is_file()

@@ -1,4 +1,4 @@
-"""The model in the package: there, small, itself, and as good as its card says."""
+"""The models in the package: there, small, themselves, and as good as their cards say."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import vqgen
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
 from vqgen.sampling import sample
-from vqgen.sampling.generator import DEFAULT
+from vqgen.sampling.generator import DEFAULT, SHIPPED
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
@@ -19,10 +19,11 @@ REAL = Path("~/.cache/vqgen-realdata").expanduser()
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def test_it_is_small_and_in_16_bits():
-    files = [path for path in DEFAULT.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("folder", SHIPPED.values(), ids=SHIPPED)
+def test_it_is_small_and_in_16_bits(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30 * 10**6
-    for weights in (DEFAULT / "model.safetensors", DEFAULT / "tokenizer" / "model.safetensors"):
+    for weights in (folder / "model.safetensors", folder / "tokenizer" / "model.safetensors"):
         with safe_open(weights, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 
