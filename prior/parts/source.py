@@ -169,7 +169,7 @@ class PairedSource(Source):
         `UsageError` for what is no degradation.
         """
         chains = alternatives(self.about.degradations)
-        named = [] if degraded_by is None else chain_among(degraded_by, chains)
+        named = chain_among(degraded_by, chains) if degraded_by else []
         return keep_of(chains[0] if len(chains) == 1 else named)
 
     @classmethod
