@@ -83,13 +83,15 @@ def add(page: Page) -> None:
             "source": specs or None,
         }
         with tempfile.TemporaryDirectory(dir=results.folder) as place:
-            path, shown = Path(place, "original.png"), Path(place, "source.png")
+            path, shown = Path(place, "source.png"), Path(place, "degraded.png")
             write_png_atomic(path, original[0])
             series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
             seeds = [source_seed(series.config.seed, 0)]  # as `series` degrades it
             source = degrade(original, parse_degradations(specs), seeds) if specs else original
-            write_png_atomic(shown, source[0])
-            files = {shown.name: shown, path.name: path} if specs else {shown.name: shown}
+            files = {path.name: path}
+            if specs:
+                write_png_atomic(shown, source[0])
+                files[shown.name] = shown
             for found in results.follow(series, page.jobs, session, files):
                 yield [*found, png_url(source[0])]
 
