@@ -6,6 +6,7 @@ from typing import Any
 
 from vqgen.config import parse
 from vqgen.config_layers import find_preset
+from vqgen.evaluation.tasks.options import PARTS
 from vqgen.files import write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
 from vqgen.prior.train import PriorTraining
@@ -103,7 +104,7 @@ class Configurations:
             return "--samples gives them"
         if self.prompts() or (survey.captions and survey.classes < 2):
             return "samples are drawn of captions"
-        if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * rules.PARTS):
+        if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"
         if survey.classes > 1 and survey.rarest < rules.LEAST_HELDOUT:
             return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"

@@ -192,8 +192,6 @@ SEARCH = 300.0
 """Most seconds of a search, which gets a twentieth of the time: a quarter for the classifier, half for drawing."""
 LEAST_HELDOUT = 5
 """Held-out images of the rarest class below which samples of it cannot be compared with them."""
-PARTS = 10
-"""Parts of held-out images without classes, of which each has as many."""
 
 
 def candidates(guided: bool) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Draw the pictures of docs/gallery.md, each by the commands above it, with the models in the package.
 
     python benchmarks/gallery.py                # all of them
-    python benchmarks/gallery.py styles filling # some, by name
+    python benchmarks/gallery.py guided filling # some, by name
 
 A picture has the images that a command reads in its first row, what is to be drawn of them in grey, and below them what
 it draws. Every command has `--precision fp32`: then another processor draws the same codes.

@@ -15,6 +15,7 @@ from processes import (
     PRIOR,
     TOKENIZE,
     TOKENIZER,
+    Ended,
     in_step,
     kill_rank,
     launch,
@@ -233,15 +234,21 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path, c
     """Both start anew and go on from the checkpoint, to the losses of a run that was left alone."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["--codes", codes, *STAGE_TWO, "--steps", 60, "--output"]
-    for folder, killed in ((tmp_path / "run", True), (tmp_path / "undisturbed", False)):
-        # More than one: on a busy machine gloo now and then fails to connect in an attempt, or in all of them.
+
+    def ended(folder: Path, killed: bool) -> Ended:
+        # More than one: on a busy machine gloo now and then fails to connect in an attempt.
         started = launch([*torchrun, "--max-restarts", "3", "-m", PRIOR], *words, folder)
         if killed:
             kill_rank(started, 1, folder, after=7)
-        ended = started.wait()
-        if killed and ended.code and "Gloo connectFullMesh failed" in ended.err:
-            pytest.skip("gloo could not connect again in any of the restarts")
-        ended.ok()
+        return started.wait()
+
+    for attempt in range(3):  # now and then it does in all restarts: then the whole is tried anew
+        found = ended(tmp_path / f"run-{attempt}", True)
+        if not found.code or "Gloo connectFullMesh failed" not in found.err:
+            break
+    found.ok()
+    ended(tmp_path / "undisturbed", False).ok()
+    (tmp_path / f"run-{attempt}").rename(tmp_path / "run")
     sessions = [read_sessions(tmp_path / name) for name in ("run", "undisturbed")]
     assert list(map(len, sessions)) == [2, 1] and 6 <= sessions[0][1]["first_step"] < 60
     alike(tmp_path / "run", tmp_path / "undisturbed", PRIOR_NAMES, 1e-3)

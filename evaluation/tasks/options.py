@@ -218,6 +218,10 @@ class AccuracyConfig(Options):
             raise UsageError(f"--seeds: found {' '.join(map(str, self.seeds)) or 'none'}, expected different ones")
 
 
+PARTS = 10
+"""Parts of images without classes, over which the distance of samples from them has a standard error."""
+
+
 @dataclass
 class SettingsConfig(Options):
     """Options of `vqgen-eval settings`: a prior, what its samples are judged by, and candidates, all combined."""

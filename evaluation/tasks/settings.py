@@ -28,7 +28,7 @@ from vqgen.sampling.settings import SamplingSettings, in_words, write_recommende
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
 
-from .options import SettingsConfig
+from .options import PARTS, SettingsConfig
 
 _METRICS = (
     Metric("class_kernel_distance", "Kernel distance within classes", "", "lower"),
@@ -41,8 +41,6 @@ it, and so do samples that are too much alike. Without classes it is between ten
 how images are turned: its accuracy is the share of the samples that it takes for upright."""
 LEAST = 2
 """Images of a class on each side; an unbiased distance needs them."""
-PARTS = 10
-"""Parts of images without classes, over which their distance has a standard error."""
 
 
 def kernel_distances(samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
