@@ -3,11 +3,13 @@
     python benchmarks/scale.py manifest --images 1000000000
     python benchmarks/scale.py moments --images 1000000
     python benchmarks/scale.py tokenize --images 20000 --tokenizer runs/demo/tokenizer
+    python benchmarks/scale.py sharded --tokenizer runs/demo/tokenizer
 
 `manifest` opens code files of that many images, which are sparse and take no room on the disk, and compares the rate of
 shuffled batches with that of 60,000 images. `moments` accumulates features and compares the result with that of all at
 once. `tokenize` encodes a stream of tar files, the demo's images again and again, with one and with two processes, and
-a quarter of them, and compares the peak memory. Times are of the processor, not of the clock.
+a quarter of them, and compares the peak memory. Times are of the processor, not of the clock. `sharded` trains a prior
+for a step, in one process and by FSDP in two, and counts the bytes a parameter that a process keeps.
 """
 
 import argparse
@@ -137,8 +139,28 @@ def write_tars(folder: Path, images: int, each: int) -> None:
                     tar.addfile(header, io.BytesIO(data))
 
 
-CHILD = """
-import json, sys, time
+def launched(code: str, words: list[str], results: list[Path], environment: dict[str, str] | None = None) -> list[Any]:
+    """Run Python code in a process for each of the files that it writes JSON to; returns what these hold.
+
+    The code gets its file and the words as arguments.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started, count = [], len(results)
+    for rank, result in enumerate(results):
+        shared = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
+        command = [sys.executable, "-c", code, str(result), *words]
+        environ = {**os.environ, **(shared if count > 1 else {})}
+        started.append(subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL))
+    codes = [process.wait() for process in started]
+    assert not any(codes), codes
+    return [json.loads(result.read_text()) for result in results]
+
+
+TOKENIZE = """
+import json, sys
 import torch
 from vqgen.devices import peak_memory
 from vqgen.tokenizer.encode import main
@@ -154,20 +176,9 @@ def tokenize(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
         if images:
             write_tars(scratch / f"tars-{name}", images, options.each)
         data = scratch / f"tars-{name if images else 'one'}"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        started, start = [], time.perf_counter()
-        for rank in range(processes):
-            shared = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-            words = ["--data", f"stream:{data}", "--tokenizer", str(options.tokenizer), "--output", str(scratch / name)]
-            command = [sys.executable, "-c", CHILD, str(scratch / f"{name}-{rank}.json"), *words]
-            environment = {**os.environ, **(shared if processes > 1 else {})}
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        for process in started:
-            process.wait()
-        ended = [json.loads((scratch / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+        words = ["--data", f"stream:{data}", "--tokenizer", str(options.tokenizer), "--output", str(scratch / name)]
+        start = time.perf_counter()
+        ended = launched(TOKENIZE, words, [scratch / f"{name}-{rank}.json" for rank in range(processes)])
         assert all(code == 0 for code, _ in ended)
         found[f"{name}_peak_gb"] = max(memory for _, memory in ended) / 1e9
         found[f"{name}_seconds"] = time.perf_counter() - start
@@ -176,17 +187,65 @@ def tokenize(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
     return found | {"shards": len(same), "equal_shards": sum(same), "images": options.images}
 
 
+SHARDED = """
+import json, sys
+from vqgen.config import parse
+from vqgen.devices import processes
+from vqgen.prior.train import PriorTraining
+from vqgen.prior.trainer import build
+from vqgen.training.fsdp import local_shards
+
+processes()
+run, trainer = build(parse(PriorTraining, sys.argv[2:]))
+trainer.begin(0)
+trainer.optimizer.zero_grad = lambda: None  # gradients are kept
+trainer.step(1)
+weights = list(trainer.prior.parameters())
+states = [value for state in trainer.optimizers["prior"].state.values() for value in state.values() if value.ndim]
+gradients = [weight.grad for weight in weights]
+kept = {"weights": weights, "gradients": gradients, "averages": trainer.average.parameters(), "moments": states}
+count = sum(weight.numel() for weight in weights)
+found = {name: sum(t.nbytes for t in local_shards(tensors)) / count for name, tensors in kept.items()}
+json.dump({"parameters": count, **found}, open(sys.argv[1], "w"))
+run.accelerator.wait_for_everyone()
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+"""What `accelerate launch --use_fsdp` sets."""
+
+
+def sharded(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Bytes a parameter of what a process keeps between steps, and of gradients: in one process, and in each of two."""
+    codes, found = scratch / "codes", dict[str, float]()
+    words = ["--data", "demo", "--tokenizer", str(options.tokenizer), "--output", str(codes)]
+    launched(TOKENIZE, words, [scratch / "tokenize.json"])
+    for name, processes in (("one", 1), ("two", 2)):
+        words = f"--codes {codes} --output {scratch / name} --dim 512 --layers 8 --steps 2 --batch-size 4"
+        results = [scratch / f"{name}-{rank}.json" for rank in range(processes)]
+        each = launched(SHARDED, words.split(), results, FSDP if processes > 1 else None)
+        found["parameters"] = each[0].pop("parameters")
+        found |= {f"{name}_{part}": max(rank[part] for rank in each) for part in each[0]}
+    return found
+
+
+PARTS = {"manifest": manifest, "moments": moments, "tokenize": tokenize, "sharded": sharded}
+
+
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["manifest", "moments", "tokenize"])
+    parser.add_argument("what", choices=list(PARTS))
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--size", type=int, default=64, help="of a feature")
     parser.add_argument("--each", type=int, default=2000, help="images a tar file")
     parser.add_argument("--tokenizer", type=Path, help="run or model folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        result = {"manifest": manifest, "moments": moments, "tokenize": tokenize}[options.what](options, Path(scratch))
+        result = PARTS[options.what](options, Path(scratch))
     print(json.dumps({name: float(f"{value:.4g}") for name, value in result.items()}, indent=2))
 
 
