@@ -106,8 +106,9 @@ class Configurations:
             return "samples are drawn of captions"
         if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"
-        if survey.classes > 1 and survey.rarest < rules.LEAST_HELDOUT:
-            return f"a class has {survey.rarest} held-out images, fewer than {rules.LEAST_HELDOUT}"
+        if survey.classes > 1 and survey.judged < max(2, survey.classes / 2):
+            sparse = f"{survey.classes - survey.judged} of {survey.classes} classes"
+            return f"{sparse} have fewer than {rules.LEAST_HELDOUT} held-out images"
         return "--codes gives a source" if self.given("codes", "source", "source-data") else ""
 
     def settings(self, search: rules.Search) -> dict[str, Any]:

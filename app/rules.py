@@ -191,7 +191,7 @@ class Search:
 SEARCH = 300.0
 """Most seconds of a search, which gets a twentieth of the time: a quarter for the classifier, half for drawing."""
 LEAST_HELDOUT = 5
-"""Held-out images of the rarest class below which samples of it cannot be compared with them."""
+"""Held-out images of a class below which samples of it are not compared with them well."""
 
 
 def candidates(guided: bool) -> dict[str, list[float]]:

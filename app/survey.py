@@ -11,6 +11,8 @@ from vqgen.tokenizer.data.decoding import BrokenImage, decode, read_size
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Source, open_source
 
+from .rules import LEAST_HELDOUT
+
 HEADERS, PIXELS = 400, 100
 """Training images, spread evenly, whose sizes are read and that are looked at for colour."""
 PROMPTS, PROMPT_BYTES = 64, 2**15
@@ -24,8 +26,8 @@ class Survey:
     train: int
     """Images to train on."""
     heldout: int
-    rarest: int
-    """Held-out images of the class that has the fewest; 0 without classes."""
+    judged: int
+    """Classes with at least `rules.LEAST_HELDOUT` held-out images."""
     test: int
     classes: int
     captions: int
@@ -54,7 +56,9 @@ def look(data: str, text_column: str | None) -> Survey:
     return Survey(
         train=len(train),
         heldout=len(heldout),
-        rarest=min((int((heldout.labels == label).sum()) for label in range(len(train.class_names or []))), default=0),
+        judged=sum(
+            int((heldout.labels == label).sum()) >= LEAST_HELDOUT for label in range(len(train.class_names or []))
+        ),
         test=train.test_images,
         classes=len(train.class_names or []),
         captions=sum(map(bool, train.captions or [])),

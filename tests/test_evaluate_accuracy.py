@@ -217,13 +217,13 @@ def test_a_classifier_tells_how_images_are_turned():
 def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, model, judge):
     unconditional = make_prior(tmp_path / "unconditional", names=None)
     few = shutil.copytree(real, tmp_path / "few")
-    for path in sorted((few / "val" / "bag").iterdir())[1:]:
+    for path in [path for name in CLASSES[:2] for path in sorted((few / "val" / name).iterdir())[1:]]:
         path.unlink()
     base = {"--model": model, "--data": real, "--classifier": judge, "--n": 24, "--device": "cpu"}
     for changed, code, parts in (
         ({"--model": unconditional}, 2, ["--classifier", "no classes"]),
         ({"--classifier": model}, 1, ["prior", "classifier"]),
-        ({"--data": few}, 1, ["--data", "bag"]),
+        ({"--data": few}, 1, ["--data", "images of 1", "3 classes"]),
         ({"--temperature": 0}, 2, ["--temperature", "0"]),
         ({"--guidance-schedule": "late"}, 2, ["--guidance-schedule", "late"]),
         ({"--n": 5}, 2, ["--n", "5"]),
@@ -235,13 +235,29 @@ def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, mode
     assert not (model / "generation_config.json").exists() and not (tmp_path / "receipt.json").exists()
 
 
+def test_the_search_leaves_rare_classes_out_of_the_distance(cli, tmp_path, real, model, judge):
+    prior, few = (shutil.copytree(of, tmp_path / name) for of, name in ((model, "prior"), (real, "few")))
+    for path in sorted((few / "val" / "bag").iterdir())[1:]:
+        path.unlink()
+    words = ["--model", prior, "--classifier", judge, "--n", 24, "--guidance-scale", 1, "--min-p", 0, "--device", "cpu"]
+    distances = {}
+    for data in (real, few):
+        receipt = tmp_path / f"{data.name}.json"
+        result = cli(evaluate.main, "settings", *words, "--data", data, "--output", receipt)
+        assert result.code == 0 and ("not compared: bag" in result.err) == (data is few), result.err
+        found = json.loads(receipt.read_text())
+        assert found["details"]["not_compared"] == ["bag"] * (data is few)
+        distances[data] = found["metrics"]["class_kernel_distance"]["plain"]
+    assert distances[real] != distances[few]
+
+
 def test_the_distance_within_classes_is_that_of_torch_fidelity():
     random = torch.Generator().manual_seed(0)
     samples, real = (torch.randn(40, 8, generator=random) + shift for shift in (0.0, 0.5))
-    found = kernel_distances(samples, torch.zeros(40), real, torch.zeros(40), 1)
+    found = kernel_distances(samples, torch.zeros(40), real, torch.zeros(40), [0])
     assert found.item() == pytest.approx(kernel_distance(samples, real)[0], rel=1e-4)
     labels = torch.arange(40) % 2
-    by_class = kernel_distances(samples, labels, real, labels, 2)
+    by_class = kernel_distances(samples, labels, real, labels, [0, 1])
     for label in (0, 1):
         alone = kernel_distance(samples[labels == label], real[labels == label])[0]
         assert by_class[label].item() == pytest.approx(alone, rel=1e-4)
@@ -258,7 +274,7 @@ def test_the_distance_within_classes_sees_wrong_classes_and_sameness():
     real, good, same = features(), features(), features(0.4)
     others = torch.where(torch.rand(1000, generator=random) < 0.3, 1 - labels, labels)
     cases = [(good, labels), (good, others), (same, labels)]
-    distances = [kernel_distances(*case, real, labels, 2).mean().item() for case in cases]
+    distances = [kernel_distances(*case, real, labels, [0, 1]).mean().item() for case in cases]
     assert abs(distances[0]) < 0.2 * min(distances[1:]), distances
 
 

@@ -263,7 +263,7 @@ def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, t
 
 
 def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stage]) -> None:
-    survey = replace(PHOTOS, classes=3, rarest=20, captions=900, prompts=("a shirt", "no", "3", "*: 'a'"))
+    survey = replace(PHOTOS, classes=3, judged=3, captions=900, prompts=("a shirt", "no", "3", "*: 'a'"))
     file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
     assert "settings" not in plan(tmp_path, 600, replace(REQUEST, text_column="text", size=[32, 32]), survey)
     assert parse(SampleConfig, file).prompts == list(survey.prompts)
@@ -287,7 +287,7 @@ def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, t
         shutil.rmtree(output)
         return config
 
-    classes = replace(PHOTOS, classes=3, heldout=60, rarest=20)
+    classes = replace(PHOTOS, classes=3, heldout=60, judged=3)
     config = found(classes)
     assert len(config.guidance_scale) > 1 and config.n >= 60 and config.classifier_steps >= 100
     assert found(classes, 600).n > config.n, "more time, more samples"
@@ -296,7 +296,8 @@ def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, t
     assert found(classes, 12) is None, "too little time"
     assert found(PHOTOS).guidance_scale == [1], "no classes"
     assert found(replace(PHOTOS, heldout=49)) is None
-    assert found(replace(classes, rarest=2)) is None
+    assert found(replace(classes, judged=2)) is not None, "one class is too rare"
+    assert found(replace(classes, judged=1)) is None
     assert found(classes, request=replace(small, samples=["--temperature=0.9"])) is None
     assert found(classes, request=replace(small, samples=["--n=9"])) is not None
     assert found(classes, request=replace(small, codes=["--source=grey"])) is None

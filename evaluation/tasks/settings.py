@@ -1,7 +1,7 @@
 """Recommended sampling settings of a prior: a search on validation images."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,8 +43,10 @@ LEAST = 2
 """Images of a class on each side; an unbiased distance needs them."""
 
 
-def kernel_distances(samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, classes: int) -> Tensor:
-    """Squared maximum mean discrepancy of features (N, D) and (M, D) within each class: float64 (classes,).
+def kernel_distances(
+    samples: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor, classes: Sequence[int]
+) -> Tensor:
+    """Squared maximum mean discrepancy of features (N, D) and (M, D) within each of the classes: float64 (len,).
 
     The kernel is that of KID (Binkowski et al. 2018), (x y / D + 1)^3, the estimate unbiased.
     """
@@ -54,7 +56,7 @@ def kernel_distances(samples: Tensor, labels: Tensor, real: Tensor, real_labels:
         return (values.sum() - values.trace()) / (len(one) * (len(one) - 1)) if same else values.mean()
 
     samples, real, found = samples.double(), real.double(), []
-    for label in range(classes):
+    for label in classes:
         x, y = samples[labels == label], real[real_labels == label]
         found.append(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
     return torch.stack(found)
@@ -132,12 +134,12 @@ def measure_settings(config: SettingsConfig) -> Measurement:
         features.append((judge.classifier.judge(batch.images)[1], batch.labels))
     real, labels = (torch.cat(side) for side in zip(*features, strict=True))
     groups = judge.groups(labels)
-    judge.check(groups, config.n)
+    compared = judge.compared(groups, config.n)
     distances, accuracies = [], []
     with progress(len(tried) * config.n, "samples", "img", True) as bar:
         for settings in tried:
             drawn, accuracy, theirs = _judged(generator, judge, settings, config, bar.update)
-            distances.append(kernel_distances(drawn, theirs, real, groups, len(judge.names)))
+            distances.append(kernel_distances(drawn, theirs, real, groups, compared))
             accuracies.append(accuracy)
     names = [name_of(settings) for settings in tried]
     chosen = best_of(distances, accuracies)
@@ -154,7 +156,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
             "classifier_accuracy": dict(zip(names, accuracies)),
         },
         environment(device, generator.precision, 1),
-        {"chosen": as_dict(tried[chosen])},
+        {"chosen": as_dict(tried[chosen]), "not_compared": judge.others(compared)},
     )
 
 
@@ -177,15 +179,27 @@ class Judge:
         """Whether the classifier's choices (n,) are right of images with these classes."""
         return chosen == (labels if self.classes else 0)
 
-    def check(self, groups: Tensor, n: int) -> None:
-        """Raise `UserError` where a group has too few of the real images, or of `n` samples."""
-        for group, name in enumerate(self.names):
-            if (count := int((groups == group).sum())) < LEAST or n < LEAST * len(self.names):
-                text = f"{count} validation images of {name} and --n {n} samples of {len(self.names)} classes"
-                least = f"{LEAST} of each class"
-                if not self.classes:
-                    text, least = f"{len(groups)} validation images and --n {n} samples", str(LEAST * PARTS)
-                raise UserError(f"--data: found {text}, expected at least {least} on both sides")
+    def compared(self, groups: Tensor, n: int) -> list[int]:
+        """The groups that have enough of the real images, which are of these groups.
+
+        Raises `UserError` where those are fewer than two classes or than half of them, or a group has too few of `n`
+        samples.
+        """
+        wanted = max(2, len(self.names) / 2) if self.classes else len(self.names)
+        found = [group for group in range(len(self.names)) if int((groups == group).sum()) >= LEAST]
+        if n < LEAST * len(self.names) or len(found) < wanted:
+            text, least = f"{len(groups)} validation images and --n {n} samples", str(LEAST * PARTS)
+            if self.classes:
+                text = f"{LEAST} validation images of {len(found)} and --n {n} samples of {len(self.names)} classes"
+                least = f"{LEAST} of half of the classes, and --n {LEAST * len(self.names)}"
+            raise UserError(f"--data: found {text}, expected at least {least} on both sides")
+        if others := self.others(found):
+            warn(f"not compared: {', '.join(others)}, with fewer than {LEAST} validation images")
+        return found
+
+    def others(self, compared: Sequence[int]) -> list[str]:
+        """Names of the groups that are not compared."""
+        return [name for group, name in enumerate(self.names) if group not in compared]
 
 
 def _judge(
