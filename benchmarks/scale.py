@@ -154,7 +154,12 @@ def launched(code: str, words: list[str], results: list[Path], environment: dict
         command = [sys.executable, "-c", code, str(result), *words]
         environ = {**os.environ, **(shared if count > 1 else {})}
         started.append(subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL))
-    codes = [process.wait() for process in started]
+    while any(process.poll() is None for process in started):
+        if any(process.poll() for process in started):  # the others would wait for it
+            for process in started:
+                process.kill()
+        time.sleep(0.05)
+    codes = [process.returncode for process in started]
     assert not any(codes), codes
     return [json.loads(result.read_text()) for result in results]
 
@@ -222,7 +227,7 @@ def sharded(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
     """Bytes a parameter of what a process keeps between steps, and of gradients: in one process, and in each of two."""
     codes, found = scratch / "codes", dict[str, float]()
     words = ["--data", "demo", "--tokenizer", str(options.tokenizer), "--output", str(codes)]
-    launched(TOKENIZE, words, [scratch / "tokenize.json"])
+    assert launched(TOKENIZE, words, [scratch / "tokenize.json"])[0][0] == 0
     for name, processes in (("one", 1), ("two", 2)):
         words = f"--codes {codes} --output {scratch / name} --dim 512 --layers 8 --steps 2 --batch-size 4"
         results = [scratch / f"{name}-{rank}.json" for rank in range(processes)]

@@ -9,6 +9,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,6 +163,31 @@ def start_module(module: str, *words: Any) -> Started:
     return launch([sys.executable, "-m", module], *words)
 
 
+_KILLED = """
+import runpy, sys
+folder, row, module = sys.argv[1:4]
+sys.path.insert(0, folder)
+from processes import at_row
+at_row(int(row))()
+sys.argv[1:4] = []
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def killed_module(module: str, row: int, *words: Any) -> Ended:
+    """A module run as `python -m` runs it (by runpy, after a hook), killed right after it has logged a step."""
+    return launch([sys.executable, "-c", _KILLED, str(Path(__file__).parent), str(row), module], *words).wait()
+
+
+def free_port() -> int:
+    """A free port below those that sockets get which ask for none, so that nobody is given it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+
+
 def run(module: str, *words: Any, hook: Callable[[], Any] | None = None) -> Ended:
     """Fork a program and wait for its end."""
     return start(module, *words, hook=hook).wait()
@@ -168,10 +195,7 @@ def run(module: str, *words: Any, hook: Callable[[], Any] | None = None) -> Ende
 
 def two_ranks() -> list[dict[str, str]]:
     """The environment that torchrun and `accelerate launch` give to each of two processes that are to meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 

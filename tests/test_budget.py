@@ -103,8 +103,17 @@ def test_minutes_are_measured_once(tmp_path: Path, cli: Callable[..., Any], monk
     assert trials == [1] and weights(tmp_path / "run") != first
 
 
-def test_a_trial_leaves_the_run_as_it_is(tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_a_trial_leaves_the_run_as_it_is(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps of a budget that was measured give the weights of a run that was told these steps."""
+    measured = budget.measured
+
+    def trial(*given: Any) -> Trial:
+        measured(*given)  # it is real; how long it took decides nothing
+        return Trial(0.2, 0.05, 0.1)
+
+    monkeypatch.setattr(budget, "measured", trial)
     assert cli(main, *words(tmp_path, "--minutes", 0.02, "--log-every", 5, "--seed", 3)).code == 0
     found, first = saved(tmp_path), weights(tmp_path / "run")
     told = ["--steps", found["steps"], "--lr-warmup", found["lr_warmup"], "--ema-decay", found["ema_decay"]]

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from accelerate import PartialState
 from helpers.tokenizing import DIE, SIZE, content, environment, make_tokenizer, save_garments, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import TOKENIZE, run_two
 from safetensors.torch import load_file
 
 from vqgen import artifact
@@ -434,21 +434,13 @@ def test_killed_at_any_point_a_run_ends_with_the_same_bytes(make, reference, tmp
 
 
 def test_two_processes_write_what_one_writes(make, reference, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), "-m", "vqgen.tokenizer.encode"]
-    command = [*launch, *words(make(tmp_path / "codes"))]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("training images") == 1
+    first, second = run_two(TOKENIZE, *words(make(tmp_path / "codes")), environ={"OMP_NUM_THREADS": "1"})
+    assert first.ok().out.count("training images") == 1 and not second.ok().out
     assert content(tmp_path / "codes") == content(reference)
 
 
 def test_each_process_takes_its_own_shards(make, reference, tmp_path, monkeypatch):
-    """The launched test would also pass if both did everything."""
+    """The test above would also pass if both did everything."""
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
     written = []

@@ -11,10 +11,11 @@ from helpers.models import NAMES, make_prior, make_square_prior
 from torchvision.io import write_png
 
 import vqgen.evaluation.program as evaluate
+from vqgen.errors import UserError
 from vqgen.evaluation.classifier import Classifier, classifier_of, shuffled_batches
 from vqgen.evaluation.distances import kernel_distance
 from vqgen.evaluation.options import ClassifierTraining
-from vqgen.evaluation.tasks.settings import best_of, kernel_distances
+from vqgen.evaluation.tasks.settings import Judge, best_of, kernel_distances
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings, read_recommended
 from vqgen.tokenizer.data.dataset import open_images
@@ -223,7 +224,7 @@ def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, mode
     for changed, code, parts in (
         ({"--model": unconditional}, 2, ["--classifier", "no classes"]),
         ({"--classifier": model}, 1, ["prior", "classifier"]),
-        ({"--data": few}, 1, ["--data", "images of 1", "3 classes"]),
+        ({"--data": few}, 1, ["--data", "1 of 3 classes"]),
         ({"--temperature": 0}, 2, ["--temperature", "0"]),
         ({"--guidance-schedule": "late"}, 2, ["--guidance-schedule", "late"]),
         ({"--n": 5}, 2, ["--n", "5"]),
@@ -236,19 +237,28 @@ def test_what_the_search_cannot_use_is_refused_by_name(cli, tmp_path, real, mode
 
 
 def test_the_search_leaves_rare_classes_out_of_the_distance(cli, tmp_path, real, model, judge):
-    prior, few = (shutil.copytree(of, tmp_path / name) for of, name in ((model, "prior"), (real, "few")))
-    for path in sorted((few / "val" / "bag").iterdir())[1:]:
-        path.unlink()
+    prior, distances = shutil.copytree(model, tmp_path / "prior"), []
     words = ["--model", prior, "--classifier", judge, "--n", 24, "--guidance-scale", 1, "--min-p", 0, "--device", "cpu"]
-    distances = {}
-    for data in (real, few):
-        receipt = tmp_path / f"{data.name}.json"
+    for number, kept in enumerate((slice(None), slice(0, 1), slice(1, 2))):
+        data, receipt = shutil.copytree(real, tmp_path / f"data-{number}"), tmp_path / f"{number}.json"
+        bags = sorted((data / "val" / "bag").iterdir())
+        for path in set(bags) - set(bags[kept]):
+            path.unlink()
         result = cli(evaluate.main, "settings", *words, "--data", data, "--output", receipt)
-        assert result.code == 0 and ("not compared: bag" in result.err) == (data is few), result.err
+        assert result.code == 0 and ("not compared: bag" in result.err) == (number > 0), result.err
         found = json.loads(receipt.read_text())
-        assert found["details"]["not_compared"] == ["bag"] * (data is few)
-        distances[data] = found["metrics"]["class_kernel_distance"]["plain"]
-    assert distances[real] != distances[few]
+        assert found["details"]["not_compared"] == ["bag"] * (number > 0)
+        distances.append(found["metrics"]["class_kernel_distance"]["plain"])
+    assert distances[1] == pytest.approx(distances[2]), "the image that is left plays no part"
+    assert distances[0] != pytest.approx(distances[1])
+
+
+def test_half_of_the_classes_have_to_be_compared():
+    judge, groups = Judge(None, list("abcdef"), True), torch.tensor([0, 0, 2, 2, 3, 3, 3, 5])
+    assert judge.compared(groups, 12) == [0, 2, 3]
+    for few, n in ((groups[:4], 12), (groups, 11)):
+        with pytest.raises(UserError):
+            judge.compared(few, n)
 
 
 def test_the_distance_within_classes_is_that_of_torch_fidelity():

@@ -4,6 +4,7 @@ Priors: the one in the package, and one of the demo's shape with random weights.
 last bit turns a code once in many thousand images.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -197,6 +198,24 @@ def test_each_thread_computes_alone():
     assert torch.get_num_threads() == 3
     # Also in a thread of the pool, which has one.
     assert on_threads(lambda _: on_threads(lambda number: number + 1, range(3)), range(2)) == [[1, 2, 3]] * 2
+
+
+def test_an_error_in_one_thread_drops_what_has_not_begun():
+    torch.set_num_threads(2)
+    begun: list[int] = []
+    go = threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise KeyboardInterrupt
+        go.wait(600)
+
+    with pytest.raises(KeyboardInterrupt):
+        on_threads(work, range(20))
+    go.set()
+    on_threads(lambda number: number, range(2))  # behind all that was left
+    assert len(begun) <= 3, "the one that raised, and one on each thread"
 
 
 def test_an_error_in_one_thread_ends_the_others():

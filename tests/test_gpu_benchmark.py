@@ -53,3 +53,4 @@ def test_every_part_runs_at_tiny_sizes_on_the_cpu(tmp_path: Path) -> None:
     assert list(result["parts"]) == list(PARTS)
     for what in ("images/s", "codebook", "vqgen-tokenize", "processes: fsdp", "--no-compile", "passed, 0 failed"):
         assert what in table(result), what
+    assert "OTHER" not in table(result)

@@ -206,16 +206,16 @@ def test_captured_steps_are_static_steps_on_cuda(backbone: str, dtype: torch.dty
 def test_images_of_the_package_do_not_depend_on_neighbours_on_cuda(precision: str) -> None:
     """At one batch size; in float32 without graphs, too, but for a code in many hundred that rounding turns."""
     generator = Generator.load(DEFAULT, "cuda", precision)
-    whole = generator.sample(32, seed=3, batch_size=16)
+    whole = generator.draw(range(32), seed=3, batch_size=16)
     part = generator.draw([5, 30, 2], seed=3, batch_size=16)
     assert torch.equal(part.codes, whole.codes[[5, 30, 2]])
-    assert torch.equal(generator.sample(32, seed=3, batch_size=16).codes, whole.codes)
+    assert torch.equal(generator.draw(range(32), seed=3, batch_size=16).codes, whole.codes)
     assert generator.decoder._batch.steps and generator.decoder._batch.steps.usable
     generator.decoder = CachedTransformer(generator.prior.backbone, generator.decoder.positions, graphs=False)
-    plain = generator.sample(32, seed=3, batch_size=16)
+    plain = generator.draw(range(32), seed=3, batch_size=16)
     if precision == "fp32":
         assert (plain.codes == whole.codes).all((1, 2)).float().mean() > 0.9
     torch.testing.assert_close(plain.nats.mean(), whole.nats.mean(), rtol=0.02, atol=0)
-    cpu = Generator.load(DEFAULT, "cpu", "fp32").sample(4, seed=3)
+    cpu = Generator.load(DEFAULT, "cpu", "fp32").draw(range(4), seed=3)
     if precision == "fp32":
         assert (cpu.codes == whole.codes[:4]).float().mean() > 0.75

@@ -215,4 +215,5 @@ def test_lists_of_samples(tmp_path: Path, cli: Callable[..., Any]) -> None:
 
 def test_text_in_place_of_a_number_is_no_measurement() -> None:
     rows: list[dict[str, Any]] = [{"step": n, "heldout/psnr": 30 - n, "heldout/lpips": "nan"} for n in range(5)]
-    adversary_dominates([{**row, "train/adversarial": 0.1} for row in rows])
+    found = adversary_dominates([{**row, "train/adversarial": 0.1} for row in rows])
+    assert found is not None and "PSNR fell from 30.0 dB to 26.0 dB" in found.measured

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -382,10 +381,7 @@ def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.Mo
 def address(page: Any) -> Iterator[str]:
     from starlette.middleware import Middleware
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    where = {"server_name": "127.0.0.1", "server_port": port, "prevent_thread_lock": True, "quiet": True}
+    where = {"server_name": "127.0.0.1", "prevent_thread_lock": True, "quiet": True}
     yield page.launch(app_kwargs={"middleware": [Middleware(Guard)]}, ssr_mode=False, **where)[1]
     page.close(verbose=False)
 
@@ -407,13 +403,14 @@ def test_a_request_that_waits_is_stopped_by_its_session(page: Any, address: str)
     from gradio_client import Client
 
     first, second = Client(address, verbose=False), Client(address, verbose=False)
-    under_way = first.submit(model="fills", n=40, api_name="/draw")
-    while page.jobs.running == 0 and not under_way.done():
-        time.sleep(0.01)
-    waits = second.submit(model="fills", n=24, api_name="/draw")
-    while waits.status().code.name in ("STARTING", "JOINING_QUEUE"):  # the server does not have it yet
-        time.sleep(0.01)
-    page.jobs.stop(second.session_hash)
+    with page.jobs.turn:  # the first cannot end before the second waits
+        under_way = first.submit(model="fills", n=40, api_name="/draw")
+        while page.jobs.running == 0 and not under_way.done():
+            time.sleep(0.01)
+        waits = second.submit(model="fills", n=24, api_name="/draw")
+        while waits.status().code.name in ("STARTING", "JOINING_QUEUE"):  # the server does not have it yet
+            time.sleep(0.01)
+        page.jobs.stop(second.session_hash)
     assert under_way.result()[2].startswith("40 of 40") and waits.result()[2] == "Stopped."
     assert second.predict(model="fills", n=1, api_name="/draw")[2].startswith("1 of 1")
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers.models import make_prior, make_square_prior
 from PIL import Image
+from processes import free_port
 
 from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.generator import SHIPPED
@@ -43,12 +44,7 @@ ARGUMENTS = (
     "--disable-component-update --disable-sync"
 ).split()
 PATIENCE = 120_000  # milliseconds: the machine may be busy
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+playwright.expect.set_options(timeout=PATIENCE)  # of assertions; pages have their own
 
 
 @dataclass
@@ -64,20 +60,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_square_prior(folder / "fills", MaskedSource(0.5))
     make_square_prior(folder / "restores", PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"])))
     make_prior(folder / "plain")
-    port = free_port()
-    words = ["--models", str(folder), "--port", str(port), "--upload-megabytes", "1"]
-    run = [sys.executable, "-m", "vqgen.app.page.program", *words]
     log = (folder / "log.txt").open("w+")
     temporary = tmp_path_factory.mktemp("temporary")
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+
+    def begun() -> tuple[str, subprocess.Popen]:
+        for _ in range(3):  # a port may be taken, and Gradio gives its server five seconds
+            url = f"http://127.0.0.1:{(port := free_port())}/"
+            words = ["--models", str(folder), "--port", str(port), "--upload-megabytes", "1"]
+            run = [sys.executable, "-m", "vqgen.app.page.program", *words]
+            process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+            until = time.monotonic() + 5 * PATIENCE / 1000
+            while process.poll() is None:
+                if f"open {url}" in (folder / "log.txt").read_text():
+                    return url, process
+                if time.monotonic() > until:
+                    process.kill()
+                time.sleep(0.1)
+        raise AssertionError((folder / "log.txt").read_text())
+
+    url, process = begun()
     try:
-        url = f"http://127.0.0.1:{port}/"
-        for _ in range(PATIENCE // 100):
-            if f"open {url}" in (text := (folder / "log.txt").read_text()):
-                break
-            assert process.poll() is None, text
-            time.sleep(0.1)
         yield Server(url, folder, process)
         assert process.poll() is None and "defect" not in (folder / "log.txt").read_text()
         assert list(temporary.iterdir())
@@ -154,9 +157,14 @@ class Visit:
         self.page.get_by_test_id("toast-close").first.click()
         return text
 
-    def download(self) -> zipfile.ZipFile:
+    def ended(self) -> Any:
+        """Wait for the end of a drawing, until which its button does nothing; returns the button of its archive."""
         link = self.page.get_by_role("button", name="Download as zip").locator("visible=true")
-        playwright.expect(link).to_be_enabled(timeout=PATIENCE)
+        playwright.expect(link).to_be_enabled()
+        return link
+
+    def download(self) -> zipfile.ZipFile:
+        link = self.ended()
         with self.page.expect_download() as found:
             link.click()
         return zipfile.ZipFile(io.BytesIO(Path(found.value.path()).read_bytes()))
@@ -253,6 +261,7 @@ def test_a_visitor_who_leaves_stops_the_drawing(browser: Any, server: Server, vi
     visit.press("Draw")
     visit.status("^1 of 1 image")
     waited = time.perf_counter() - began
+    visit.ended()
     visit.choose("Model", "cifar10")
     visit.set("Images", 8)
     visit.press("Draw")
@@ -288,6 +297,7 @@ def test_fill_in_what_is_painted(visit: Visit, photo: bytes) -> None:
 def test_paint_with_the_keyboard(visit: Visit, photo: bytes) -> None:
     visit.tab("Edit")
     visit.upload("photo.png", photo)
+    playwright.expect(visit.page.locator("mask-painter canvas")).to_have_attribute("width", "512")
     visit.page.locator("mask-painter canvas").focus()
     at = "(({x, y}) => [x, y])(document.querySelector('mask-painter').at)"
     left, top = visit.page.evaluate(at)
@@ -313,6 +323,7 @@ def test_a_drawn_image_is_taken_on_to_the_editor(visit: Visit) -> None:
     visit.set("Images", 2)
     visit.press("Draw")
     visit.status("^2 of 2 images")
+    visit.ended()
     visit.page.locator(".pictures:visible .thumbnail-lg").nth(1).click()
     taken = visit.page.get_by_role("button", name="Edit the chosen image")
     visit.press("Draw")

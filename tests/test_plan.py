@@ -272,6 +272,14 @@ def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stag
         assert parse(SampleConfig, file).prompts is None
 
 
+def test_a_survey_counts_classes_with_enough_heldout_images(tmp_path: Path) -> None:
+    for name, count in (("a", 5), ("b", 4), ("c", 6)):
+        for index in range(count):
+            for split in ("train", "val"):
+                save(tmp_path / split / name / f"{index}.png", Image.new("RGB", (8, 8)))
+    assert look(str(tmp_path), None).judged == 2
+
+
 def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, trials: list[Stage]) -> None:
     small = replace(REQUEST, size=[32, 32])
 
@@ -298,6 +306,8 @@ def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, t
     assert found(replace(PHOTOS, heldout=49)) is None
     assert found(replace(classes, judged=2)) is not None, "one class is too rare"
     assert found(replace(classes, judged=1)) is None
+    assert found(replace(classes, classes=10, judged=5)) is not None
+    assert found(replace(classes, classes=10, judged=4)) is None
     assert found(classes, request=replace(small, samples=["--temperature=0.9"])) is None
     assert found(classes, request=replace(small, samples=["--n=9"])) is not None
     assert found(classes, request=replace(small, codes=["--source=grey"])) is None

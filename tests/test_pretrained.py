@@ -12,6 +12,7 @@ from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
 from vqgen.sampling import sample
 from vqgen.sampling.generator import DEFAULT, SHIPPED
+from vqgen.sampling.settings import SamplingSettings
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
@@ -45,9 +46,12 @@ def test_it_draws_ten_classes_without_being_named(cli, tmp_path, monkeypatch):
 def test_its_receipts_are_of_this_very_model():
     generator = vqgen.Generator.load(DEFAULT, "cpu")
     marks = {generator.prior.fingerprint, generator.tokenizer.fingerprint}
-    for name in ("reconstruction", "reconstruction-1000", "likelihood", "samples", "samples-guided"):
+    names = ("reconstruction", "reconstruction-1000", "likelihood", "samples", "samples-guided", "samples-guidance-1.5")
+    for name in (*names, "settings"):
         found = read_receipt(RECEIPTS / f"{name}.json")
         assert marks & set(found["fingerprints"].values()), name
+    chosen = read_receipt(RECEIPTS / "settings.json")["details"]["chosen"]
+    assert generator.settings({}) == SamplingSettings(**chosen)
 
 
 @pytest.mark.slow

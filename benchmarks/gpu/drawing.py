@@ -35,14 +35,14 @@ def sides(setup: Setup, dim: int, layers: int, codebook_size: int) -> dict[str, 
 def package(setup: Setup) -> dict[str, Any]:
     """Rates by precision; whether images depend on neighbours, and agree with the CPU's; a cold start."""
     count, few = (8, 2) if setup.tiny else (1024, 8)
-    expected = Generator.load(DEFAULT, "cpu", "fp32").sample(few, seed=7)
+    expected = Generator.load(DEFAULT, "cpu", "fp32").draw(range(few), seed=7)
     rows: dict[str, Any] = {}
     for precision in ["fp32", "bf16"] if setup.tiny else ["fp32", "bf16", "fp16"]:
         generator = Generator.load(DEFAULT, setup.device, precision)
         size = min(256, count)
-        generator.sample(size, batch_size=size)  # warms up
+        generator.draw(range(size), batch_size=size)  # warms up
         start = time.perf_counter()
-        whole = generator.sample(count, seed=7, batch_size=size)
+        whole = generator.draw(range(count), seed=7, batch_size=size)
         took = time.perf_counter() - start
         again = generator.draw([few - 1, count - 1], seed=7, batch_size=size)
         steps = generator.decoder._batch.steps
@@ -64,6 +64,8 @@ def package(setup: Setup) -> dict[str, Any]:
         DEFAULT,
         "--n",
         few * 8,
+        "--guidance-scale",
+        1,
         "--output",
         output,
         "--device",

@@ -88,14 +88,14 @@ def intervals(steps: int) -> list[Any]:
 
 
 def options_of_prior(setup: Setup, steps: int) -> list[Any]:
-    """Options of a prior of the size of prior-base, or of a tiny one."""
+    """Options of a prior of the width and depth of prior-base, or of a tiny one."""
     size = ["--dim", 32, "--layers", 1, "--heads", 2] if setup.tiny else ["--dim", 768, "--layers", 12, "--heads", 12]
     batch = 8 if setup.tiny else 256
     return ["--codes", codes(setup), *size, "--batch-size", batch, *intervals(4 if setup.tiny else steps)]
 
 
 def prior(setup: Setup, precision: str) -> dict[str, Any]:
-    """The size of prior-base (112 M) on 64 codes an image, 256 images a step."""
+    """Width and depth of prior-base over 512 codes (86 M weights), 64 codes an image, 256 images a step."""
     words = options_of_prior(setup, 100)
     return _both(setup, prior_program.main, [*words, "--preview-images", 0], precision)
 

@@ -255,7 +255,7 @@ class SettingsConfig(Options):
     top_p: list[Annotated[float, Range(above=0, most=1)]] = field(default_factory=lambda: [1.0])
     """Values of top-p to try."""
     output: Path | None = None
-    """Receipt to write or replace; by default settings.json in --model."""
+    """Receipt to write or replace; by default settings-N.json in --model, with the precision where it is not fp32."""
     seed: Seed = 0
     """Seed of the samples."""
     holdout: Holdout = 0.05

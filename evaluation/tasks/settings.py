@@ -1,6 +1,7 @@
 """Recommended sampling settings of a prior: a search on validation images."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, 
 from vqgen.evaluation.options import ClassifierTraining
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import load_classifier
-from vqgen.files import is_file, read_json
+from vqgen.files import DESCRIPTION, is_file, read_json
 from vqgen.metric import Metric
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION, RECOMMENDED
@@ -100,7 +101,11 @@ def name_of(settings: SamplingSettings) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `UserError` where a folder holds a generation_config.json that vqgen did not write."""
+    """Raise `UserError` where a folder is not that of a prior, or holds a generation_config.json that vqgen did not
+    write."""
+    if not is_file(folder / DESCRIPTION):
+        text = f"{folder} holds no {DESCRIPTION}; settings are written into the prior's folder, so name that"
+        raise UserError(f"--model: {text}")
     path = folder / GENERATION
     if is_file(path) and RECOMMENDED not in read_json(path):
         raise UserError(f"{path} is not of vqgen; move it elsewhere")
@@ -188,11 +193,12 @@ class Judge:
         wanted = max(2, len(self.names) / 2) if self.classes else len(self.names)
         found = [group for group in range(len(self.names)) if int((groups == group).sum()) >= LEAST]
         if n < LEAST * len(self.names) or len(found) < wanted:
-            text, least = f"{len(groups)} validation images and --n {n} samples", str(LEAST * PARTS)
+            count, least = len(self.names), LEAST * len(self.names)
+            text = f"{len(groups)} validation images and --n {n} samples, expected at least {least} on both sides"
             if self.classes:
-                text = f"{LEAST} validation images of {len(found)} and --n {n} samples of {len(self.names)} classes"
-                least = f"{LEAST} of half of the classes, and --n {LEAST * len(self.names)}"
-            raise UserError(f"--data: found {text}, expected at least {least} on both sides")
+                text = f"{len(found)} of {count} classes with {LEAST} validation images, and --n {n}"
+                text += f", expected at least {math.ceil(wanted)} such classes, and --n {least}"
+            raise UserError(f"--data: found {text}")
         if others := self.others(found):
             warn(f"not compared: {', '.join(others)}, with fewer than {LEAST} validation images")
         return found
