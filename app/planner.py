@@ -81,6 +81,7 @@ class Planner:
 
     def __init__(self, request: Request, survey: Survey, machine: Machine, deadline: float, output: Path) -> None:
         self.request, self.survey, self.machine, self.deadline, self.output = request, survey, machine, deadline, output
+        self.began = time.perf_counter()
         self.stages = Configurations(request, survey, machine, output)
         self.rows: list[Row] = []
         self.too_long = math.inf
@@ -145,9 +146,10 @@ class Planner:
             searching = search.seconds if search else 0.0
             shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step, searching)
             if shares is None:
-                needed = 2 * (encoding + rules.DRAWING[0]) + 4 * TRIAL
+                planning = 1.25 * (time.perf_counter() - self.began)  # done again, and not always as fast
+                needed = math.ceil((rules.least_time(encoding) + planning + 2 * TRIAL) / 60)
                 text = f"encoding the images takes about {encoding / 60:.1f} min"
-                raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed / 60:.0f} or more")
+                raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed} or more")
             steps = max(found.steps(shares.prior), 0)
             if rules.affordable(index, steps * found.batch * length) or self.stages.given("prior", "dim", "layers"):
                 break

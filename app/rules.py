@@ -177,6 +177,14 @@ def share_time(total: float, encoding: float, most: float, settings: float = 0.0
     return Time(rest - prior, encoding, prior, settings, drawing)
 
 
+def least_time(encoding: float) -> float:
+    """Seconds, in whole minutes, that `share_time` can divide with so much encoding, also with the longest search."""
+    total = 60.0
+    while share_time(total, encoding, math.inf, min(total / 20, SEARCH)) is None:
+        total += 60
+    return total
+
+
 @dataclass(frozen=True)
 class Search:
     """A search of sampling settings, see `vqgen-eval settings`."""

@@ -327,8 +327,13 @@ def test_a_trial_out_of_memory_splits_the_step(tmp_path: Path, monkeypatch: pyte
 
 
 def test_images_that_take_too_long_to_encode_are_refused(tmp_path: Path, trials: list[Stage]) -> None:
+    many = replace(PHOTOS, train=1_000_000)
+    with pytest.raises(UsageError, match=r"--minutes: .* give (\d+) or more") as refused:
+        plan(tmp_path, 20, survey=many)
+    enough = int(str(refused.value).split()[-3])
+    assert plan(tmp_path, enough, survey=many)["tokenizer"].seconds > 0
     with pytest.raises(UsageError, match="--minutes"):
-        plan(tmp_path, 20, survey=replace(PHOTOS, train=1_000_000))
+        plan(tmp_path, 0.9 * enough, survey=many)
 
 
 def test_a_size_that_fits_no_grid_is_refused(tmp_path: Path, trials: list[Stage]) -> None:
