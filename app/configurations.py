@@ -6,7 +6,7 @@ from typing import Any
 
 from vqgen.config import parse
 from vqgen.config_layers import find_preset
-from vqgen.evaluation.tasks.options import PARTS
+from vqgen.evaluation.tasks.options import PARTS, least_classes
 from vqgen.files import write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
 from vqgen.prior.train import PriorTraining
@@ -106,7 +106,7 @@ class Configurations:
             return "samples are drawn of captions"
         if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"
-        if survey.classes > 1 and survey.judged < max(2, survey.classes / 2):
+        if survey.classes > 1 and survey.judged < least_classes(survey.classes):
             sparse = f"{survey.classes - survey.judged} of {survey.classes} classes"
             return f"{sparse} have fewer than {rules.LEAST_HELDOUT} held-out images"
         return "--codes gives a source" if self.given("codes", "source", "source-data") else ""

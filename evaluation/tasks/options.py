@@ -222,6 +222,11 @@ PARTS = 10
 """Parts of images without classes, over which the distance of samples from them has a standard error."""
 
 
+def least_classes(count: int) -> float:
+    """Of so many classes, how many have to have enough validation images for a search of settings."""
+    return max(2, count / 2)
+
+
 @dataclass
 class SettingsConfig(Options):
     """Options of `vqgen-eval settings`: a prior, what its samples are judged by, and candidates, all combined."""

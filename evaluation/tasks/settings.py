@@ -29,7 +29,7 @@ from vqgen.sampling.settings import SamplingSettings, in_words, write_recommende
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
 
-from .options import PARTS, SettingsConfig
+from .options import PARTS, SettingsConfig, least_classes
 
 _METRICS = (
     Metric("class_kernel_distance", "Kernel distance within classes", "", "lower"),
@@ -190,7 +190,7 @@ class Judge:
         Raises `UserError` where those are fewer than two classes or than half of them, or a group has too few of `n`
         samples.
         """
-        wanted = max(2, len(self.names) / 2) if self.classes else len(self.names)
+        wanted = least_classes(len(self.names)) if self.classes else len(self.names)
         found = [group for group in range(len(self.names)) if int((groups == group).sum()) >= LEAST]
         if n < LEAST * len(self.names) or len(found) < wanted:
             count, least = len(self.names), LEAST * len(self.names)
