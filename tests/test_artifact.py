@@ -374,11 +374,12 @@ def test_what_is_no_model_folder_is_named(tmp_path: Path) -> None:
     )
     assert (
         refusal(load_artifact, tmp_path / "no", "prior")
-        == f"{tmp_path / 'no'} is not a prior folder: it does not exist"
+        == f"{tmp_path / 'no'} is not a prior folder: it does not exist; give the run or model folder of a prior"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert refusal(load_artifact, empty, "prior") == f"{empty} is not a prior folder: it holds no {DESCRIPTION}"
+    expected = f"{empty} is not a prior folder: it holds no {DESCRIPTION}; give the run or model folder of a prior"
+    assert refusal(load_artifact, empty, "prior") == expected
     (empty / "checkpoints").mkdir()
     assert refusal(load_artifact, empty, "prior").endswith("its training has not finished")
     assert refusal(load_artifact, tmp_path / "t" / DESCRIPTION, "prior").startswith(

@@ -625,6 +625,7 @@ def test_with_flips_every_other_view_is_flips(make, tmp_path):
         ({"flip": False, "random_crop": 0.0}, "--views"),
         ({"views": 1}, "--flip"),
         ({"views": 1, "flip": False}, "--random-crop"),
+        ({"views": 1, "flip": False, "random_crop": 0.0, "random_shift": 1}, "--random-shift"),
         ({"size": [64, 64]}, "--size"),
         ({"channels": 1, "size": [32, 48]}, "--size"),
         ({"fit": "pad"}, "--fit"),

@@ -507,6 +507,19 @@ def test_flip_mirrors_half_and_crop_cuts_from_the_enlarged(rows, tmp_path):
     assert len(torch.stack(views).flatten(1).unique(dim=0)) > 70  # of 81 places
 
 
+def test_random_shifts_mirror_at_the_edges(rows, tmp_path):
+    folder = str(flat(rows, tmp_path))
+    config = replace(SMALL, random_shift=2)
+    shifted = open_images(folder, "train", config, augment=True)
+    image = open_images(folder, "train", SMALL)[0].image
+    mirrored = torch.cat([image[:, :2].flip(1), image, image[:, -2:].flip(1)], dim=1)
+    mirrored = torch.cat([mirrored[:, :, :2].flip(2), mirrored, mirrored[:, :, -2:].flip(2)], dim=2)
+    windows = mirrored.unfold(1, 16, 1).unfold(2, 16, 1).reshape(-1, 16, 16)
+    views = torch.stack([shifted[(0, seed)].image for seed in range(200)])
+    assert len(views.flatten(1).unique(dim=0)) == 25
+    assert all((windows == view).all((1, 2)).any() for view in views)
+
+
 def test_random_crop_reaches_along_the_long_side(photo, tmp_path):
     for i in range(3):
         photo.rotate(90 * (i == 2), expand=True).save(tmp_path / f"{i}.png")

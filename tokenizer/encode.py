@@ -17,7 +17,7 @@ class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = tuple(
-        "tokenizer data source source_data text_column output overwrite verify views flip random_crop holdout".split()
+        "tokenizer data source source_data text_column output overwrite verify views flip random_crop random_shift holdout".split()
     )
 
     tokenizer: Path | None = None
@@ -60,14 +60,15 @@ class TokenizeConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        augmented, various = self.images.flip or self.images.random_crop > 0, self._check_source()
-        if self.views > 1 and not (augmented or various):
-            raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-crop")
-        if self.views > 2 and not (self.images.random_crop > 0 or various):
-            raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-crop for more")
-        if self.views == 1 and augmented:
-            option = "--flip" if self.images.flip else "--random-crop"
-            raise UsageError(f"{option}: found with --views 1, which is not augmented; use --views 2 or leave it out")
+        various = self._check_source()
+        if self.views > 1 and not (self.images.augments or various):
+            raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-shift")
+        if self.views > 2 and not (self.images.various or various):
+            raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-shift for more")
+        if self.views == 1 and self.images.augments:
+            given = next(name for name in ("flip", "random_crop", "random_shift") if getattr(self.images, name))
+            text = "found with --views 1, which is not augmented; use --views 2 or leave it out"
+            raise UsageError(f"{option_name(given)}: {text}")
 
     def _check_source(self) -> bool:
         """Check the options of the source; return whether those of two equal views may differ. Raises `UsageError`."""

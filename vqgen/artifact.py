@@ -167,8 +167,9 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
     folder = Path(folder)
     if not is_file(folder / DESCRIPTION):
         state = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}"
-        hint = "; its training has not finished" if (folder / "checkpoints").is_dir() else ""
-        raise UserError(f"{folder} is not a {kind} folder: it {state}{hint}")
+        unfinished = (folder / "checkpoints").is_dir()
+        hint = "its training has not finished" if unfinished else f"give the run or model folder of a {kind}"
+        raise UserError(f"{folder} is not a {kind} folder: it {state}; {hint}")
     description = read_json(folder / DESCRIPTION)
     if description.get("kind") != kind:
         raise UserError(f"{folder} holds a {description.get('kind')}, where a {kind} is needed")

@@ -211,9 +211,9 @@ def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:
     pairs = None
     if config.source_data is not None:
         pairs, sources = pair(sources, config.source_data, config.pair_by, config.unpaired, often, config.views > 1)
-        if not (often.flip or often.random_crop) and config.views > pairs.most:
+        if not often.augments and config.views > pairs.most:
             text = f"found {config.views}, but no image has more than {pairs.most} partners"
-            raise UsageError(f"--views: {text}, and equal views are of no use; add --flip or --random-crop")
+            raise UsageError(f"--views: {text}, and equal views are of no use; add --flip or --random-shift")
     datasets: dict[Split, ImageDataset] = {
         split: ImageDataset(source, often, augment=config.views > 1) if split == "train" else ImageDataset(source, once)
         for split, source in sources.items()

@@ -54,6 +54,9 @@ class ImageConfig(Options):
     """Mirror half of the training images left to right."""
     random_crop: Annotated[float, Range(least=0, most=4)] = 0.0
     """Enlarge training images by this share and crop at random; 0 crops the centre."""
+    random_shift: Annotated[int, Range(least=0, most=2**10)] = 0
+    """Shift training images by up to this many pixels, down or up and to a side; the edge that this uncovers mirrors
+    what is next to it."""
     holdout: Annotated[float, Range(above=0, below=1)] = 0.05
     """Share of the training images held out for validation where the source has no validation split; always the same
     images. A test split is never used for validation."""
@@ -79,3 +82,13 @@ class ImageConfig(Options):
         for name, (good, expected) in checks.items():
             if not good:
                 raise UsageError(f"--{name}: found {getattr(self, name)}, expected {expected}")
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed at random."""
+        return self.flip or self.various
+
+    @property
+    def various(self) -> bool:
+        """Whether an image has more views than itself and its mirror image."""
+        return self.random_crop > 0 or self.random_shift > 0

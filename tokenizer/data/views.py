@@ -27,10 +27,15 @@ def fitted(data: bytes, config: ImageConfig, enlarged: bool) -> Tensor:
 
 
 def augmented(image: np.ndarray, config: ImageConfig, seed: int) -> np.ndarray:
-    """Crop a fitted image (C, h, w) to the configured size and mirror it, both by `seed`."""
+    """Crop a fitted image (C, h, w) to the configured size, shift it and mirror it, all by `seed`."""
     if config.random_crop > 0:
         height, width = config.size
         top = hash64("top", seed) % (image.shape[1] - height + 1)
         left = hash64("left", seed) % (image.shape[2] - width + 1)
         image = image[:, top : top + height, left : left + width]
+    if (most := config.random_shift) > 0:
+        height, width = config.size
+        down, right = (hash64(axis, seed) % (2 * most + 1) for axis in ("down", "right"))
+        image = np.pad(image, ((0, 0), (most, most), (most, most)), mode="symmetric")
+        image = image[:, down : down + height, right : right + width]
     return image[:, :, ::-1] if config.flip and flips(seed) else image
