@@ -5,7 +5,8 @@
 
 DATA has train, heldout and novel.parquet of `image`, `text`, `label` (the style) and `key` (the emoji). Of each
 drawing of `heldout` (its emoji is in `train`, in another style) and `novel` (in no style), the model draws the same
-from its text and style, and from a drawing in another style. Each is compared with all drawings of that style in the
+from its text and style, with its recommended settings, and, if it was trained on pairs, from a drawing in another
+style. Each is compared with all drawings of that style in the
 three files, by the features of a network less their mean, by cosine: `first` and `five` are the shares whose nearest,
 or five nearest, include the right emoji. `style` is the share that the classifier assigns to the style. The
 reconstructions of the drawings say what the tokenizer leaves to reach.
@@ -160,6 +161,8 @@ def main() -> None:
             "text": as_read(generator, [drawings.texts[row] for row in rows]),
         }
         put(f"{split} from text", rows, generator.sample(len(rows), seed=args.seed, conditions=given).images)
+        if not generator.conditioning.paired_source:
+            continue
         paired = [row for row in rows if drawings.partner(row) is not None]
         sources = drawings.images[[drawings.partner(row) for row in paired]]
         given = {"class": [drawings.styles[row] for row in paired]}

@@ -10,6 +10,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,6 +279,31 @@ def test_a_stop_holds_for_what_waits_and_not_for_what_comes_later(fills: Loaded,
     assert found == [0, 1, 1]
 
 
+def test_a_drawing_that_takes_too_long_ends_with_what_is_there(fills: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    import gradio as gr
+
+    from vqgen.app.page.controls import Results
+
+    now, series = 0.0, series_of(fills, {"n": 3 * BATCH}, LIMITS, {})
+    monkeypatch.setattr("vqgen.app.page.drawing.time", SimpleNamespace(monotonic=lambda: now))
+    with gr.Blocks(analytics_enabled=False):
+        results = Results("Drawn images")
+    Path(results.folder).mkdir(parents=True, exist_ok=True)
+    parts = []
+    for part in results.follow(series, Jobs(most_seconds=30), "mine", {}):
+        parts.append((len(part[0]), bool(part[1] and zipfile.is_zipfile(part[1])), part[2]))
+        now += 20  # the second batch begins in time, the third does not
+    assert [part[:2] for part in parts] == [(0, False), (BATCH, False), (BATCH, True)]
+    assert parts[-1][2].startswith(f"Stopped after 30 s, the longest a drawing may take: {BATCH} of {3 * BATCH} images")
+    now = 0.0
+    found = []
+    for part in results.follow(series, Jobs(most_seconds=10), "mine", {}):
+        found.append(part[2])
+        now += 20
+    assert found[-1] == "Stopped after 10 s, the longest a drawing may take."
+
+
 # ---- the program and its server ----
 
 
@@ -294,7 +320,7 @@ def test_a_wrong_folder_or_port_is_one_line(cli: Any, tmp_path: Path) -> None:
     assert found.code == 1 and str(tmp_path) in found.err and len(found.err.splitlines()) == 1
 
 
-def served(path: str) -> tuple[int, dict[str, str]]:
+def served(path: str, **limits: Any) -> tuple[int, dict[str, str]]:
     """Status and headers of a request that passes the guard to an application that answers all with 200."""
     sent: list[Any] = []
 
@@ -307,7 +333,7 @@ def served(path: str) -> tuple[int, dict[str, str]]:
     async def receive() -> Any:
         raise AssertionError
 
-    asyncio.run(Guard(app)({"type": "http", "path": path}, receive, send))
+    asyncio.run(Guard(app, **limits)({"type": "http", "path": path}, receive, send))
     return sent[0]["status"], {key.decode(): value.decode() for key, value in sent[0]["headers"]}
 
 
@@ -322,6 +348,18 @@ def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
         "/gradio_api/api/draw",
     ):  # fmt: skip
         assert served(path)[0] == 404, path
+
+
+def test_uploads_are_refused_while_too_much_is_stored(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.png").write_bytes(bytes(100))
+    upload = "/gradio_api/upload"
+    assert served(upload, folder=str(tmp_path), most_stored=101)[0] == 200
+    for path in (upload, upload + "/"):
+        assert served(path, folder=str(tmp_path), most_stored=100)[0] == 507
+    assert served("/gradio_api/queue/join", folder=str(tmp_path), most_stored=100)[0] == 200
+    (tmp_path / "a" / "b.png").unlink()
+    assert served(upload, folder=str(tmp_path), most_stored=100)[0] == 200
 
 
 def test_the_policy_names_no_other_server() -> None:

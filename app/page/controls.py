@@ -197,15 +197,20 @@ class Results:
 
     def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
         """Values of `outputs` while a series is drawn."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as place, jobs.job(session) as check:
+        with tempfile.TemporaryDirectory(dir=self.folder) as place, jobs.job(session) as job:
             pictures: list[Picture] = []
             yield [[], None, f"Drawing {series.n} images …"]
-            for pictures in draw(series, Path(place), jobs, check):
+            for pictures in draw(series, Path(place), jobs, job):
                 yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images"]
+            stopped = ""
+            if len(pictures) < series.n:
+                stopped = (
+                    f"Stopped after {jobs.most_seconds:g} s, the longest a drawing may take" if job.late else "Stopped"
+                )
             if not pictures:
-                yield [[], None, "Stopped."]
+                yield [[], None, f"{stopped}."]
                 return
-            stopped = "Stopped: " if len(pictures) < series.n else ""
+            stopped += ": " * bool(stopped)
             mean = sum(picture.nats for picture in pictures) / len(pictures)
             text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
             yield [captioned(pictures), str(pack(series, Path(place), pictures, given)), text]

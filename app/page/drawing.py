@@ -37,7 +37,7 @@ REMEMBERED = 10_000
 
 
 class Stopped(Exception):
-    """Raised within a drawing whose session was stopped."""
+    """Raised within a drawing whose session was stopped, or which took too long."""
 
 
 class Session(str):
@@ -51,10 +51,32 @@ class Session(str):
         return found
 
 
-class Jobs:
-    """The drawings under way: one at a time, each of a session that can stop it, even before its turn comes."""
+class Job:
+    """A drawing under way: called between its codes, it raises `Stopped` once that shall end."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_seconds: float) -> None:
+        self.stop = Event()
+        self._ends = time.monotonic() + most_seconds
+
+    def __call__(self, *_: Any) -> None:
+        if self.stop.is_set() or self.late:
+            raise Stopped
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() >= self._ends
+
+
+class Jobs:
+    """The drawings under way: one at a time, each of a session that can stop it, even before its turn comes.
+
+    Args:
+        most_seconds: time that each may take.
+    """
+
+    def __init__(self, most_seconds: float = math.inf) -> None:
+        self.most_seconds = most_seconds
         self.turn = Lock()
         """Held while models compute."""
         self._stops: dict[str, list[Event]] = {}
@@ -62,24 +84,19 @@ class Jobs:
         self._lock = Lock()
 
     @contextmanager
-    def job(self, session: str) -> Iterator[Callable[..., None]]:
-        """Register a drawing; gives a function that raises `Stopped` once the session was stopped, or where a `Session`
-        was stopped since the request came."""
-        stop = Event()
+    def job(self, session: str) -> Iterator[Job]:
+        """Register a drawing, which ends once the session was stopped, or where a `Session` was stopped since the
+        request came."""
+        job = Job(self.most_seconds)
         with self._lock:
             if isinstance(session, Session) and session.arrived <= self._stopped.get(session, -math.inf):
-                stop.set()
-            self._stops.setdefault(session, []).append(stop)
-
-        def check(*_: Any) -> None:
-            if stop.is_set():
-                raise Stopped
-
+                job.stop.set()
+            self._stops.setdefault(session, []).append(job.stop)
         try:
-            yield check
+            yield job
         finally:
             with self._lock:
-                self._stops[session].remove(stop)
+                self._stops[session].remove(job.stop)
                 if not self._stops[session]:
                     del self._stops[session]
 

@@ -24,8 +24,12 @@ class LimitConfig(Options):
     """Size of an uploaded file."""
     prompt_characters: Annotated[int, Range(least=1, most=100_000)] = 500
     """Length of all prompts of one request together."""
+    most_seconds: Annotated[float, Range(above=0, most=10**6)] = 600.0
+    """Time that a drawing may take; then it ends with the images that are there."""
     most_waiting: Annotated[int, Range(least=1, most=1000)] = 20
     """Requests that wait; further ones are refused. One is worked on at a time."""
+    stored_megabytes: Annotated[float, Range(above=0, most=10**6)] = 2000.0
+    """Uploads and drawn images that are kept, of all visitors; while there are more, uploads are refused."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Serving the page: on this machine alone unless asked otherwise, with no way to other files or other servers."""
 
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from vqgen.errors import UsageError, UserError
@@ -44,20 +46,48 @@ POLICY = "; ".join(
 """Content security policy: the browser itself refuses requests to other servers."""
 
 
-class Guard:
-    """ASGI middleware: refuses all routes but `ROUTES`, adds `POLICY` to every answer, notes when a request came."""
+UPLOAD = "/gradio_api/upload"
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
-        self.app = app
+
+def stored(folder: str) -> int:
+    """Bytes of all files below a folder, from which others may be removed meanwhile."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.lstat(os.path.join(place, name)).st_size
+    return found
+
+
+class Guard:
+    """ASGI middleware: refuses all routes but `ROUTES`, and uploads while too much is stored; adds `POLICY` to every
+    answer, notes when a request came.
+
+    Args:
+        folder: where uploads and drawn images are.
+        most_stored: bytes in it from which on uploads are refused.
+    """
+
+    def __init__(
+        self, app: Callable[[Message, Receive, Send], Awaitable[None]], folder: str = "", most_stored: float = math.inf
+    ) -> None:
+        self.app, self.folder, self.most_stored = app, folder, most_stored
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         scope.setdefault("state", {})["arrived"] = time.monotonic()
+        refused = None
         if not ROUTES.fullmatch(scope["path"]):
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"not found"})
+            refused = 404, "not found"
+        elif scope["path"].rstrip("/") == UPLOAD and stored(self.folder) >= self.most_stored:
+            most = f"{self.most_stored / 2**20:g} MB"
+            refused = 507, f"This server keeps {most} of uploads and drawn images at most; try again in an hour."
+        if refused:
+            head = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": refused[0], "headers": head})
+            await send({"type": "http.response.body", "body": refused[1].encode()})
             return
 
         async def sent(message: Message) -> None:
@@ -109,7 +139,8 @@ def serve(config: AppConfig) -> None:
         from .models import Models
 
         models = Models(config.models, config.device, config.precision)
-        page = build(models, config.limits, Jobs())
+        page = build(models, config.limits, Jobs(config.limits.most_seconds))
+        guard = Middleware(Guard, folder=place, most_stored=config.limits.stored_megabytes * 2**20)
         try:
             _, address, shared = page.launch(
                 server_name=config.host,
@@ -120,7 +151,7 @@ def serve(config: AppConfig) -> None:
                 css=CSS,
                 head=HEAD,
                 footer_links=["api"],
-                app_kwargs={"middleware": [Middleware(Guard)]},
+                app_kwargs={"middleware": [guard]},
                 allowed_paths=[],
                 prevent_thread_lock=True,
                 quiet=True,
