@@ -195,7 +195,9 @@ class Planner:
         self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
         codes = parse(TokenizeConfig, self.stages.words("codes"))
         if codes.views > 1:
-            self._say("views", f"{codes.views} of each image", f"{'flips and ' * flips}crops, against overfitting")
+            used = {"flips": flips, "crops": codes.images.random_crop, "shifts": codes.images.random_shift}
+            why = f"{' and '.join(name for name, on in used.items() if on)}, against overfitting"
+            self._say("views", f"{codes.views} of each image", why)
         model = parse(PriorTraining, [*self.stages.words("prior"), "--codes", "codes"]).model
         text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")

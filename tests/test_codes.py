@@ -462,7 +462,7 @@ def test_a_finished_folder_is_left_alone(make, reference, capsys):
     "change",
     [
         {"views": 2}, {"seed": 6}, {"shard_size": 30}, {"precision": "bf16"}, {"flip": False}, {"random_crop": 0.5},
-        {"holdout": 0.2},
+        {"random_shift": 1}, {"holdout": 0.2},
     ],
 )  # fmt: skip
 def test_a_folder_begun_under_other_options_is_refused(make, reference, tmp_path, change):
@@ -626,6 +626,8 @@ def test_with_flips_every_other_view_is_flips(make, tmp_path):
         ({"views": 1}, "--flip"),
         ({"views": 1, "flip": False}, "--random-crop"),
         ({"views": 1, "flip": False, "random_crop": 0.0, "random_shift": 1}, "--random-shift"),
+        ({"views": 10, "flip": False, "random_crop": 0.0, "random_shift": 1}, "--views"),
+        ({"random_shift": 32}, "--random-shift"),
         ({"size": [64, 64]}, "--size"),
         ({"channels": 1, "size": [32, 48]}, "--size"),
         ({"fit": "pad"}, "--fit"),

@@ -285,23 +285,31 @@ def test_a_drawing_that_takes_too_long_ends_with_what_is_there(fills: Loaded, mo
 
     from vqgen.app.page.controls import Results
 
-    now, series = 0.0, series_of(fills, {"n": 3 * BATCH}, LIMITS, {})
-    monkeypatch.setattr("vqgen.app.page.drawing.time", SimpleNamespace(monotonic=lambda: now))
+    now, pace, series = 0.0, 0.0, series_of(fills, {"n": 3 * BATCH}, LIMITS, {})
+
+    def monotonic() -> float:
+        nonlocal now
+        now += pace
+        return now
+
+    monkeypatch.setattr("vqgen.app.page.drawing.time", SimpleNamespace(monotonic=monotonic))
     with gr.Blocks(analytics_enabled=False):
         results = Results("Drawn images")
     Path(results.folder).mkdir(parents=True, exist_ok=True)
     parts = []
     for part in results.follow(series, Jobs(most_seconds=30), "mine", {}):
         parts.append((len(part[0]), bool(part[1] and zipfile.is_zipfile(part[1])), part[2]))
-        now += 20  # the second batch begins in time, the third does not
+        now += 20  # the first batch begins in time, the second does not
     assert [part[:2] for part in parts] == [(0, False), (BATCH, False), (BATCH, True)]
     assert parts[-1][2].startswith(f"Stopped after 30 s, the longest a drawing may take: {BATCH} of {3 * BATCH} images")
-    now = 0.0
     found = []
     for part in results.follow(series, Jobs(most_seconds=10), "mine", {}):
         found.append(part[2])
         now += 20
     assert found[-1] == "Stopped after 10 s, the longest a drawing may take."
+    pace, begun = 1.0, now  # a second each time that the clock is read: after each of the 64 codes
+    shown = [len(part[0]) for part in results.follow(series, Jobs(most_seconds=100), "mine", {})]
+    assert shown == [0, BATCH, BATCH] and now - begun < 128  # it ended within the second batch
 
 
 # ---- the program and its server ----
@@ -320,8 +328,8 @@ def test_a_wrong_folder_or_port_is_one_line(cli: Any, tmp_path: Path) -> None:
     assert found.code == 1 and str(tmp_path) in found.err and len(found.err.splitlines()) == 1
 
 
-def served(path: str, **limits: Any) -> tuple[int, dict[str, str]]:
-    """Status and headers of a request that passes the guard to an application that answers all with 200."""
+def served(path: str, length: bytes = b"", **limits: Any) -> tuple[int, str]:
+    """Status and body of a request that passes the guard to an application that answers all with 200."""
     sent: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -333,14 +341,18 @@ def served(path: str, **limits: Any) -> tuple[int, dict[str, str]]:
     async def receive() -> Any:
         raise AssertionError
 
-    asyncio.run(Guard(app, **limits)({"type": "http", "path": path}, receive, send))
-    return sent[0]["status"], {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    given = {"type": "http", "path": path, "method": "POST", "headers": [(b"content-length", length)] if length else []}
+    guard = Guard(app, **limits)
+    asyncio.run(guard(given, receive, send))
+    assert guard.arriving == 0
+    headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    assert headers["content-security-policy"] == POLICY
+    return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]).decode()
 
 
 def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
     for path in ("/", "/config", "/assets/index.js", "/gradio_api/queue/join", "/gradio_api/file=/tmp/x/a.png"):
-        status, headers = served(path)
-        assert status == 200 and headers["content-security-policy"] == POLICY, path
+        assert served(path)[0] == 200, path
     for path in (
         "/gradio_api/file=http://example.com/a", "/gradio_api/file=https:/example.com", "/gradio_api/file=ftp://a",
         "/gradio_api/proxy=http://example.com", "/monitoring", "/gradio_api/vibe-code", "/gradio_api/runs", "/docs",
@@ -350,16 +362,24 @@ def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
         assert served(path)[0] == 404, path
 
 
-def test_uploads_are_refused_while_too_much_is_stored(tmp_path: Path) -> None:
+def test_uploads_beyond_their_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, limits = "/gradio_api/upload", {"folder": str(tmp_path), "most_uploaded": 2**20, "most_stored": 3 * 2**20}
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b.png").write_bytes(bytes(100))
-    upload = "/gradio_api/upload"
-    assert served(upload, folder=str(tmp_path), most_stored=101)[0] == 200
+    (tmp_path / "a" / "b.png").write_bytes(bytes(2**21))
     for path in (upload, upload + "/"):
-        assert served(path, folder=str(tmp_path), most_stored=100)[0] == 507
-    assert served("/gradio_api/queue/join", folder=str(tmp_path), most_stored=100)[0] == 200
-    (tmp_path / "a" / "b.png").unlink()
-    assert served(upload, folder=str(tmp_path), most_stored=100)[0] == 200
+        assert served(path, b"500000", **limits) == (200, "")
+        status, text = served(path, b"1048570", **limits)  # with the folders it is too much
+        assert (
+            status == 507
+            and text == "This server keeps 3 MB of uploads and drawn images, for an hour; try again later."
+        )
+    status, text = served(upload, b"1200000", **limits)
+    assert status == 413 and "more than 1 MB" in text
+    for length in (b"", b"-1", b"x"):
+        assert served(upload, length, **limits)[0] == 411
+    assert served("/gradio_api/queue/join", b"1048570", **limits)[0] == 200
+    monkeypatch.setattr("vqgen.app.page.server.KEPT", -1)  # what is older than that is removed
+    assert served(upload, b"1048570", **limits)[0] == 200 and not (tmp_path / "a" / "b.png").exists()
 
 
 def test_the_policy_names_no_other_server() -> None:

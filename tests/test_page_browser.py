@@ -52,6 +52,7 @@ class Server:
     url: str
     models: Path
     process: subprocess.Popen
+    temporary: Path
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for _ in range(3):  # a port may be taken, and Gradio gives its server five seconds
             url = f"http://127.0.0.1:{(port := free_port())}/"
             words = ["--models", str(folder), "--port", str(port), "--upload-megabytes", "1"]
+            words += ["--stored-megabytes", "64"]
             run = [sys.executable, "-m", "vqgen.app.page.program", *words]
             process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
             until = time.monotonic() + 5 * PATIENCE / 1000
@@ -81,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
     url, process = begun()
     try:
-        yield Server(url, folder, process)
+        yield Server(url, folder, process, temporary)
         assert process.poll() is None and "defect" not in (folder / "log.txt").read_text()
         assert list(temporary.iterdir())
     finally:
@@ -425,6 +427,23 @@ def test_a_file_beyond_the_limit_is_refused(browser: Any, server: Server) -> Non
     visit.tab("Reconstruct")
     visit.upload("noise.png", png(Image.effect_noise((1200, 1200), 90)))
     assert "size" in visit.sentence().lower()
+    visit.page.context.close()
+
+
+def test_an_upload_for_which_there_is_no_room_is_refused(browser: Any, server: Server, photo: bytes) -> None:
+    visit = visited(browser, server)
+    visit.tab("Reconstruct")
+    (folder,) = server.temporary.glob("vqgen-app-*/files")
+    large = folder / "large"
+    large.write_bytes(bytes(64 * 2**20))
+    try:
+        visit.upload("photo.png", photo)
+        assert "keeps 64 MB" in visit.sentence()
+    finally:
+        large.unlink()
+    visit.upload("photo.png", photo)
+    visit.press("Reconstruct")
+    visit.status("bits under the prior")
     visit.page.context.close()
 
 

@@ -19,7 +19,7 @@ from vqgen.tokenizer.encode import main
 
 OPTIONS = "--holdout 0.2 --precision fp32 --device cpu --batch-size 16 --text-column txt".split()
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-VIEWS = "--views 3 --flip --random-crop 0.3 --source noise:0.1-0.4".split()
+VIEWS = "--views 3 --flip --random-crop 0.3 --random-shift 1 --source noise:0.1-0.4".split()
 
 
 @pytest.fixture(scope="module")

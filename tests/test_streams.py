@@ -227,7 +227,7 @@ def test_processes_share_the_images(tars: Path) -> None:
 @pytest.mark.parametrize("kind", ["tars", "parquets"])
 def test_it_resumes_at_every_position(kind: str, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue(kind)
-    config = ImageConfig(size=[16, 16], channels=1, holdout=0.2, flip=True, random_crop=0.3)
+    config = ImageConfig(size=[16, 16], channels=1, holdout=0.2, flip=True, random_crop=0.3, random_shift=2)
     reference = take(stream(data, config), 45)  # two epochs and more
     assert {place.epoch for *_, place in reference} == {0, 1, 2}
     assert len({images for images, *_ in reference}) == 45

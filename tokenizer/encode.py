@@ -17,7 +17,7 @@ class TokenizeConfig(Options):
     """What is encoded, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = tuple(
-        "tokenizer data source source_data text_column output overwrite verify views flip random_crop random_shift holdout".split()
+        "tokenizer data source source_data text_column output overwrite verify views flip random_crop holdout".split()
     )
 
     tokenizer: Path | None = None
@@ -65,6 +65,11 @@ class TokenizeConfig(Options):
             raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-shift")
         if self.views > 2 and not (self.images.various or various):
             raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-shift for more")
+        places = (2 * self.images.random_shift + 1) ** 2 * (1 + self.images.flip)
+        if self.views > places and not (self.images.random_crop > 0 or various):
+            raise UsageError(
+                f"--views: found {self.views}, but --random-shift {self.images.random_shift} makes {places}"
+            )
         if self.views == 1 and self.images.augments:
             given = next(name for name in ("flip", "random_crop", "random_shift") if getattr(self.images, name))
             text = "found with --views 1, which is not augmented; use --views 2 or leave it out"

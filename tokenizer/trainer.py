@@ -85,7 +85,7 @@ class TokenizerTrainer:
         config, images = self.config, self.config.images
         height, width = images.size
         augmented = ["flips"] * images.flip + [f"crops of up to {images.random_crop:.0%}"] * (images.random_crop > 0)
-        augmented += [f"shifts of up to {images.random_shift} pixels"] * (images.random_shift > 0)
+        augmented += [f"shifts of up to {images.random_shift} px"] * (images.random_shift > 0)
         model = {name: self.tokenizer.get_submodule(name) for name in ("encoder", "quantizer", "decoder")}
         model |= {"discriminator": self.gan.discriminator} if self.gan else {}
         rows, columns = self.tokenizer.grid

@@ -29,7 +29,7 @@ class LimitConfig(Options):
     most_waiting: Annotated[int, Range(least=1, most=1000)] = 20
     """Requests that wait; further ones are refused. One is worked on at a time."""
     stored_megabytes: Annotated[float, Range(above=0, most=10**6)] = 2000.0
-    """Uploads and drawn images that are kept, of all visitors; while there are more, uploads are refused."""
+    """Uploads and drawn images of all visitors that are kept; uploads beyond it are refused."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Serving the page: on this machine alone unless asked otherwise, with no way to other files or other servers."""
 
+import asyncio
 import math
 import os
 import re
@@ -47,48 +48,71 @@ POLICY = "; ".join(
 
 
 UPLOAD = "/gradio_api/upload"
+FORM = 2**16
+"""Bytes of an upload beside its file."""
+KEPT = 3600
+"""Seconds for which uploads and drawn images are kept."""
 
 
 def stored(folder: str) -> int:
-    """Bytes of all files below a folder, from which others may be removed meanwhile."""
+    """Bytes on the disk below a folder, from which others may remove files meanwhile; old files are removed.
+
+    Gradio removes those that it knows of: not the zip of every drawing, nor uploads that were broken off.
+    """
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
+            path = os.path.join(place, name)
             with suppress(FileNotFoundError):
-                found += os.lstat(os.path.join(place, name)).st_size
+                about = os.lstat(path)
+                if about.st_ctime < time.time() - KEPT:
+                    os.unlink(path)
+                else:
+                    found += about.st_blocks * 512
+        found += 4096  # of the folder itself
     return found
 
 
 class Guard:
-    """ASGI middleware: refuses all routes but `ROUTES`, and uploads while too much is stored; adds `POLICY` to every
-    answer, notes when a request came.
+    """ASGI middleware: refuses all routes but `ROUTES`, and uploads that are too large, alone or with all that is kept.
+
+    It adds `POLICY` to every answer, and notes when a request came.
 
     Args:
-        folder: where uploads and drawn images are.
-        most_stored: bytes in it from which on uploads are refused.
+        folder: where uploads and drawn images are, for `KEPT` seconds.
+        most_uploaded: bytes of an uploaded file.
+        most_stored: bytes in the folder, with the uploads on their way.
     """
 
     def __init__(
-        self, app: Callable[[Message, Receive, Send], Awaitable[None]], folder: str = "", most_stored: float = math.inf
+        self,
+        app: Callable[[Message, Receive, Send], Awaitable[None]],
+        folder: str = "",
+        most_uploaded: float = math.inf,
+        most_stored: float = math.inf,
     ) -> None:
-        self.app, self.folder, self.most_stored = app, folder, most_stored
+        self.app, self.folder = app, folder
+        self.most_uploaded, self.most_stored = most_uploaded, most_stored
+        self.arriving = 0
+        """Bytes of the uploads on their way."""
+
+    async def refuses_upload(self, length: int | None) -> tuple[int, str] | None:
+        """Status and text that refuse an upload of so many bytes."""
+        if length is None:
+            return 411, "Found an upload that does not say its length; give content-length."
+        if length > self.most_uploaded + FORM:
+            return 413, f"Found an upload of more than {self.most_uploaded / 2**20:,.0f} MB; give a smaller file."
+        used = await asyncio.to_thread(stored, self.folder)
+        if used + self.arriving + length > self.most_stored:
+            most = f"{self.most_stored / 2**20:,.0f} MB"
+            return 507, f"This server keeps {most} of uploads and drawn images, for an hour; try again later."
+        return None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         scope.setdefault("state", {})["arrived"] = time.monotonic()
-        refused = None
-        if not ROUTES.fullmatch(scope["path"]):
-            refused = 404, "not found"
-        elif scope["path"].rstrip("/") == UPLOAD and stored(self.folder) >= self.most_stored:
-            most = f"{self.most_stored / 2**20:g} MB"
-            refused = 507, f"This server keeps {most} of uploads and drawn images at most; try again in an hour."
-        if refused:
-            head = [(b"content-type", b"text/plain; charset=utf-8")]
-            await send({"type": "http.response.start", "status": refused[0], "headers": head})
-            await send({"type": "http.response.body", "body": refused[1].encode()})
-            return
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -96,7 +120,23 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *own, (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        await self.app(scope, receive, sent)
+        refused, length = None, 0
+        if not ROUTES.fullmatch(scope["path"]):
+            refused = 404, "not found"
+        elif scope["path"].rstrip("/") == UPLOAD and scope["method"] == "POST":
+            stated = dict(scope["headers"]).get(b"content-length", b"")
+            length = int(stated) if stated.isdigit() else 0
+            refused = await self.refuses_upload(length if stated.isdigit() else None)
+        if refused:
+            head = [(b"content-type", b"text/plain; charset=utf-8")]
+            await sent({"type": "http.response.start", "status": refused[0], "headers": head})
+            await sent({"type": "http.response.body", "body": refused[1].encode()})
+            return
+        self.arriving += length
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            self.arriving -= length
 
 
 def check_address(host: str, port: int) -> None:
@@ -140,7 +180,9 @@ def serve(config: AppConfig) -> None:
 
         models = Models(config.models, config.device, config.precision)
         page = build(models, config.limits, Jobs(config.limits.most_seconds))
-        guard = Middleware(Guard, folder=place, most_stored=config.limits.stored_megabytes * 2**20)
+        limits = {"most_uploaded": config.limits.upload_megabytes, "most_stored": config.limits.stored_megabytes}
+        sizes = {name: megabytes * 2**20 for name, megabytes in limits.items()}
+        guard = Middleware(Guard, folder=os.environ["GRADIO_TEMP_DIR"], **sizes)
         try:
             _, address, shared = page.launch(
                 server_name=config.host,

@@ -36,6 +36,7 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 _TEST = "data_test"  # fingerprint of the test images; plans of version 0.1 have none
 _SIZES = "sizes"  # of the files of a stream, by shard
+_ADDED = {"random_shift": 0}  # options that plans of earlier versions lack, and what these did
 # Files of a folder but for the plan, in order of removal: without its manifest it is not complete.
 _OWN = (r"manifest\.json", r"codes-[0-9]{5,}\.safetensors", rf"{TOKENIZER}/(vqgen\.json|model\.safetensors)")
 _OWN += (r"config\.yaml",)
@@ -243,7 +244,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         output.clear(keep=[PLAN])  # by which a removal that was killed is recognised
         write_json(folder / PLAN, plan)
         return
-    before = read_json(folder / PLAN)
+    before = {**_ADDED, **read_json(folder / PLAN)}
     # Options first: one of them may be why the fingerprint of the data is another.
     for name in sorted((plan.keys() | before.keys()) - {_SIZES}, key=lambda name: (name in ("data", _TEST), name)):
         old, new = (

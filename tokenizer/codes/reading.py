@@ -44,7 +44,7 @@ class ViewBatch:
 def view_seed(config: TokenizeConfig, image: object, view: int) -> int:
     """Return the augmentation seed of a view, a function of (seed, image, view); `image` is an index or a text.
 
-    With --flip the odd views are the flipped ones, so that no view repeats another by chance.
+    With --flip the odd views are the flipped ones, so that of flips alone no view repeats another by chance.
     """
     seeds = (hash64("view", config.seed, image, view, attempt) for attempt in count())
     return next(seed for seed in seeds if not config.images.flip or flips(seed) == bool(view % 2))

@@ -97,15 +97,17 @@ class BrokenImages:
 class ImageDataset(Dataset[Sample]):
     """The images of one split at the configured size.
 
-    A key is an index (image without augmentation) or (index, augmentation seed): where the dataset augments, flip and
-    crop depend on that seed alone. Decoded images are cached in memory shared with the workers, if all of them fit.
+    A key is an index (image without augmentation) or (index, augmentation seed): where the dataset augments, flip,
+    crop and shift depend on that seed alone. Decoded images are cached in memory shared with the workers, if all of
+    them fit.
 
     Args:
-        augment: apply flips and random crops to keys with a seed.
+        augment: apply flips, random crops and shifts to keys with a seed.
         replace_broken: use another image in place of a broken one, so that batches keep their size.
     """
 
     def __init__(self, source: Source, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
+        config.check_shift()
         self.source, self.config = source, config
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
@@ -167,7 +169,7 @@ class ImageDataset(Dataset[Sample]):
         return max(0.0, taken[0] - taken[1]) / len(keys)
 
     def _view(self, index: int, seed: int | None) -> np.ndarray:
-        """Return uint8 (C, H, W) of image `index`: center-cropped, or flipped and cropped by `seed`."""
+        """Return uint8 (C, H, W) of image `index`: center-cropped, or augmented by `seed`."""
         image = self._load(index, self.enlarged and seed is not None)
         if seed is None:
             return image

@@ -54,7 +54,7 @@ class ImageConfig(Options):
     """Mirror half of the training images left to right."""
     random_crop: Annotated[float, Range(least=0, most=4)] = 0.0
     """Enlarge training images by this share and crop at random; 0 crops the centre."""
-    random_shift: Annotated[int, Range(least=0, most=2**10)] = 0
+    random_shift: Annotated[int, Range(least=0, most=2**14)] = 0
     """Shift training images by up to this many pixels, down or up and to a side; the edge that this uncovers mirrors
     what is next to it."""
     holdout: Annotated[float, Range(above=0, below=1)] = 0.05
@@ -82,6 +82,12 @@ class ImageConfig(Options):
         for name, (good, expected) in checks.items():
             if not good:
                 raise UsageError(f"--{name}: found {getattr(self, name)}, expected {expected}")
+
+    def check_shift(self) -> None:
+        """Raise `UsageError` for a shift by as much as the image, whose final size is known only where it is read."""
+        if self.random_shift >= min(self.size):
+            most = f"at most {min(self.size) - 1} for images of {self.size[0]}x{self.size[1]} pixels"
+            raise UsageError(f"--random-shift: found {self.random_shift}, expected {most}")
 
     @property
     def augments(self) -> bool:

@@ -33,9 +33,16 @@ def augmented(image: np.ndarray, config: ImageConfig, seed: int) -> np.ndarray:
         top = hash64("top", seed) % (image.shape[1] - height + 1)
         left = hash64("left", seed) % (image.shape[2] - width + 1)
         image = image[:, top : top + height, left : left + width]
-    if (most := config.random_shift) > 0:
-        height, width = config.size
-        down, right = (hash64(axis, seed) % (2 * most + 1) for axis in ("down", "right"))
-        image = np.pad(image, ((0, 0), (most, most), (most, most)), mode="symmetric")
-        image = image[:, down : down + height, right : right + width]
+    if config.random_shift > 0:
+        rows, columns = (
+            _shifted(side, hash64(axis, seed) % (2 * config.random_shift + 1) - config.random_shift)
+            for side, axis in zip(config.size, ("down", "right"), strict=True)
+        )
+        image = image[:, rows[:, None], columns]
     return image[:, :, ::-1] if config.flip and flips(seed) else image
+
+
+def _shifted(side: int, by: int) -> np.ndarray:
+    """Which of `side` rows stand where, shifted by fewer than `side`; beyond the edge are those within, mirrored."""
+    places = np.arange(side) + by
+    return np.where(places < 0, -1 - places, np.where(places >= side, 2 * side - 1 - places, places))

@@ -52,11 +52,12 @@ class StreamImages(Dataset[Any]):
     """The images of one split of a stream at the configured size.
 
     Args:
-        augment: apply flips and random crops to keys with a seed.
+        augment: apply flips, random crops and shifts to keys with a seed.
         replace_broken: repeat another image of the batch in place of a broken one, so that batches keep their size.
     """
 
     def __init__(self, shards: Shards, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
+        config.check_shift()
         self.shards, self.config, self.augment, self.replace_broken = shards, config, augment, replace_broken
         self.broken = BrokenImages(shards.data, config, None)
         self.class_names = shards.class_names
