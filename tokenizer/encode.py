@@ -61,15 +61,10 @@ class TokenizeConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         various = self._check_source()
-        if self.views > 1 and not (self.images.augments or various):
-            raise UsageError(f"--views: {self.views} views need an augmentation; add --flip or --random-shift")
-        if self.views > 2 and not (self.images.various or various):
-            raise UsageError(f"--views: flips alone make 2 views, found {self.views}; add --random-shift for more")
-        places = (2 * self.images.random_shift + 1) ** 2 * (1 + self.images.flip)
-        if self.views > places and not (self.images.random_crop > 0 or various):
-            raise UsageError(
-                f"--views: found {self.views}, but --random-shift {self.images.random_shift} makes {places}"
-            )
+        most = (2 * self.images.random_shift + 1) ** 2 * (1 + self.images.flip)
+        if self.views > most and not (self.images.random_crop > 0 or various):
+            made = f"the image, flips and shifts make {most} as they are given"
+            raise UsageError(f"--views: found {self.views}, but {made}; add --flip or a larger --random-shift")
         if self.views == 1 and self.images.augments:
             given = next(name for name in ("flip", "random_crop", "random_shift") if getattr(self.images, name))
             text = "found with --views 1, which is not augmented; use --views 2 or leave it out"

@@ -202,15 +202,11 @@ class Results:
             yield [[], None, f"Drawing {series.n} images …"]
             for pictures in draw(series, Path(place), jobs, job):
                 yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images"]
-            stopped = ""
-            if len(pictures) < series.n:
-                stopped = (
-                    f"Stopped after {jobs.most_seconds:g} s, the longest a drawing may take" if job.late else "Stopped"
-                )
+            late = f" after {jobs.most_seconds:g} s, the longest a drawing may take" if job.late else ""
             if not pictures:
-                yield [[], None, f"{stopped}."]
+                yield [[], None, f"Stopped{late}."]
                 return
-            stopped += ": " * bool(stopped)
+            stopped = f"Stopped{late}: " if len(pictures) < series.n else ""
             mean = sum(picture.nats for picture in pictures) / len(pictures)
             text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
             yield [captioned(pictures), str(pack(series, Path(place), pictures, given)), text]

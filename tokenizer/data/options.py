@@ -92,9 +92,4 @@ class ImageConfig(Options):
     @property
     def augments(self) -> bool:
         """Whether training images are changed at random."""
-        return self.flip or self.various
-
-    @property
-    def various(self) -> bool:
-        """Whether an image has more views than itself and its mirror image."""
-        return self.random_crop > 0 or self.random_shift > 0
+        return self.flip or self.random_crop > 0 or self.random_shift > 0
