@@ -20,7 +20,7 @@ from PIL import Image
 
 from vqgen.app.page.drawing import BATCH, Jobs, Session, Stopped, candidates, draw, pack, series_of
 from vqgen.app.page.models import Loaded, Models, find_models, task_of
-from vqgen.app.page.program import AppConfig, LimitConfig, main
+from vqgen.app.page.program import MASK_BYTES, AppConfig, LimitConfig, main
 from vqgen.app.page.server import POLICY, Guard
 from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
@@ -93,6 +93,20 @@ def test_errors_of_loading_name_the_model_and_not_its_place_on_disk(models: Path
     with pytest.raises(UserError) as caught:
         Models(tmp_path, "cpu", "fp32").load("damaged")
     assert "damaged" in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+def test_the_page_begins_with_the_first_model_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (make_prior(tmp_path / "a") / "model.safetensors").write_bytes(b"?")
+    make_prior(tmp_path / "b")
+    models = Models(tmp_path, "cpu", "fp32")
+    assert models.first().name == "b" and models.names[0] == "a"
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "a/model.safetensors" in said
+    models.folders = {"a": models.folders["a"]}
+    with pytest.raises(UserError, match=r"a/model\.safetensors"):
+        models.first()
 
 
 def test_tasks_are_those_of_models_with_a_source(models: Path) -> None:
@@ -328,7 +342,7 @@ def test_a_wrong_folder_or_port_is_one_line(cli: Any, tmp_path: Path) -> None:
     assert found.code == 1 and str(tmp_path) in found.err and len(found.err.splitlines()) == 1
 
 
-def served(path: str, length: bytes = b"", **limits: Any) -> tuple[int, str]:
+def served(path: str, length: bytes = b"0", chunked: bool = False, **limits: Any) -> tuple[int, str]:
     """Status and body of a request that passes the guard to an application that answers all with 200."""
     sent: list[Any] = []
 
@@ -341,12 +355,13 @@ def served(path: str, length: bytes = b"", **limits: Any) -> tuple[int, str]:
     async def receive() -> Any:
         raise AssertionError
 
-    given = {"type": "http", "path": path, "method": "POST", "headers": [(b"content-length", length)] if length else []}
+    headers = [(b"content-length", length)] * bool(length) + [(b"transfer-encoding", b"chunked")] * chunked
+    given = {"type": "http", "path": path, "method": "POST", "headers": headers}
     guard = Guard(app, **limits)
     asyncio.run(guard(given, receive, send))
     assert guard.arriving == 0
-    headers = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
-    assert headers["content-security-policy"] == POLICY
+    answered = {key.decode(): value.decode() for key, value in sent[0]["headers"]}
+    assert answered["content-security-policy"] == POLICY
     return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]).decode()
 
 
@@ -363,7 +378,11 @@ def test_routes_that_fetch_elsewhere_or_show_more_are_closed() -> None:
 
 
 def test_uploads_beyond_their_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload, limits = "/gradio_api/upload", {"folder": str(tmp_path), "most_uploaded": 2**20, "most_stored": 3 * 2**20}
+    join, upload, limits = (
+        "/gradio_api/queue/join",
+        "/gradio_api/upload",
+        {"folder": str(tmp_path), "most_uploaded": 2**20, "most_stored": 3 * 2**20},
+    )
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.png").write_bytes(bytes(2**21))
     for path in (upload, upload + "/"):
@@ -375,9 +394,12 @@ def test_uploads_beyond_their_limits_are_refused(tmp_path: Path, monkeypatch: py
         )
     status, text = served(upload, b"1200000", **limits)
     assert status == 413 and "more than 1 MB" in text
-    for length in (b"", b"-1", b"x"):
-        assert served(upload, length, **limits)[0] == 411
-    assert served("/gradio_api/queue/join", b"1048570", **limits)[0] == 200
+    for path in (join, upload):
+        for length in (b"", b"-1", b"x"):
+            assert served(path, length, **limits)[0] == 411
+        assert served(path, b"100", chunked=True, **limits)[0] == 411  # it may be longer than that
+    assert served(join, b"1048570", **limits)[0] == 200
+    assert served(join, b"%d" % (MASK_BYTES + 2**20 + 1), **limits)[0] == 413
     monkeypatch.setattr("vqgen.app.page.server.KEPT", -1)  # what is older than that is removed
     assert served(upload, b"1048570", **limits)[0] == 200 and not (tmp_path / "a" / "b.png").exists()
 
@@ -416,6 +438,36 @@ def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
         yield found
 
 
+def forged(path: Any) -> list[Any]:
+    """Values of requests that name a file; Gradio checks only the first."""
+    files = {"path": path, "meta": {"_type": "gradio.FileData"}}, {"path": path}, {"path": path, "meta": {"_type": "x"}}
+    return [*files, *([{"image": file, "caption": None}] for file in files), {"path": None, "value": files[1]}]
+
+
+def test_no_function_takes_a_file_that_was_not_uploaded(page: Any, tmp_path: Path) -> None:
+    import gradio as gr
+    from gradio.utils import get_upload_folder
+
+    folder, secret = Path(get_upload_folder()), tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (folder / "up").mkdir(parents=True)
+    (folder / "up" / "link").symlink_to(secret)
+    (folder.parent / "files-of-others").mkdir()
+    paths = [str(secret), str(folder / "up" / ".." / ".." / "other"), str(folder / "up" / "link"), "", "a.png", 3]
+    paths += [str(folder.parent / "files-of-others" / "a.png"), str(folder / "a\0.png"), ["a"]]
+    for function in page.fns.values():
+        for index, _ in enumerate(function.inputs):
+            for path in paths:
+                for value in forged(path):
+                    inputs = [value if each == index else None for each in range(len(function.inputs))]
+                    with pytest.raises(gr.Error, match="uploaded to this page"):
+                        asyncio.run(page.preprocess_data(function, inputs, None))
+    Image.new("RGB", (4, 4)).save(folder / "up" / "a.png")
+    reconstruct = next(function for function in page.fns.values() if function.api_name == "reconstruct")
+    inputs = ["fills", {"path": str(folder / "up" / "a.png"), "meta": {"_type": "gradio.FileData"}}, ""]
+    assert str(folder / "up" / "a.png") in asyncio.run(page.preprocess_data(reconstruct, inputs, None))
+
+
 def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import gradio as gr
 
@@ -429,7 +481,7 @@ def test_no_function_fetches_a_file_by_address(page: Any, monkeypatch: pytest.Mo
         for index, _ in enumerate(function.inputs):
             for value in (file, [{"image": file, "caption": None}], {"path": "a", "value": file}):
                 inputs = [value if each == index else None for each in range(len(function.inputs))]
-                with pytest.raises(gr.Error, match="address"):
+                with pytest.raises(gr.Error, match="uploaded to this page"):
                     asyncio.run(page.preprocess_data(function, inputs, None))
                 count += 1
     assert count > 100

@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import os
 import re
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 from gradio.data_classes import ImageData
-from gradio_client.utils import is_http_url_like
+from gradio.utils import get_upload_folder
 
 from vqgen.config import one_line
 from vqgen.errors import UserError
@@ -46,24 +47,32 @@ def told(text: str) -> gr.Error:
     return gr.Error(html.escape(text, quote=False), duration=None, title="", print_exception=False)
 
 
-def has_address(value: Any) -> bool:
-    """Whether a value of a request, as read from JSON, has a file by address in it, at any depth."""
+def names_others(value: Any, folder: str) -> bool:
+    """Whether a value of a request, as read from JSON, names a file that is not below `folder`, at any depth."""
     if isinstance(value, dict):
         path = value.get("path")
-        return (isinstance(path, str) and is_http_url_like(path)) or any(map(has_address, value.values()))
-    return isinstance(value, list) and any(map(has_address, value))
+        return (path is not None and not is_below(path, folder)) or any(names_others(v, folder) for v in value.values())
+    return isinstance(value, list) and any(names_others(each, folder) for each in value)
+
+
+def is_below(path: Any, folder: str) -> bool:
+    """Whether a value is the absolute path of something in a folder, with all links followed."""
+    if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
+        return False
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def closed(page: gr.Blocks) -> gr.Blocks:
-    """Let a page refuse values with a file by address, which Gradio would fetch; what it refuses itself is as `told`.
+    """Let a page refuse values with a file that was not uploaded to it; what Gradio itself refuses is as `told`.
 
-    Gradio fetches whatever the component is, and an update makes a new component: so not each of them is guarded.
+    Gradio fetches addresses, and checks paths only where a value is marked as a file. It does so whatever the component
+    is, and an update makes a new component: so not each of them is guarded.
     """
-    prepare = page.preprocess_data
+    prepare, folder = page.preprocess_data, get_upload_folder()
 
     async def checked(block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> list[Any]:
-        if has_address(inputs):
-            raise told("Found the address of a file, expected an uploaded one.")
+        if names_others(inputs, folder):
+            raise told("Found a file by its path or address, expected one that was uploaded to this page.")
         try:
             return await prepare(block_fn, inputs, state, explicit_call)
         except gr.Error as error:  # of Gradio's own checks, with what was found

@@ -30,8 +30,8 @@ def theme() -> Base:
 
 
 def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
-    """Build the page; the first model is read. Raises `UserError`."""
-    first = models.load(models.names[0])
+    """Build the page; the first model that can be read is chosen. Raises `UserError`."""
+    first = models.first()
     # Uploads and drawn images are removed an hour after they were made.
     with gr.Blocks(title="vqgen", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Row(equal_height=True):

@@ -1,12 +1,14 @@
 """The models that the page offers: folders found at start, each read when it is first chosen."""
 
 import os
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from vqgen.config import one_line
 from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.sampling.generator import SHIPPED, Generator
@@ -131,6 +133,20 @@ class Models:
     def degradations_of(self, name: str) -> list[str]:
         """Those of one model."""
         return [" ".join(chain) for chain in chains_of(self.sources.get(name))]
+
+    def first(self) -> Loaded:
+        """The first model that can be read. Raises the first `UserError` where none can."""
+        failures: list[UserError] = []
+        for name in self.names:
+            try:
+                found = self.load(name)
+            except UserError as error:
+                failures.append(error)
+            else:
+                for failure in failures:
+                    print(f"vqgen-app: left out for now: {one_line(str(failure))}", file=sys.stderr)
+                return found
+        raise failures[0]
 
     def load(self, name: str) -> Loaded:
         """The model of this name. Raises `UserError`, in which its folder has no path."""

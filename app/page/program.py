@@ -9,6 +9,9 @@ from typing import Annotated, ClassVar
 from vqgen.config import command
 from vqgen.options import Options, Range
 
+MASK_BYTES = 2**24
+"""Characters of a painted mask, a PNG in base64."""
+
 
 @dataclass
 class LimitConfig(Options):

@@ -16,7 +16,7 @@ from typing import Any
 
 from vqgen.errors import UsageError, UserError
 
-from .program import AppConfig
+from .program import MASK_BYTES, AppConfig
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -50,6 +50,8 @@ POLICY = "; ".join(
 UPLOAD = "/gradio_api/upload"
 FORM = 2**16
 """Bytes of an upload beside its file."""
+JSON = MASK_BYTES + 2**20
+"""Most bytes of a request that is no upload: a painted mask, and the rest."""
 KEPT = 3600
 """Seconds for which uploads and drawn images are kept."""
 
@@ -74,7 +76,8 @@ def stored(folder: str) -> int:
 
 
 class Guard:
-    """ASGI middleware: refuses all routes but `ROUTES`, and uploads that are too large, alone or with all that is kept.
+    """ASGI middleware: refuses all routes but `ROUTES`, requests that are too large or do not say how large they are,
+    and uploads that are too large with all that is kept.
 
     It adds `POLICY` to every answer, and notes when a request came.
 
@@ -96,12 +99,18 @@ class Guard:
         self.arriving = 0
         """Bytes of the uploads on their way."""
 
-    async def refuses_upload(self, length: int | None) -> tuple[int, str] | None:
-        """Status and text that refuse an upload of so many bytes."""
+    async def refuses(self, scope: Message, length: int | None) -> tuple[int, str] | None:
+        """Status and text that refuse a request of so many bytes, None for one that does not say how many."""
+        if not ROUTES.fullmatch(scope["path"]):
+            return 404, "not found"
+        upload = _is_upload(scope)
         if length is None:
-            return 411, "Found an upload that does not say its length; give content-length."
-        if length > self.most_uploaded + FORM:
-            return 413, f"Found an upload of more than {self.most_uploaded / 2**20:,.0f} MB; give a smaller file."
+            return 411, "Found a request that does not say its length; give content-length, and no transfer-encoding."
+        if length > (self.most_uploaded + FORM if upload else JSON):
+            what = f"an upload of more than {self.most_uploaded / 2**20:,.0f} MB" if upload else f"{length} bytes"
+            return 413, f"Found {what}; give a smaller file."
+        if not upload:
+            return None
         used = await asyncio.to_thread(stored, self.folder)
         if used + self.arriving + length > self.most_stored:
             most = f"{self.most_stored / 2**20:,.0f} MB"
@@ -120,23 +129,32 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *own, (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        refused, length = None, 0
-        if not ROUTES.fullmatch(scope["path"]):
-            refused = 404, "not found"
-        elif scope["path"].rstrip("/") == UPLOAD and scope["method"] == "POST":
-            stated = dict(scope["headers"]).get(b"content-length", b"")
-            length = int(stated) if stated.isdigit() else 0
-            refused = await self.refuses_upload(length if stated.isdigit() else None)
-        if refused:
+        length = stated_length(scope)
+        if refused := await self.refuses(scope, length):
             head = [(b"content-type", b"text/plain; charset=utf-8")]
             await sent({"type": "http.response.start", "status": refused[0], "headers": head})
             await sent({"type": "http.response.body", "body": refused[1].encode()})
             return
-        self.arriving += length
+        arriving = length or 0 if _is_upload(scope) else 0
+        self.arriving += arriving
         try:
             await self.app(scope, receive, sent)
         finally:
-            self.arriving -= length
+            self.arriving -= arriving
+
+
+def _is_upload(scope: Message) -> bool:
+    return scope["path"].rstrip("/") == UPLOAD and scope["method"] == "POST"
+
+
+def stated_length(scope: Message) -> int | None:
+    """Bytes of the body of a request, to which the server holds it; None where it does not say.
+
+    A body in chunks has the length that it turns out to have, whatever else the request says.
+    """
+    headers = dict(scope["headers"])
+    stated = headers.get(b"content-length", b"" if scope["method"] == "POST" else b"0")
+    return int(stated) if stated.isdigit() and b"transfer-encoding" not in headers else None
 
 
 def check_address(host: str, port: int) -> None:

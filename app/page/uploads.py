@@ -11,10 +11,9 @@ from vqgen.errors import UserError
 from vqgen.files import read_bytes
 from vqgen.tokenizer.data.decoding import BrokenImage, decode, read_size
 
-from .program import LimitConfig
+from .program import MASK_BYTES, LimitConfig
 
 PNG_URL = "data:image/png;base64,"
-MASK_BYTES = 2**24
 
 
 def read_upload(path: str | None, channels: int, limits: LimitConfig) -> Tensor:
