@@ -91,6 +91,8 @@ class Filling:
     """uint8 (m, C, H, W), where known pixels are pasted back."""
     pixels: Tensor | None = None
     """bool (m, H, W), True where pixels are drawn."""
+    given: int | None = None
+    """Number of given images, where each image of a series has a mask of its own; the given ones come first."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -119,13 +121,17 @@ class Filling:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what is drawn."""
-        masks = [self.cells] if self.pixels is None else [self.cells, self.pixels]
+        """sha256 of what is drawn; of `given` images of the series where it goes on with other masks."""
+        cells = self.cells[: self.given]
+        masks = [cells] if self.pixels is None else [cells, self.pixels]
         return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks)).hexdigest()
 
     @property
     def kept(self) -> Tensor:
-        """The codes that are kept of all rows, one after another; on the prior's grid as tokens, in drawing order."""
+        """The codes that are kept of all rows, one after another; on the prior's grid as tokens, in drawing order. Of
+        `given` images all codes, as any may be kept."""
+        if self.given is not None:
+            return self.codes[: self.given].flatten()
         if self.grid == self.vocabulary.grid:
             return self.known.tokens[self.known.tokens >= 0]
         return self.codes[~self.cells].flatten()

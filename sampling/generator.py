@@ -231,7 +231,7 @@ class Generator(Inpainter):
         """Draw the missing parts of a series of images."""
         chosen = self._conditions(classes, conditions, absent)
         indices = list(range(len(filling) if n is None else n))
-        applied = self.settings(settings, self.seen(chosen, filling))
+        applied = self.settings(settings, chosen, filling)
         codes, nats = self.draw_filling(filling, indices, chosen, applied, seed, batch_size)
         labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
         return Samples(indices, labels, codes, nats, filling.finished(indices, self.decode(codes)))

@@ -59,31 +59,34 @@ def pixel_mask(config: SampleConfig, index: int, path: Path, image: Tensor) -> T
     return mask
 
 
-def chosen_filling(config: SampleConfig, generator: Generator) -> Filling | None:
-    """What is drawn anew of --init-image, or around it, or a --size of its own; None for plain drawing.
+def chosen_filling(config: SampleConfig, generator: Generator, n: int) -> Filling | None:
+    """What is drawn anew of --init-image, or around it, or a --size of its own, for `n` images; None for plain drawing.
 
-    Raises `UserError`, `UsageError`.
+    One image at a time is in memory as it is in its file. Raises `UserError`, `UsageError`.
     """
     if not config.init_image:
         return generator.canvas(config.size) if config.size else None
     paths, channels = image_files(config.init_image), generator.tokenizer.config.channels
-    images = [read_image(path, channels) for path in paths]
-    if config.vary is not None:
-        fitted = torch.cat([generator.fitted(image[None]) for image in images])
-        return generator.variation(fitted, config.vary, config.count(1), config.seed)
-    if len(config.mask or []) > len(images):
-        text = f"found {len(config.mask or [])} masks for {len(images)} images; give one, or one an image"
+    if len(config.mask or []) > len(paths):
+        text = f"found {len(config.mask or [])} masks for {len(paths)} images; give one, or one an image"
         raise UsageError(f"--mask: {text}")
-    if config.mask or config.box:
-        masks = [pixel_mask(config, index, *pair) for index, pair in enumerate(zip(paths, images))]
-        return Filling.joined([generator.filling(*pair, config.paste) for pair in zip(images, masks)])
-    if config.extend:
-        return Filling.joined([generator.extension(image, config.extend, config.paste) for image in images])
+
+    def filling(index: int, path: Path) -> Filling:
+        image = read_image(path, channels)
+        if config.extend:
+            return generator.extension(image, config.extend, config.paste)
+        return generator.filling(image, pixel_mask(config, index, path, image), config.paste)
+
+    if config.mask or config.box or config.extend:
+        return Filling.joined([filling(index, path) for index, path in enumerate(paths)])
+    fitted = torch.cat([generator.fitted(read_image(path, channels)[None]) for path in paths])
+    if config.vary is not None:
+        return generator.variation(fitted, config.vary, n, config.seed)
     rows = generator.tokenizer.grid[0]
     kept = rows // 2 if config.keep_rows is None else config.keep_rows
     if not 0 < kept < rows:
         raise UsageError(f"--keep-rows: found {kept}, but an image has {rows} rows of codes; keep 1 to {rows - 1}")
-    codes = torch.cat([generator.encode(image) for image in images])
+    codes = generator.encode(fitted)
     cells = torch.zeros(codes.shape[:3], dtype=torch.bool)
     cells[:, kept:] = True
     return Filling(codes, cells, generator.vocabulary, sourced=False)

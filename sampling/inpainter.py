@@ -1,6 +1,7 @@
 """A drawer that fills in: what is kept of given images, and how the rest is drawn on grids of any size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditions
+from vqgen.prior.parts.part import is_absent
 
 from .drawing import Drawer
 from .filling import Filling, cells_of, fitted_masks, random_cells
@@ -69,14 +71,37 @@ class Inpainter(Drawer):
         return Filling(codes, cells, self.vocabulary, True, originals, pixels)
 
     def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:
-        """Images and the random share of their codes that is drawn anew, one for each of `n` results."""
+        """Images and the random share of their codes that is drawn anew, another for each of `n` results."""
         self.check_inpainting()
         if not 0 < share <= 1:
             raise UsageError(f"vary: found {share}, expected a share above 0, at most 1")
         codes = self.encode(images)
-        indices = range(len(codes) if n is None else n)
-        rows = codes[[index % len(codes) for index in indices]]
-        return Filling(rows, random_cells(indices, self.tokenizer.grid, share, seed), self.vocabulary, True)
+        indices = range(max(len(codes), n or 0))
+        rows, cells = codes[[i % len(codes) for i in indices]], random_cells(indices, self.tokenizer.grid, share, seed)
+        return Filling(rows, cells, self.vocabulary, True, given=len(codes))
+
+    def settings(
+        self, given: Mapping[str, Any], conditions: Conditions | None = None, filling: Filling | None = None
+    ) -> SamplingSettings:
+        """As `Drawer.settings`; a recommended `oversample` has no effect where `check_filling` refuses it."""
+        if filling is None:
+            return super().settings(given, conditions)
+        one_by_one = {} if self._has_groups(filling) else {"oversample": 1.0}
+        return super().settings({**one_by_one, **given}, self.seen(self.conditioning.conditions(conditions), filling))
+
+    def _has_groups(self, filling: Filling) -> bool:
+        """Whether several images of a series differ in nothing but their randomness."""
+        return filling.given is None and filling.grid == self.vocabulary.grid
+
+    def check_filling(self, filling: Filling, settings: SamplingSettings, conditions: Conditions) -> None:
+        """Raise `UsageError` for settings and conditions that do not fit what is filled in, see also `check`."""
+        if settings.oversample != 1 and not self._has_groups(filling):
+            text = "but images in windows, and variations, are drawn without further candidates; leave it out"
+            raise UsageError(f"--oversample: found {settings.oversample:g}, {text}")
+        paired, inside = self.conditioning.paired_source, filling.grid == self.vocabulary.grid
+        if paired and not inside and any(not is_absent(value) for value in conditions["source"]):
+            raise UsageError("--size: a source image tells one window alone; images in windows take none")
+        self.check(settings, self.seen(conditions, filling))
 
     def draw_filling(
         self,
@@ -90,10 +115,10 @@ class Inpainter(Drawer):
     ) -> tuple[Tensor, Tensor]:
         """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
         conditions = self.conditioning.conditions(conditions)
+        self.check_filling(filling, settings, conditions)
         if filling.grid == self.vocabulary.grid:
             given = self.seen(conditions, filling)
             return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)
-        self.check(settings, self.seen(conditions, filling))
         return Painter(self, filling).draw(indices, conditions, settings, seed, batch_size, on_token)
 
     def seen(self, conditions: Conditions, filling: Filling) -> Conditions:

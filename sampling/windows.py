@@ -4,9 +4,11 @@ The windows are drawn one after another, those that know most first. The whole g
 decoder makes no seams.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from itertools import product
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditions
-from vqgen.prior.parts.part import is_absent
 from vqgen.prior.parts.source import masked
 from vqgen.seeding import hash64
 
@@ -48,6 +49,12 @@ def _starts(size: int, window: int) -> list[int]:
     return [*range(0, last, max(window // 2, 1)), last]
 
 
+def _overlapping(starts: list[int], window: slice) -> range:
+    """The numbers of the windows along one side that share a cell with one of them."""
+    side = window.stop - window.start
+    return range(bisect_right(starts, window.start - side), bisect_left(starts, window.stop))
+
+
 def windows(cells: Tensor, grid: Sequence[int]) -> Iterator[Window]:
     """The windows of `grid` rows and columns that draw the cells of masks, bool (m, H, W), in their order.
 
@@ -55,17 +62,29 @@ def windows(cells: Tensor, grid: Sequence[int]) -> Iterator[Window]:
     any are left out. The order depends on the masks alone.
     """
     unknown = cells.clone()
-    places = product(*(_starts(size, side) for size, side in zip(cells.shape[1:], grid, strict=True)))
-    left = {n: (slice(top, top + grid[0]), slice(x, x + grid[1])) for n, (top, x) in enumerate(places)}
-    while True:
-        counts = {number: int(unknown[:, rows, columns].sum()) for number, (rows, columns) in left.items()}
-        left = {number: place for number, place in left.items() if counts[number]}
-        if not left:
-            return
-        number = min(left, key=lambda number: (counts[number], number))
-        rows, columns = left.pop(number)
+    tops, lefts = (_starts(size, side) for size, side in zip(cells.shape[1:], grid, strict=True))
+    places = [(slice(top, top + grid[0]), slice(left, left + grid[1])) for top, left in product(tops, lefts)]
+    counts = [0] * len(places)
+    queue: list[tuple[int, int]] = []
+
+    def count(numbers: Iterable[int]) -> None:
+        """Count the unknown cells of windows anew, and queue those where the number has changed."""
+        for number in numbers:
+            rows, columns = places[number]
+            if (found := int(unknown[:, rows, columns].sum())) != counts[number]:
+                counts[number] = found
+                heappush(queue, (found, number))
+
+    count(range(len(places)))
+    while queue:
+        found, number = heappop(queue)
+        if not found or found != counts[number]:  # it has fewer by now
+            continue
+        rows, columns = places[number]
         yield Window(number, rows, columns, unknown[:, rows, columns].clone())
         unknown[:, rows, columns] = False
+        overlapping = product(_overlapping(tops, rows), _overlapping(lefts, columns))
+        count(row * len(lefts) + column for row, column in overlapping)
 
 
 @dataclass(frozen=True)
@@ -107,10 +126,6 @@ class Painter:
         on_token: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Codes (B, H, W[, depth]) of images of a series, and the NLL of those that were drawn, float64 (B,)."""
-        if settings.oversample != 1:
-            raise UsageError(f"--oversample: found {settings.oversample:g}, but images in windows need 1; leave it out")
-        if self.drawer.conditioning.paired_source and any(not is_absent(value) for value in conditions["source"]):
-            raise UsageError("--size: a source image tells one window alone; images in windows take none")
         indices = list(indices)
         parts = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
         found = [self._batch(part, conditions, settings, seed, batch_size, on_token) for part in parts]

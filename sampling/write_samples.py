@@ -88,12 +88,8 @@ class Series:
     @classmethod
     def of(cls, config: SampleConfig, generator: Generator) -> "Series":
         """Read the given images and check everything. Raises `UserError`, `UsageError`."""
-        filling = chosen_filling(config, generator)
         sources = chosen_sources(config, generator)
         conditions = chosen_conditions(config, generator, sources)
-        seen = generator.seen(conditions, filling) if filling else conditions
-        settings = generator.settings(config.given_settings, seen)
-        generator.check(settings, seen)
         classes = conditions["class"]
         if config.layout != "flat" and classes == [ABSENT]:
             raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
@@ -102,6 +98,12 @@ class Series:
         if config.num_per_class and len(set(classes)) < len(classes):
             raise UsageError("--num-per-class: --class names a class twice; name each once")
         n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
+        filling = chosen_filling(config, generator, n)
+        settings = generator.settings(config.given_settings, conditions, filling)
+        if filling:
+            generator.check_filling(filling, settings, conditions)
+        else:
+            generator.check(settings, conditions)
         stems = sources.stems() if sources and n == len(sources) and config.layout == "flat" else None
         names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
         return cls(config, generator, filling, sources, conditions, settings, names, n)
@@ -164,10 +166,9 @@ class Series:
             about["stems"] = self.names.stems
         if filling:
             about |= given_options(config, PARTS)
-            kept = filling.kept
             about["init_images"] = [str(path) for path in config.init_image or []]
-            about["kept_codes"] = len(kept) // len(filling)
-            about["kept_fingerprint"] = hashlib.sha256(kept.numpy().tobytes()).hexdigest()
+            about["kept_codes"] = int((~filling.cells).sum()) * generator.vocabulary.depth // len(filling)
+            about["kept_fingerprint"] = hashlib.sha256(filling.kept.numpy().tobytes()).hexdigest()
             if filling.grid != generator.vocabulary.grid:
                 about["code_grid"] = list(filling.grid)
             if filling.sourced:

@@ -13,7 +13,16 @@ import torch
 from helpers.models import make_prior
 
 from vqgen.errors import UserError
-from vqgen.sampling.compression.archive import MAGIC, ROWS, Header, Picture, file_names, read_archive, write_archive
+from vqgen.sampling.compression.archive import (
+    MAGIC,
+    MAX_SIDE,
+    ROWS,
+    Header,
+    Picture,
+    file_names,
+    read_archive,
+    write_archive,
+)
 from vqgen.sampling.compression.coding import Coder
 from vqgen.sampling.compression.compress import main as main_compress
 from vqgen.sampling.compression.decompress import main as main_decompress
@@ -137,6 +146,12 @@ def test_what_cannot_be_compressed_is_named(cli, model: Path, tmp_path: Path) ->
     photos(tmp_path / "b", [(4, 6)])
     result = cli(main_compress, tmp_path / "a", tmp_path / "b", "--model", model, "--output", tmp_path / "out")
     assert result.code == 2 and "photo 0.png" in result.err
+
+
+def test_an_image_that_could_not_be_restored_is_not_compressed(cli, model: Path, tmp_path: Path) -> None:
+    write_png_atomic(tmp_path / "long.png", torch.zeros(3, 1, MAX_SIDE + 1, dtype=torch.uint8))
+    result = cli(main_compress, tmp_path / "long.png", "--model", model, "--output", tmp_path / "out")
+    assert result.code == 1 and "long.png" in result.err and "65537x1" in result.err and result.err.count("\n") == 1
 
 
 def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Path, monkeypatch) -> None:

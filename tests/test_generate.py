@@ -383,11 +383,15 @@ def test_steps_compose_to_the_whole():
     torch.testing.assert_close(drawn.nats, whole.nats, rtol=1e-5, atol=1e-5)  # of another number of rows
 
 
-def test_logits_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {}, {"temperature": 0.9}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
+)
+def test_logits_that_are_not_finite_are_an_error(settings: dict[str, float], value: float):
     spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
     model = model_of(spec)
     with torch.no_grad():
-        model.lm_head.weight[3, 0] = torch.nan
+        model.lm_head.weight[3, 0] = value
     uniforms = image_uniforms(0, range(2), spec.vocabulary.length)
     with pytest.raises(UserError, match="not finite"):
         generate(
@@ -395,7 +399,7 @@ def test_logits_that_are_not_finite_are_an_error():
             conditions(spec, 2),
             allowed_of(spec),
             uniforms,
-            SamplingSettings(temperature=0),
+            SamplingSettings(**settings),  # type: ignore[arg-type]
         )
 
 

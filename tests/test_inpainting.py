@@ -412,6 +412,30 @@ def test_the_program_varies_and_takes_several_boxes(sample, with_source: Path, t
     assert torch.equal(drawn_images(tmp_path / "out"), ours.images)
 
 
+def test_a_variation_depends_on_its_own_index(cli, with_source: Path, tmp_path: Path) -> None:
+    """Neither on how many there are nor on how that number was given: image i is of the i-th photograph in turn."""
+    images, output = photos(3), tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    for number, image in enumerate(images):
+        write_png_atomic(tmp_path / "in" / f"{number}.png", image)
+    words = ["--model", with_source, "--device", "cpu", "--precision", "fp32", "--vary", 0.3, "--output", output]
+    words += ["--init-image", tmp_path / "in", "--class", *NAMES[:2]]
+    generator = Generator.load(with_source, "cpu", "fp32")
+    whole = generator.vary(images, 0.3, n=8, classes=NAMES[:2])
+    own = generator.encode(images)
+    assert all((codes == own[index % 3]).float().mean() > 0.5 for index, codes in enumerate(whole.codes))
+    for n in (2, 5, 8):  # each continues the one before
+        result = cli(program.main, *words, "--n", n)
+        assert result.code == 0, result.err
+        assert torch.equal(drawn_images(output), whole.images[:n])
+    assert cli(program.main, *words, "--num-per-class", 4, "--overwrite").code == 0
+    assert torch.equal(drawn_images(output), whole.images)
+    write_png_atomic(tmp_path / "in" / "2.png", 255 - images[2])
+    assert cli(program.main, *words, "--n", 9).code == 2, "another photograph"
+    result = cli(program.main, *words, "--n", 8, "--oversample", 1.5, "--overwrite")
+    assert result.code == 2 and "--oversample" in result.err and torch.equal(drawn_images(output), whole.images)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
@@ -495,6 +519,9 @@ def test_windows_draw_every_cell_once(height: int, width: int, seed: int) -> Non
     for window in order:
         unknown = left[:, window.rows, window.columns]
         assert unknown.shape == (2, 2, 3) and unknown.any() and torch.equal(unknown, window.unknown)
+        counts = left.sum(0).unfold(0, 2, 1).unfold(1, 3, 1).sum((2, 3)).flatten()  # of all places, one cell apart
+        first = min((int(count), place) for place, count in enumerate(counts) if count)
+        assert (int(unknown.sum()), window.rows.start * (width - 2) + window.columns.start) == first
         left[:, window.rows, window.columns] = False
     assert not left.any() and len({window.number for window in order}) == len(order)
 
@@ -524,6 +551,8 @@ def test_larger_images_are_a_series_like_any_other(tmp_path: Path, sourced: bool
             generator.sample(1, size=size)
     with pytest.raises(UsageError, match="--oversample"):
         generator.sample(1, size=(8, 14), oversample=2.0)
+    generator.recommended = {"oversample": 2.0}  # has no effect there, and is left out
+    assert torch.equal(generator.sample(5, size=(8, 14), seed=2, guidance_scale=2.0).codes, whole.codes)
 
 
 def test_images_are_extended_on_every_side(tmp_path: Path) -> None:
@@ -561,6 +590,10 @@ def test_the_program_draws_larger_images(sample, cli, with_source: Path, tmp_pat
     ):
         result = cli(program.main, *words, "--overwrite", *wrong)
         assert result.code == 2 and named in result.err, result.err
+    kept = drawn_images(tmp_path / "large")
+    result = cli(program.main, *words, "--overwrite", "--size", 8, 10, "--n", 4, "--oversample", 1.5)
+    assert result.code == 2 and "--oversample" in result.err
+    assert torch.equal(drawn_images(tmp_path / "large"), kept), "refused before anything is removed"
 
 
 def test_what_surrounds_a_hole_can_be_amplified(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.model import Tokenizer
-from vqgen.tokenizer.networks.autoencoder import Decoder, Encoder, _attend
+from vqgen.tokenizer.networks.autoencoder import Attention, Decoder, Encoder, _attend
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
@@ -155,6 +155,15 @@ def test_attention_is_that_of_the_paper(size):
     outer = noise(*x.shape, seed=1)
     found, expected = (torch.autograd.grad(out, x, outer)[0] for out in (attention(x), expected))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_attention_does_not_hold_all_scores():
+    attention, x = Attention(16, 4), noise(1, 16, 64, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        attention(x)
+    largest = max(abs(event.self_cpu_memory_usage) for event in profile.events())
+    assert x.nbytes <= largest < 4096 * 4096 * 4 / 8  # scores of 4,096 positions
 
 
 @pytest.mark.parametrize("tokens", [64, 256])

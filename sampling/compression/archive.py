@@ -26,7 +26,9 @@ MAX_HEADER = 2**26
 MAX_PIXELS = 2**27
 """Most pixels of an image, more than any that is decoded from a file."""
 Probabilities = Literal["exact", "rounded", "histogram"]
-_Side = Annotated[int, Ge(1), Le(2**16)]
+MAX_SIDE = 2**16
+"""Most pixels of a side of an image."""
+_Side = Annotated[int, Ge(1), Le(MAX_SIDE)]
 _Count = Annotated[int, Ge(0), Le(2**32)]
 
 

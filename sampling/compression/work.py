@@ -25,7 +25,7 @@ from vqgen.sampling.init_images import image_files, read_image
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from .archive import ROWS, Header, Picture, Stream, crc_of, file_names, read_archive, write_archive
+from .archive import MAX_SIDE, ROWS, Header, Picture, Stream, crc_of, file_names, read_archive, write_archive
 from .coding import Coder
 from .compress import CompressConfig
 from .decompress import DecompressConfig
@@ -96,6 +96,9 @@ def compress_images(config: CompressConfig) -> None:
         pictures, windows = list[Picture](), list[Tensor]()
         for path, name in zip(paths, names, strict=True):
             image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
+            if max(image.shape[1:]) > MAX_SIDE:
+                found = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
+                raise UserError(f"IMAGES: {found}; crop or scale it")
             pictures.append(Picture(name, image.shape[1], image.shape[2]))
             windows.append(_windows(generator, image, _Grid.of(pictures[-1], _size(generator))))
         blocks = generator.vocabulary.to_tokens(torch.cat(windows)).split(ROWS)

@@ -62,12 +62,13 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token a row by inverse transform sampling: ids int64 (B,), each of positive probability.
 
-    Each row of logits (B, V) has a finite one; uniforms are float64 (B,) in [0, 1).
+    Each row of logits (B, V) has a finite one; uniforms are float64 (B,) in [0, 1). Of a row with NaN it is some id.
     """
     # Summed in float64: in float32 the target can round up to the total and pass every token.
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     target = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # the first above the target
+    first_above = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return first_above.clamp(max=logits.shape[-1] - 1)  # nothing is above NaN
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor:

@@ -54,7 +54,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             scores = query.to(exact) * query.shape[-1] ** -0.5 @ key.to(exact).transpose(1, 2)
             return scores.softmax(dim=-1).to(value.dtype) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    # Of other layouts the kernel for CPUs computes all scores at once, L x L.
+    return F.scaled_dot_product_attention(query.contiguous(), key.contiguous(), value.contiguous())
 
 
 class Downsample(nn.Module):
