@@ -362,6 +362,9 @@ def test_gumbel_tensors_that_do_not_fit_each_other(tmp_path, cli):
         ("attn_resolutions", "8"),
         ("num_res_blocks", 1),
         ("double_z", True),
+        ("tanh_out", True),
+        ("give_pre_end", True),
+        ("resamp_with_conv", False),
     ],
 )
 def test_the_configuration_of_another_model_is_refused(tmp_path, cli, key, value):

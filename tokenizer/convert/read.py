@@ -135,7 +135,8 @@ def _check_taming(path: Path, found: dict[str, Any], config: TokenizerConfig) ->
     """Raise `UserError` where a taming configuration disagrees with the weights."""
     model = vqgan_of(config)
     expected: dict[str, Any] = {
-        "double_z": False,
+        **{"double_z": False, "tanh_out": False, "give_pre_end": False, "use_linear_attn": False},
+        "resamp_with_conv": True,
         "in_channels": config.channels,
         "out_ch": config.channels,
         "ch": model.channels[0],
