@@ -106,6 +106,22 @@ def test_a_split_has_its_own_captions(tmp_path: Path) -> None:
     assert found == [words(index) for index, name in enumerate(listed) if name.startswith("validation")]
 
 
+@pytest.mark.parametrize("column", ["txt", "text"])
+def test_a_split_may_have_no_captions(tmp_path: Path, column: str) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        write_images(data / split, 8)
+    refused(data, column, "no captions" if column == "txt" else "metadata")
+    listed = names(data / "train")
+    lines = [json.dumps({"file_name": name, "text": words(index)}) for index, name in enumerate(listed)]
+    if column == "text":
+        (data / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    for index, name in enumerate(listed if column == "txt" else []):
+        (data / "train" / name).with_suffix(".txt").write_text(words(index))
+    assert "" not in captions(data, column).values()
+    assert open_source(str(data), "test", 0.2, column).captions == [""] * 8
+
+
 def row(name: str, text: Any = "a shoe") -> str:
     return json.dumps({"file_name": name, "text": text})
 

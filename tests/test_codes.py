@@ -492,6 +492,16 @@ def test_another_tokenizer_or_other_images_are_refused(make, reference, tmp_path
     one_line(error, f"--data {plan['data'][:12]}, now ")
 
 
+def test_overwrite_keeps_the_tokenizer_that_it_reads(make, reference, tmp_path):
+    folder, link = tmp_path / "codes", tmp_path / "link"
+    shutil.copytree(reference, folder)
+    link.symlink_to(folder)
+    kept = content(folder / "tokenizer")
+    tokenize(make(folder, tokenizer=link / "tokenizer", overwrite=True, shard_size=20))
+    assert content(folder / "tokenizer") == kept
+    assert Manifest.read(folder).tokenizer_fingerprint == Tokenizer.load(folder / "tokenizer").fingerprint
+
+
 def test_overwrite_starts_anew_but_touches_nothing_else(make, reference, tmp_path):
     folder = tmp_path / "codes"
     tokenize(make(folder, seed=1, shard_size=10))
@@ -607,6 +617,33 @@ def test_broken_images_are_named_counted_and_left_out(make, images, tmp_path, ca
     with pytest.raises(UserError) as error:
         tokenize(make(tmp_path / "codes", data=str(source), max_broken=0.1))
     one_line(error, "--max-broken 0.1", "23 of 70 train images")
+
+
+def test_a_split_without_an_intact_image_is_refused(make, images, tmp_path):
+    source = tmp_path / "images"
+    shutil.copytree(images, source)
+    heldout = open_images(str(source), "heldout", ImageConfig(size=[SIZE, SIZE], channels=1, holdout=0.3))
+    for index in range(len(heldout)):
+        Path(heldout.source.item_name(index)).write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UserError) as error:
+        tokenize(make(tmp_path / "codes", data=str(source), max_broken=1.0))
+    one_line(error, "--data", "30 heldout images", str(source))
+    assert not (tmp_path / "codes" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("option", [["--channels", 3], ["--size", 32], ["--fit", "crop"]])
+def test_a_default_that_is_given_is_no_default(cli, images, tmp_path, option):
+    """The tokenizer decides size, channels and fit: of others than it takes, also the usual ones are refused."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    model = Tokenizer.load(tokenizer)
+    model.config.fit = "pad"
+    model.save(tokenizer)
+    words = ["--tokenizer", tokenizer, "--data", images, "--output", tmp_path / "codes"]
+    result = cli(encode.main, *words, *option)
+    assert result.code == 2 and result.err.startswith(f"vqgen-tokenize: {option[0]}: found")
+    assert not (tmp_path / "codes").exists()
+    given = ["--channels", 1, "--size", SIZE, "--fit", "pad"]
+    assert cli(encode.main, *words, *given).code == 0
 
 
 def test_with_flips_every_other_view_is_flips(make, tmp_path):

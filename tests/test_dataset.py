@@ -638,12 +638,25 @@ def test_broken_images_end_the_run_where_configured(damaged):
     strict = replace(SMALL, broken="error", max_broken=1.0)
     with pytest.raises(UserError, match=r"004\.png"):
         list(ordered_batches(open_images(damaged, "train", strict), range(20), 4, strict))
-    few = replace(SMALL, max_broken=0.05)
-    with pytest.raises(UserError, match="2 of 20 images"):
+    few = replace(SMALL, max_broken=0.05)  # of 24 images
+    with pytest.raises(UserError, match=r"--max-broken 0\.05: .* has 2 broken images.* 1 of 24"):
         list(ordered_batches(open_images(damaged, "train", few), range(20), 4, few))
-    with pytest.raises(UserError, match="2 of 20 images"):
+    with pytest.raises(UserError, match=r"--max-broken 0\.05: .* has 2 broken images.* 1 of 24"):
         dataset = open_images(damaged, "train", few, replace_broken=True)
         list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, few), 8))
+
+
+def test_the_share_of_broken_images_is_one_of_all_splits(rows, tmp_path):
+    """Else one broken image among the few that are held out would end a run at its first validation."""
+    config = replace(SMALL, max_broken=0.02, cache_mb=0)
+    heldout = open_images(str(flat(rows, tmp_path, 60)), "heldout", config)
+    names = [heldout.source.item_name(index) for index in range(len(heldout))]
+    assert len(names) == 3
+    Path(names[0]).write_bytes(b"x")
+    assert [batch.indices.tolist() for batch in ordered_batches(heldout, range(3), 3, config)] == [[1, 2]]
+    Path(names[1]).write_bytes(b"x")
+    with pytest.raises(UserError, match="--max-broken"):
+        list(ordered_batches(heldout, range(3), 3, config))
 
 
 def test_nothing_but_broken_images(tmp_path):
@@ -784,6 +797,58 @@ def test_metadata_of_another_shape_is_ignored(rows, tmp_path, info):
     table = pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps({"info": info})})
     pq.write_table(table, path)
     assert len(open_images(str(path), "train", SMALL)) == 57
+
+
+def write_named(path: Path, rows, part: slice, names: list[str], labels: list[int]) -> None:
+    """A parquet file whose features declare the names of classes."""
+    write_table(path, (rows[0][part], labels))
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    info = json.dumps({"info": {"features": features}})
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": info}), path)
+
+
+def test_splits_may_name_their_classes_in_another_order(rows, tmp_path):
+    write_named(tmp_path / "train.parquet", rows, slice(0, 4), ["bag", "coat", "hat"], [0, 1, 2, 1])
+    write_named(tmp_path / "val.parquet", rows, slice(4, 8), ["hat", "bag", "coat"], [0, 1, 2, -1])
+    for split, labels in ("train", [0, 1, 2, 1]), ("heldout", [2, 0, 1, -1]):
+        found = open_images(str(tmp_path), split, SMALL)
+        assert found.class_names == ["bag", "coat", "hat"] and found.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("names", [["bag", "scarf", "hat"], ["bag", "coat"], ["bag", "coat", "hat", "scarf"]])
+def test_splits_with_other_names_of_classes_are_refused(rows, tmp_path, names):
+    write_named(tmp_path / "train.parquet", rows, slice(0, 4), ["bag", "coat", "hat"], [0, 1, 2, 1])
+    write_named(tmp_path / "test.parquet", rows, slice(4, 6), names, [0, 1])
+    with pytest.raises(UserError, match=r"--data.* train .*test .*(coat and scarf|3 and [24])"):
+        open_images(str(tmp_path), "train", SMALL)
+
+
+def test_a_table_of_no_split_beside_others_is_refused(rows, tmp_path):
+    for name in ("train-0", "extra", "test-0"):
+        write_table(tmp_path / f"{name}.parquet", (rows[0][:4], [0, 1, 0, 1]))
+        if name == "extra":
+            with pytest.raises(UserError, match=r"--data: .*extra\.parquet.*train-0"):
+                open_images(str(tmp_path), "train", SMALL)
+    with pytest.raises(UserError, match=r"--data: .*extra\.parquet.*t-0\.parquet"):
+        open_images(str(tmp_path), "train", SMALL)
+    (tmp_path / "extra.parquet").unlink()
+    assert len(open_images(str(tmp_path), "test", SMALL)) == 4
+
+
+def test_paths_in_a_table_begin_in_its_own_folder(rows, tmp_path):
+    """And lead no further up: not to the folder of another table."""
+    write_files(["a.png", "train/images/a.png", "test/b.png"], [b"x", *rows[0][:2]], tmp_path)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    for split, paths in ("train", ["images/a.png", "../a.png", "../test/b.png"]), ("test", ["b.png"]):
+        images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
+        pq.write_table(pa.table({"image": images}), tmp_path / split / "0.parquet")
+    test = open_images(str(tmp_path), "test", SMALL)
+    assert torch.equal(test[0].image, fit(decode(rows[0][1], 1), (16, 16), "crop"))
+    items = sources.find_splits(str(tmp_path))["train"].items
+    assert items.read(0) == rows[0][0]
+    for item in (1, 2):
+        with pytest.raises(OSError, match="outside"):
+            items.read(item)
 
 
 def test_class_names_must_be_text(rows, tmp_path):

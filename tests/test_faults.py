@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, tree, weights
+from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, tree, weights, write_images
 from safetensors.torch import load_file
 
 from vqgen.errors import UserError
+from vqgen.tokenizer.data.sources import open_source
+from vqgen.tokenizer.train import main
 from vqgen.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
 
 TINY = (
@@ -107,6 +109,26 @@ def test_a_loss_that_is_found_not_finite_later(tmp_path: Path) -> None:
 def test_checks_that_wait_change_nothing(tmp_path: Path, whole: Path) -> None:
     run(TOKENIZER, *TINY, "--keep-checkpoints", 9, "--output", tmp_path / "run", hook=deferred).ok()
     assert weights(tmp_path / "run") == weights(whole) and rows(tmp_path / "run") == rows(whole)
+
+
+def test_a_validation_that_fails_costs_no_step(tmp_path: Path, cli) -> None:
+    """The checkpoint before it is saved, from which it is repeated where its images are whole again."""
+    write_images(tmp_path / "images", 60)
+    words = [*TINY[2:], "--data", tmp_path / "images", "--checkpoint-every", 6, "--validate-every", 3]
+    assert cli(main, *words, "--output", tmp_path / "whole").code == 0
+    heldout = open_source(str(tmp_path / "images"), "heldout", 0.05)
+    kept = {Path(name): Path(name).read_bytes() for name in map(heldout.item_name, range(len(heldout)))}
+    for path in kept:
+        path.write_bytes(b"no image")
+    for _ in range(2):
+        result = cli(main, *words, "--output", tmp_path / "run")
+        assert result.code == 1 and "--max-broken 0.01" in result.err
+        assert steps(tmp_path / "run") == [3] and not (tmp_path / "run/model.safetensors").exists()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert cli(main, *words, "--output", tmp_path / "run").code == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_a_disk_that_is_full(small: Path, whole: Path) -> None:

@@ -1,13 +1,17 @@
 """--init: a run that starts from the weights of another tokenizer."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.toy_network import StridedConfig
 
+from vqgen.files.write import LOCK
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig, register
+from vqgen.tokenizer.quantizers.options import QUANTIZERS
 from vqgen.tokenizer.train import TokenizerTraining, main
 from vqgen.tokenizer.trainer import TokenizerTrainer, build
 
@@ -21,6 +25,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "run"
     assert main([*SIZES, *SHORT, "--codebook-size", "32", "--steps", "3", "--output", str(folder)]) == 0
     return folder
+
+
+def read_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
 
 
 def begun(source: Path, output: Path, **quantizer) -> TokenizerTrainer:
@@ -90,6 +98,71 @@ def test_a_resumed_run_keeps_what_it_learned(source: Path, tmp_path: Path) -> No
     for steps, name in (("2", "a"), ("4", "a"), ("4", "b")):
         assert main([*common, "--steps", steps, "--output", str(tmp_path / name)]) == 0
     assert Tokenizer.load(tmp_path / "a").fingerprint == Tokenizer.load(tmp_path / "b").fingerprint
+
+
+@pytest.mark.parametrize("given", [[], ["--width", "16"]])
+def test_a_bad_init_costs_no_earlier_run(source: Path, tmp_path: Path, cli, given: list[str]) -> None:
+    """--overwrite removes the finished run only after --init was read and compared."""
+    folder = tmp_path / "run"
+    shutil.copytree(source, folder)
+    before = read_files(folder)
+    init = source if given else tmp_path / "missing"
+    words = [*SIZES, *SHORT, *given, "--codebook-size", 32, "--steps", 2, "--output", folder, "--overwrite"]
+    assert cli(main, *words, "--init", init).code == 1
+    assert read_files(folder) == before
+
+
+@pytest.mark.parametrize("place", [".", "tokenizer"])
+def test_a_run_does_not_start_from_what_it_removes(source: Path, tmp_path: Path, cli, place: str) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    shutil.copytree(source, folder)
+    shutil.copytree(source, folder / "tokenizer")
+    link.symlink_to(folder)
+    before = read_files(folder)
+    words = [*SIZES, *SHORT, "--codebook-size", 32, "--steps", 2, "--output", folder, "--overwrite"]
+    result = cli(main, *words, "--init", link / place)
+    assert result.code == 2 and f"--init: {link / place}" in result.err and "--overwrite" in result.err
+    assert read_files(folder) == before
+
+
+def test_options_that_change_the_codes_are_named(source: Path, tmp_path: Path, cli) -> None:
+    """They fit the same weights: a decoder would learn for codes that the prior does not draw."""
+    words = [*SIZES, *SHORT, "--codebook-size", 32, "--init", source, "--steps", 1, "--output", tmp_path / "run"]
+    for option, given in ("--groups", [2]), ("--no-l2-normalize", []), ("--fit", ["pad"]):
+        result = cli(main, *words, option, *given, "--decoder-only")
+        assert result.code == 1 and option in result.err and str(source) in result.err
+        assert not (tmp_path / "run/metrics.jsonl").exists()
+    result = cli(main, *words, "--groups", 2, "--no-l2-normalize")
+    assert result.code == 0
+    (line,) = [line for line in result.err.splitlines() if line.startswith("--init")]
+    assert all(option in line for option in ("--groups 4", "--groups 2", "--l2-normalize", "--no-l2-normalize"))
+
+
+def test_options_of_training_alone_do_not_change_the_codes(source: Path, tmp_path: Path, cli) -> None:
+    options = "--codebook gradient --codebook-decay 0.9 --revive-after 7 --commitment-weight 1 --estimator rotation"
+    words = [*SIZES, *SHORT, "--codebook-size", 32, "--dropout", 0.1, *options.split(), "--init", source]
+    result = cli(main, *words, "--steps", 2, "--decoder-only", "--output", tmp_path / "run")
+    assert result.code == 0 and "--init:" not in result.err
+    assert Tokenizer.load(tmp_path / "run").has_codes_of(Tokenizer.load(source))
+
+
+def test_names_of_options_of_training_exist() -> None:
+    for config in (*NETWORKS.values(), *QUANTIZERS.values()):
+        named = set[str]().union(*(vars(base).get("training_only", ()) for base in config.__mro__))
+        assert named <= {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("learn", ["ema", "gradient"])
+def test_a_codebook_is_kept_where_it_learns_in_another_way(
+    source: Path, tmp_path: Path, cli, capsys: pytest.CaptureFixture, learn: str
+) -> None:
+    other, start = ("ema" if learn == "gradient" else "gradient"), tmp_path / "start"
+    words = [*SIZES, *SHORT, "--codebook-size", 32, "--codebook", other, "--steps", 2, "--output", start]
+    assert cli(main, *words).code == 0
+    trainer = begun(start, tmp_path / "run", codebook=learn)
+    assert "--init:" not in capsys.readouterr().err
+    images = torch.rand(8, 1, 16, 16) * 2 - 1
+    assert torch.equal(trainer.tokenizer.eval().encode(images), Tokenizer.load(start).encode(images))
 
 
 def test_the_decoder_alone_is_trained(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
 from vqgen.tokenizer.quantizers.base import QuantizedVectors, Quantizer
+from vqgen.tokenizer.quantizers.codebook import Codebook
 from vqgen.tokenizer.quantizers.options import SimVQConfig
 from vqgen.tokenizer.quantizers.product import ProductQuantizer
 from vqgen.tokenizer.quantizers.residual import ResidualQuantizer
@@ -473,3 +474,32 @@ def test_product_parts_do_not_touch_each_other() -> None:
     one, two = ours(z), ours(changed)
     assert torch.equal(one.codes[..., 0], two.codes[..., 0]) and not torch.equal(one.codes[..., 1], two.codes[..., 1])
     assert torch.equal(one.z_q[:, :4], two.z_q[:, :4])
+
+
+# ---- what is logged ----
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_learned_codebooks_log_distance_and_revivals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several codebooks, all the codes that were revived."""
+    quantizer, revived, update = make(case, revive_after=1).train(), list[torch.Tensor](), Codebook.update
+
+    def noted(self: Codebook, *batch: Any) -> torch.Tensor:
+        revived.append(update(self, *batch))
+        return revived[-1]
+
+    monkeypatch.setattr(Codebook, "update", noted)
+    stats = quantizer(latents(seed=3)).stats
+    assert len(revived) == len([name for name in state(quantizer) if name.endswith(".idle")])
+    assert stats["codes_revived"] == sum(revived) > 0
+    assert stats["code_distance"] > 0
+    assert "codes_revived" not in quantizer.eval()(latents(seed=3)).stats
+
+
+def test_the_distance_of_a_residual_quantizer_is_that_to_its_sums() -> None:
+    quantizer = make("residual").eval()
+    z = latents(seed=3)
+    vectors = quantizer.vectors(z)
+    rest = vectors - quantizer.lookup(quantizer.choose(vectors))
+    expected = rest.square().sum() / vectors.square().sum()
+    torch.testing.assert_close(quantizer(z).stats["code_distance"], expected)

@@ -9,7 +9,9 @@ import pytest
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.files.output_folder import OutputFolder, new_folder
+from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.tokenizer.trainer import build
 from vqgen.training.folder import MACHINE, Session, check_folder, prepare_folder, read_sessions
 
 
@@ -19,6 +21,8 @@ class Options:
 
     lr: float = 1.0
     """Learning rate."""
+    overwrite: bool = False
+    """Start anew."""
 
 
 def left_by_a_kill(name: str) -> str:
@@ -181,6 +185,15 @@ def test_a_folder_that_is_named_by_a_link_is_used(tmp_path: Path) -> None:
     assert files_in(tmp_path / "real") == set(foreign)
 
 
+def test_a_tokenizer_is_not_trained_on_its_own_previews(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (tmp_path / "runs" / "tokenizer", tmp_path / "link" / "run", tmp_path):
+        config = parse(TokenizerTraining, ["--data", str(tmp_path), "--output", str(output)])
+        with pytest.raises(UsageError, match="inside of --data"):
+            build(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_folder_with_foreign_files_is_refused_unless_it_is_recognised(tmp_path: Path) -> None:
     output = folder(tmp_path / "new")
     output.refuse_foreign()
@@ -207,3 +220,10 @@ def test_a_new_folder_loses_what_a_kill_left_beside_it(tmp_path: Path) -> None:
     (tmp_path / "out" / ".git").mkdir()
     with pytest.raises(UsageError, match="git"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_a_prior_does_not_start_from_what_it_removes_either(tmp_path: Path) -> None:
+    config = PriorTraining(codes=tmp_path / "codes", output=tmp_path / "run", init=tmp_path / "other/../run")
+    with pytest.raises(UsageError, match=r"--init.*--overwrite"):
+        check_folder(config.output, config, overwrite=True)
+    check_folder(config.output, config, overwrite=False)

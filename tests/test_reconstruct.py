@@ -208,6 +208,17 @@ def test_broken_images_are_left_out_of_the_validate(measured, monkeypatch):
     assert found.metrics["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)
 
 
+def test_no_intact_image_is_one_line(measured, monkeypatch, tmp_path):
+    tokenizer, data, config, *_ = measured
+    monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", lambda *_: iter(()))
+    with pytest.raises(UserError, match="--data"):
+        reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
+    # One process of several may have none although others have some.
+    none = torch.zeros(0, 1, 24, 16, dtype=torch.uint8)
+    write_comparison(tmp_path / "none.png", Reconstructions({}, none, none))
+    assert not list(tmp_path.iterdir())
+
+
 # ---- vqgen-reconstruct ----
 
 

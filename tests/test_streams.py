@@ -20,6 +20,7 @@ from helpers.streams import garments, sample, serving, write_parquets, write_tar
 from processes import TOKENIZER, at_row, rows, run, run_two, weights
 
 from vqgen.errors import UserError
+from vqgen.tokenizer.data.dataset import ordered_batches
 from vqgen.tokenizer.data.decoding import decode
 from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import ImageConfig, is_stream
@@ -416,6 +417,15 @@ def test_broken_images_are_replaced_counted_and_limited(tmp_path: Path) -> None:
     assert "--max-broken" in error(lambda: take(strict, 40))
     write_tar(tmp_path / "b" / "b.tar", [(f"{n}.png", good[n]["image"] if n % 2 else b"no") for n in range(50)])
     assert "--max-broken" in error(lambda: take(stream(tmp_path / "b"), 9))
+
+
+def test_one_broken_image_of_few_that_are_held_out_ends_no_run(tmp_path: Path) -> None:
+    good = garments(10)
+    for name, images in ("train", good[:5]), ("val", [{**good[5], "image": b"no"}, *good[6:]]):
+        write_tar(tmp_path / f"{name}.tar", [m for n, row in enumerate(images) for m in sample(f"{n:03d}", row)])
+    _, heldout = open_stream(f"stream:{tmp_path}", CONFIG, 8)
+    (batch,) = ordered_batches(heldout, range(len(heldout)), 8, CONFIG)
+    assert len(heldout) == 5 and batch.indices.tolist() == [1, 2, 3, 4]
 
 
 # ---- the network ----

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqgen.errors import UserError
 from vqgen.metric import Metric
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
@@ -135,12 +136,17 @@ class ReconstructionMetrics:
         return each
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics of everything added by all processes, by name, in the order of `RECONSTRUCTION`."""
+        """Return the metrics of everything added by all processes, by name, in the order of `RECONSTRUCTION`.
+
+        Raises `UserError` where no process added an image.
+        """
         sums, counts = torch.stack(list(self.sums.values())), self.counts.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(counts)
         total, *rest = sums.tolist()
+        if not total:
+            raise UserError("--data: no image that was to be measured is intact; replace or remove the broken ones")
         mean = {name: value / total for name, value in zip(list(self.sums)[1:], rest)}
         found = mean | code_metrics(counts)
         found["psnr_of_mse"] = float(_decibels(torch.tensor(mean["mse"])))

@@ -99,12 +99,13 @@ class Tokenizer(nn.Module):
         return self
 
     def has_codes_of(self, other: "Tokenizer") -> bool:
-        """Whether both give every image the same codes: all weights but the decoder's are equal."""
+        """Whether both give every image the same codes: all options that decide these and all weights but the decoder's
+        are equal."""
         states = [
             {name: value for name, value in each.inference_state().items() if not name.startswith("decoder.")}
             for each in (self, other)
         ]
-        same = self.config == other.config and states[0].keys() == states[1].keys()
+        same = self.config.codes_options() == other.config.codes_options() and states[0].keys() == states[1].keys()
         return same and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
 """The architecture of a tokenizer."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from vqgen.config import values_of
 from vqgen.errors import UsageError
 from vqgen.options import Few, Options, Range, choice
 from vqgen.tokenizer.networks.options import NETWORKS, NetworkConfig
@@ -33,3 +34,10 @@ class TokenizerConfig(Options):
                 f"--size: {height}x{width} is not divisible by the downsampling factor {factor} "
                 f"of {self.model.factor_options}; change one of them"
             )
+
+    def codes_options(self) -> dict[str, Any]:
+        """Name -> value of the options that decide which codes an image has, those of training alone left out."""
+        bases = (*type(self.model).__mro__, *type(self.quantizer).__mro__)
+        training = frozenset[str]().union(*(vars(base).get("training_only", ()) for base in bases))
+        values = {"size" if name == "image_size" else name: value for name, value in values_of(self).items()}
+        return {name: value for name, value in values.items() if name not in training}

@@ -50,7 +50,10 @@ def reconstruct(
     perceptual: PerceptualDistance | None,
     accelerator: Accelerator,
 ) -> Reconstructions:
-    """Measure the reconstructions of a fixed subset of `count` images, divided among the processes of `accelerator`."""
+    """Measure the reconstructions of a fixed subset of `count` images, divided among the processes of `accelerator`.
+
+    Raises `UserError` where none of them is intact.
+    """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     metrics = ReconstructionMetrics(tokenizer, perceptual, device, accelerator.mixed_precision)
     none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
@@ -99,7 +102,12 @@ def refuse_foreign_png(path: Path, option: str) -> None:
 
 
 def write_comparison(path: Path, result: Reconstructions) -> None:
-    """Write a PNG in which each row of originals is followed by the row of their reconstructions."""
+    """Write a PNG in which each row of originals is followed by the row of their reconstructions.
+
+    Nothing is written where this process measured none, because all images of its share are broken.
+    """
+    if not len(result.images):
+        return
     columns = min(8, len(result.images))
     # White images complete the last row.
     blank = torch.full_like(result.images[:1], 255).expand(-len(result.images) % columns, -1, -1, -1)

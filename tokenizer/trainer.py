@@ -1,7 +1,6 @@
 """Training of a tokenizer: losses, optimizer step, validation and checkpoints."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -9,22 +8,23 @@ from torch import Tensor, nn
 
 from vqgen.config import shown
 from vqgen.devices import compile_module, to_device
-from vqgen.errors import UserError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
-from vqgen.tokenizer.data.options import is_stream
+from vqgen.tokenizer.data.options import check_outside, is_stream
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.adversarial import AdversarialTraining
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_weights
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.streams.dataset import Position, StreamImages, open_stream
+from vqgen.training.folder import CHECKPOINTS, checkpoints
 from vqgen.training.health import Finding, Row, non_finite_origin
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import size_of
 
 from .diagnosis import diagnose
+from .initial_weights import InitialWeights, initial_weights
 from .model import Tokenizer, TokenizerOutput
 from .reconstruction import reconstruct, write_comparison
 
@@ -47,6 +47,9 @@ class TokenizerTrainer:
         self.validated = min(len(heldout), config.validation_images or len(heldout))
         self.extra: dict[str, Any] = {}
         self.examples = 0 if isinstance(train, StreamImages) else len(train)
+        self.initial: InitialWeights | None = None
+        if config.init and (run.overwrite or not checkpoints(run.folder / CHECKPOINTS)):
+            self.initial = initial_weights(config.init, config.architecture(), config.decoder_only)
         torch.manual_seed(config.run.seed)
         tokenizer = self._placed(Tokenizer(config.architecture()))
         if config.decoder_only:
@@ -132,8 +135,10 @@ class TokenizerTrainer:
             return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
 
         if first_step == 0:
-            initialized = self._load_weights(self.config.init) if self.config.init else False
-            if self.tokenizer.quantizer.needs_initialization and not initialized:
+            initial, self.initial = self.initial, None  # its memory is needed no more
+            if initial:
+                self._start_from(initial)
+            if self.tokenizer.quantizer.needs_initialization and not (initial and initial.with_quantizer):
                 self._initialize_codebook(batches(0))
                 if isinstance(self.train_images, StreamImages):
                     self.train_images.position = Position()
@@ -145,30 +150,13 @@ class TokenizerTrainer:
         parts = (self.tokenizer.encoder, self.tokenizer.decoder)
         return nn.utils.get_total_norm([weight.detach() for part in parts for weight in part.parameters()])
 
-    def _load_weights(self, folder: Path) -> bool:
-        """Load the weights of another tokenizer; return False where its quantizer has other sizes and was left out."""
-        other = Tokenizer.load(folder)
-        theirs, ours = other.config.model.kind, self.tokenizer.config.model.kind
-        if theirs != ours:
-            raise UserError(f"--init: {folder} has --network {theirs}, this run has --network {ours}; use the same")
-        given, own = other.state_dict(), self.tokenizer.state_dict()
-        parts = {key: key.partition(".")[0] for key in {**own, **given}}
-        different = [k for k in sorted(parts) if k not in own or k not in given or own[k].shape != given[k].shape]
-        for key in different:
-            if parts[key] != "quantizer":
-                shapes = [tuple(of[key].shape) if key in of else "no such tensor" for of in (given, own)]
-                raise UserError(f"--init: {folder} has {key} as {shapes[0]}, this run has {shapes[1]}; use its sizes")
-        if different and self.config.decoder_only:
-            raise UserError(
-                f"--decoder-only: the quantizer of {folder} has other sizes than this run's; use its options"
-            )
-        if different:
-            given = {key: value for key, value in given.items() if parts[key] != "quantizer"}
-            self.run.say(f"--init: the quantizer of {folder} has other sizes; this run initializes its own")
-        self.tokenizer.load_state_dict({**own, **given})
+    def _start_from(self, initial: InitialWeights) -> None:
+        """Load the weights of another tokenizer."""
+        for note in initial.notes:
+            self.run.say(note)
+        self.tokenizer.load_state_dict({**self.tokenizer.state_dict(), **initial.tensors})
         if not self.config.decoder_only:  # it may scale the codes again, whose last bits would change
             self.tokenizer.quantizer.reset_training_state()
-        return not different
 
     @torch.no_grad()
     def _initialize_codebook(self, batches: Iterator[Batch]) -> None:
@@ -281,6 +269,7 @@ class TokenizerTrainer:
 
 def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
     """Open the run and its trainer; None where the folder holds the finished run."""
+    check_outside(config.output, config.data)
     run = Run(config.output, config, config.run, config.overwrite)
     if run.completed():
         run.say(f"{config.output} is finished; --steps for more, --overwrite to start again")

@@ -93,6 +93,8 @@ def read_file(config: type, name: str) -> Layer:
             raise UsageError(f"{file}: unknown key {'.'.join(path)}{_suggest('.'.join(path), names)}")
 
     walk(tree or {}, ())
+    if layer.written_by_us:  # of versions before 0.2, whose runs would be removed by their own configuration
+        layer.values.pop("overwrite", None)
     return layer
 
 

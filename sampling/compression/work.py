@@ -97,8 +97,8 @@ def compress_images(config: CompressConfig) -> None:
         for path, name in zip(paths, names, strict=True):
             image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
             if max(image.shape[1:]) > MAX_SIDE:
-                found = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
-                raise UserError(f"IMAGES: {found}; crop or scale it")
+                text = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
+                raise UserError(f"IMAGES: {text}; crop or scale it")
             pictures.append(Picture(name, image.shape[1], image.shape[2]))
             windows.append(_windows(generator, image, _Grid.of(pictures[-1], _size(generator))))
         blocks = generator.vocabulary.to_tokens(torch.cat(windows)).split(ROWS)

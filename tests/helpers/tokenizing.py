@@ -50,9 +50,11 @@ def make_tokenizer(folder: Path, seed: int = 0, channels: int = 1) -> Path:
 
 
 def words(config: TokenizeConfig) -> list[str]:
-    """The command line of a configuration."""
+    """The command line of a configuration; the tokenizer decides size, channels and fit."""
     found = []
     for name, value in values_of(config).items():
+        if name in ("size", "channels", "fit"):
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             found += [flag] if value else []

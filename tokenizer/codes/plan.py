@@ -16,7 +16,7 @@ import torch
 from vqgen.config import shown, values_of
 from vqgen.devices import find_device, on_main, precision_of
 from vqgen.errors import UsageError, UserError
-from vqgen.files import read_json, write_json
+from vqgen.files import DESCRIPTION, WEIGHTS, read_json, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.options import ImageConfig, Split, is_stream
@@ -183,7 +183,8 @@ def _with_image_size(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeCo
     required = {"size": list(trained.image_size), "channels": trained.channels, "fit": trained.fit}
     for name, value in required.items():
         asked = getattr(config.images, name)
-        if asked not in (value, getattr(default, name)):
+        given = asked != getattr(default, name) if config.stated is None else name in config.stated
+        if given and asked != value:
             raise UsageError(f"--{name}: found {asked}, but {config.tokenizer} takes {value}; leave the option out")
     return dataclasses.replace(config, images=dataclasses.replace(config.images, **required))
 
@@ -229,19 +230,22 @@ def _is_plan(path: Path) -> bool:
     return path.is_file() and {"tokenizer", "views", "shard_size"} <= read_json(path).keys()
 
 
-def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
+def begin(folder: Path, plan: dict[str, Any], overwrite: bool, tokenizer: Path | None = None) -> None:
     """Check that an output folder is empty or was written by the same plan, and write the plan.
 
     Args:
         plan: option -> plain value, tokenizer and data by their fingerprints.
         overwrite: remove the files of an earlier run of vqgen-tokenize; other files are never touched.
+        tokenizer: the tokenizer's folder, which is kept where it is the one in `folder`.
 
     Temporary files of a killed run are removed. Raises `UserError` where the folder cannot be used.
     """
     output = OutputFolder(folder, (PLAN,), _OWN, is_mark=_is_plan)
     output.refuse_foreign()
     if overwrite or not output.recognised:
-        output.clear(keep=[PLAN])  # by which a removal that was killed is recognised
+        own = tokenizer is not None and tokenizer.resolve() == (folder / TOKENIZER).resolve()
+        kept = [f"{TOKENIZER}/{name}" for name in (WEIGHTS, DESCRIPTION)] if own else []
+        output.clear(keep=[PLAN, *kept])  # the plan is that by which a removal that was killed is recognised
         write_json(folder / PLAN, plan)
         return
     before = {**_ADDED, **read_json(folder / PLAN)}

@@ -143,7 +143,7 @@ def class_numbers(highest: int) -> list[str] | None:
 def _prepare(job: Job) -> None:
     """Open the output folder for this plan: new, begun or finished. Raises `UserError` where it is another's."""
     output = job.config.output
-    begin(output, job.plan(), job.config.overwrite)
+    begin(output, job.plan(), job.config.overwrite, job.config.tokenizer)
     if job.streams:
         check_sizes(job)
     if not (output / CONFIG).exists():
@@ -193,10 +193,12 @@ def _finish(job: Job) -> tuple[Manifest, float]:
             raise UserError(f"--data: {shown(str(config.data))} has no {split} image; add some, or change --holdout")
     for split, dataset in job.indexed.items():
         total, found = len(dataset), splits[split].count
-        if total - found > (config.images.max_broken * total if skip else 0):
+        if total - found > (dataset.broken.most if skip else 0):
             option = f"--max-broken {config.images.max_broken}" if skip else "--broken error"
             broken = f"{total - found} of {total} {split} images are broken"
             raise UserError(f"{option}: {broken}; replace or remove them")
+        if not found:
+            raise UserError(f"--data: none of the {total} {split} images of {dataset.name} is intact; replace them")
     manifest = Manifest(
         codebook_size=tokenizer.codebook_size,
         grid=list(tokenizer.grid),

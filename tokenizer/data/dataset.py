@@ -62,7 +62,7 @@ class BrokenImages:
 
     Args:
         name: of the data.
-        total: number of its images; None where it is not known: then the limit is a share of those seen so far.
+        total: number of images of all its splits; None where it is not known: then the limit is a share of those seen.
     """
 
     def __init__(self, name: str, config: ImageConfig, total: int | None):
@@ -73,6 +73,16 @@ class BrokenImages:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "report": None}  # a callback of the main process
+
+    @property
+    def images(self) -> int:
+        """The number that the limit is a share of."""
+        return self.total or max(self.seen, LEAST_SEEN)
+
+    @property
+    def most(self) -> float:
+        """How many may be broken."""
+        return self.config.max_broken * self.images
 
     def add(self, names: Iterable[str], seen: int = 0) -> None:
         """Count the broken images of a batch of `seen` images. Raises `UserError` beyond `max_broken`, or on any with
@@ -85,13 +95,12 @@ class BrokenImages:
         if self.report:
             for name in named:
                 self.report(one_line(f"skipped, broken: {name}"))
-        limit, total = self.config.max_broken, self.total or max(self.seen, LEAST_SEEN)
         if new and self.config.broken == "error":
             raise UserError(f"--broken error: {new[0]}; replace or remove it")
-        if new and self.count > limit * total:
-            of = self.total or f"the first {max(self.seen, self.count)}"
-            broken = f"{self.count} of {of} images of {self.name} are broken, the last {new[-1]}"
-            raise UserError(f"--max-broken {limit}: {broken}; replace or remove them")
+        if new and self.count > self.most:
+            found = f"{self.name} has {self.count} broken images, the last {new[-1]}"
+            skipped = f"at most {int(self.most)} of {self.images} are skipped"
+            raise UserError(f"--max-broken {self.config.max_broken}: {found}; {skipped}, replace or remove them")
 
 
 class ImageDataset(Dataset[Sample]):
@@ -112,7 +121,7 @@ class ImageDataset(Dataset[Sample]):
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
         self.labels, self.captions = torch.from_numpy(source.labels), source.captions
-        self.broken = BrokenImages(source.name, config, len(source))
+        self.broken = BrokenImages(source.name, config, max(source.all_images, len(source)))
         # Random crops are taken from an enlarged image, which is then what the cache holds.
         self.enlarged = augment and config.random_crop > 0
         self._loaders: list[Loader] = []

@@ -45,6 +45,7 @@ class Rows:
         columns: all columns.
         counts: name and number of rows of each table file.
         roots: folders that files named by `path` may lie in, the first also where relative ones begin.
+        folders: of each table file, where its relative paths begin and lead to; else the roots alone count.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Rows:
         columns: Sequence[str],
         counts: Sequence[tuple[str, int]],
         roots: Sequence[Path],
+        folders: Sequence[Path] = (),
     ):
         self.load, self.image, self.columns = load, image, list(columns)
-        self.files, self.roots = [name for name, _ in counts], roots
+        self.files, self.roots, self.folders = [name for name, _ in counts], roots, folders
         self.starts = np.cumsum([0, *(count for _, count in counts)])
         self.outside = False  # whether an image that was read is in a file that the table names, not in the table
         self._column: Any = None
@@ -71,8 +73,12 @@ class Rows:
         return str(item)
 
     def name(self, item: int) -> str:
-        file = int(np.searchsorted(self.starts, item, side="right")) - 1
+        file = self._file(item)
         return f"{self.files[file]} row {item - int(self.starts[file])}"
+
+    def _file(self, item: int) -> int:
+        """Number of the table file that an item is in."""
+        return int(np.searchsorted(self.starts, item, side="right")) - 1
 
     def read(self, item: int) -> bytes:
         """Return the encoded bytes; empty where the row has none. Raises `OSError`, `UserError`."""
@@ -87,17 +93,23 @@ class Rows:
         data = row["bytes"].as_py()
         if data is None and "path" in row and row["path"].is_valid:
             self.outside = True
-            return read_bytes(self._resolved(row["path"]))
+            return read_bytes(self._resolved(row["path"], item))
         return data or b""
 
-    def _resolved(self, path: "pa.Scalar") -> str:
-        """The file that a row names: only below `roots`, after links are followed. Raises `OSError`."""
+    def _resolved(self, path: "pa.Scalar", item: int) -> str:
+        """The file that a row names: only below its folder and `roots`, after links are followed. Raises `OSError`."""
+        own = self.folders[self._file(item)] if self.folders else None
+        start = own or self.roots[0]
         try:
-            full = os.path.realpath(self.roots[0] / path.as_py())
+            full = os.path.realpath(start / path.as_py())
         except (ValueError, TypeError) as error:  # a NUL, other bytes than UTF-8, or no text
             raise OSError(errno.EINVAL, f"its path is no path ({error})") from error
-        if not any(Path(full).is_relative_to(os.path.realpath(root)) for root in self.roots):
-            raise OSError(errno.EACCES, f"it names a file outside of {self.roots[0]}", full)
+
+        def holds(folder: Path) -> bool:
+            return Path(full).is_relative_to(os.path.realpath(folder))
+
+        if not any(map(holds, self.roots)) or (own and not holds(own)):
+            raise OSError(errno.EACCES, f"it names a file outside of {start}", full)
         return full
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from vqgen.errors import UsageError
@@ -40,6 +41,12 @@ def is_stream(data: str) -> bool:
     return data.startswith(STREAM) or "://" in data or data.lower().endswith((".tar", *COMPRESSED)) or pattern
 
 
+def check_outside(output: Path, data: str) -> None:
+    """Raise `UsageError` where an output folder is inside of the folder of images: its previews would be data."""
+    if os.path.isdir(data) and output.resolve().is_relative_to(Path(data).resolve()):
+        raise UsageError(f"--output: {output} is inside of --data, whose images it would join; choose another")
+
+
 @dataclass
 class ImageConfig(Options):
     """How images are read."""
@@ -63,7 +70,7 @@ class ImageConfig(Options):
     broken: Literal["skip", "error"] = "skip"
     """A broken image is named and skipped, or ends the run with an error."""
     max_broken: Share = 0.01
-    """Largest share of broken images that is skipped; more end the run."""
+    """Largest share of broken images that is skipped, of all images of the source; more in one split end the run."""
     workers: Workers = 0
     """Processes that decode images; 0 decodes in the training process, -1 takes one per free core."""
     cache_mb: Annotated[int, Range(least=0, most=2**24)] = 512

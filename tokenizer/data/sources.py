@@ -50,6 +50,8 @@ class Source:
     fingerprint: str
     test_images: int = 0
     """Number of images in the source's test split."""
+    all_images: int = 0
+    """Number of images in all splits of the source."""
     captions: list[str] | None = field(default=None, repr=False)
     """The caption of every image, "" for none; None where they were not asked for."""
 
@@ -108,7 +110,8 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     listing = [*splits[part].listing, *(map(json.dumps, found or []))]
     mark = hashlib.sha256("\n".join([chosen, *listing]).encode("utf-8", "surrogateescape")).hexdigest()
     test_images = len(splits["test"].items) if "test" in splits else 0
-    return Source(data, items, rows, labels[part][rows], names, mark, test_images, found)
+    all_images = sum(len(each.items) for each in splits.values())
+    return Source(data, items, rows, labels[part][rows], names, mark, test_images, all_images, found)
 
 
 def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSplit]:
@@ -135,6 +138,10 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
         if not tables:
             return _image_folder(path, files, text_column)
         groups = group_by_split({file.relative_to(path).as_posix(): file for file in tables})
+        if len(groups) > 1 and (left := groups.get("")):
+            other = next(files[0] for word, files in groups.items() if word)
+            found = f"{left[0]} is of no split, unlike {other}"
+            raise UserError(f"--data: {found}; name its split, or move it elsewhere")
         named = name_splits(groups, path)
         return {split: read_parquet(path, paths, text_column) for split, paths in named.items()}
     elif os.path.lexists(path):
@@ -185,22 +192,27 @@ def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None)
     if not files:
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise UserError(f"--data: {root} holds no images and no parquet files; image files end in {kinds}")
-    folders = {name.split("/")[0].lower(): name.split("/")[0] if "/" in name else "" for name in files}
+    folders = {name.split("/")[0].lower(): name.split("/")[0] + "/" if "/" in name else "" for name in files}
     # train/ is a split when alone or next to another split; next to other folders it may be a class.
     others = any(folders.get(word) for word in (*VALIDATION, "test"))
     has_splits = folders.get("train") and (list(folders) == ["train"] or others)
     chosen = name_splits(folders, root) if has_splits else {"all": ""}
 
-    def read(folder: str) -> FoundSplit:
-        start = folder + "/" if folder else ""
-        inside = {name.removeprefix(start): size for name, size in files.items() if name.startswith(start)}
+    inside = {split: [name for name in files if name.startswith(folder)] for split, folder in chosen.items()}
+    captions: dict[str, str] = {}
+    if text_column is not None:
+        every = [name for names in inside.values() for name in names]
+        captions = dict(zip(every, of_folder(root, every, text_column)))
+
+    def read(folder: str, names: list[str]) -> FoundSplit:
+        short = [name.removeprefix(folder) for name in names]
         # Images outside of class folders have no class.
-        labels = np.array([name.split("/")[0] if "/" in name else "" for name in inside], dtype=str)
-        items, listing = Files(root / folder, list(inside)), [f"{n}\t{s}" for n, s in inside.items()]
-        named = None if text_column is None else of_folder(root, [start + name for name in inside], text_column)
+        labels = np.array([name.split("/")[0] if "/" in name else "" for name in short], dtype=str)
+        items, listing = Files(root / folder, short), [f"{n}\t{files[name]}" for n, name in zip(short, names)]
+        named = None if text_column is None else [captions[name] for name in names]
         return FoundSplit(items, listing, labels, captions=named)
 
-    return {split: read(folder) for split, folder in chosen.items()}
+    return {split: read(folder, inside[split]) for split, folder in chosen.items()}
 
 
 def _printable(name: str) -> str:
@@ -222,8 +234,9 @@ def _number_labels(data: str, splits: Mapping[str, FoundSplit]) -> tuple[list[st
     def is_labelled(raw: np.ndarray) -> np.ndarray:
         return raw != "" if raw.dtype.kind == "U" else raw >= 0
 
+    declared = {split: splits[split].class_names for split, raw in raws.items() if raw.dtype.kind != "U"}
+    names, raws = _in_one_order(data, raws, {split: found for split, found in declared.items() if found})
     present = np.unique(np.concatenate([raw[is_labelled(raw)] for raw in raws.values()])) if raws else np.empty(0)
-    names = next((f.class_names for f in splits.values() if f.class_names and present.dtype.kind != "U"), None)
     values = present if names is None else np.arange(len(names))
     names = [_printable(name) for name in names or map(str, present)]
     if len(present) and present[-1] not in values:
@@ -234,3 +247,26 @@ def _number_labels(data: str, splits: Mapping[str, FoundSplit]) -> tuple[list[st
         return None, unlabelled
     numbered = {s: np.where(is_labelled(raw), np.searchsorted(values, raw), -1) for s, raw in raws.items()}
     return names, unlabelled | numbered
+
+
+def _in_one_order(
+    data: str, raws: Mapping[str, np.ndarray], declared: Mapping[str, list[str]]
+) -> tuple[list[str] | None, dict[str, np.ndarray]]:
+    """The names of classes of the first split that declares some, and the labels of all splits by their order.
+
+    Raises `UserError` where another split declares other names.
+    """
+    if not declared:
+        return None, dict(raws)
+    (first, names), found = next(iter(declared.items())), dict(raws)
+    for split, others in declared.items():
+        if others == names:
+            continue
+        if sorted(others) != sorted(names) or len(set(names)) < len(names):
+            pair = next((f"{a} and {b}" for a, b in zip(names, others) if a != b), f"{len(names)} and {len(others)}")
+            text = f"the classes of {first} and of {split} have different names ({pair})"
+            raise UserError(f"--data: {data}: {text}; make them alike")
+        raw, numbers = raws[split], np.array([names.index(name) for name in others])
+        known = (raw >= 0) & (raw < len(numbers))
+        found[split] = np.where(known, numbers[np.where(known, raw, 0)], raw)
+    return names, found

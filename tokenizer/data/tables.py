@@ -68,7 +68,7 @@ def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = No
     load = partial(_read_column if total <= IN_MEMORY_BYTES else _map_column, list(paths))
     raw = np.concatenate(labels) if labels else None
     found = None if text_column is None else captions
-    items = Rows(load, columns[0].image, names, counts, [root])
+    items = Rows(load, columns[0].image, names, counts, [root], [path.parent for path in paths])
     return FoundSplit(items, listing, raw, columns[0].class_names, found)
 
 

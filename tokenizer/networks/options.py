@@ -15,6 +15,8 @@ class NetworkConfig(Options, ABC):
 
     kind: ClassVar[str]
     module: ClassVar[str]
+    training_only: ClassVar[frozenset[str]] = frozenset()
+    """Names of a class's own options that only training reads, so that images have the same codes with any value."""
 
     latent_dim: Size = 128
     """Channels between the encoder and the quantizer."""
@@ -54,6 +56,8 @@ def register(kind: str, module: str) -> Callable[[N], N]:
 @dataclass
 class VQGANConfig(NetworkConfig):
     """The convolutional network of VQGAN (Esser et al. 2021)."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset({"dropout"})
 
     width: Size = 64
     """Channels of the finest level; level i has width x multipliers[i]."""

@@ -24,6 +24,8 @@ class QuantizerConfig(Options):
     """Whether codes exist without data, so that no codebook can be too large for the images."""
     codes_option: ClassVar[str] = "--codebook-size"
     """The option that determines `codes`, for errors."""
+    training_only: ClassVar[frozenset[str]] = frozenset()
+    """Names of a class's own options that only training reads, so that images have the same codes with any value."""
 
     codebook_size: Annotated[int, Range(least=2)] = 1024
     """Number of codes K of each codebook; a power of two for lfq; fsq takes the levels nearest to it."""
@@ -83,6 +85,8 @@ class CodeDim:
 class Commitment:
     """The commitment loss."""
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"commitment_weight"})
+
     commitment_weight: NotNegative = 0.25
     """Weight of the commitment loss, which pulls the encoder's outputs towards their codes."""
 
@@ -91,6 +95,8 @@ class Commitment:
 class GradientEstimator:
     """The gradient of the codes."""
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"estimator"})
+
     estimator: Estimator = "straight-through"
     """Gradient through the quantization: copied, or rotated and scaled (Fifty et al. 2024, section 4)."""
 
@@ -98,6 +104,8 @@ class GradientEstimator:
 @dataclass
 class Entropy:
     """The entropy loss (Yu et al. 2023, eq. 5)."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset({"entropy_weight", "entropy_diversity"})
 
     entropy_weight: NotNegative = 0.0
     """Weight of the entropy loss, which favours confident choices and even use of the codes."""
@@ -109,6 +117,8 @@ class Entropy:
 class SoftEntropy(Entropy):
     """The entropy loss of soft choices between codes."""
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"entropy_temperature"})
+
     entropy_temperature: Positive = 0.01
     """Temperature of the softmax over codes whose entropy is taken."""
 
@@ -116,6 +126,8 @@ class SoftEntropy(Entropy):
 @dataclass
 class CodebookConfig(GradientEstimator, Commitment, CodeDim, QuantizerConfig):
     """Options of kinds with codes learned from the vectors nearest to them."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset({"codebook", "codebook_decay", "kmeans_start", "revive_after"})
 
     codebook: Literal["ema", "gradient"] = "ema"
     """How codes learn: as moving averages of their vectors, or by the gradient of the codebook loss."""
@@ -185,6 +197,10 @@ class SimVQConfig(GradientEstimator, Commitment, CodeDim, QuantizerConfig):
 @dataclass
 class GumbelConfig(Entropy, CodeDim, QuantizerConfig):
     """A sample by Gumbel-softmax (Jang et al. 2017)."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        {"gumbel_temperature", "gumbel_temperature_end", "gumbel_anneal", "gumbel_kl_weight"}
+    )
 
     gumbel_temperature: Positive = 1.0
     """Temperature of the Gumbel-softmax at the start."""

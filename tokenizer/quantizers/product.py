@@ -29,11 +29,15 @@ class ProductQuantizer(MultiCodebookQuantizer):
 
     def quantize(self, flat: Tensor) -> QuantizedVectors:
         each: list[QuantizedVectors] = [codebook(part) for codebook, part in self._parts(flat)]
+        stats = {"code_distance": torch.stack([part.stats["code_distance"] for part in each]).mean()}
+        if self.training:
+            stats["codes_revived"] = torch.stack([part.stats["codes_revived"] for part in each]).sum()
         return QuantizedVectors(
             torch.cat([part.vectors for part in each], dim=1),
             torch.stack([part.codes for part in each], dim=1),
             torch.stack([part.loss for part in each]).mean(),
             torch.cat([part.counts for part in each]),
+            stats,
         )
 
     def choose(self, flat: Tensor) -> Tensor:

@@ -46,12 +46,14 @@ class ResidualQuantizer(MultiCodebookQuantizer):
             residual, total = residual - vectors[-1], total + vectors[-1]
         counts = torch.stack([histogram(part, self.codebook_size) for part in codes])
         z_q = with_gradient(flat, total, self.config.estimator)
+        stats = {"code_distance": residual.detach().square().sum() / flat.detach().square().sum()}
         if self.training and self.config.shared_codebook:
-            self.depth_codebooks[0].update(torch.cat(residuals), torch.cat(codes), torch.cat(vectors))
+            batch = torch.cat(residuals), torch.cat(codes), torch.cat(vectors)
+            stats["codes_revived"] = self.depth_codebooks[0].update(*batch)
         elif self.training:
-            for codebook, *batch in zip(self.depth_codebooks, residuals, codes, vectors, strict=True):
-                codebook.update(*batch)
-        return QuantizedVectors(z_q, torch.stack(codes, dim=1), loss, counts)
+            batches = zip(self.depth_codebooks, residuals, codes, vectors, strict=True)
+            stats["codes_revived"] = torch.stack([codebook.update(*batch) for codebook, *batch in batches]).sum()
+        return QuantizedVectors(z_q, torch.stack(codes, dim=1), loss, counts, stats)
 
     def choose(self, flat: Tensor) -> Tensor:
         codes: list[Tensor] = []

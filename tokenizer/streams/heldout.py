@@ -9,7 +9,7 @@ from vqgen.config import shown
 from vqgen.devices import on_main
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
-from vqgen.tokenizer.data.dataset import ImageDataset
+from vqgen.tokenizer.data.dataset import LEAST_SEEN, ImageDataset
 from vqgen.tokenizer.data.items import Kept
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Source
@@ -28,7 +28,8 @@ def read_heldout(shards: Shards, config: ImageConfig, count: int) -> ImageDatase
         raise UserError(f"--holdout {config.holdout}: {shards.data} has no held-out image; hold out more, or add some")
     labels = np.array([record.label for record in records], dtype=np.int64)
     kept = Kept([record.name for record in records], [(record.data, record.problem) for record in records])
-    source = Source(shards.data, kept, np.arange(len(records)), labels, shards.class_names, "")
+    rows, images = np.arange(len(records)), max(LEAST_SEEN, len(records))  # the number of all is not known
+    source = Source(shards.data, kept, rows, labels, shards.class_names, "", all_images=images)
     # Workers would each hold a copy; once decoded, images are in the cache of this process.
     return ImageDataset(source, dataclasses.replace(config, workers=0))
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from annotated_types import Ge
 from vqgen import config as configuration
 from vqgen.config_layers import MARK
 from vqgen.errors import UsageError, UserError
-from vqgen.files import open_regular, read_json, write_json
+from vqgen.files import is_file, open_regular, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.options import option_name
 
@@ -59,10 +59,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether a run folder has anything that training would go on from."""
+    return bool(checkpoints(folder / CHECKPOINTS)) or (folder / "vqgen.json").exists()
+
+
 def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """Raise `UserError` where `folder` is another program's, or its run has other options and is to be resumed."""
+    """Raise `UserError` where `folder` is another program's, its run has other options and is to be resumed, or the run
+    is to start from the model that `overwrite` removes."""
     output = run_folder(folder)
     output.refuse_foreign()
+    init: Path | None = getattr(config, "init", None)
+    if overwrite and init is not None and init.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--init: {init} is in {folder}, which --overwrite clears; choose another --output")
     if not output.recognised:
         return
     saved = folder / CONFIG
@@ -70,7 +79,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
         before = configuration.read_saved(saved, type(config))
     except UsageError as error:
         raise UsageError(f"--output: {saved} is of another program ({error}); choose another folder") from error
-    if overwrite or not (checkpoints(folder / CHECKPOINTS) or (folder / "vqgen.json").exists()):
+    if overwrite or not has_trained(folder):
         return
     now = configuration.values_of(config)
     # An option that a later version added did before what its default does now.
@@ -91,7 +100,7 @@ def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
         output.clear(keep=[CONFIG])  # by which a removal that was killed is recognised
     else:
         output.remove_leftovers()
-    configuration.save(config, folder / CONFIG, MARK)
+    configuration.save(replace(config, overwrite=False), folder / CONFIG, MARK)  # it resumes what is begun now
 
 
 def _is_marked(saved: Path) -> bool:
@@ -108,6 +117,21 @@ class Finished:
     """Content of `finished.json`."""
 
     steps: Annotated[int, Ge(0)] = 0
+    stale: Annotated[int, Ge(0)] = 0
+    """Validations without a better held-out loss at the end; --patience counts them."""
+
+
+def finish(folder: Path, steps: int, stale: int) -> None:
+    """Write `finished.json`: of `steps` steps, `stale` validations after the best."""
+    write_json(folder / FINISHED, vars(Finished(steps, stale)))
+
+
+def is_finished(folder: Path, steps: int, patience: int) -> bool:
+    """Whether a folder holds a finished run, of at least `steps` steps or stopped early by `patience`, 0 for never."""
+    if not (is_file(folder / FINISHED) and (folder / "vqgen.json").is_file()):
+        return False
+    ended = read_record(folder / FINISHED, Finished)
+    return ended.steps >= steps or 0 < patience <= ended.stale
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
@@ -122,13 +146,15 @@ class Session:
     """One entry of `machine.json`: from a start or resume of a run, after `first_step` steps, until it ends.
 
     `seconds` is the wall time up to the last checkpoint and `last_step` the steps done by then; the next session
-    repeats the steps that a killed one did afterwards. `about` is the machine and versions, see `devices.describe`.
+    repeats the steps that a killed one did afterwards. A finished run that goes on is no longer finished. `about` is
+    the machine and versions, see `devices.describe`.
     """
 
     def __init__(self, folder: Path, first_step: int, about: Mapping[str, Any]) -> None:
         self.path, self.earlier, self.start = folder / MACHINE, read_sessions(folder), time.monotonic()
         began = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.entry = {"began": began, "first_step": first_step, "last_step": first_step, "seconds": 0.0, **about}
+        (folder / FINISHED).unlink(missing_ok=True)
         self.saved(first_step)
 
     def saved(self, step: int) -> None:

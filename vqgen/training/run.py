@@ -25,19 +25,19 @@ from tqdm import tqdm
 
 from vqgen.devices import describe, keep_memory, on_main, peak_memory, precision_of, processes
 from vqgen.errors import DataError, UsageError, UserError
-from vqgen.files import is_file, read_record, write_json, write_text
+from vqgen.files import write_text
 from vqgen.progress import progress
 from vqgen.seeding import step_seed
 from vqgen.threads import oversubscription
 
 from .checkpoint import load_checkpoint, newest_checkpoint, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import CHECKPOINTS, FINISHED, Finished, Session, check_folder, checkpoints, prepare_folder, run_folder
+from .folder import CHECKPOINTS, Session, check_folder, checkpoints, finish, is_finished, prepare_folder, run_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
 from .schedule import Plan
-from .summary import expectation, summary
+from .summary import changes, expectation, extent, summary
 from .trackers import JsonlTracker, further_trackers, read_history
 from .trainer import Trainer
 
@@ -90,6 +90,7 @@ class Run:
         self.quiet = False
         self.done = 0  # steps
         self.seconds = 0.0  # of the loop, those before a resume included
+        self.unvalidated = False  # a validation was due after the last step and has not ended
         self.finite = FiniteCheck(self.accelerator)
         self.rows: list[Row] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}  # metric -> sum and count since the last row
@@ -102,13 +103,12 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def completed(self) -> bool:
-        """Whether the folder holds the finished run with at least the steps that are asked for.
+        """Whether the folder holds the finished run with at least the steps that are asked for, or stopped early.
 
         Then what a kill at the very end left in it is removed.
         """
-        path = self.folder / FINISHED
-        done = is_file(path) and not self.overwrite and read_record(path, Finished).steps >= self.settings.steps
-        done = done and (self.folder / "vqgen.json").is_file()
+        patience = getattr(self.config, "patience", 0)  # of a prior
+        done = not self.overwrite and is_finished(self.folder, self.settings.steps, patience)
         if done and self.main:
             run_folder(self.folder).remove_leftovers()
         return done
@@ -130,6 +130,7 @@ class Run:
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
         saved_plan, step = state["extra"].pop("plan", None), state["step"]
         self.seconds = float(state["extra"].pop("seconds", 0.0))
+        self.unvalidated = state["extra"].pop("unvalidated", False)
         trainer.extra.update(state["extra"])
         if step > self.settings.steps:
             raise UserError(f"--steps: found {self.settings.steps}, but {path} is further; use more steps")
@@ -169,6 +170,7 @@ class Run:
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
         extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan), "seconds": round(self.seconds, 3)}
+        extra["unvalidated"] = self.unvalidated
         if (position := trainer.position) is not None:
             extra["positions"] = gather_object([position])
         folder, keep = self.folder / CHECKPOINTS, self.settings.keep_checkpoints
@@ -239,7 +241,7 @@ class Run:
                 signal.signal(number, handler)
         if self.main:
             trainer.save()
-            write_json(self.folder / FINISHED, {"steps": self.done})
+            finish(self.folder, self.done, trainer.extra.get("stale", 0))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -247,6 +249,8 @@ class Run:
         settings, sums, seconds = self.settings, self._sums, 0.0
         logged, began = self.done, time.perf_counter() - self.seconds
         first, entered, told = self.done, time.perf_counter(), False
+        if self.unvalidated:
+            self._validate(trainer)
         with progress(settings.steps, self.folder.name, "step", self.main, self.done) as bar:
             while self.done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, self.done, self.accelerator.process_index))
@@ -276,7 +280,7 @@ class Run:
                 if log:
                     means = self._over_processes({name: total / count for name, (total, count) in sums.items()})
                     rate = (done - logged) * settings.batch_size / seconds
-                    means |= {"per_second": rate, **trainer.rates(rate), **self._extent(trainer)}
+                    means |= {"per_second": rate, **trainer.rates(rate), **extent(self, trainer)}
                     self.log({f"train/{n}": v for n, v in means.items()}, done)
                     bar.set_postfix({name: f"{means[name]:.3g}" for name in SHOWN if name in means})
                     sums.clear()
@@ -301,13 +305,6 @@ class Run:
             validations = self.settings.steps // every - self.done // every
             self.say(expectation(seconds, done, left, validations, peak_memory(self.device)))
 
-    def _extent(self, trainer: Trainer) -> dict[str, float]:
-        """How far the run is, and what it took."""
-        images = self.done * self.settings.batch_size
-        memory = peak_memory(self.device) / 1e9
-        epoch = {"epoch": images / trainer.examples} if trainer.examples else {}
-        return {**epoch, "images": images, "seconds": self.seconds, "peak_memory_gb": memory}
-
     def _over_processes(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Means of scalars over all processes; waits for the device once."""
         if not values:
@@ -316,17 +313,17 @@ class Run:
         return dict(zip(values, cast(Tensor, self.accelerator.reduce(local, "mean")).tolist()))
 
     def _validate(self, trainer: Trainer) -> None:
-        metrics = trainer.validate(self.done)
+        """Log and print held-out metrics; where they fail, first save a checkpoint, from which they are repeated."""
+        self.unvalidated = True
+        try:
+            metrics = trainer.validate(self.done)
+        except Exception:
+            if self.accelerator.num_processes == 1:  # else the others wait within the validation
+                self.checkpoint(trainer)
+            raise
+        self.unvalidated = False
+        self.say(f"step {self.done}: {changes(metrics, self.rows)}")
         self.log({f"heldout/{name}": value for name, value in metrics.items()}, self.done)
-        before = next(
-            (row for row in reversed(self.rows[:-1]) if any(f"heldout/{name}" in row for name in metrics)), {}
-        )
-        values = []
-        for name, value in metrics.items():
-            former = before.get(f"heldout/{name}")
-            change = f" ({value - former:+.2g})" if isinstance(former, (int, float)) else ""
-            values.append(f"{name.replace('_', ' ')} {value:.4g}{change}")
-        self.say(f"step {self.done}: {', '.join(values)}")
         self._diagnose(trainer, self.done)
 
     def _diagnose(self, trainer: Trainer, step: int) -> None:

@@ -1,10 +1,14 @@
-"""What a run is about to do, on one screen."""
+"""What a run says of itself: what it is about to do, on one screen, how far it is, and what a validation found."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from vqgen.devices import peak_memory
+
+from .health import Row
 
 if TYPE_CHECKING:
     from .run import Run
@@ -51,3 +55,23 @@ def expectation(seconds: float, done: int, left: int, validations: int, memory: 
     duration = long if minutes >= 2 else f"{60 * minutes:.0f} s"
     more = f", and {validations} validations" if validations else ""
     return f"expected: {duration} for the steps that are left{more}; {memory / 1e9:.1f} GB of memory so far"
+
+
+def extent(run: "Run", trainer: "Trainer") -> dict[str, float]:
+    """How far a run is, and what it took, to log."""
+    images = run.done * run.settings.batch_size
+    memory = peak_memory(run.device) / 1e9
+    epoch = {"epoch": images / trainer.examples} if trainer.examples else {}
+    return {**epoch, "images": images, "seconds": run.seconds, "peak_memory_gb": memory}
+
+
+def changes(metrics: Mapping[str, float], rows: Sequence[Row]) -> str:
+    """Held-out metrics with their changes since the last validation in `rows`."""
+    names = {f"heldout/{name}": name for name in metrics}
+    before = next((row for row in reversed(rows) if names.keys() & row.keys()), {})
+    values = []
+    for key, name in names.items():
+        former = before.get(key)
+        change = f" ({metrics[name] - former:+.2g})" if isinstance(former, (int, float)) else ""
+        values.append(f"{name.replace('_', ' ')} {metrics[name]:.4g}{change}")
+    return ", ".join(values)
