@@ -1,11 +1,12 @@
 """The plan of vqgen-train as it is saved: what was asked for, the choices with reasons, and what each stage takes."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vqgen.errors import UsageError, UserError
-from vqgen.files import check_writable, is_file, read_bytes, read_json, read_record, read_text, write_json
+from vqgen.files import check_writable, is_file, read_bytes, read_json, read_record, read_text, write_json, write_text
 from vqgen.files.output_folder import OutputFolder
 
 FOLDER = "plan"
@@ -73,6 +74,8 @@ class Plan:
     """Stages of an earlier run that --overwrite has still to remove."""
     written: dict[str, str] = field(default_factory=dict)
     """Stage -> sha256 of its configuration as it was planned; none in plans of former versions."""
+    removing: dict[str, float] = field(default_factory=dict)
+    """Stage of `replaced` -> when its removal began, in seconds of the clock."""
 
     def __post_init__(self) -> None:
         stages = [name for name in STAGES if name in self.expected or name != OPTIONAL]
@@ -108,9 +111,25 @@ class Plan:
         longer = self.prior_minutes and self.prior_minutes + more
         return replace(self, minutes=minutes, prior_minutes=longer, expected=expected)
 
+    def forget_removed(self, output: Path, stage: str) -> None:
+        """Take a stage out of `replaced` where another run has begun in its place: that one is to go on."""
+        marks = [output / stage / name for name in ("config.yaml", "manifest.json", "samples.json")]
+        since = self.removing.get(stage, math.inf)
+        if stage in self.replaced and any(mark.exists() and mark.stat().st_mtime >= since for mark in marks):
+            self.replaced.remove(stage)
+
     def save(self, output: Path) -> None:
         """Write the record."""
         write_json(output / FOLDER / RECORD, asdict(self))
+
+    def install(self, made: Path, output: Path) -> None:
+        """Put this plan, whose configurations are in the folder `made`, in place of the one in `output`."""
+        for name in STAGES:
+            if name in self.written:
+                write_text(file_of(output, name), read_text(file_of(made, name)))
+            else:
+                file_of(output, name).unlink(missing_ok=True)
+        self.save(output)
 
 
 def written(output: Path) -> dict[str, str]:

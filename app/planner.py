@@ -247,8 +247,9 @@ class Planner:
 
     def _trial(self, stage: str) -> Stage:
         request, survey = self.request, self.survey
-        images, prior, samples = [survey.train, max(survey.heldout, 1)], [], []
+        images, prior, samples, codes = [survey.train, max(survey.heldout, 1)], [], [], []
         if stage == "prior":
             self.stages.write("samples", self.stages.samples())
-            prior, samples = self.stages.words("prior"), self.stages.words("samples")
-        return Stage(self.stages.words("tokenizer"), prior, samples, images, survey.classes, request.text_column)
+            prior, samples, codes = (self.stages.words(name) for name in ("prior", "samples", "codes"))
+        words = self.stages.words("tokenizer")
+        return Stage(words, prior, samples, images, survey.classes, request.text_column, codes)

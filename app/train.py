@@ -6,6 +6,7 @@
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,12 +147,19 @@ def made_or_found(config: TrainConfig) -> "Plan":
     else:
         if found:
             refuse_edited(found, output)
-        plan = new_plan(request, config, begun if config.overwrite else [])
-    for name in plan.expected:  # files of the plan may have been edited
-        with explained(name):
-            STAGES[name].parsed(words_of(plan, output, name))
+        return new_plan(request, config, begun if config.overwrite else [])
+    check_stages(plan, output)  # its files may have been edited
     plan.save(output)
     return plan
+
+
+def check_stages(plan: "Plan", folder: Path) -> None:
+    """Raise `UsageError` where a configuration of the plan in `folder`, with what is given, is none of its stage."""
+    from .stages import STAGES
+
+    for name in plan.expected:
+        with explained(name):
+            STAGES[name].parsed(words_of(plan, folder, name))
 
 
 def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
@@ -172,9 +180,10 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
 
 
 def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "Plan":
-    """Make a plan, after which the stages `replaced` of an earlier run are removed. Raises `UserError`."""
+    """Make a plan, after which the stages `replaced` of an earlier run are removed. Raises `UserError`, and then an
+    earlier plan is left as it was."""
     from .machine import machine
-    from .plan import FOLDER, RECORD, STAGES, Plan, file_of, written
+    from .plan import Plan, written
     from .planner import Planner
     from .survey import look
 
@@ -185,12 +194,14 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
     if survey.unreadable > most and not any(word.startswith("--max-broken") for word in request.tokenizer):
         share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
         raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=… and --codes max-broken=…")
-    (config.output / FOLDER / RECORD).unlink(missing_ok=True)
-    for name in STAGES:
-        file_of(config.output, name).unlink(missing_ok=True)
-    rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, config.output).plan()
-    spent = {"plan": time.perf_counter() - began}
-    return Plan(request, config.minutes, None, rows, expected, spent, replaced, written(config.output))
+    with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as name:
+        made = Path(name)
+        rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, made).plan()
+        spent = {"plan": time.perf_counter() - began}
+        plan = Plan(request, config.minutes, None, rows, expected, spent, replaced, written(made))
+        check_stages(plan, made)
+        plan.install(made, config.output)
+    return plan
 
 
 @contextmanager
@@ -211,14 +222,15 @@ def explained(name: str) -> Iterator[None]:
 @contextmanager
 def recorded(plan: "Plan", output: Path, name: str) -> Iterator[None]:
     """Record the time of a stage, also where it is interrupted, and that it has removed what was there before."""
-    began, now = time.perf_counter(), time.time()
+    began = time.perf_counter()
+    if name in plan.replaced:
+        plan.removing[name] = time.time()
+        plan.save(output)  # by which a run that is killed here is told from the one that it replaces
     try:
         yield
     finally:
         plan.spent[name] = plan.spent.get(name, 0.0) + time.perf_counter() - began
-        marks = [output / name / file for file in ("config.yaml", "manifest.json", "samples.json")]
-        if name in plan.replaced and any(mark.exists() and mark.stat().st_mtime >= now for mark in marks):
-            plan.replaced.remove(name)
+        plan.forget_removed(output, name)
         plan.save(output)
 
 
@@ -243,6 +255,7 @@ def train(config: TrainConfig) -> None:
             if name == "prior" and plan.prior_minutes is None:
                 plan = plan.settled()
                 plan.save(output)  # a killed run keeps its steps
+            plan.forget_removed(output, name)
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
             with recorded(plan, output, name), explained(name):
                 STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.expected)}")

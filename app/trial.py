@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from vqgen.config import command, parse
 from vqgen.files import read_record, write_json
 from vqgen.options import Options
 from vqgen.sampling.sample import SampleConfig
+from vqgen.tokenizer.encode import TokenizeConfig
 
 if TYPE_CHECKING:
     from vqgen.prior.train import PriorTraining
+    from vqgen.tokenizer.codes.format import SourceRecord
     from vqgen.tokenizer.train import TokenizerTraining
 
 STEPS, SECONDS = 12, 8.0
@@ -47,6 +49,8 @@ class Stage:
     """Numbers of training and held-out images, for the prior."""
     classes: int
     text_column: str | None
+    codes: list[str] = field(default_factory=list)
+    """Of the encoding, which may give the prior a source."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,8 @@ def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:
     prior = Prior(config.model, conditioning, (files.channels, *files.image_size), files.tokenizer_fingerprint)
     generator = Generator(prior, Tokenizer.load(config.codes / "tokenizer"), _device(), samples.precision)
     conditions = generator.conditioning.conditions({"text": samples.prompts})
+    if files.source:
+        conditions = conditions.having({"source": list(files.gather_source([0], [0]))})
     settings = generator.settings(samples.given_settings, conditions)
     count, began = min(samples.count(1), samples.batch_size), time.perf_counter()
     generator.draw(range(count), conditions, settings, samples.seed, samples.batch_size)
@@ -257,7 +263,7 @@ def _write_codes(stage: Stage, folder: Path) -> None:
     config = parse(TokenizerTraining, stage.tokenizer)
     model, random = Tokenizer(config.architecture()), np.random.default_rng(0)
     mark, shape = model.save(folder / "tokenizer"), code_shape(model.grid, model.depth)
-    splits = {}
+    splits, source = {}, _source_of(stage, list(model.grid))
     for split, images in zip(("train", "heldout"), stage.images):
         count, path = min(images, MOST_IMAGES), folder / f"{split}.safetensors"
         codes = random.integers(model.codebook_size, size=(count, 1, *shape))
@@ -267,13 +273,24 @@ def _write_codes(stage: Stage, folder: Path) -> None:
             captions = (open_source(config.data, split, config.images.holdout, stage.text_column).captions or [])[
                 :count
             ]
-        write_shard(path, codes, labels, model.codebook_size, captions=captions)
+        sources = random.permutation(codes) if source else None
+        write_shard(path, codes, labels, model.codebook_size, sources, captions)
         splits[split] = SplitEntry(1, count, [ShardEntry(path.name, count, checksum(path))])
     names = [str(index) for index in range(stage.classes)] or None
     Manifest(
         model.codebook_size, list(model.grid), model.depth, config.images.size, config.images.channels, names, mark,
-        "0" * 64, "fp32", "", splits, captions=stage.text_column is not None,
+        "0" * 64, "fp32", "", splits, captions=stage.text_column is not None, source=source,
     ).write(folder)  # fmt: skip
+
+
+def _source_of(stage: Stage, grid: list[int]) -> "SourceRecord | None":
+    """What the source codes are, by the options of the encoding; None where there are none."""
+    from vqgen.tokenizer.codes.format import SourceRecord
+
+    config = parse(TokenizeConfig, stage.codes)
+    if config.source_data is not None:
+        return SourceRecord("paired", grid, "0" * 64, description="made up")
+    return SourceRecord("degraded", grid, "0" * 64, config.source) if config.source else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

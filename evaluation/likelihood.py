@@ -21,6 +21,7 @@ from vqgen.prior.options import ObjectiveConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.progress import progress
+from vqgen.sampling.generator import find_model
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
@@ -55,13 +56,14 @@ def heat_map(grid: Tensor) -> Tensor:
 
 def _open(config: LikelihoodConfig) -> tuple[Prior, CodeFiles]:
     """Read the prior and the code files. Raises `UserError` if they do not belong together."""
-    prior, codes = Prior.load(config.model), CodeFiles(config.codes, config.split)
+    prior, codes = Prior.load(find_model(config.model)), CodeFiles(config.codes, config.split)
     if prior.tokenizer_fingerprint != codes.tokenizer_fingerprint:
         theirs, ours = codes.tokenizer_fingerprint[:12], prior.tokenizer_fingerprint[:12]
         what = f"{config.codes} holds codes of the tokenizer {theirs}"
         raise UserError(f"{what}, but the prior in {config.model} was trained on those of {ours}; give its codes")
     check_classes(prior, codes.class_names, config.unconditional, str(config.codes))
-    for problem in [] if config.unconditional else [part.misfit(codes) for part in prior.conditioning.plain.parts]:
+    kept = [part for part in prior.conditioning.plain.parts if not (config.unconditional and part.guidable)]
+    for problem in [part.misfit(codes) for part in kept]:
         if problem:
             raise UserError(f"{config.codes} {problem}; give codes that have them, or --unconditional")
     if not len(codes):

@@ -75,12 +75,16 @@ def check_count(requested: int, available: int, option: str, source: str) -> int
 
 
 def check_classes(prior: Prior, names: Sequence[str] | None, unconditional: bool, source: str) -> None:
-    """Raise `UserError` where the classes of `source` are not the prior's, unless it is measured without."""
+    """Raise `UserError` where the classes of `source` are not the prior's, unless it is measured without, and
+    `UsageError` where it was never trained without."""
     classes = prior.conditioning.classes
     ours = classes.names or []
     if classes.count and list(names or []) != ours and not unconditional:
         found = f"{source} has the classes {', '.join(names or []) or 'none'}, the prior has {', '.join(ours)}"
         raise UserError(f"{found}; give images of its classes, or --unconditional")
+    if unconditional and classes.informative and not classes.guidable:
+        text = f"the prior was trained with {classes.dropout_option} 0, always with its class"
+        raise UsageError(f"--unconditional: {text}; leave it out")
     if unconditional and any(part.informative for part in prior.conditioning.plain.parts):
         prior.conditioning.check_absence("--unconditional:")
 

@@ -86,7 +86,8 @@ class LikelihoodConfig(Options):
     n: CountOrZero = 0
     """Images to measure, always the same ones, spread over the split; 0 = all."""
     unconditional: bool = False
-    """Replace every class by the null class, as classifier-free guidance does."""
+    """Leave out the class and every other condition that training has images without, as classifier-free guidance
+    does."""
     output: Path | None = None
     """Receipt to write or replace; by default likelihood-SPLIT.json in --model, where vqgen-report finds it; other
     options that change the result are part of the name."""

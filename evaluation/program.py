@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqgen.config import commands, values_of
+from vqgen.errors import UsageError
 from vqgen.evaluation.tasks.options import (
     AccuracyConfig,
     InpaintingConfig,
@@ -46,13 +47,23 @@ def _measure_with_receipt(program: str, config: Any) -> "Measurement":
 
 
 def receipt_path(program: str, config: Any) -> Path:
-    """Path of the receipt: --output, or by default a file in the folder of the model that is measured."""
+    """Path of the receipt: --output, or by default a file in the folder of the model that is measured.
+
+    Raises `UsageError` where that is a model of the package, by its name.
+    """
     if config.output is not None:
         return config.output
     parts = [program, config.split] if hasattr(config, "split") else [program]
     parts += ["unconditional"] * getattr(config, "unconditional", False)
     parts += [str(config.n)] * bool(config.n) + [config.precision] * (config.precision != "fp32")
-    return (config.tokenizer if program == "reconstruction" else config.model) / f"{'-'.join(parts)}.json"
+    if program == "reconstruction":
+        return config.tokenizer / f"{'-'.join(parts)}.json"
+    from vqgen.sampling.generator import find_model
+
+    if find_model(config.model) != config.model:
+        text = f"--model {config.model} is in the installed package, where no receipt belongs"
+        raise UsageError(f"--output: found none, but {text}; name a file")
+    return config.model / f"{'-'.join(parts)}.json"
 
 
 def reconstruction(config: options.ReconstructionConfig) -> None:

@@ -100,7 +100,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: fl
         old, new = dict(flatten(former[part])), dict(flatten(now[part]))
         for key in old if part == "metrics" else dict.fromkeys([*old, *new]):
             one, two = old.get(key), new.get(key)
-            same = one == two
+            same = one == two or one != one  # earlier versions wrote NaN for classes without images
             if part == "metrics" and isinstance(one, (int, float)) and isinstance(two, (int, float)):
                 same = same or math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-9)
             if not same:

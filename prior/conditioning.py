@@ -196,9 +196,9 @@ class Conditioning:
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
     def without(self, sequences: Tensor, parts: Collection[Part] | None = None) -> Tensor:
-        """Sequences with some parts absent, by default all that have been dropped in training: guidance compares with
+        """Sequences with some parts absent, by default all that training has sequences without: guidance compares with
         these."""
-        chosen = [part for part in self.parts if part.dropout or not part.informative] if parts is None else parts
+        chosen = [part for part in self.parts if part.guidable or not part.informative] if parts is None else parts
         prefix = [
             torch.full_like(ids, part.absent[0]) if part in chosen else ids for part, ids in self._by_part(sequences)
         ]

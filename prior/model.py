@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # takes seconds
 
 
 _Side = Annotated[int, Interval(ge=1, le=2**16)]
+_SIZES = {"backbone": "--backbone", "dim": "--dim", "layers": "--layers", "heads": "--heads", "hidden": "--hidden-dim"}
+"""Fields of `PriorConfig` that two networks share where the weights of one are to mean the same in the other."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +115,22 @@ class Prior(nn.Module):
         if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
             theirs, ours = other.tokenizer_fingerprint[:12], self.tokenizer_fingerprint[:12]
             raise UserError(f"--init: {folder} is of tokenizer {theirs}, the codes are of {ours}; use its codes")
-        own, given = self.backbone.state_dict(), other.backbone.state_dict()
-        for name in sorted({*own, *given}):
-            if name not in own or name not in given or own[name].shape[1:] != given[name].shape[1:]:
-                found, wanted = (tuple(of[name].shape) if name in of else "no such tensor" for of in (given, own))
-                raise UserError(f"--init: {folder} has {name} as {found}, this run has {wanted}; use its sizes")
-        for name, value in given.items():
-            if own[name].shape == value.shape:
-                own[name].copy_(value)
-            elif name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
+        for name, option in _SIZES.items():
+            theirs, ours = getattr(other.config, name), getattr(self.config, name)
+            if theirs != ours:
+                raise UserError(f"--init: {folder} has {option} {theirs}, this run has {ours}; give {option} {theirs}")
+        own = self.backbone.state_dict()
+        for name, value in other.backbone.state_dict().items():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
                 for ours, theirs in self.conditioning.common_ids(other.conditioning):
                     own[name][ours] = value[theirs]
-            else:  # learned positions: those of the codes in sequences that have every part that is not omissible
+            elif name.endswith("wpe.weight"):  # those of the codes in sequences with every part that is not omissible
                 first = self.conditioning.plain.length - other.conditioning.plain.length
                 ours, theirs = own[name][max(first, 0) :], value[max(-first, 0) :]
                 count = min(len(ours), len(theirs))
                 ours[:count] = theirs[:count]
+            else:
+                own[name].copy_(value)
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: activations within a layer are computed again in the backward pass."""

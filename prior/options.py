@@ -51,6 +51,11 @@ class PriorConfig(Options):
         """The architecture's name in transformers."""
         return "gpt2" if self.backbone == "mingpt" else self.backbone
 
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward layers, also where --hidden-dim is not given."""
+        return self.hidden_dim or -(-int(self.dim * (4 if self.model_type == "gpt2" else 8 / 3)) // 64) * 64
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim % self.heads:

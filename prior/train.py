@@ -26,8 +26,8 @@ class PriorTraining(Options):
     output: Path = Path("runs/prior")
     """Run folder; finished, it is the prior's model folder, with the tokenizer inside."""
     init: Path | None = None
-    """Prior whose weights the run starts from, of the same sizes, on codes of the same tokenizer. What it was not
-    trained for, e.g. other classes or --inpainting, starts new."""
+    """Prior whose weights the run starts from, of the same architecture and sizes, on codes of the same tokenizer. What
+    it was not trained for, e.g. other classes or --inpainting, starts new."""
     overwrite: bool = False
     """Remove an earlier run in --output and start anew; after an interruption leave it out, or that is removed too."""
     patience: CountOrZero = 5

@@ -32,6 +32,7 @@ from .likelihood import likelihood
 from .model import Prior
 from .objective import accuracy, corrupted, objective
 from .parts.source import random_masks
+from .selection import NATS, NATS_OF_HOLES, selected_by
 from .train import PriorTraining
 
 
@@ -92,7 +93,8 @@ class PriorTrainer:
             attend_unmasked(prior.backbone)
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
-        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0}
+        self.fingerprints = {"tokenizer": train.tokenizer_fingerprint, "data": train.data_fingerprint}
+        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0, "codes": self.fingerprints}
         self.examples, self.position = len(train), None
         self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
@@ -127,12 +129,30 @@ class PriorTrainer:
     def begin(self, first_step: int) -> None:
         if first_step:
             self.conditioning.check_files(self.run.folder)
+            self._check_codes()
         elif self.run.main:
             self.conditioning.write_files(self.run.folder)
         share = self.run.micro_batch * self.config.run.accumulate
         accelerator, seed = self.run.accelerator, self.config.run.seed
         rank, world = accelerator.process_index, accelerator.num_processes
         self.batches = self.train_codes.training(share, seed, first_step, rank, world, self.run.plan.progress)
+
+    def _check_codes(self) -> None:
+        """Compare the codes with those that the resumed run began with, where its checkpoint says which.
+
+        Raises `UserError` for those of another tokenizer; of other images the best validation begins anew.
+        """
+        began, now = self.extra.get("codes", self.fingerprints), self.fingerprints
+        if began["tokenizer"] != now["tokenizer"]:
+            found = f"{self.config.codes} has codes of tokenizer {now['tokenizer'][:12]}, {self.run.folder} began with"
+            remedy = "use those, --overwrite to start anew, or another --output"
+            raise UserError(f"--codes: {found} codes of {began['tokenizer'][:12]}; {remedy}")
+        if began["data"] != now["data"]:
+            self.run.say(
+                f"{self.config.codes} has codes of other images than the run began with; it goes on with these"
+            )
+            self.extra.update(best=math.inf, stale=0)
+        self.extra["codes"] = now
 
     def step(self, step: int) -> dict[str, Tensor]:
         batch, settings = next(self.batches), self.config.objective
@@ -175,15 +195,15 @@ class PriorTrainer:
         rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
         own, size, average = chosen[rank::world], max(1, self.run.micro_batch), cast(Prior, self.average.module)
         found = vars(likelihood(average, self.heldout_codes.ordered(own, size), self.run.accelerator))
-        mean = found["nats_per_token"]
+        mean = found[NATS]
         if source := self.conditioning.masked_source:
             masks = random_masks(len(chosen), self.vocabulary.grid, np.random.default_rng(0))[rank::world]
             filled = likelihood(average, self.heldout_codes.ordered(own, size, masks), self.run.accelerator)
-            found["inpainting_nats_per_token"] = filled.nats_per_token
-            mean += source.inpainting * (filled.nats_per_token - mean)  # in the shares of training
+            found[NATS_OF_HOLES] = filled.nats_per_token
+            mean = selected_by(mean, filled.nats_per_token, source.inpainting)
         losses = [row["train/loss"] for row in self.run.rows if "train/loss" in row]
         if losses:
-            found["gap"] = found["nats_per_token"] - losses[-1]
+            found["gap"] = found[NATS] - losses[-1]
         if mean < self.extra["best"]:
             self.extra.update(best=mean, stale=0)
             self.best.load_state_dict(full_tensors(average.state_dict()))
@@ -241,7 +261,8 @@ def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
     if run.sharded and config.optimizer.optimizer == "muon":
         raise UsageError("--optimizer: muon needs unsharded matrices, and FSDP shards them; use adamw or no FSDP")
     if run.completed():
-        run.say(f"{config.output} is finished; --steps for more, --overwrite to start anew")
+        more = "--steps for more, or a larger --patience where it stopped early"
+        run.say(f"{config.output} is finished; {more}; --overwrite to start anew")
         return None
     train, heldout = (CodeFiles(config.codes, split) for split in ("train", "heldout"))
     if not len(heldout):

@@ -5,9 +5,11 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.models import SIZE, make_prior, write_codes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from processes import weights
 from vqgen.config import parse
 from vqgen.files.yaml_text import read_yaml
 from vqgen.prior.model import Prior
-from vqgen.prior.train import main
+from vqgen.prior.train import PriorTraining, main
 from vqgen.tokenizer.codes.format import Manifest
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.training import budget
@@ -101,6 +103,55 @@ def test_minutes_are_measured_once(tmp_path: Path, cli: Callable[..., Any], monk
     result = cli(main, *words(tmp_path, "--minutes", 2, "--lr-warmup", 2))
     assert result.code == 0 and "20 steps" in result.err and saved(tmp_path)["steps"] == 20
     assert trials == [1] and weights(tmp_path / "run") != first
+
+
+@pytest.mark.parametrize("budget_of", ["epochs", "minutes"])
+def test_a_run_with_a_budget_is_lengthened_by_steps(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, budget_of: str
+) -> None:
+    monkeypatch.setattr(budget, "measured", lambda *_given: Trial(1.0, 8.4, 0.0))  # seven steps, as in three epochs
+    assert cli(main, *words(tmp_path, f"--{budget_of}", 3 if budget_of == "epochs" else 1)).code == 0
+    before = saved(tmp_path)
+    for steps in (14, 14, 21):  # once more it is finished
+        result = cli(main, *words(tmp_path, "--steps", steps))
+        assert result.code == 0, result.err
+        found = saved(tmp_path)
+        assert found["steps"] == steps and ("resuming" in result.err or "is finished" in result.err)
+        kept = ("lr_warmup", "validate_every", "checkpoint_every", "log_every", "ema_decay")
+        assert [found[name] for name in kept] == [before[name] for name in kept]
+    assert found[budget_of] == pytest.approx(3 * before[budget_of])
+    # The budget goes on from there, and what is given is still compared.
+    assert cli(main, *words(tmp_path, f"--{budget_of}", 4 * before[budget_of])).code == 0
+    assert saved(tmp_path)["steps"] == 4 * before["steps"]
+    result = cli(main, *words(tmp_path, "--steps", 30, "--lr-warmup", 5))
+    assert result.code == 1 and "--lr-warmup" in result.err
+
+
+def test_steps_of_the_command_line_come_before_a_budget_in_a_file(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "run.yaml").write_text("run: {epochs: 50}\noptimizer: {lr_warmup: 7}")
+    result = cli(main, *words(tmp_path, "--config", tmp_path / "run.yaml", "--steps", 3))
+    assert result.code == 0, result.err
+    found = saved(tmp_path)
+    assert (found["steps"], found["epochs"], found["lr_warmup"]) == (3, None, 7)
+
+
+def test_all_processes_end_a_trial_by_the_clock_of_the_main_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after(steps: int) -> Callable[..., bool]:
+        left = iter([False] * (steps - 4) + [True])
+        return lambda _own: next(left)
+
+    nothing, steps = SimpleNamespace(check=lambda: None, num_processes=2, free_memory=lambda: None), list[int]()
+    run = SimpleNamespace(device=torch.device("cpu"), finite=nothing, accelerator=nothing)
+    trainer = SimpleNamespace(begin=lambda _: None, loading=lambda: 0.0, validate=lambda _: {}, examples=8, validated=8)
+    trainer.step = steps.append
+    config = parse(PriorTraining, ["--codes", str(tmp_path)])
+    for wanted, seconds in ((6, 0.0), (9, 1e9)):  # by its own clock it would take 4 or 30 steps
+        monkeypatch.setattr(budget, "on_main", after(wanted))
+        steps.clear()
+        budget.measured(config, lambda _config: (run, trainer), seconds=seconds)  # type: ignore[arg-type,return-value]
+        assert len(steps) == wanted
 
 
 def test_a_trial_leaves_the_run_as_it_is(

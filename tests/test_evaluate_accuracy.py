@@ -1,6 +1,7 @@
 """vqgen-eval accuracy and settings: what samples teach a classifier, and the search for sampling settings."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_the_test_split_is_never_trained_on(measured, tmp_path, real):
     result, found = measured(samples, "--data", other)
     assert result.code == 0 and all(value < 0.1 for value in found["metrics"]["cas"].values()), result.err
     assert measured(samples, "--data", other, "--split", "heldout")[1]["metrics"]["cas"]["samples"] > 0.9
+
+
+def test_a_class_of_which_nothing_is_tested_is_left_out(cli, measured, tmp_path, real):
+    data = shutil.copytree(real, tmp_path / "data")
+    for path in (data / "test" / CLASSES[1]).iterdir():
+        path.unlink()
+    write_classes(data / "test", 1, 9, CLASSES[:1])
+    result, found = measured(write_classes(tmp_path / "samples", 12), "--data", data)
+    assert result.code == 0, result.err
+    assert all(list(shares) == [CLASSES[0], CLASSES[2]] for shares in found["metrics"]["cas_by_class"].values())
+    path = tmp_path / "accuracy.json"
+    assert "NaN" not in path.read_text()
+    again = cli(evaluate.main, "replay", path, "--tolerance", 0.1)
+    assert again.code == 0, again.err
+    # A receipt of an earlier version has NaN there.
+    found["metrics"]["cas_by_class"]["samples"][CLASSES[1]] = math.nan
+    path.write_text(json.dumps(found))
+    again = cli(evaluate.main, "replay", path, "--tolerance", 0.1)
+    assert again.code == 0, again.err
 
 
 def test_what_does_not_fit_is_refused_by_name(measured, tmp_path, real, model):
@@ -200,6 +220,20 @@ def test_without_classes_the_classifier_learns_how_images_are_turned(cli, tmp_pa
     assert again.code == 0 and again.out.startswith("same"), again.err
     result = cli(evaluate.main, "settings", *words, "--guidance-scale", 2)
     assert result.code == 2 and "guidance" in result.err
+
+
+def test_no_guidance_is_tried_unasked_where_every_image_had_its_class(cli, tmp_path, real, model, judge):
+    prior = shutil.copytree(model, tmp_path / "prior")
+    about = json.loads((prior / "vqgen.json").read_text())
+    (prior / "vqgen.json").write_text(json.dumps(about | {"label_dropout": 0}))
+    words = ["settings", "--model", prior, "--data", real, "--classifier", judge, "--n", 24, "--device", "cpu"]
+    words += ["--min-p", 0, 0.5, "--output", tmp_path / "receipt.json"]
+    result = cli(evaluate.main, *words)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "receipt.json").read_text())["metrics"]["class_kernel_distance"]
+    assert set(found) == {"plain", "--min-p 0.5"}
+    result = cli(evaluate.main, *words, "--guidance-scale", 2)
+    assert result.code == 2 and "--guidance-scale" in result.err and "--label-dropout 0" in result.err
 
 
 def test_a_classifier_tells_how_images_are_turned():

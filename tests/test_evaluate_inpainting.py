@@ -15,8 +15,9 @@ from torchvision.io import write_png
 import vqgen.evaluation.program as evaluate
 from vqgen.errors import UsageError
 from vqgen.evaluation.receipt import flatten
+from vqgen.evaluation.tasks import images as task_images
 from vqgen.evaluation.tasks import inpainting
-from vqgen.evaluation.tasks.images import Encoded, Neighbours
+from vqgen.evaluation.tasks.images import Encoded, Neighbours, TaskImages, shares
 from vqgen.evaluation.tasks.inpainting import Hole
 from vqgen.evaluation.tasks.options import InpaintingConfig
 from vqgen.evaluation.tasks.windows import owners
@@ -117,6 +118,20 @@ def test_the_nll_is_that_of_sequences_made_by_hand(measured, model: Path, photos
     assert both["metrics"]["gain_over_plain"] == both["metrics"]["gain"]
 
 
+def test_a_plain_prior_is_given_the_classes_that_it_knows(cli, measured, tmp_path: Path, photos: Path, model) -> None:
+    plain = make_square_prior(tmp_path / "plain", names=None)
+    given = measured("--plain", plain)["metrics"]["hole_nats"]
+    assert given["plain"] == measured("--plain", plain, "--unconditional")["metrics"]["hole_nats"]["plain"]
+    other, always = make_square_prior(tmp_path / "o", names=list("abc")), make_square_prior(tmp_path / "a")
+    about = json.loads((always / "vqgen.json").read_text())
+    (always / "vqgen.json").write_text(json.dumps(about | {"label_dropout": 0}))
+    words = ["inpainting", "--model", model, "--data", photos, "--split", "test", "--output", tmp_path / "no.json"]
+    for folder, further, found in ((other, [], "a, b, c"), (always, ["--unconditional"], "--label-dropout 0")):
+        result = cli(evaluate.main, *words, "--plain", folder, *further)
+        assert result.code == 1 and found in result.err and "--plain" in result.err and result.err.count("\n") == 1
+    assert "plain" in measured("--plain", other, "--unconditional")["metrics"]["hole_nats"]
+
+
 def test_a_hole_in_the_corner_has_no_edge_and_guidance_by_the_source_is_of_fillings_alone(measured) -> None:
     words = ["--box", 12, 12, 4, 4, "--diverse", 1, "--fillings", 2, "--n", 6]
     plain = measured(*words)
@@ -132,6 +147,21 @@ def test_every_image_gets_the_surroundings_of_another() -> None:
     for count in (2, 3, 50):
         others = Encoded(torch.arange(count), torch.zeros(count, 1, 1), [], "").others
         assert sorted(others.tolist()) == list(range(count)) and not (others == torch.arange(count)).any()
+
+
+def test_each_process_compares_the_rows_that_it_draws_whatever_images_are_broken(
+    tmp_path: Path, model: Path, monkeypatch
+) -> None:
+    folder = make_photos(tmp_path / "photos", 102)
+    (folder / "test" / "bag" / "2.png").write_bytes(b"no image")
+    config = InpaintingConfig(model, str(folder), "test", workers=0)
+    images = TaskImages(config, Generator.load(model, "cpu", "fp32"))
+    encoded = images.encoded()
+    assert len(encoded) == 101
+    for rank in range(2):
+        monkeypatch.setattr(task_images, "rank_and_world", lambda rank=rank: (rank, 2))
+        rows = [row for part, _, _ in images.pixels(encoded) for row in part.tolist()]
+        assert rows == list(shares(101))
 
 
 def test_pictures_are_those_of_the_generator(measured, model: Path, photos: Path) -> None:
@@ -256,3 +286,10 @@ def test_seams_of_windows_are_measured_at_borders_of_codes(cli, tmp_path: Path, 
     for wrong in ([16, 16], [16, 17], [16]):
         result = cli(evaluate.main, "windows", *words, "--size", *wrong)
         assert result.code == 2 and "--size" in result.err and result.err.count("\n") == 1, result.err
+
+
+def test_a_model_of_the_package_gets_no_receipt_unasked(cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(evaluate.main, "windows", "--model", "cifar10", "--size", 32, 48, "--n", 1, "--device", "cpu")
+    assert result.code == 2 and "--output" in result.err and "cifar10" in result.err and result.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """vqgen-export: folders that transformers itself reads."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers.models import SIZE, make_prior
+from helpers.models import SIZE, make_prior, make_square_prior
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,8 @@ import vqgen
 import vqgen.prior.export.program as exporting
 from vqgen.prior.export.card import task_of
 from vqgen.prior.model import Prior
+from vqgen.prior.parts.source import MaskedSource
+from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
 from vqgen.sampling import sample
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
@@ -171,6 +174,27 @@ def test_metrics_are_those_of_these_weights(cli, tmp_path):
     assert "26.25" in table[1] and "test split" in table[1] and "90 images" in table[1]
     assert "1.125" not in text and "| psnr.restored | 21.5 |" in text
     assert "17.75" not in text and "float16" in text.split("## Metrics")[1].split("##")[0]
+
+
+def test_the_validation_is_the_one_whose_weights_an_inpainting_run_saves(cli, tmp_path):
+    model = make_square_prior(tmp_path / "model", MaskedSource(0.5))
+    found = {1: (5.0, 6.0), 2: (5.1, 5.0), 3: (5.1, 5.0)}
+    names = [f"heldout/{name}" for name in (NATS, NATS_OF_HOLES)]
+    rows = [{"step": step, **dict(zip(names, values))} for step, values in found.items()]
+    assert (best_validation(rows, 0.5) or {})["step"] == 2 and (best_validation(rows, 0.05) or {})["step"] == 1
+    assert best_validation([{"step": 1}, {names[0]: math.nan}], 0.5) is None
+    (model / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    _, text, _ = exported(cli, model, tmp_path / "export")
+    assert f"| {NATS} | 5.1 | validation images, step 2 |" in text and f"| {NATS_OF_HOLES} | 5 |" in text
+
+
+@pytest.mark.parametrize("unlabelled", [True, False])
+def test_guidance_is_stated_where_the_prior_has_it(cli, tmp_path, unlabelled):
+    model = make_prior(tmp_path / "model")
+    about = json.loads((model / "vqgen.json").read_text()) | {"label_dropout": 0}
+    (model / "vqgen.json").write_text(json.dumps(about | ({"unlabelled": True} if unlabelled else {})))
+    _, text, _ = exported(cli, model, tmp_path / "export")
+    assert (f"prefix [{SIZE + 3}] in place of" in text) == unlabelled != ("no guidance" in text)
 
 
 def test_recommended_settings_are_passed_on_and_stated(cli, tmp_path):

@@ -2,16 +2,27 @@
 
 import json
 import math
+import types
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import NAMES, SIZE, codes_for, make_prior, write_codes
 from torchvision.io import decode_image
 
 import vqgen.evaluation.program as evaluate
+from vqgen.errors import UsageError
 from vqgen.evaluation.likelihood import heat_map
+from vqgen.evaluation.measurement import check_classes
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
-from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.prior.parts.part import Classes
+from vqgen.prior.parts.source import PairedSource
+from vqgen.prior.vocabulary import Vocabulary
+from vqgen.sampling.generator import SHIPPED
+from vqgen.tokenizer.codes.format import CodeFiles, SourceRecord
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 
@@ -65,6 +76,35 @@ def test_metrics_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
     assert f"{mean:.5g} nats per token" in result.out and "rate of the codes" in result.out
 
 
+def described(folder: Path, **changes: Any) -> Path:
+    """The same prior with other values in `vqgen.json`."""
+    path = folder / "vqgen.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_no_class_is_given_where_it_is_learned_from_images_without_one(cli, tmp_path):
+    model = described(make_prior(tmp_path / "model"), label_dropout=0, unlabelled=True)
+    found = []
+    for name, labels, words in (("some", [0, -1, 2], ["--unconditional"]), ("none", [-1] * 3, [])):
+        folder = codes_for(tmp_path / name, model, counts=(3,), labels=np.array(labels))
+        words += ["--model", model, "--codes", folder, "--split", "train", "--output", tmp_path / "receipt.json"]
+        assert cli(evaluate.main, "likelihood", *words).code == 0
+        found.append(json.loads((tmp_path / "receipt.json").read_text()))
+    assert found[0]["metrics"] == found[1]["metrics"] and list(found[0]["metrics"]["nats_by_class"]) == ["no class"]
+
+
+def test_a_class_that_was_never_absent_cannot_be_left_out_whatever_other_conditions_can(cli, tmp_path):
+    model = described(make_prior(tmp_path / "model"), label_dropout=0)
+    words = ["likelihood", "--model", model, "--codes", codes_for(tmp_path / "codes", model), "--split", "train"]
+    result = cli(evaluate.main, *words, "--unconditional")
+    assert result.code == 2 and "--unconditional" in result.err and "--label-dropout 0" in result.err
+    classes, source = Classes(3, NAMES, 0.0), PairedSource(SourceRecord("degraded", [2, 3], "d" * 64, ["grey"]), 0.1)
+    prior = types.SimpleNamespace(conditioning=Conditioning(Vocabulary(SIZE, 1, (2, 3)), [source, classes]))
+    with pytest.raises(UsageError, match=r"--unconditional: .*--label-dropout 0"):
+        check_classes(prior, NAMES, True, "codes")  # type: ignore[arg-type]
+
+
 def test_the_map_is_dark_where_values_are_low():
     picture = heat_map(torch.tensor([[0.0, 1.0], [3.0, 2.0]])).float().mean(0)
     cells = picture.view(2, 24, 2, 24).mean((1, 3)).flatten()[[0, 1, 3, 2]]
@@ -90,6 +130,17 @@ def test_other_codes_are_refused(cli, tmp_path):
     words = ["--model", model, "--codes", renamed, "--split", "train"]
     assert "has the classes a, b, c, the prior has shirt" in cli(evaluate.main, "likelihood", *words).err
     assert cli(evaluate.main, "likelihood", *words, "--unconditional").code == 0
+
+
+def test_a_prior_of_the_package_is_found_by_its_name(cli, tmp_path, monkeypatch):
+    model = make_prior(tmp_path / "model")
+    monkeypatch.setitem(SHIPPED, "packaged", model)
+    words = ["--model", "packaged", "--codes", codes_for(tmp_path / "codes", model), "--split", "train"]
+    result = cli(evaluate.main, "likelihood", *words)
+    assert result.code == 2 and "--output" in result.err and not list(model.glob("likelihood*"))
+    result = cli(evaluate.main, "likelihood", *words, "--output", tmp_path / "receipt.json")
+    assert result.code == 0, result.err
+    assert cli(evaluate.main, "replay", tmp_path / "receipt.json").code == 0
 
 
 def test_receipts_of_several_precisions_replay_in_one_call(cli, tmp_path):

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqgen.app import planner, rules
+from vqgen.app import planner, rules, trial
 from vqgen.app.machine import Machine
 from vqgen.app.plan import TRIAL, Expected, Plan, Request, Row, saved_plan
 from vqgen.app.planner import Planner
@@ -24,8 +25,10 @@ from vqgen.app.trial import Measured, Stage, tried
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.tasks.options import SettingsConfig
+from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.train import PriorTraining
 from vqgen.sampling.sample import SampleConfig
+from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
@@ -185,6 +188,11 @@ def test_what_the_user_says_is_kept(tmp_path: Path, trials: list[Stage]) -> None
     assert tokenizer.images.size == [64, 96] and tokenizer.images.channels == 1
     assert not tokenizer.images.flip and not codes.images.flip
     assert all(stage.tokenizer[-2:] == ["--codebook-size", "300"] for stage in trials)
+
+
+def test_the_prior_is_tried_with_the_source_of_the_encoding(tmp_path: Path, trials: list[Stage]) -> None:
+    plan(tmp_path, 60, replace(REQUEST, codes=["--source=grey"]))
+    assert {str(parse(TokenizeConfig, stage.codes).source) for stage in trials if stage.prior} == {"['grey']"}
 
 
 def test_memory_splits_steps_into_parts(tmp_path: Path, trials: list[Stage]) -> None:
@@ -402,6 +410,18 @@ def test_a_trial_draws_of_captions(tmp_path: Path) -> None:
     tokenizer = TINY.replace("--data demo", f"--data {tmp_path}").split()
     found = tried(Stage(tokenizer, words, [*samples, "--n=3", "--guidance-scale=2"], images, 0, "txt"))
     assert found is not None and found.drawn > 0
+
+
+@pytest.mark.parametrize("source", ["--source=noise:0.2", "--source-data=partners"])
+def test_a_trial_has_the_source_that_the_encoding_gives(tmp_path: Path, source: str) -> None:
+    words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
+    prior = [*words, "--source-dropout=0", "--steps=4"]
+    stage = Stage(TINY.split(), prior, ["--n=3", "--guidance-scale=2"], [100, 16], 10, None, [source])
+    found = trial._prior(stage, tmp_path / "codes")
+    assert found.step > 0 and found.drawn > 0
+    files = CodeFiles(tmp_path / "codes", "train")
+    assert Conditioning.for_files(files).length == 64 + 1
+    assert not torch.equal(files.gather([0], [0]).long(), files.gather_source([0], [0]))
 
 
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:

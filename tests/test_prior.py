@@ -25,6 +25,7 @@ from vqgen.prior.likelihood import likelihood, token_nats
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts.part import Classes
+from vqgen.prior.parts.source import MaskedSource
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import preview_codes
 from vqgen.prior.vocabulary import Vocabulary
@@ -259,6 +260,40 @@ def test_folder_round_trip(tmp_path, tokenizer, backbone):
     assert names == ["config.json", "model.safetensors", "tokenizer", "vqgen.json"]
     assert loaded.save(tmp_path / "again", tmp_path / "run" / "tokenizer") == saved
     assert prior.save(tmp_path / "run", tmp_path / "run" / "tokenizer") == saved, "a folder can be saved over itself"
+
+
+@pytest.mark.parametrize(
+    "own, given, option",
+    [
+        ({"heads": 4}, {}, "--heads 2"),
+        ({"backbone": "gpt2"}, {"backbone": "mingpt"}, "--backbone mingpt"),
+        ({"hidden_dim": 32}, {}, "--hidden-dim 64"),
+        ({"layers": 3}, {}, "--layers 2"),
+    ],
+)
+def test_the_weights_of_another_architecture_start_no_run(tmp_path, tokenizer, own, given, option):
+    folder, mark = tokenizer
+    conditioning, sizes = conditioning_of(8, 1, (2, 3), 3), {"dim": 16, "layers": 2, "heads": 2}
+    Prior(PriorConfig(**{**sizes, **given}), conditioning, (3, 4, 6), mark).save(tmp_path / "run", folder)
+    with pytest.raises(UserError, match=f"--init: .*{option}.*{next(iter(own.values()))}"):
+        Prior(PriorConfig(**{**sizes, **own}), conditioning, (3, 4, 6), mark).start_from(tmp_path / "run")
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_ids_of_other_meaning_keep_their_weights_where_there_are_as_many(tmp_path, tokenizer, backbone):
+    folder, mark = tokenizer
+    config = PriorConfig(backbone, dim=16, layers=2, heads=2)
+    given = Prior(config, conditioning_of(8, 1, (2, 3), 4, list("abcd")), (3, 4, 6), mark)
+    given.save(tmp_path / "run", folder)
+    layout = Conditioning(given.vocabulary, [MaskedSource(0.5), Classes(3, NAMES)])
+    prior = Prior(config, layout, (3, 4, 6), mark)
+    assert layout.size == given.conditioning.size
+    before = {name: value.clone() for name, value in prior.backbone.state_dict().items()}
+    prior.start_from(tmp_path / "run")
+    name = "transformer.wte.weight" if backbone == "gpt2" else "model.embed_tokens.weight"
+    for each in (name, "lm_head.weight"):
+        own, theirs = prior.backbone.state_dict()[each], given.backbone.state_dict()[each]
+        assert torch.equal(own[:8], theirs[:8]) and torch.equal(own[8:], before[each][8:])
 
 
 def test_unconditional_and_deep_priors_are_restored(tmp_path, tokenizer):

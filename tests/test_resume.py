@@ -30,6 +30,8 @@ from processes import (
 )
 from safetensors.torch import load_file
 
+from vqgen.tokenizer.model import Tokenizer
+
 # Everything that has a state: discriminator and its optimizer, averages, dropout, augmentation, revival, accumulation.
 STAGE_ONE = (
     "--data demo --channels 1 --size 16 --flip --random-crop 0.25 --width 8 --multipliers 1 2 --groups 4 "
@@ -324,6 +326,15 @@ def test_a_finished_run(tmp_path: Path, one: Path) -> None:
     same(folder, one)
     assert (folder / "notes.txt").read_text() == "mine"
 
+    # Its own configuration goes on with it, also one that an earlier version wrote, with --overwrite in it.
+    saved = folder / "config.yaml"
+    assert "overwrite: false" in saved.read_text()
+    saved.write_text(saved.read_text().replace("overwrite: false", "overwrite: true"))
+    longer = run(TOKENIZER, "--config", saved, "--steps", 13).ok()
+    assert "resuming" in longer.err and rows(folder)[0]["step"] == 1 and steps(folder)[-1] == 13
+    assert run(TOKENIZER, "--config", saved, "--steps", 20, hook=at_row(15)).code == -signal.SIGKILL
+    assert not (folder / "finished.json").exists() and (folder / "model.safetensors").exists()
+
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, one: Path, codes: Path) -> None:
     foreign = tmp_path / "foreign"
@@ -364,6 +375,42 @@ def test_a_prior_that_stopped_early_goes_on_with_more_patience(tmp_path: Path, c
     before = steps(folder)[-1]
     run(PRIOR, *words).ok()
     assert steps(folder)[-1] > before
+
+
+def test_a_prior_that_stopped_early_is_finished_without_its_checkpoints(tmp_path: Path, codes: Path, two: Path) -> None:
+    folder = tmp_path / "prior"
+    shutil.copytree(two, folder)
+    shutil.rmtree(folder / "checkpoints")
+    before, words = tree(folder), [*STAGE_TWO, "--codes", codes, "--output", folder]
+    for more in ([], ["--patience", 1], ["--steps", 70]):
+        assert "is finished" in run(PRIOR, *words, *more).ok().last
+        assert tree(folder) == before
+    for patience in (0, 4):
+        run(PRIOR, *words, "--patience", patience).refused(1, str(folder), "no checkpoint", "--overwrite")
+    # A record of an earlier version does not tell; its checkpoints do.
+    shutil.copytree(two / "checkpoints", folder / "checkpoints")
+    (folder / "finished.json").write_text(json.dumps({"steps": steps(two)[-1]}))
+    assert "stopped early" in run(PRIOR, *words).ok().err and weights(folder) == weights(two)
+
+
+def test_a_prior_goes_on_with_codes_of_its_own_tokenizer_alone(tmp_path: Path, one: Path) -> None:
+    write_images(tmp_path / "images", 60)
+    make = ["--data", tmp_path / "images", "--holdout", 0.2, "--output", tmp_path / "codes", "--overwrite"]
+    words = [*STAGE_TWO, "--codes", tmp_path / "codes", "--output", tmp_path / "prior", "--steps"]
+    run(TOKENIZE, *make, "--tokenizer", one).ok()
+    run(PRIOR, *words, 3).ok()
+
+    write_images(tmp_path / "images", 80)  # further ones
+    run(TOKENIZE, *make, "--tokenizer", one).ok()
+    assert "codes of other images" in run(PRIOR, *words, 6).ok().err
+    assert "codes of other images" not in run(PRIOR, *words, 9).ok().err
+    trained, other = weights(tmp_path / "prior"), Tokenizer.load(one)
+    with torch.no_grad():
+        next(other.decoder.parameters()).add_(1)
+    other.save(tmp_path / "other")
+    run(TOKENIZE, *make, "--tokenizer", tmp_path / "other").ok()
+    run(PRIOR, *words, 12).refused(1, "--codes", "tokenizer", "--overwrite")
+    assert weights(tmp_path / "prior") == trained
 
 
 def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path) -> None:

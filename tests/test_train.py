@@ -171,6 +171,35 @@ def test_an_interrupted_overwrite_goes_on_without_it(
     assert weights(tmp_path / "tokenizer") == tokenizer and len(list((tmp_path / "samples").glob("0*.png"))) == 3
 
 
+def test_a_killed_overwrite_goes_on_without_it(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained in place of an earlier run is not removed, either, where nothing was recorded at the end."""
+    assert cli(main, *words(tmp_path)).code == 0
+    prior = stages.STAGES["prior"]
+
+    def dead(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def killed(config: Any) -> None:
+        prior.run(config)
+        monkeypatch.setattr(Plan, "save", dead)
+        dead()
+
+    with monkeypatch.context():
+        monkeypatch.setitem(stages.STAGES, "prior", dataclasses.replace(prior, run=killed))
+        save = Plan.save
+        assert cli(main, *words(tmp_path), "--overwrite").code == 130
+    monkeypatch.setattr(Plan, "save", save)
+    monkeypatch.setitem(stages.STAGES, "prior", prior)
+    assert "prior" in (saved_plan(tmp_path) or pytest.fail()).replaced
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "prior").rglob("*.safetensors")}
+    result = cli(main, *words(tmp_path))
+    assert result.code == 0, result.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prior").rglob("*.safetensors")} == kept
+    assert "prior" not in (saved_plan(tmp_path) or pytest.fail()).replaced
+
+
 def test_options_of_a_stage_may_change_until_it_begins(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]
 ) -> None:
@@ -259,6 +288,29 @@ def test_a_file_of_the_plan_may_be_edited_before_its_stage(
     assert file.read_text() == edited and len(trials) == count
     assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0
     assert "patience: 5" in file.read_text()
+
+
+def test_a_plan_that_cannot_be_made_leaves_the_former_one(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    (tmp_path / "tokenizer").mkdir()
+    before, make = tree(tmp_path / "plan"), planner.Planner.plan
+
+    def failing(self: planner.Planner) -> Any:
+        make(self)  # its configurations are written
+        raise planner.TooSlow("--minutes: only 3 steps would fit into the time, not 20")
+
+    monkeypatch.setattr(planner.Planner, "plan", failing)
+    result = cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite"))
+    assert result.code == 2 and "--minutes" in result.err and tree(tmp_path / "plan") == before
+    monkeypatch.setattr(planner.Planner, "plan", make)
+    # Nor one that a stage cannot read.
+    result = cli(main, *words(tmp_path, "--plan", "--overwrite", "--samples", "n=0"))
+    assert result.code == 2 and "--n" in result.err and tree(tmp_path / "plan") == before
+    assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0
+    made = saved_plan(tmp_path) or pytest.fail()
+    assert made.request.size == [64, 64] and made.replaced == ["tokenizer"]
 
 
 def test_an_error_of_a_stage_says_how_to_set_its_option(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from vqgen.evaluation.measurement import metrics_of
 from vqgen.metric import Metric
+from vqgen.prior.selection import NATS_OF_HOLES, best_validation
 
 from .charts import Chart, Series, line_chart, number
 from .run_folder import Kind, RunFolder
@@ -59,8 +60,8 @@ LOGGED: dict[str, dict[str, Metric]] = {
 # Shown on a log scale where they span enough.
 LOG_SCALE = {*LOGGED[LOSSES], "mse_over_variance", "grad_norm", "discriminator_grad_norm"}
 # A prior's training losses are its negative log-likelihoods in nats per token.
-ALIAS = {"train/loss": "nats_per_token", "train/inpainting_loss": "inpainting_nats_per_token"}
-OF_HOLES = Metric("inpainting_nats_per_token", "Negative log-likelihood of codes filled in", "nats per token", "lower")
+ALIAS = {"train/loss": "nats_per_token", "train/inpainting_loss": NATS_OF_HOLES}
+OF_HOLES = Metric(NATS_OF_HOLES, "Negative log-likelihood of codes filled in", "nats per token", "lower")
 SIDES = {"train": "training", "heldout": "held-out"}
 
 
@@ -120,21 +121,20 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
 
     None if the run has not been validated.
     """
-    rows, key = [row for row in run.rows if any(name.startswith("heldout/") for name in row)], "heldout/nats_per_token"
+    rows = [row for row in run.rows if any(name.startswith("heldout/") for name in row)]
     if run.kind == "prior":
-        rows = [row for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
-        rows.sort(key=lambda row: _selected_by(run, row[key], row.get(f"heldout/{OF_HOLES.name}")), reverse=True)
+        best = best_validation(rows, _share_of_holes(run))
+        rows = [best] if best else []
     if not rows:
         return None
     numbers = {name.partition("/")[2]: value for name, value in rows[-1].items() if name.startswith("heldout/")}
     return rows[-1]["step"], {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
 
 
-def _selected_by(run: RunFolder, nats: float, of_holes: Any) -> float:
-    """What selects a prior's weights: its held-out NLL, with that of codes filled in by their share of the steps."""
+def _share_of_holes(run: RunFolder) -> float:
+    """The share of a prior's training steps that filled in images."""
     share = next((value for name, value in run.options.items() if name.rpartition(".")[2] == "inpainting"), None)
-    numbers = all(isinstance(value, (int, float)) for value in (share, of_holes))
-    return nats + share * (of_holes - nats) if numbers else nats  # type: ignore[operator]
+    return share if isinstance(share, (int, float)) else 0.0
 
 
 class Cell(NamedTuple):

@@ -28,7 +28,8 @@ _METRICS = (
 )
 METRICS = {metric.name: metric for metric in _METRICS}
 """`cas` is the accuracy on the same real images of classifiers trained on `samples`, on as many real images of the
-train split (`real`), and on reconstructions of those (`reconstructions`), each the mean over the seeds."""
+train split (`real`), and on reconstructions of those (`reconstructions`), each the mean over the seeds. `cas_by_class`
+lacks classes of which no image is tested."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     means = {name: torch.stack(rows).double().mean(0) for name, rows in correct.items()}
     cas = {name: mean.mean().item() for name, mean in means.items()}
     by_class: dict[str, Any] = {
-        name: {title: mean[tested.labels == label].mean().item() for label, title in enumerate(names)}
+        name: {names[label]: mean[tested.labels == label].mean().item() for label in tested.labels.unique().tolist()}
         for name, mean in means.items()
     }
     seeds = {name: [row.double().mean().item() for row in rows] for name, rows in correct.items()}

@@ -14,7 +14,7 @@ from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice, fixed_subset
-from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
+from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, ordered_batches
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
@@ -74,7 +74,7 @@ class TaskImages:
         """
         (rank, world), pixels, rows = rank_and_world(), SetHash(), []
         with progress(len(self.chosen), "encoding", "img", rank == 0) as bar:
-            for batch in self._batches():
+            for batch in self._batches(self.chosen[rank::world]):
                 shown = change(batch.images, batch.indices) if change else batch.images
                 pixels.add_images(shown, batch.labels)
                 rows.append((batch.indices, self.generator.encode(shown), batch.labels))
@@ -88,13 +88,14 @@ class TaskImages:
         return Encoded(indices[order], codes[order], given, pixels.over_processes().hexdigest())
 
     def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This process's share again: rows of `encoded` (B,), uint8 images (B, C, H, W), indices in the data (B,)."""
-        for batch in self._batches():
+        """The images of this process's rows, its `shares` of `encoded`: rows (B,), uint8 images (B, C, H, W), indices
+        in the data (B,)."""
+        # Not the share that it encoded: rows are of intact images alone.
+        for batch in self._batches(encoded.indices[list(shares(len(encoded)))].tolist()):
             yield torch.searchsorted(encoded.indices, batch.indices), batch.images, batch.indices
 
-    def _batches(self):
-        rank, world = rank_and_world()
-        return ordered_batches(self.dataset, self.chosen[rank::world], self.config.batch_size, self.reading)
+    def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+        return ordered_batches(self.dataset, indices, self.config.batch_size, self.reading)
 
 
 def perceptual_of(config: PicturesConfig, device: torch.device) -> PerceptualDistance | None:

@@ -14,6 +14,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.measurement import Measurement, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
+from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.filling import Filling, box_mask, cells_of
 from vqgen.sampling.generator import Generator
@@ -113,6 +114,8 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
             raise UserError(f"--plain: {found}; give a prior of the same codes")
     perceptual, hole = perceptual_of(config, device), Hole.of(config, generator)
     images = TaskImages(config, generator)
+    if plain:
+        _check_plain(config, plain, generator, images)
     encoded = images.encoded()
     whole = generator.conditioning.conditions({"class": encoded.labels}, absent=True)
     generator.check(config.sampling, generator.seen(whole, hole.filling(encoded.codes, generator, True)))
@@ -134,6 +137,20 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     )
 
 
+def _check_plain(config: InpaintingConfig, plain: Generator, generator: Generator, images: TaskImages) -> None:
+    """Raise `UserError` where the plain prior does not know the classes of the images, or always had some."""
+    theirs, ours = (each.conditioning.classes for each in (plain, generator))
+    if not theirs.count:
+        return
+    if not images.classes and not theirs.guidable:
+        text = f"{config.plain} was trained with {theirs.dropout_option} 0, always with a class, and none is given"
+        raise UserError(f"--plain: {text}; give a prior trained with some dropout")
+    if images.classes and (theirs.count, theirs.names) != (ours.count, ours.names):
+        found, wanted = (", ".join(each.names or []) or "unnamed ones" for each in (theirs, ours))
+        text = f"{config.plain} has the classes {found}, --model has {wanted}"
+        raise UserError(f"--plain: {text}; give a prior of the same classes, or --unconditional")
+
+
 def likelihoods(
     config: InpaintingConfig, generator: Generator, plain: Generator | None, hole: Hole, encoded: Encoded
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,7 +167,9 @@ def likelihoods(
                 "before": hole_nats(generator, labels, codes),
                 "shuffled": hole_nats(generator, labels, codes, others, unknown),
             }
-            nats |= {"plain": hole_nats(plain, labels, codes)} if plain else {}
+            if plain:
+                known = labels if plain.conditioning.classes.count else [ABSENT] * len(labels)
+                nats["plain"] = hole_nats(plain, known, codes)
             for name, values in nats.items():
                 for where, cells in places.items():
                     found.add(f"{where} {name}", values[:, cells].mean(1))

@@ -250,7 +250,8 @@ class SettingsConfig(Options):
     temperature: list[Annotated[float, Range(above=0, most=1e6)]] = field(default_factory=lambda: [1.0])
     """Temperatures to try."""
     guidance_scale: list[Annotated[float, Range(least=0, most=1e6)]] = field(default_factory=lambda: [1.0, 1.5, 2.0])
-    """Scales of classifier-free guidance to try; none by default for a prior without classes."""
+    """Scales of classifier-free guidance to try; by default none but 1 for a prior that was never trained without a
+    class, or has no classes."""
     guidance_schedule: list[Literal["constant", "linear", "cosine", "power-cosine"]] = field(
         default_factory=lambda: ["constant"]
     )

@@ -75,10 +75,10 @@ def best_of(distances: list[Tensor], accuracies: list[float]) -> int:
     return max(filter(tied, range(len(distances))), key=lambda i: (accuracies[i], i == least))
 
 
-def candidates(config: SettingsConfig, classes: bool = True) -> list[SamplingSettings]:
-    """All combinations of the values to try; without guidance there is no schedule, and without classes no guidance
-    that nobody asked for."""
-    asked = classes or (config.stated is not None and "guidance_scale" in config.stated)
+def candidates(config: SettingsConfig, guidable: bool = True) -> list[SamplingSettings]:
+    """All combinations of the values to try; without guidance there is no schedule, and where the prior is not guided
+    by classes no guidance that nobody asked for."""
+    asked = guidable or (config.stated is not None and "guidance_scale" in config.stated)
     scales = config.guidance_scale if asked else [1.0]
     combinations = itertools.product(config.temperature, scales, config.guidance_schedule, config.min_p, config.top_p)
     found: dict[str, SamplingSettings] = {}
@@ -127,7 +127,8 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     about = generator.tokenizer.config
     reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
     reading.workers = config.workers
-    tried = candidates(config, generator.conditioning.classes.count > 1)
+    classes = generator.conditioning.classes
+    tried = candidates(config, classes.count > 1 and classes.guidable)
     for settings in tried:
         generator.check(settings, generator.conditioning.conditions())
     heldout = open_images(config.data, "heldout", reading)

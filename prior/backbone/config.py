@@ -25,9 +25,8 @@ _DEFAULTS = {
 
 def settings_of(config: PriorConfig, conditioning: Conditioning) -> dict[str, Any]:
     """What the transformers configuration of a prior of this size has that is not transformers' default."""
-    gpt2, heads, dropout = config.model_type == "gpt2", config.heads, config.dropout
-    hidden = config.hidden_dim or -(-int(config.dim * (4 if gpt2 else 8 / 3)) // 64) * 64
-    if gpt2:
+    heads, hidden, dropout = config.heads, config.hidden, config.dropout
+    if config.model_type == "gpt2":
         own = {"n_inner": hidden, "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0}
         own["activation_function"] = "gelu" if config.backbone == "mingpt" else "gelu_new"
     else:

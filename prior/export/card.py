@@ -15,6 +15,7 @@ from vqgen.errors import UserError
 from vqgen.files import is_file, read_json, read_text
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION, RECOMMENDED, SHARED
+from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
 
 from .program import ExportConfig
 
@@ -40,9 +41,9 @@ def recommended(model: Path) -> dict[str, Any]:
 
 def measured(model: Path, prior: Prior) -> list[Row]:
     """The metrics in a run folder: those of the best validation, and of the receipts of vqgen-eval of these weights."""
-    rows = []
-    if best := _best_validation(model / "metrics.jsonl"):
-        for name in ("nats_per_token", "bits_per_dimension"):
+    rows, source = [], prior.conditioning.masked_source
+    if best := best_validation(_logged(model / "metrics.jsonl"), source.inpainting if source else 0.0):
+        for name in (NATS, NATS_OF_HOLES, "bits_per_dimension"):
             if f"heldout/{name}" in best:
                 rows.append(Row(name, best[f"heldout/{name}"], f"validation images, step {best.get('step')}"))
     for path in sorted(model.glob("*.json")):
@@ -70,18 +71,13 @@ def _of_receipt(receipt: Mapping[str, Any], prior: Prior) -> list[Row]:
     return [Row(name, value, source) for name, value in values.items() if isinstance(value, (int, float))]
 
 
-def _best_validation(path: Path) -> dict[str, Any]:
-    """The row of metrics.jsonl of the lowest held-out NLL, whose weights a run saves; nothing where there is none."""
-    best: dict[str, Any] = {}
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; none where there is no such file."""
+    rows = []
     for line in read_text(path).splitlines() if is_file(path) else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        name = "heldout/nats_per_token"
-        if isinstance(row, dict) and isinstance(row.get(name), float) and row[name] < best.get(name, float("inf")):
-            best = row
-    return best
+        with suppress(ValueError):  # the last line of a run that was killed
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def task_of(prior: Prior) -> str:

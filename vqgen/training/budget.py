@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from vqgen.devices import keep_memory, on_main, release_memory
 from vqgen.errors import UsageError, UserError
 from vqgen.options import key_of
 
-from .folder import CONFIG, run_folder
+from .folder import CONFIG, has_trained, run_folder
 from .options import RunConfig
 from .run import Run
 from .trainer import Trainer
@@ -28,6 +28,8 @@ C = TypeVar("C")
 IN_STEPS = {"lr_warmup", "validate_every", "checkpoint_every", "log_every"}
 IN_STEPS |= {"gan_start", "gan_warmup", "gan_ramp", "revive_after"}
 """Options that are a number of steps."""
+BUDGETS = ("minutes", "epochs")
+"""Options that take the place of a number of steps."""
 TRIAL_STEPS, TRIAL_SECONDS = 30, 20.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
 EPOCHS_VALIDATIONS = 10
@@ -99,7 +101,7 @@ def measured(
 ) -> Trial:
     """Time at most `steps` steps and a validation of a run, in a folder that is removed again.
 
-    After four steps it ends with the step that `seconds` fall into.
+    After four steps it ends with the step that `seconds` fall into, by the clock of the main process.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vqgen-trial-") as folder:
@@ -112,7 +114,7 @@ def measured(
         keep_memory(run.device)  # as the run does: it changes the time of a step and the peak
         trainer.begin(0)
         start, taken, first = time.perf_counter() - began, list[float](), trainer.loading()
-        while len(taken) < steps and not (len(taken) >= 4 and sum(taken) > seconds):
+        while len(taken) < steps and not (len(taken) >= 4 and on_main(lambda: sum(taken) > seconds)):
             before = time.perf_counter()
             trainer.step(len(taken))
             run.finite.check()  # waits for the device
@@ -139,10 +141,29 @@ def _before(config: Any) -> Mapping[str, Any] | None:
     return found
 
 
+def _derived(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a run, those that followed from its budget besides the steps."""
+    return {key: before[key] for key in (*IN_STEPS, "ema_decay") if key in before}
+
+
+def _by_steps(config: C) -> C:
+    """The configuration with --steps, which take the place of a budget in a --config file.
+
+    A run that was begun with a budget and is resumed keeps what followed from it, and has as much more of it.
+    """
+    changed: dict[str, Any] = dict.fromkeys(BUDGETS)
+    output, steps = config.output, config.run.steps  # type: ignore[attr-defined]
+    before = on_main(lambda: _before(config) if has_trained(output) else None) or {}
+    if name := next((name for name in BUDGETS if before.get(name)), None):
+        changed |= _derived(before) | {name: before[name] * steps / before["steps"]}
+    return _changed(config, lambda key, value: changed.get(key, value))
+
+
 def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examples: Callable[[], int]) -> C:
     """The configuration with a number of steps in place of its budget, if it has one.
 
-    A run that is resumed keeps its steps, in proportion to its budget where that has changed.
+    A run that is resumed keeps its steps, in proportion to its budget where that has changed. --steps on the command
+    line come before a budget in a file.
 
     Args:
         build: opens a run and its trainer.
@@ -151,14 +172,17 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
     Raises `UsageError` where the budget holds no step.
     """
     run: RunConfig = config.run  # type: ignore[attr-defined]
+    given: Set[str] = config.given  # type: ignore[attr-defined]
     name, budget = ("minutes", run.minutes) if run.minutes is not None else ("epochs", run.epochs)
+    if "steps" in given and name not in given:
+        return _by_steps(config)
     if budget is None:
         return config
-    if "steps" in config.given:  # type: ignore[attr-defined]
+    if "steps" in given:
         raise UsageError(f"--{name}: --steps is given too; give one of them")
     if (before := on_main(lambda: _before(config))) and before.get(name):
         steps = round(before["steps"] * budget / before[name])
-        kept = {key: before[key] for key in (*IN_STEPS, "ema_decay") if key in before} | {"steps": steps}
+        kept = _derived(before) | {"steps": steps}
         return _changed(config, lambda key, value: kept.get(key, value))
     if name == "epochs":
         return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS)
