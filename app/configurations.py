@@ -10,6 +10,7 @@ from vqgen.evaluation.tasks.options import PARTS, least_classes
 from vqgen.files import write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
 from vqgen.prior.train import PriorTraining
+from vqgen.tokenizer.encode import TokenizeConfig
 
 from . import rules
 from .machine import Machine
@@ -113,7 +114,9 @@ class Configurations:
 
     def settings(self, search: rules.Search) -> dict[str, Any]:
         """Of the search of sampling settings."""
+        reading = parse(TokenizeConfig, self.words("codes")).images
         values = {"data": self.request.data, "n": search.images, "classifier_steps": search.steps}
+        values |= {"holdout": reading.holdout, "max_broken": reading.max_broken}
         return values | {"precision": "auto"} | rules.candidates(self.guided())
 
     def prior(self, index: int, length: int) -> dict[str, Any]:

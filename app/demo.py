@@ -33,11 +33,12 @@ def demo(config: DemoConfig) -> None:
     """Train a tokenizer and a prior on 9,000 images of clothes that come with the package, then draw new ones."""
     from vqgen.evaluation.report.program import check_output
 
-    from .stages import STAGES, folders, outdated, write_page
+    from .stages import STAGES, check_folders, folders, outdated, write_page
 
     with locked(config.output):
         began = time.perf_counter()
         check_output(config.output / "report.html")  # before minutes of training
+        check_folders(config.output)
         for number, name in enumerate(WORDS, 1):
             samples, prior = config.output / "samples", config.output / "prior"
             overwrite = config.overwrite or (name == "samples" and outdated(samples, prior))

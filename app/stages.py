@@ -147,6 +147,17 @@ def folders(output: Path, name: str, overwrite: bool) -> list[str]:
     return words
 
 
+def check_folders(output: Path) -> None:
+    """Raise `UsageError` where the folder of a stage holds files of something else, before any of them begins."""
+    from vqgen.sampling.output import refuse_foreign
+    from vqgen.tokenizer.codes.plan import codes_folder
+    from vqgen.training.folder import run_folder
+
+    for name, folder in {"tokenizer": run_folder, "codes": codes_folder, "prior": run_folder}.items():
+        folder(output / name).refuse_foreign()
+    refuse_foreign(output / "samples")
+
+
 def write_page(output: Path) -> Path:
     """Write the report of the stages' folders. Raises `UserError`."""
     from vqgen.evaluation.report.program import ReportConfig, write_report

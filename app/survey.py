@@ -50,7 +50,7 @@ def look(data: str, text_column: str | None) -> Survey:
     holdout = ImageConfig().holdout
     train = open_source(data, "train", holdout, text_column)
     heldout = open_source(data, "heldout", holdout, text_column)
-    sizes = _sizes(train)
+    sizes, looked_at = _sizes(train), len(_spread(train, HEADERS))
     if not sizes:
         raise UserError(f"--data: none of the images of {data} can be read; look at {train.item_name(0)}")
     return Survey(
@@ -66,7 +66,7 @@ def look(data: str, text_column: str | None) -> Survey:
         width=round(statistics.median(width for _, width in sizes)),
         side=round(statistics.median(min(size) for size in sizes)),
         channels=1 if _all_grey(train) else 3,
-        unreadable=1 - len(sizes) / len(_spread(train, HEADERS)),
+        unreadable=(looked_at - len(sizes)) / looked_at,
         prompts=_prompts(heldout),
     )
 

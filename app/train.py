@@ -19,7 +19,7 @@ from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked
 from vqgen.options import Options, Range, option_name
-from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
 if TYPE_CHECKING:
     from .plan import Plan, Request
@@ -91,7 +91,7 @@ class TrainConfig(Options):
 
         words = {n: [f"--{word}" for word in getattr(self, n)] for n in GIVEN}
         weights = self.perceptual_weights
-        data = str(Path(self.data)) if Path(self.data).exists() else self.data
+        data = str(Path(self.data)) if os.path.exists(self.data) else self.data
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
@@ -122,12 +122,12 @@ def check_places(config: TrainConfig) -> None:
     from vqgen.evaluation.report.program import check_output as check_page
 
     from .plan import check_output
+    from .stages import check_folders
 
     check_output(config.output)
     check_page(config.output / "report.html")
-    data = Path(config.data)
-    if data.is_dir() and config.output.resolve().is_relative_to(data.resolve()):
-        raise UsageError(f"--output: {config.output} is inside of --data, whose images it would join; choose another")
+    check_folders(config.output)
+    check_outside(config.output, config.data)
 
 
 def made_or_found(config: TrainConfig) -> "Plan":
@@ -191,7 +191,9 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
     print("planning: the images are looked at, and some steps of each training are timed", file=sys.stderr)
     survey = look(config.data, config.text_column)
     most = ImageConfig().max_broken
-    if survey.unreadable > most and not any(word.startswith("--max-broken") for word in request.tokenizer):
+    every = survey.train + survey.heldout + survey.test  # as --max-broken counts them
+    allowed = any(word.startswith("--max-broken") for word in request.tokenizer)
+    if survey.unreadable * survey.train > most * every and not allowed:
         share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
         raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=… and --codes max-broken=…")
     with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as name:

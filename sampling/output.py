@@ -244,6 +244,12 @@ class Found:
     """Files that are empty, cut off or changed, to be written again."""
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raise `UsageError` where a folder holds files but no list of samples."""
+    if (present := samples_folder(output).present) and not _lists(output):
+        raise UsageError(f"--output: {output} holds other files ({present[0]}); choose another folder")
+
+
 def check_output(
     output: Path, names: Names, about: Mapping[str, Any], overwrite: bool, size: tuple[int, int] | None = None
 ) -> Found:
@@ -251,12 +257,10 @@ def check_output(
 
     Raises `UsageError` where the folder holds files of something else or of another run.
     """
-    folder, n = samples_folder(output), about["n"]
+    refuse_foreign(output)
+    folder, lists, n = samples_folder(output), _lists(output), about["n"]
     if not folder.present:
         return Found("new", n)
-    lists = _lists(output)
-    if not lists:
-        raise UsageError(f"--output: {output} holds other files ({folder.present[0]}); choose another folder")
     folder.refuse_links()
     own = {path.relative_to(output).as_posix() for path in folder.own_files()}
     every = {path.relative_to(output).as_posix() for path in OutputFolder(output, patterns=_OWN).own_files()}

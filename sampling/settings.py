@@ -112,6 +112,8 @@ def read_recommended(folder: Path) -> dict[str, Any]:
     if misplaced := next((name for name in SHARED if name in own), None):
         raise UserError(f"{path}: found {RECOMMENDED}.{misplaced}, expected {wanted}")
     stated = {name: tree[name] for name in SHARED if name in tree} | own
+    if tree.get("do_sample") is False:
+        stated["temperature"] = 0.0
     try:
         settings = vars(from_dict(SamplingSettings, stated, str(path)))
     except UserError as error:
@@ -121,10 +123,15 @@ def read_recommended(folder: Path) -> dict[str, Any]:
 
 
 def write_recommended(folder: Path, settings: SamplingSettings, generation: Mapping[str, Any]) -> None:
-    """Write settings as those that a prior's folder recommends; `generation` is `Prior.generation_config()`."""
+    """Write settings as those that a prior's folder recommends; `generation` is `Prior.generation_config()`.
+
+    Transformers has no temperature 0: there `do_sample` is false.
+    """
     plain = SamplingSettings()
     own = {name: value for name, value in vars(settings).items() if value != getattr(plain, name)}
     shared = {name: getattr(settings, name) for name in SHARED}
+    if not settings.temperature:
+        shared |= {"do_sample": False, "temperature": plain.temperature}
     further = {name: value for name, value in own.items() if name not in SHARED}
     write_json(folder / GENERATION, {**generation, **shared, RECOMMENDED: further})
 

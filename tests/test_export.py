@@ -167,8 +167,17 @@ def test_metrics_are_those_of_these_weights(cli, tmp_path):
     (model / "likelihood.json").write_text(json.dumps(receipt))
     other = {**receipt, "fingerprints": {"prior": "0" * 64}, "metrics": {"perplexity": 17.75}}
     (model / "other.json").write_text(json.dumps(other))
+    # Those of samples are of the decoder, too, which --tokenizer may have replaced.
+    for name, decoder in ("former", "1" * 64), ("own", str(Prior.load(model).tokenizer_fingerprint)):
+        fingerprints = receipt["fingerprints"] | {"tokenizer": decoder}
+        about = {"program": "samples", "fingerprints": fingerprints, "metrics": {f"fd-{name}": 7.5}}
+        (model / f"{name}.json").write_text(json.dumps(receipt | about))
     (model / "damaged.json").write_text('{"kind": ')
+    _, text, _ = exported(cli, model, tmp_path / "longer")
+    assert "validation images" not in text, "a run that goes on has other weights than those of its rows"
+    (model / "finished.json").write_text('{"steps": 4}')
     _, text, _ = exported(cli, model, tmp_path / "export", "--dtype", "float16")
+    assert "fd-own" in text and "fd-former" not in text
     table = [line for line in text.splitlines() if re.match(r"\| (nats_per_token|perplexity|nats_by_class) ", line)]
     assert len(table) == 2 and "3.25" in table[0] and "step 2" in table[0]
     assert "26.25" in table[1] and "test split" in table[1] and "90 images" in table[1]
@@ -184,6 +193,7 @@ def test_the_validation_is_the_one_whose_weights_an_inpainting_run_saves(cli, tm
     assert (best_validation(rows, 0.5) or {})["step"] == 2 and (best_validation(rows, 0.05) or {})["step"] == 1
     assert best_validation([{"step": 1}, {names[0]: math.nan}], 0.5) is None
     (model / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (model / "finished.json").write_text('{"steps": 3}')
     _, text, _ = exported(cli, model, tmp_path / "export")
     assert f"| {NATS} | 5.1 | validation images, step 2 |" in text and f"| {NATS_OF_HOLES} | 5 |" in text
 

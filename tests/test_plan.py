@@ -424,6 +424,17 @@ def test_a_trial_has_the_source_that_the_encoding_gives(tmp_path: Path, source: 
     assert not torch.equal(files.gather([0], [0]).long(), files.gather_source([0], [0]))
 
 
+@pytest.mark.parametrize("holdout", ["0.01", "0.3"])
+def test_a_trial_has_captions_whatever_is_held_out(tmp_path: Path, holdout: str) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(30):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
+    words = [*TINY.split(), "--data", str(tmp_path / "images"), "--channels", "3", "--holdout", holdout]
+    trial._write_codes(Stage(words, [], [], [28, 2], 0, "txt"), tmp_path / "codes")
+    assert CodeFiles(tmp_path / "codes", "train").captions([27])[0].startswith("number ")
+
+
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         tried(Stage([*TINY.split(), "--groups", "3"], [], [], [1, 1], 0, None))

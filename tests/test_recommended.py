@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import vqgen.app.demo as demonstration
 import vqgen.prior.export.program as exporting
 import vqgen.sampling.sample as sampling
+from vqgen.config_layers import MARK
 from vqgen.prior.model import Prior
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings, combined, read_recommended, write_recommended
@@ -123,6 +124,17 @@ def test_guidance_is_left_out_where_images_have_no_class(cli, tmp_path):
     assert classes.code == 0 and drawn(tmp_path / "d")["settings"]["guidance_scale"] == 2
 
 
+def test_transformers_draws_greedily_where_that_is_recommended(tmp_path):
+    model = recommending(tmp_path / "model", SamplingSettings(temperature=0, guidance_scale=2.0))
+    assert read_recommended(model)["temperature"] == 0 and Generator.load(model, "cpu").settings({}).temperature == 0
+    theirs, prior = AutoModelForCausalLM.from_pretrained(model).eval(), Prior.load(model)
+    condition = prior.conditioning.prefixes(prior.conditioning.conditions(), range(3))
+    illegal = [[i] for i in range(SIZE, prior.conditioning.size)]
+    tokens = theirs.generate(condition, bad_words_ids=illegal, pad_token_id=prior.conditioning.null)
+    greedy = Generator.load(model, "cpu").draw(range(3), settings=SamplingSettings(temperature=0)).codes
+    assert torch.equal(prior.vocabulary.to_codes(tokens[:, condition.shape[1] :]), greedy)
+
+
 def test_transformers_reads_the_folder_and_draws_the_same_greedily(tmp_path):
     model = recommending(tmp_path / "model")
     theirs, prior = AutoModelForCausalLM.from_pretrained(model).eval(), Prior.load(model)
@@ -155,6 +167,7 @@ def test_a_run_that_starts_anew_removes_them(tmp_path):
 
 def test_the_demo_leaves_its_settings_in_the_folder_of_its_prior(cli, tmp_path, monkeypatch):
     demo, model = tmp_path / "demo", make_prior(tmp_path / "demo" / "prior")
+    (model / "config.yaml").write_text(MARK)
     for name in ("tokenizer.train.train", "tokenizer.codes.writer.tokenize", "prior.train.train"):
         monkeypatch.setattr(f"vqgen.{name}", lambda config: None)
     monkeypatch.setattr("vqgen.evaluation.report.program.write_report", lambda config: None)

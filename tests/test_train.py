@@ -13,6 +13,7 @@ from PIL import Image
 from processes import tree, weights
 
 from vqgen.app import planner, stages
+from vqgen.app.demo import main as demo
 from vqgen.app.plan import Plan, saved_plan
 from vqgen.app.train import main, words_of
 from vqgen.app.trial import Measured, Stage
@@ -240,6 +241,42 @@ def test_broken_images_are_found_before_training(tmp_path: Path, cli: Callable[.
     output = tmp_path.with_name("run-" + tmp_path.name)
     result = cli(main, "--data", tmp_path, "--output", output, "--plan")
     assert result.code == 1 and "max-broken" in result.err and not trials
+    for index in range(40, 99):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    for index in range(1, 5):
+        (tmp_path / f"broken{index}.png").unlink()
+    result = cli(main, "--data", tmp_path, "--output", output, "--minutes", 20, "--plan")
+    assert result.code == 0, "one of a hundred"
+
+
+def test_the_search_skips_as_many_broken_images_as_the_encoding(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = planner.tried
+    monkeypatch.setattr(planner, "tried", lambda stage: dataclasses.replace(measure(stage), drawn=1000.0))
+    given = words(tmp_path, "--plan")
+    given[given.index("views=1")] = "max-broken=0.125"
+    assert cli(main, *given).code == 0
+    assert "max_broken: 0.125" in (tmp_path / "plan" / "settings.yaml").read_text()
+    assert "max_broken: 0.125" not in (tmp_path / "plan" / "codes.yaml").read_text()
+
+
+def test_files_of_others_are_found_before_training(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]
+) -> None:
+    for name in ("tokenizer", "codes", "prior", "samples"):
+        (folder := tmp_path / f"of-{name}" / name).mkdir(parents=True)
+        (folder / "main.py").write_text("mine")
+        for program, given in ((main, words(folder.parent)), (demo, ["--output", folder.parent])):
+            for further in ([], ["--overwrite"]):
+                result = cli(program, *given, *further)
+                assert result.code == 2 and str(folder) in result.err and result.err.count("\n") == 1
+        assert [path.name for path in folder.iterdir()] == ["main.py"] and not trials
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    result = cli(main, "--data", "x" * 300, "--output", tmp_path / "run")
+    assert result.code in (1, 2) and "--data" in result.err and "defect" not in result.err
 
 
 def test_more_minutes_are_the_priors(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:

@@ -264,6 +264,8 @@ class SettingsConfig(Options):
     """Receipt to write or replace; by default settings-N.json in --model, with the precision where it is not fp32."""
     seed: Seed = 0
     """Seed of the samples."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
     batch_size: Size = 64

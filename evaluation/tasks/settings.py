@@ -126,7 +126,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     generator = Generator.load(config.model, device, config.precision)
     about = generator.tokenizer.config
     reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
-    reading.workers = config.workers
+    reading.workers, reading.max_broken = config.workers, config.max_broken
     classes = generator.conditioning.classes
     tried = candidates(config, classes.count > 1 and classes.guidable)
     for settings in tried:

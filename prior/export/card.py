@@ -16,6 +16,7 @@ from vqgen.files import is_file, read_json, read_text
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION, RECOMMENDED, SHARED
 from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
+from vqgen.training.folder import FINISHED
 
 from .program import ExportConfig
 
@@ -42,7 +43,7 @@ def recommended(model: Path) -> dict[str, Any]:
 def measured(model: Path, prior: Prior) -> list[Row]:
     """The metrics in a run folder: those of the best validation, and of the receipts of vqgen-eval of these weights."""
     rows, source = [], prior.conditioning.masked_source
-    if best := best_validation(_logged(model / "metrics.jsonl"), source.inpainting if source else 0.0):
+    if best := best_validation(_logged(model), source.inpainting if source else 0.0):
         for name in (NATS, NATS_OF_HOLES, "bits_per_dimension"):
             if f"heldout/{name}" in best:
                 rows.append(Row(name, best[f"heldout/{name}"], f"validation images, step {best.get('step')}"))
@@ -60,6 +61,9 @@ def _of_receipt(receipt: Mapping[str, Any], prior: Prior) -> list[Row]:
     metrics, fingerprints, options, counts = (dict(part or {}) for part in parts)
     if fingerprints.get("prior") != prior.fingerprint:
         return []
+    decoded = receipt.get("program") != "likelihood"  # else all is of codes, which another decoder leaves as they are
+    if decoded and fingerprints.get("tokenizer") not in (None, prior.tokenizer_fingerprint):
+        return []
     split = [f"{options['split']} split"] if options.get("split") else []
     source = ", ".join([f"vqgen-eval {receipt.get('program')}", *split, *(f"{n} {name}" for name, n in counts.items())])
     values: dict[str, Any] = {}
@@ -71,10 +75,11 @@ def _of_receipt(receipt: Mapping[str, Any], prior: Prior) -> list[Row]:
     return [Row(name, value, source) for name, value in values.items() if isinstance(value, (int, float))]
 
 
-def _logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; none where there is no such file."""
-    rows = []
-    for line in read_text(path).splitlines() if is_file(path) else []:
+def _logged(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; none where there are none, or the run goes on from the weights that it has."""
+    path, rows = run / "metrics.jsonl", []
+    finished = is_file(run / FINISHED) and is_file(path)
+    for line in read_text(path).splitlines() if finished else []:
         with suppress(ValueError):  # the last line of a run that was killed
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
@@ -102,6 +107,8 @@ def _front_matter(prior: Prior, config: ExportConfig) -> str:
 def _settings(settings: Mapping[str, Any]) -> str:
     """Recommended settings as options of vqgen-sample."""
     chosen = {name: settings[name] for name in SHARED if name in settings} | dict(settings.get(RECOMMENDED, {}))
+    if settings.get("do_sample") is False:
+        chosen["temperature"] = 0
     words = []
     for name, value in chosen.items():
         values = value if isinstance(value, list) else [value]

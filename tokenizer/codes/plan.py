@@ -230,6 +230,11 @@ def _is_plan(path: Path) -> bool:
     return path.is_file() and {"tokenizer", "views", "shard_size"} <= read_json(path).keys()
 
 
+def codes_folder(folder: Path) -> OutputFolder:
+    """The output folder of vqgen-tokenize."""
+    return OutputFolder(folder, (PLAN,), _OWN, is_mark=_is_plan)
+
+
 def begin(folder: Path, plan: dict[str, Any], overwrite: bool, tokenizer: Path | None = None) -> None:
     """Check that an output folder is empty or was written by the same plan, and write the plan.
 
@@ -240,7 +245,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool, tokenizer: Path |
 
     Temporary files of a killed run are removed. Raises `UserError` where the folder cannot be used.
     """
-    output = OutputFolder(folder, (PLAN,), _OWN, is_mark=_is_plan)
+    output = codes_folder(folder)
     output.refuse_foreign()
     if overwrite or not output.recognised:
         own = tokenizer is not None and tokenizer.resolve() == (folder / TOKENIZER).resolve()
