@@ -88,6 +88,8 @@ class Configurations:
 
     def guided(self) -> bool:
         """Whether samples have classes or captions that the prior learns to do without."""
+        if self.given("samples", "source-image", "init-image") and not self.given("samples", "class", "prompt"):
+            return False  # such samples have no other condition than their image
         objective = parse(PriorTraining, [*self.words("prior"), "--codes", "codes"]).objective
         dropout = objective.text_dropout if self.prompts() else objective.label_dropout
         return dropout > 0 and bool(self.prompts() or self.survey.classes)

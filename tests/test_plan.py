@@ -263,11 +263,12 @@ def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, t
     undropped, untold = (replace(REQUEST, prior=[f"--{name}-dropout=0"]) for name in ("label", "text"))
     prompted = replace(captions, prompts=("a shirt", "no"))
     given = [(classes, REQUEST), (prompted, REQUEST), (captions, REQUEST), (PHOTOS, REQUEST), (classes, undropped)]
-    for survey, request in [*given, (prompted, untold)]:
+    sourced = replace(REQUEST, samples=["--source-image=a.png"])
+    for survey, request in [*given, (prompted, untold), (classes, sourced)]:
         plan(tmp_path, 60, request, survey)
         file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
         found.append(parse(SampleConfig, file).sampling.guidance_scale)
-    assert min(found[:2]) > 1 and found[2:] == [1, 1, 1, 1]
+    assert min(found[:2]) > 1 and found[2:] == [1, 1, 1, 1, 1]
 
 
 def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stage]) -> None:
