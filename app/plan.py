@@ -123,7 +123,11 @@ class Plan:
         write_json(output / FOLDER / RECORD, asdict(self))
 
     def install(self, made: Path, output: Path) -> None:
-        """Put this plan, whose configurations are in the folder `made`, in place of the one in `output`."""
+        """Put this plan, whose configurations are in the folder `made`, in place of the one in `output`.
+
+        Its record comes last: where this is killed, there is no plan.
+        """
+        (output / FOLDER / RECORD).unlink(missing_ok=True)
         for name in STAGES:
             if name in self.written:
                 write_text(file_of(output, name), read_text(file_of(made, name)))

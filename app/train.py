@@ -127,7 +127,7 @@ def check_places(config: TrainConfig) -> None:
     check_output(config.output)
     check_page(config.output / "report.html")
     check_folders(config.output)
-    check_outside(config.output, config.data)
+    check_outside(config.output, Path(config.data))
 
 
 def made_or_found(config: TrainConfig) -> "Plan":

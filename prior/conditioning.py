@@ -22,7 +22,7 @@ from vqgen.tokenizer.codes.format import CodeFiles
 from .options import PART_CLASSES, ObjectiveConfig
 from .parts.part import ABSENT, Classes, Part, Rows, is_absent
 from .parts.scan import Scan
-from .parts.source import PairedSource, Source
+from .parts.source import MaskedSource, PairedSource, Source
 from .vocabulary import Vocabulary
 
 PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
@@ -196,11 +196,13 @@ class Conditioning:
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 
     def without(self, sequences: Tensor, parts: Collection[Part] | None = None) -> Tensor:
-        """Sequences with some parts absent, by default all that training has sequences without: guidance compares with
-        these."""
-        chosen = [part for part in self.parts if part.guidable or not part.informative] if parts is None else parts
+        """Sequences with some parts absent, by default all that training has sequences without, but for the image that
+        is filled in: guidance compares with these."""
+        if parts is None:
+            conditions = [part for part in self.parts if not isinstance(part, MaskedSource)]
+            parts = [part for part in conditions if part.guidable or not part.informative]
         prefix = [
-            torch.full_like(ids, part.absent[0]) if part in chosen else ids for part, ids in self._by_part(sequences)
+            torch.full_like(ids, part.absent[0]) if part in parts else ids for part, ids in self._by_part(sequences)
         ]
         return torch.cat([*prefix, self.split(sequences)[1]], 1)
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,10 @@ class Series:
         names = Names(config.layout, classes, generator.conditioning.classes.names, stems)
         return cls(config, generator, filling, sources, conditions, settings, names, n)
 
+    def of_more(self, n: int) -> "Series":
+        """The series with `n` images, the first of which are the same."""
+        return replace(self, n=n, filling=chosen_filling(self.config, self.generator, n))
+
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the images in pixels."""
@@ -205,6 +209,8 @@ def write_samples(config: SampleConfig) -> PartialState:
                     write_grid(output, series, series.n)
                 print(f"{output} holds these {series.n} images already; --overwrite draws them again")
             return state
+        if found.n > series.n:
+            series = series.of_more(found.n)
         about["n"] = found.n
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")

@@ -659,6 +659,15 @@ def test_the_share_of_broken_images_is_one_of_all_splits(rows, tmp_path):
         list(ordered_batches(heldout, range(3), 3, config))
 
 
+def test_a_split_needs_an_intact_image(rows, tmp_path):
+    config = replace(SMALL, max_broken=0.1, cache_mb=0, holdout=0.02)
+    heldout = open_images(str(flat(rows, tmp_path, 40)), "heldout", config)
+    assert len(heldout) == 1
+    Path(heldout.source.item_name(0)).write_bytes(b"x")
+    with pytest.raises(UserError, match="--max-broken"):
+        list(ordered_batches(heldout, range(1), 1, config))
+
+
 def test_nothing_but_broken_images(tmp_path):
     write_files([f"{i}.png" for i in range(4)], [b"x"] * 4, tmp_path)
     config = replace(SMALL, max_broken=1.0)
@@ -836,19 +845,22 @@ def test_a_table_of_no_split_beside_others_is_refused(rows, tmp_path):
 
 
 def test_paths_in_a_table_begin_in_its_own_folder(rows, tmp_path):
-    """And lead no further up: not to the folder of another table."""
+    """And lead no further up; a file that is not there is looked for below the data."""
     write_files(["a.png", "train/images/a.png", "test/b.png"], [b"x", *rows[0][:2]], tmp_path)
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    for split, paths in ("train", ["images/a.png", "../a.png", "../test/b.png"]), ("test", ["b.png"]):
+    train = ["images/a.png", "../a.png", "../test/b.png", "test/b.png", "none.png"]
+    for split, paths in ("train", train), ("test", ["b.png"]):
         images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
         pq.write_table(pa.table({"image": images}), tmp_path / split / "0.parquet")
     test = open_images(str(tmp_path), "test", SMALL)
     assert torch.equal(test[0].image, fit(decode(rows[0][1], 1), (16, 16), "crop"))
     items = sources.find_splits(str(tmp_path))["train"].items
-    assert items.read(0) == rows[0][0]
+    assert items.read(0) == rows[0][0] and items.read(3) == rows[0][1]
     for item in (1, 2):
         with pytest.raises(OSError, match="outside"):
             items.read(item)
+    with pytest.raises(FileNotFoundError):
+        items.read(4)
 
 
 def test_class_names_must_be_text(rows, tmp_path):

@@ -430,6 +430,9 @@ def test_a_variation_depends_on_its_own_index(cli, with_source: Path, tmp_path: 
         assert torch.equal(drawn_images(output), whole.images[:n])
     assert cli(program.main, *words, "--num-per-class", 4, "--overwrite").code == 0
     assert torch.equal(drawn_images(output), whole.images)
+    (output / "00005.png").unlink()
+    assert cli(program.main, *words, "--n", 3).code == 0  # what is missing of the larger series is drawn as before
+    assert torch.equal(drawn_images(output), whole.images)
     write_png_atomic(tmp_path / "in" / "2.png", 255 - images[2])
     assert cli(program.main, *words, "--n", 9).code == 2, "another photograph"
     result = cli(program.main, *words, "--n", 8, "--oversample", 1.5, "--overwrite")

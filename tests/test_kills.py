@@ -32,6 +32,8 @@ class Config:
 
     lr: float = 1.0
     """Learning rate."""
+    overwrite: bool = False
+    """Start anew."""
 
 
 class Training:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from processes import write_images
 
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
@@ -186,12 +187,28 @@ def test_a_folder_that_is_named_by_a_link_is_used(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_not_trained_on_its_own_previews(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path)
-    for output in (tmp_path / "runs" / "tokenizer", tmp_path / "link" / "run", tmp_path):
-        config = parse(TokenizerTraining, ["--data", str(tmp_path), "--output", str(output)])
+    write_images(images := tmp_path / "images", 40)
+    (tmp_path / "link").symlink_to(images)
+    before = sorted(images.iterdir())
+
+    def config(data: Path, output: Path, *more: str) -> TokenizerTraining:
+        words = ["--data", str(data), "--output", str(output), "--size", "16", "--perceptual-weight", "0", *more]
+        return parse(TokenizerTraining, [*words, "--width", "8", "--groups", "4", "--precision", "fp32"])
+
+    for output in (images / "runs" / "tokenizer", tmp_path / "link" / "run"):
         with pytest.raises(UsageError, match="inside of --data"):
-            build(config)
-    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+            build(config(images, output))
+    assert sorted(images.iterdir()) == before
+    # Where its images are not read, or where it began before this was refused, it may be.
+    assert build(config(images, images / ".runs" / "tokenizer"))
+    for split in ("train", "heldout"):
+        write_images(tmp_path / "split" / split, 8)
+    assert build(config(tmp_path / "split", tmp_path / "split" / "run"))
+    prepare_folder(images / "run", config(images, images / "run"), overwrite=False)
+    (images / "run" / "vqgen.json").write_text("{}")
+    assert build(config(images, images / "run"))
+    with pytest.raises(UsageError, match="inside of --data"):
+        build(config(images, images / "run", "--overwrite"))
 
 
 def test_a_folder_with_foreign_files_is_refused_unless_it_is_recognised(tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_the_demo_ends_with_its_page(cli, tmp_path, monkeypatch):
     for name in ("tokenizer.train.train", "tokenizer.codes.writer.tokenize", "prior.train.train"):
         monkeypatch.setattr(f"vqgen.{name}", lambda config: None)
     monkeypatch.setattr("vqgen.app.stages.samples_are_drawn", lambda samples, prior: True)
+    monkeypatch.setattr("vqgen.app.stages.check_folders", lambda output: None)  # they are made up
     result = cli(demonstration.main, "--output", demo)
     last = result.out.strip().splitlines()[-1]
     assert result.code == 0 and str(demo / "samples/grid.png") in last and str(demo / "report.html") in last

@@ -17,7 +17,7 @@ from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_weights
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.streams.dataset import Position, StreamImages, open_stream
-from vqgen.training.folder import CHECKPOINTS, checkpoints
+from vqgen.training.folder import CHECKPOINTS, checkpoints, has_trained
 from vqgen.training.health import Finding, Row, non_finite_origin
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
@@ -269,7 +269,6 @@ class TokenizerTrainer:
 
 def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
     """Open the run and its trainer; None where the folder holds the finished run."""
-    check_outside(config.output, config.data)
     run = Run(config.output, config, config.run, config.overwrite)
     if run.completed():
         run.say(f"{config.output} is finished; --steps for more, --overwrite to start again")
@@ -280,4 +279,7 @@ def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
         return run, TokenizerTrainer(run, config, *open_stream(config.data, config.images, config.validation_images))
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
+    if config.overwrite or not has_trained(config.output):
+        for dataset in train, heldout:
+            check_outside(config.output, dataset.source.folder)
     return run, TokenizerTrainer(run, config, train, heldout)

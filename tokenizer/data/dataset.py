@@ -63,10 +63,11 @@ class BrokenImages:
     Args:
         name: of the data.
         total: number of images of all its splits; None where it is not known: then the limit is a share of those seen.
+        own: number of images of the split.
     """
 
-    def __init__(self, name: str, config: ImageConfig, total: int | None):
-        self.name, self.config, self.total = name, config, total
+    def __init__(self, name: str, config: ImageConfig, total: int | None, own: float = math.inf):
+        self.name, self.config, self.total, self.own = name, config, total, own
         self.names: dict[str, None] = {}
         self.count = self.seen = 0
         self.report: Callable[[str], None] | None = None  # called with a line for each broken image
@@ -81,8 +82,9 @@ class BrokenImages:
 
     @property
     def most(self) -> float:
-        """How many may be broken."""
-        return self.config.max_broken * self.images
+        """How many may be broken: not all of a split, unless that is said."""
+        most = self.config.max_broken * self.images
+        return most if self.config.max_broken == 1 else min(most, self.own - 1)
 
     def add(self, names: Iterable[str], seen: int = 0) -> None:
         """Count the broken images of a batch of `seen` images. Raises `UserError` beyond `max_broken`, or on any with
@@ -121,7 +123,7 @@ class ImageDataset(Dataset[Sample]):
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
         self.labels, self.captions = torch.from_numpy(source.labels), source.captions
-        self.broken = BrokenImages(source.name, config, max(source.all_images, len(source)))
+        self.broken = BrokenImages(source.name, config, max(source.all_images, len(source)), len(source))
         # Random crops are taken from an enlarged image, which is then what the cache holds.
         self.enlarged = augment and config.random_crop > 0
         self._loaders: list[Loader] = []

@@ -45,7 +45,8 @@ class Rows:
         columns: all columns.
         counts: name and number of rows of each table file.
         roots: folders that files named by `path` may lie in, the first also where relative ones begin.
-        folders: of each table file, where its relative paths begin and lead to; else the roots alone count.
+        folders: of each table file, where its relative paths begin; files that are not there are looked for in the
+            first of the roots.
     """
 
     def __init__(
@@ -97,19 +98,19 @@ class Rows:
         return data or b""
 
     def _resolved(self, path: "pa.Scalar", item: int) -> str:
-        """The file that a row names: only below its folder and `roots`, after links are followed. Raises `OSError`."""
-        own = self.folders[self._file(item)] if self.folders else None
-        start = own or self.roots[0]
-        try:
-            full = os.path.realpath(start / path.as_py())
-        except (ValueError, TypeError) as error:  # a NUL, other bytes than UTF-8, or no text
-            raise OSError(errno.EINVAL, f"its path is no path ({error})") from error
-
-        def holds(folder: Path) -> bool:
-            return Path(full).is_relative_to(os.path.realpath(folder))
-
-        if not any(map(holds, self.roots)) or (own and not holds(own)):
-            raise OSError(errno.EACCES, f"it names a file outside of {start}", full)
+        """The file that a row names, only below `roots`, after links are followed: in the folder of its table, or else
+        in the first of the roots. Raises `OSError`."""
+        own, full = self.folders[self._file(item)] if self.folders else self.roots[0], ""
+        for start in dict.fromkeys([own, self.roots[0]]):
+            try:
+                full = os.path.realpath(start / path.as_py())
+            except (ValueError, TypeError) as error:  # a NUL, other bytes than UTF-8, or no text
+                raise OSError(errno.EINVAL, f"its path is no path ({error})") from error
+            within = [own] if self.folders and start == own else self.roots
+            if not any(Path(full).is_relative_to(os.path.realpath(folder)) for folder in within):
+                raise OSError(errno.EACCES, f"it names a file outside of {start}", full)
+            if os.path.lexists(full):
+                break
         return full
 
 

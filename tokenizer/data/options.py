@@ -41,9 +41,11 @@ def is_stream(data: str) -> bool:
     return data.startswith(STREAM) or "://" in data or data.lower().endswith((".tar", *COMPRESSED)) or pattern
 
 
-def check_outside(output: Path, data: str) -> None:
-    """Raise `UsageError` where an output folder is inside of the folder of images: its previews would be data."""
-    if os.path.isdir(data) and output.resolve().is_relative_to(Path(data).resolve()):
+def check_outside(output: Path, images: Path | None) -> None:
+    """Raise `UsageError` where an output folder is inside of a folder of images: its previews would be data."""
+    if images is None or not os.path.isdir(images) or not output.resolve().is_relative_to(images.resolve()):
+        return
+    if not any(part.startswith(".") for part in output.resolve().relative_to(images.resolve()).parts):  # is not read
         raise UsageError(f"--output: {output} is inside of --data, whose images it would join; choose another")
 
 

@@ -55,6 +55,11 @@ class Source:
     captions: list[str] | None = field(default=None, repr=False)
     """The caption of every image, "" for none; None where they were not asked for."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder all of whose image files are items; None for tables."""
+        return self.items.root if isinstance(self.items, Files) else None
+
     def __len__(self) -> int:
         return len(self.rows)
 

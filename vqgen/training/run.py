@@ -314,10 +314,11 @@ class Run:
 
     def _validate(self, trainer: Trainer) -> None:
         """Log and print held-out metrics; where they fail, first save a checkpoint, from which they are repeated."""
-        self.unvalidated = True
+        self.unvalidated, before = True, dict(trainer.extra)
         try:
             metrics = trainer.validate(self.done)
         except Exception:
+            trainer.extra.update(before)  # what it found so far is found again
             if self.accelerator.num_processes == 1:  # else the others wait within the validation
                 self.checkpoint(trainer)
             raise
