@@ -149,13 +149,13 @@ def folders(output: Path, name: str, overwrite: bool) -> list[str]:
 
 def check_folders(output: Path) -> None:
     """Raise `UsageError` where the folder of a stage holds files of something else, before any of them begins."""
-    from vqgen.sampling.output import refuse_foreign
+    from vqgen.sampling.output import own_folder
     from vqgen.tokenizer.codes.plan import codes_folder
     from vqgen.training.folder import run_folder
 
     for name, folder in {"tokenizer": run_folder, "codes": codes_folder, "prior": run_folder}.items():
         folder(output / name).refuse_foreign()
-    refuse_foreign(output / "samples")
+    own_folder(output / "samples")
 
 
 def write_page(output: Path) -> Path:

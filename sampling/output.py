@@ -244,10 +244,12 @@ class Found:
     """Files that are empty, cut off or changed, to be written again."""
 
 
-def refuse_foreign(output: Path) -> None:
-    """Raise `UsageError` where a folder holds files but no list of samples."""
-    if (present := samples_folder(output).present) and not _lists(output):
-        raise UsageError(f"--output: {output} holds other files ({present[0]}); choose another folder")
+def own_folder(output: Path) -> OutputFolder:
+    """`samples_folder`; raises `UsageError` where it holds files but no list of samples."""
+    folder = samples_folder(output)
+    if folder.present and not _lists(output):
+        raise UsageError(f"--output: {output} holds other files ({folder.present[0]}); choose another folder")
+    return folder
 
 
 def check_output(
@@ -257,8 +259,7 @@ def check_output(
 
     Raises `UsageError` where the folder holds files of something else or of another run.
     """
-    refuse_foreign(output)
-    folder, lists, n = samples_folder(output), _lists(output), about["n"]
+    folder, lists, n = own_folder(output), _lists(output), about["n"]
     if not folder.present:
         return Found("new", n)
     folder.refuse_links()

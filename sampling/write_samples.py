@@ -110,7 +110,8 @@ class Series:
 
     def of_more(self, n: int) -> "Series":
         """The series with `n` images, the first of which are the same."""
-        return replace(self, n=n, filling=chosen_filling(self.config, self.generator, n))
+        own_masks = self.filling is not None and self.filling.given is not None
+        return replace(self, n=n, filling=chosen_filling(self.config, self.generator, n) if own_masks else self.filling)
 
     @property
     def size(self) -> tuple[int, int]:
