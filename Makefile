@@ -19,7 +19,7 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow $(TESTS)
 
-# Damaged inputs, kills and full disks; about half an hour on two cores (docs/robustness.md).
+# Damaged inputs, kills and full disks; 12 minutes on two cores (docs/robustness.md).
 campaign: $(READY)
 	$(BIN)/python -m benchmarks.campaign $(CAMPAIGN)
 

@@ -1,22 +1,22 @@
 """The configurations of a plan's stages: what the rules choose, and what the user has set, as files of plan/."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vqgen.config import parse
+from vqgen import config_layers
 from vqgen.config_layers import find_preset
 from vqgen.evaluation.tasks.options import PARTS, least_classes
-from vqgen.files import write_text
+from vqgen.files import read_text, write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
-from vqgen.prior.train import PriorTraining
-from vqgen.tokenizer.encode import TokenizeConfig
 
 from . import rules
 from .machine import Machine
-from .plan import HEADING, Request, file_of
-from .stages import settings_given
+from .plan import HEADING, Plan, Request, file_of, unedited, written
+from .stages import STAGES, settings_given
 from .survey import Survey
+from .train import explained
 
 CACHE_MB = 2048
 """Decoded images that are kept in memory."""
@@ -51,6 +51,11 @@ class Configurations:
         """The configuration of a stage, with what the user has set."""
         return ["--config", str(file_of(self.output, stage)), *getattr(self.request, stage)]
 
+    def parsed(self, stage: str, *more: str) -> Any:
+        """The configuration of a stage as its program reads it. Raises `UsageError`."""
+        with explained(stage):
+            return STAGES[stage].parsed([*self.words(stage), *more])
+
     def tokenizer(self, size: list[int], factor: int, tokens: int) -> dict[str, Any]:
         """Of the tokenizer, for images of this size and so many codes of the training images."""
         request, survey, side = self.request, self.survey, rules.image_side(min(size))
@@ -72,10 +77,16 @@ class Configurations:
         given = {word.partition("=")[0].replace("_", "-") for word in getattr(self.request, stage)}
         return bool(given & {f"--{name}" for name in names})
 
+    def value(self, stage: str, name: str) -> Any:
+        """The value that the user has set for an option of a stage; None where there is none."""
+        config = STAGES[stage].config
+        given, _ = config_layers.read_arguments(config, getattr(self.request, stage))
+        return config_layers.merged(config, [given]).get(name)
+
     def codes(self, views: int) -> dict[str, Any]:
         """Of the encoding."""
         values: dict[str, Any] = {"data": self.request.data, "views": views}
-        if views > 1 and "--views=1" not in self.request.codes:  # a single view is not augmented
+        if (self.value("codes", "views") or views) > 1:  # a single view is not augmented
             values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
         if self.request.text_column:
             values["text_column"] = self.request.text_column
@@ -90,7 +101,7 @@ class Configurations:
         """Whether samples have classes or captions that the prior learns to do without."""
         if self.given("samples", "source-image", "init-image") and not self.given("samples", "class", "prompt"):
             return False  # such samples have no other condition than their image
-        objective = parse(PriorTraining, [*self.words("prior"), "--codes", "codes"]).objective
+        objective = self.parsed("prior", "--codes", "codes").objective
         dropout = objective.text_dropout if self.prompts() else objective.label_dropout
         return dropout > 0 and bool(self.prompts() or self.survey.classes)
 
@@ -103,7 +114,9 @@ class Configurations:
     def unsearched(self) -> str:
         """Why settings of sampling are not searched; nothing where they are, if there is time."""
         survey = self.survey
-        if settings_given(self.request.samples):
+        with explained("samples"):
+            given = settings_given(self.request.samples)
+        if given:
             return "--samples gives them"
         if self.prompts() or (survey.captions and survey.classes < 2):
             return "samples are drawn of captions"
@@ -116,10 +129,31 @@ class Configurations:
 
     def settings(self, search: rules.Search) -> dict[str, Any]:
         """Of the search of sampling settings."""
-        reading = parse(TokenizeConfig, self.words("codes")).images
         values = {"data": self.request.data, "n": search.images, "classifier_steps": search.steps}
-        values |= {"holdout": reading.holdout, "max_broken": reading.max_broken}
+        values |= {"flip": self.request.flip, "max_broken": self.parsed("codes").images.max_broken}
         return values | {"precision": "auto"} | rules.candidates(self.guided())
+
+    def adapted(self, plan: Plan, begun: Sequence[str]) -> Plan:
+        """The plan with the request's options of stages that have not begun: writes anew what follows from these,
+        but for files that were edited, and leaves out the search of settings where they rule it out."""
+        own = unedited(plan, self.output)
+        planned = {name: parse_yaml(read_text(file_of(self.output, name))) for name in own}
+        expected, unsearched = dict(plan.expected), ""
+        for name in ("tokenizer", "prior"):
+            if (shared := expected[name].shared) and not self.given(name, "steps", "epochs"):
+                expected[name] = shared
+        if "codes" not in begun and "codes" in own:
+            self.write("codes", self.codes(planned["codes"]["views"]))
+        if "settings" in expected:
+            unsearched = self.unsearched()
+        if "samples" in own:
+            self.write("samples", {"n": 64} if "settings" in expected and not unsearched else self.samples())
+        if "settings" in own:
+            found = planned["settings"]
+            search = rules.Search(expected["settings"].seconds, found["n"], found["classifier_steps"])
+            self.write("settings", self.settings(search))
+        digests = {name: digest for name, digest in written(self.output).items() if name in own}
+        return replace(plan, expected=expected, unsearched=unsearched, written=plan.written | digests)
 
     def prior(self, index: int, length: int) -> dict[str, Any]:
         """Of the prior with this index in `rules.PRIORS`, for so many codes an image."""

@@ -18,6 +18,8 @@ HEADING = "# Planned by vqgen-train"
 """First words of the configurations."""
 TRIAL = 25.0
 """Seconds that each training measures its speed for, before its own time begins."""
+MOST_SECONDS = 1e9
+"""Longest time in a plan."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Expected:
     """Peak, in bytes; 0 where it was not measured."""
     steps: int
     """Of a training, 0 of the others."""
+    shared: "Expected | None" = None
+    """Of a training whose steps are given: the same by its share of the time, without them."""
+
+    @property
+    def minutes(self) -> float:
+        """Time that a training gets where its steps are not given, the trial that finds its speed left out."""
+        return max((self.shared or self).seconds - TRIAL, 1.0) / 60
 
 
 @dataclass(frozen=True)
@@ -76,38 +85,36 @@ class Plan:
     """Stage -> sha256 of its configuration as it was planned; none in plans of former versions."""
     removing: dict[str, float] = field(default_factory=dict)
     """Stage of `replaced` -> when its removal began, in seconds of the clock."""
+    unsearched: str = ""
+    """Why the planned search of settings is left out, where options that were given later say so."""
 
     def __post_init__(self) -> None:
         stages = [name for name in STAGES if name in self.expected or name != OPTIONAL]
         if list(self.expected) != stages or not self.rows:
             raise ValueError(f"a plan has rows, and the stages {', '.join(stages)}")
         numbers = [self.minutes, *self.spent.values(), *(found.seconds for found in self.expected.values())]
-        if not all(0 <= number < 1e9 for number in numbers) or not (
+        if not all(0 <= number <= MOST_SECONDS for number in numbers) or not (
             self.prior_minutes is None or self.prior_minutes > 0
         ):
             raise ValueError("a time is out of range")
 
     @property
-    def tokenizer_minutes(self) -> float:
-        """Time that the tokenizer trains for, the trial that finds its speed left out."""
-        return (self.expected["tokenizer"].seconds - TRIAL) / 60
-
-    @property
-    def planned_prior_minutes(self) -> float:
-        """The same of the prior, as planned."""
-        return (self.expected["prior"].seconds - TRIAL) / 60
+    def stages(self) -> dict[str, Expected]:
+        """The stages that are run, and what each is expected to take."""
+        return {name: found for name, found in self.expected.items() if name != OPTIONAL or not self.unsearched}
 
     def settled(self) -> "Plan":
         """The plan with the time of the prior settled: what the stages before it left, half to twice its share."""
-        later = sum(self.expected[name].seconds for name in ("settings", "samples") if name in self.expected)
+        later = sum(found.seconds for name, found in self.stages.items() if name in ("settings", "samples"))
         left = 60 * self.minutes - sum(self.spent.values()) - later - TRIAL
-        share = self.planned_prior_minutes
+        share = self.expected["prior"].minutes
         return replace(self, prior_minutes=round(max(share / 2, min(left / 60, 2 * share)), 3))
 
     def lengthened(self, minutes: float) -> "Plan":
         """The plan with more time, all of which the prior gets: what it stands on cannot change any more."""
         more, prior = minutes - self.minutes, self.expected["prior"]
-        expected = {**self.expected, "prior": replace(prior, seconds=prior.seconds + 60 * more)}
+        steps = round(prior.steps * (1 + more / prior.minutes))
+        expected = {**self.expected, "prior": replace(prior, seconds=prior.seconds + 60 * more, steps=steps)}
         longer = self.prior_minutes and self.prior_minutes + more
         return replace(self, minutes=minutes, prior_minutes=longer, expected=expected)
 
@@ -140,6 +147,11 @@ def written(output: Path) -> dict[str, str]:
     """Stage -> sha256 of the configuration in the folder of a plan, where there is one."""
     files = {name: file_of(output, name) for name in STAGES}
     return {name: hashlib.sha256(read_bytes(file)).hexdigest() for name, file in files.items() if file.exists()}
+
+
+def unedited(plan: Plan, output: Path) -> set[str]:
+    """Stages whose configuration in the folder of a plan is as it was planned."""
+    return {name for name, digest in written(output).items() if plan.written.get(name) == digest}
 
 
 def refuse_edited(plan: Plan, output: Path) -> None:

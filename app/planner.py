@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vqgen.tokenizer.train import TokenizerTraining
 from . import rules
 from .configurations import Configurations, merged
 from .machine import Machine
-from .plan import TRIAL, Expected, Request, Row
+from .plan import MOST_SECONDS, TRIAL, Expected, Request, Row
 from .survey import Survey
 from .trial import Measured, Stage, tried
 
@@ -35,10 +36,21 @@ class Tried:
 
     values: dict[str, Any]
     measured: Measured
+    given: int | None
+    """Steps where the user has set them."""
+
+    def steps(self, seconds: float) -> int:
+        """Steps that are taken: those given, or as many as fit into the time."""
+        return self.given or max(0, self.measured.steps(seconds))
 
     def expected(self, seconds: float) -> Expected:
-        """What it takes to train for so many seconds."""
-        return Expected(seconds + TRIAL, self.measured.memory, max(0, self.measured.steps(seconds)))
+        """What it takes to train for so many seconds, or the steps given."""
+        found = self.measured
+        shared = Expected(seconds + TRIAL, found.memory, max(0, found.steps(seconds)))
+        if not self.given:
+            return shared
+        needed = found.start + self.given * found.step + found.validations * found.validation
+        return Expected(min(needed, MOST_SECONDS), found.memory, self.given, shared)
 
     def __str__(self) -> str:
         parts, found = self.values["run"].get("accumulate", 1), self.measured
@@ -103,39 +115,40 @@ class Planner:
         while True:
             (size, most), *grids = grids
             factor = rules.factor(size, most)
-            length = size[0] * size[1] // factor**2
+            positions, depth = self._codes(size, factor)
+            length = positions * depth
             if grids and length >= self.too_long:
                 continue
             try:
-                draft = self._draft(size, factor, length, why, last=not grids)
+                draft = self._draft(size, factor, positions, depth, why, last=not grids)
                 break
             except TooSlow as found:
                 if not grids:
                     raise
-                why = f"with {size[0]}x{size[1]} pixels as {length} codes {str(found).removeprefix('--minutes: ')}"
+                reason = str(found).removeprefix("--minutes: ").partition(";")[0]
+                why = f"with {size[0]}x{size[1]} pixels as {length} codes {reason}"
         self._describe(draft)
         return self.rows, draft.expected
 
-    def _draft(self, size: list[int], factor: int, length: int, why: str, last: bool) -> Draft:
+    def _draft(self, size: list[int], factor: int, positions: int, depth: int, why: str, last: bool) -> Draft:
         """Choose the rest for images of this size, and write the configurations.
 
         Raises `TooSlow` where a training would have too few steps, unless there is no smaller choice, and `UserError`.
         """
-        if any(side % factor for side in size):
-            raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor} pixels")
         survey = self.survey
-        tokens = survey.train * length
-        tokenizer = self._fitting("tokenizer", self.stages.tokenizer(size, factor, tokens))
-        steps = tokenizer.measured.steps(self.seconds * 0.45)
-        self._enough("tokenizer", steps, rules.LEAST_STEPS, last)
-        if (seen := steps * tokenizer.measured.batch * length) < tokens:
+        length, tokens = positions * depth, survey.train * positions * depth
+        tokenizer = self._fitting("tokenizer", self.stages.tokenizer(size, factor, survey.train * positions))
+        share = self.seconds * 0.45
+        self._enough("tokenizer", tokenizer.measured, share, rules.LEAST_STEPS, last, lambda needed: needed / 0.45)
+        if (seen := tokenizer.steps(share) * tokenizer.measured.batch * positions) < survey.train * positions:
             fewer = {"quantizer": {"codebook_size": rules.codebook_size(seen)}}
             tokenizer = replace(tokenizer, values=merged(tokenizer.values, fewer))
             self.stages.write("tokenizer", tokenizer.values)
         views = rules.views(survey.train)
-        while (encoding := self._encoding(tokenizer.measured, views)) > self.seconds * rules.ENCODING and views > 1:
+        while self._encoding(tokenizer.measured, views) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
         self.stages.write("codes", self.stages.codes(views))
+        encoding = self._encoding(tokenizer.measured, self.stages.value("codes", "views") or views)
         index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
             prior = self._fitting("prior", self.stages.prior(index, length), tokenizer.measured.kept)
@@ -146,18 +159,17 @@ class Planner:
             searching = search.seconds if search else 0.0
             shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step, searching)
             if shares is None:
-                planning = 1.25 * (time.perf_counter() - self.began)  # done again, and not always as fast
-                needed = math.ceil((rules.least_time(encoding) + planning + 2 * TRIAL) / 60)
-                text = f"encoding the images takes about {encoding / 60:.1f} min"
-                raise TooSlow(f"--minutes: {text}, which leaves too little to train; give {needed} or more")
-            steps = max(found.steps(shares.prior), 0)
+                text = f"encoding the images takes about {encoding / 60:.1f} min, which leaves too little to train"
+                raise TooSlow(f"--minutes: {text}; give {self._minutes(rules.least_time(encoding))} or more")
+            steps = prior.steps(shares.prior)
             if rules.affordable(index, steps * found.batch * length) or self.stages.given("prior", "dim", "layers"):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index -= 1
-        if steps < least:
+        if found.steps(shares.prior) < least:
             self.too_long = length
-        self._enough("prior", steps, least, last)
+        rest = encoding + rules.DRAWING[0]  # drawing and the search take a twentieth each of the whole besides
+        self._enough("prior", found, shares.prior, least, last, lambda needed: (2 * needed + rest) / 0.9)
         dropout = {"model": {"dropout": rules.dropout(steps * found.batch / survey.train)}}
         prior = replace(prior, values=merged(prior.values, dropout))
         self.stages.write("prior", prior.values)
@@ -166,10 +178,26 @@ class Planner:
             self.stages.write("samples", {"n": 64})
         return Draft(size, shares, tokenizer, prior, search, why, reason)
 
-    def _enough(self, stage: str, steps: int, least: int, last: bool) -> None:
+    def _codes(self, size: list[int], factor: int) -> tuple[int, int]:
+        """Positions of codes in an image of this size, and codes a position, with what the user has set."""
+        self.stages.write("tokenizer", self.stages.tokenizer(size, factor, 1))
+        config = parse(TokenizerTraining, self.stages.words("tokenizer"))
+        return size[0] * size[1] // config.model.factor**2, getattr(config.quantizer, "depth", 1)
+
+    def _enough(
+        self, stage: str, found: Measured, seconds: float, least: int, last: bool, whole: Callable[[float], float]
+    ) -> None:
+        """Raise `TooSlow` where a training has too few steps in its `seconds`; `whole` is the time of all stages in
+        which it has so many."""
         wanted = LEAST if last else least
-        if steps < wanted:
-            raise TooSlow(f"--minutes: only {max(steps, 0)} steps of the {stage} would fit into the time, not {wanted}")
+        if (steps := found.steps(seconds)) < wanted:
+            text = f"only {max(steps, 0)} steps of the {stage} would fit into the time, not {wanted}"
+            raise TooSlow(f"--minutes: {text}; give {self._minutes(whole(found.seconds(wanted)))} or more")
+
+    def _minutes(self, seconds: float) -> int:
+        """Minutes to ask for, so that the stages have so many seconds."""
+        planning = 1.25 * (time.perf_counter() - self.began)  # done again, and not always as fast
+        return math.ceil((seconds + planning + 2 * TRIAL) / 60)
 
     def _say(self, name: str, choice: str, why: str = "") -> None:
         self.rows.append(Row(name, choice, why))
@@ -185,9 +213,9 @@ class Planner:
         tokenizer = parse(TokenizerTraining, self.stages.words("tokenizer"))
         (height, width), factor = tokenizer.images.size, tokenizer.model.factor
         self._say("size", f"{height}x{width} pixels, {tokenizer.images.channels} channels", draft.why_size)
-        rows, columns = height // factor, width // factor
-        why = f"{rows * columns * s.train:,} codes of training images"
-        self._say("codes", f"{rows}x{columns} of {tokenizer.quantizer.codes}", why)
+        rows, columns, depth = height // factor, width // factor, getattr(tokenizer.quantizer, "depth", 1)
+        why = f"{rows * columns * depth * s.train:,} codes of training images"
+        self._say("codes", f"{rows}x{columns}{f'x{depth}' * (depth > 1)} of {tokenizer.quantizer.codes}", why)
         losses = "squared error, LPIPS and a discriminator"
         if not self.request.perceptual_weights:
             losses = "squared error alone; --perceptual-weights gives sharper pictures"
@@ -231,13 +259,19 @@ class Planner:
             self.stages.write(stage, values)
             found, (batch, parts) = tried(self._trial(stage)), self._batch(stage)
             if found and (found := found.after(kept)).memory <= memory:
-                return Tried(values, found)
-            if parts == batch:
+                return Tried(values, found, self._given_steps(stage, batch))
+            if parts == batch or self.stages.given(stage, "accumulate"):
                 short = f"{found.memory / 1e9:.1f} GB" if found else "more memory than there is"
                 free = f"{memory / 1e9:.1f} GB are free for it"
-                raise UserError(f"--data: the {stage} would take {short}, {free}; choose a smaller --size")
+                other = f", or a larger --{stage} accumulate" * (parts < batch)
+                raise UserError(f"--data: the {stage} would take {short}, {free}; choose a smaller --size{other}")
             more = next(p for p in range(2 * parts, batch + 1) if batch % p == 0) if 2 * parts <= batch else batch
             values = merged(values, {"run": {"accumulate": more}})
+
+    def _given_steps(self, stage: str, batch: int) -> int | None:
+        """Steps of a training where the user has set them, also as epochs."""
+        epochs = self.stages.value(stage, "epochs")
+        return math.ceil(epochs * self.survey.train / batch) if epochs else self.stages.value(stage, "steps")
 
     def _batch(self, stage: str) -> tuple[int, int]:
         """Batch size of a training, and the parts it is split into."""

@@ -17,6 +17,8 @@ from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
+from .plan import saved_plan, unedited
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -64,6 +66,9 @@ def _train_prior(config: PriorTraining) -> None:
 def _search(config: SettingsConfig) -> None:
     from vqgen.evaluation.program import settings
 
+    folder = config.model.parent
+    if (plan := saved_plan(folder)) and "settings" in unedited(plan, folder):
+        config.holdout = None  # that of the run, which plans of former versions do not follow
     if settings_are_found(config.model):
         print(f"{config.model} recommends the settings that were found for it already", file=sys.stderr)
         return
@@ -83,6 +88,7 @@ def settings_given(words: Sequence[str]) -> bool:
 
 
 def _draw(config: SampleConfig) -> None:
+    from vqgen.prior.model import Prior
     from vqgen.sampling.write_samples import write_samples
 
     if config.model is not None and samples_are_drawn(config.output, config.model):
@@ -90,6 +96,11 @@ def _draw(config: SampleConfig) -> None:
         return
     if config.model is not None:
         recommend(config, config.model)
+        folder = config.output.parent
+        own = (plan := saved_plan(folder)) and "samples" in unedited(plan, folder)
+        if own and config.prompt and "prompt" not in config.given:  # planned before it was known how much is read
+            part = Prior.load(config.model).conditioning.text
+            config.prompt = part.readable(config.prompt) if part else config.prompt
     write_samples(config)
 
 

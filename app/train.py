@@ -5,6 +5,7 @@
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -12,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vqgen.config import command, options
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
-from vqgen.files import locked
+from vqgen.files import locked, read_text, write_text
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
@@ -46,7 +47,8 @@ class TrainConfig(Options):
     minutes: Annotated[float, Range(above=0, most=1e6)] = 60.0
     """Time for all of it. A run that is given more trains its prior for longer, unless that has stopped early."""
     plan: bool = False
-    """Only make the plan, print it with the command line of each stage, and save it in --output."""
+    """Only make the plan, print it with the command line of each stage, and save it in --output. That of a run that
+    has begun is not saved."""
     overwrite: bool = False
     """Remove an earlier run in --output and start anew; to continue it, leave it out."""
     size: list[Annotated[int, Range(least=8, most=2**14)]] | None = None
@@ -60,13 +62,13 @@ class TrainConfig(Options):
     perceptual_weights: str | None = None
     """Weights of VGG16, which turn on LPIPS and a discriminator and make pictures sharper: a file, or torchvision,
     which downloads them."""
-    tokenizer: list[str] = field(default_factory=list)
+    tokenizer: list[str] = field(default_factory=list, metadata={"placeholder": "NAME=VALUE"})
     """Options of vqgen-train-tokenizer that replace what is planned: codebook-size=2048 multipliers=1,2."""
-    codes: list[str] = field(default_factory=list)
+    codes: list[str] = field(default_factory=list, metadata={"placeholder": "NAME=VALUE"})
     """Options of vqgen-tokenize: views=4."""
-    prior: list[str] = field(default_factory=list)
+    prior: list[str] = field(default_factory=list, metadata={"placeholder": "NAME=VALUE"})
     """Options of vqgen-train-prior: dim=512 patience=0."""
-    samples: list[str] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list, metadata={"placeholder": "NAME=VALUE"})
     """Options of vqgen-sample: n=100 guidance-scale=3."""
 
     def __post_init__(self) -> None:
@@ -95,6 +97,11 @@ class TrainConfig(Options):
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
+def has_steps(words: Sequence[str]) -> bool:
+    """Whether words given to a training say how long it is."""
+    return bool({"--steps", "--epochs"} & {word.partition("=")[0] for word in words})
+
+
 def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> list[str]:
     """The command line of a stage, without its program."""
     from .plan import file_of
@@ -102,17 +109,20 @@ def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> 
 
     given: list[str] = getattr(plan.request, name) if name in GIVEN else []
     words = ["--config", str(file_of(output, name)), *folders(output, name, overwrite)]
-    budget = {"tokenizer": plan.tokenizer_minutes, "prior": plan.prior_minutes or plan.planned_prior_minutes}
-    own = {"--steps", "--epochs"} & {word.partition("=")[0] for word in given}
-    if name in budget and not own:
+    budget = {
+        "tokenizer": plan.expected["tokenizer"].minutes,
+        "prior": plan.prior_minutes or plan.expected["prior"].minutes,
+    }
+    if name in budget and not has_steps(given):
         words += ["--minutes", f"{budget[name]:.4g}"]
     return [*words, *given]
 
 
-def check_words(config: type, name: str, words: Sequence[str]) -> None:
-    """Raise `UsageError` where words given to a stage are none of its options, or have values of another type."""
+def check_words(config: type, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Option -> value of the words given to a stage. Raises `UsageError` where they are none of its options, or have
+    values of another type."""
     try:
-        merged(config, [read_arguments(config, words)[0]])
+        return merged(config, [read_arguments(config, words)[0]])
     except UsageError as error:
         raise UsageError(f"--{name}: {error}") from error
 
@@ -136,39 +146,42 @@ def made_or_found(config: TrainConfig) -> "Plan":
     from .stages import STAGES
 
     output, request = config.output, config.request()
-    for name in GIVEN:
-        check_words(STAGES[name].config, name, getattr(request, name))
+    given = {name: check_words(STAGES[name].config, name, getattr(request, name)) for name in GIVEN}
     found = None if config.overwrite else saved_plan(output)
     begun = [name for name in STAGES if (output / name).exists()]
+    ours, theirs = (given[name].get("holdout", ImageConfig.holdout) for name in ("tokenizer", "codes"))
+    if ours != theirs and (config.overwrite or "codes" not in begun):
+        text = f"found holdout={theirs:g}, --tokenizer has {ours:g}: held-out images would be trained on"
+        raise UsageError(f"--codes: {text}; give both the same")
     if found and begun:
-        plan = continued(found, request, config, begun)
-    elif found and (found.request, found.minutes) == (request, config.minutes):
-        plan = found
-    else:
-        if found:
-            refuse_edited(found, output)
-        return new_plan(request, config, begun if config.overwrite else [])
-    check_stages(plan, output)  # its files may have been edited
-    plan.save(output)
-    return plan
+        return continued(found, request, config, begun)
+    if found and (found.request, found.minutes) == (request, config.minutes):
+        check_stages(found, output)  # its files may have been edited
+        return found
+    if found:
+        refuse_edited(found, output)
+    return new_plan(request, config, begun if config.overwrite else [])
 
 
 def check_stages(plan: "Plan", folder: Path) -> None:
     """Raise `UsageError` where a configuration of the plan in `folder`, with what is given, is none of its stage."""
     from .stages import STAGES
 
-    for name in plan.expected:
+    for name in plan.stages:
         with explained(name):
             STAGES[name].parsed(words_of(plan, folder, name))
 
 
 def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
-    """The plan of a run that has begun, with more time or other options of later stages. Raises `UsageError`."""
+    """The plan of a run that has begun, with more time or other options of later stages; saved, but for --plan.
+
+    Raises `UsageError`.
+    """
     later = {name: getattr(request, name) for name in GIVEN if name not in begun}
     if not (config.output / "samples" / "samples.json").exists():
         later["samples"] = request.samples
-    found = replace(found, request=replace(found.request, **later))
-    before, now = asdict(found.request), asdict(request)
+    plan = replace(found, request=replace(found.request, **later))
+    before, now = asdict(plan.request), asdict(request)
     if name := next((key for key in now if now[key] != before[key]), None):
         this, that = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], before[name]))
         what = f"found {this or 'nothing'}, the run in {config.output} has {that or 'nothing'}"
@@ -176,7 +189,41 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
     if config.minutes < found.minutes:
         what = f"found {config.minutes:g}, the run in {config.output} has {found.minutes:g}"
         raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")
-    return found.lengthened(config.minutes) if config.minutes > found.minutes else found
+    if config.minutes > found.minutes and has_steps(request.prior):
+        text = f"found {config.minutes:g}, but --prior gives its steps, so that more time trains nothing more"
+        raise UsageError(f"--minutes: {text}; give {found.minutes:g} as before")
+    if plan.request == found.request:
+        check_stages(plan, config.output)  # its files may have been edited
+    else:
+        plan = adapted(plan, config, begun)
+    if config.minutes > plan.minutes:
+        plan = plan.lengthened(config.minutes)
+    if not config.plan:
+        plan.save(config.output)
+    return plan
+
+
+def adapted(plan: "Plan", config: TrainConfig, begun: Sequence[str]) -> "Plan":
+    """The plan of a run that has begun with what follows from its request, which has changed; its files are written,
+    but for --plan, where all stages can read them. Raises `UsageError`."""
+    from .configurations import Configurations
+    from .machine import machine
+    from .plan import FOLDER, file_of
+    from .survey import look
+
+    survey, before = look(config.data, config.text_column), plan.written
+    with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as name:
+        made = Path(name)
+        shutil.copytree(config.output / FOLDER, made / FOLDER)
+        try:
+            plan = Configurations(plan.request, survey, machine(), made).adapted(plan, begun)
+            check_stages(plan, made)
+        except UserError as error:
+            raise type(error)(str(error).replace(str(made), str(config.output))) from error
+        for stage in plan.written:
+            if not config.plan and plan.written[stage] != before[stage]:
+                write_text(file_of(config.output, stage), read_text(file_of(made, stage)))
+    return plan
 
 
 def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "Plan":
@@ -247,10 +294,10 @@ def train(config: TrainConfig) -> None:
     check_places(config)
     with locked(output):
         plan = made_or_found(config)
-        print(text_of(plan, {name: words_of(plan, output, name) for name in plan.expected}), flush=True)
+        print(text_of(plan, {name: words_of(plan, output, name) for name in plan.stages}), flush=True)
         if config.plan:
             return
-        for number, name in enumerate(plan.expected, 1):
+        for number, name in enumerate(plan.stages, 1):
             if name == "settings" and settings_given(plan.request.samples):
                 print("settings are not searched, as --samples gives them", file=sys.stderr)
                 continue
@@ -260,7 +307,7 @@ def train(config: TrainConfig) -> None:
             plan.forget_removed(output, name)
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
             with recorded(plan, output, name), explained(name):
-                STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.expected)}")
+                STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.stages)}")
         page = write_page(output)
     print(f"\n{outcome(plan)}\nLook at {output / 'samples' / 'grid.png'}, and at all of it in {page}")
 

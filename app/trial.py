@@ -90,6 +90,12 @@ class Measured:
 
         return Trial(self.start, self.step, self.validation).steps(seconds, self.validations)[0]
 
+    def seconds(self, steps: int) -> float:
+        """Time that holds so many steps, a fifth of it for validations or one of them."""
+        from vqgen.training.budget import VALIDATION
+
+        return self.start + max(steps * self.step / (1 - VALIDATION), steps * self.step + self.validation) + self.step
+
 
 @dataclass
 class TrialConfig(Options):
@@ -242,7 +248,8 @@ def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:
     conditioning = Conditioning.for_files(files, config.objective, config.model.order)
     prior = Prior(config.model, conditioning, (files.channels, *files.image_size), files.tokenizer_fingerprint)
     generator = Generator(prior, Tokenizer.load(config.codes / "tokenizer"), _device(), samples.precision)
-    conditions = generator.conditioning.conditions({"text": samples.prompts})
+    prompts, part = samples.prompts, generator.conditioning.text
+    conditions = generator.conditioning.conditions({"text": part.readable(prompts) if part and prompts else prompts})
     if files.source:
         conditions = conditions.having({"source": list(files.gather_source([0], [0]))})
     settings = generator.settings(samples.given_settings, conditions)

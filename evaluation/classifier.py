@@ -13,7 +13,7 @@ from vqgen.artifact import fingerprint, load_artifact, refuse_others, save_artif
 from vqgen.config import from_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.files import atomic_path, check_writable
+from vqgen.files import atomic_path
 from vqgen.files.output_folder import new_folder
 from vqgen.metric import Metric
 from vqgen.options import Options, Size
@@ -104,10 +104,9 @@ def train_classifier(config: ClassifierTraining) -> None:
 
 
 def _train(config: ClassifierTraining) -> None:
-    check_writable(config.output)
     if processes().num_processes > 1:
         raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")
-    images = ImageConfig(size=config.size, channels=config.channels, flip=True, holdout=config.holdout)
+    images = ImageConfig(size=config.size, channels=config.channels, flip=config.flip, holdout=config.holdout)
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", images)
     if not train.class_names:
@@ -125,9 +124,13 @@ def _train(config: ClassifierTraining) -> None:
 
 
 def classifier_of(
-    train: ImageDataset, config: ClassifierTraining, device: torch.device, turned: bool = False
+    train: ImageDataset,
+    config: ClassifierTraining,
+    device: torch.device,
+    turned: bool = False,
+    remedy: str = "give a lower --lr",
 ) -> Classifier:
-    """Train a classifier on the images of a split, as `config` says. Raises `UsageError`.
+    """Train a classifier on the images of a split, as `config` says. Raises `UsageError`, see `fit_classifier`.
 
     With `turned` it tells by how much an image is turned (Gidaris et al. 2018), 0 for not at all, and not its class.
     """
@@ -142,7 +145,7 @@ def classifier_of(
         names = [f"{90 * turn} degrees" for turn in turns]
         shown = _turned((pictures for pictures, _ in shown), turns, config.seed)
     described = ClassifierConfig(images.size, images.channels, names, config.width)
-    model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device)
+    model = fit_classifier(described, shown, config.steps, config.lr, config.seed, device, remedy=remedy)
     model.fingerprint = fingerprint(model.state_dict())
     return model
 
@@ -164,8 +167,11 @@ def fit_classifier(
     seed: int,
     device: torch.device,
     title: str = "classifier",
+    remedy: str = "give a lower --lr",
 ) -> Classifier:
     """Train a new classifier, `seed` its initial weights and dropout; return it in evaluation mode.
+
+    Raises `UsageError` where it diverges, with the `remedy`.
 
     Args:
         batches: at least `steps` of uint8 images (B, C, H, W) and labels (B,), -1 for none.
@@ -184,6 +190,8 @@ def fit_classifier(
             schedule.step()
             optimizer.zero_grad()
             bar.update()
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UsageError(f"the classifier diverged with the learning rate {lr:g}; {remedy}")
     return model.eval()
 
 

@@ -125,7 +125,7 @@ def _refuse_foreign(output: Path) -> None:
             about = read_json(path)
         if not {"version", "tokenizer_fingerprint", "codebook_size"} <= about.keys():
             raise UsageError(f"--output: {path} is of something else; move it or choose another folder")
-    if not str(about.get("version")).startswith("0.1"):  # which did not mark its pictures
+    if not re.match(r"0\.1(?!\d)", str(about.get("version"))):  # which did not mark its pictures
         for name in ("atlas.png", "neighbours.png"):
             refuse_foreign_png(output / name, "--output")
 

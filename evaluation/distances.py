@@ -53,7 +53,8 @@ def density_coverage(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     """Density and coverage of Naeem et al. 2020, eq. 5 and 6.
 
     The ball of a reference image reaches to its k-th neighbour. Density is the number of balls that a sample lies in,
-    divided by k; coverage is the share of balls that contain a sample.
+    divided by k; coverage is the share of balls that contain a sample. A ball whose neighbours are copies of its image
+    contains what equals that.
     """
     k = min(DENSITY_COVERAGE_K, len(reference) - 1)
     # cdist uses matrix products, which lose small distances between vectors far from 0 in float32.
@@ -62,8 +63,10 @@ def density_coverage(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     for part in reference.split(2000):
         radii = torch.cdist(part, reference).kthvalue(k + 1).values[:, None]  # the nearest is the image itself
         distances = torch.cdist(part, samples)
-        inside += int((distances < radii).sum())
-        covered += int((distances < radii).any(1).sum())
+        equal = distances <= 1e-7 * (part.norm(dim=1)[:, None] + samples.norm(dim=1))  # but for rounding
+        within = (distances < radii) | equal
+        inside += int(within.sum())
+        covered += int(within.any(1).sum())
     return inside / (k * len(samples)), covered / len(reference)
 
 

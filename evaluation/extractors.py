@@ -172,7 +172,9 @@ def extractor_for(network: Network, weights: str | None, device: torch.device) -
     Raises `UserError`, also if torch-fidelity, which computes the distances, is missing.
     """
     if weights is None and network != "fd-efficientnet-lite0":
-        raise UsageError(f"--weights: {network} needs its weights; name a local file, or download")
+        others = "--extractor fd-efficientnet-lite0, which has them from an installed package"
+        others += ", fd-vgg16" * (network == "inception") + " or none"
+        raise UsageError(f"--weights: {network} needs its weights; name a local file, or download, or use {others}")
     try:
         import torch_fidelity  # noqa: F401  # checked before anything is computed
 

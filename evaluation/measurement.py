@@ -3,8 +3,10 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -13,10 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgen.config import read_saved
 from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
+from vqgen.files import is_file, read_json
 from vqgen.metric import Metric
 from vqgen.prior.model import Prior
+from vqgen.prior.train import PriorTraining
+from vqgen.sampling.generator import SHIPPED, find_model
+from vqgen.sampling.output import FINISHED
+from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.encode import TokenizeConfig
+from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.training.folder import CONFIG
 
 from .receipt import MEASUREMENTS
 
@@ -87,6 +98,64 @@ def check_classes(prior: Prior, names: Sequence[str] | None, unconditional: bool
         raise UsageError(f"--unconditional: {text}; leave it out")
     if unconditional and any(part.informative for part in prior.conditioning.plain.parts):
         prior.conditioning.check_absence("--unconditional:")
+
+
+def held_out(config: Any) -> float:
+    """Share of the images that is held out: as given, by default as in the run that is measured, else as usual."""
+    if config.holdout is not None:
+        return config.holdout
+    found = _of_run(config)
+    return found["holdout"] if found else ImageConfig.holdout
+
+
+def settle_holdout(config: Any) -> str:
+    """Set the share of images held out where none is given, so that a receipt has it; return what is to be said of it.
+
+    Raises `UsageError` where the one given is larger than that of the run on the same images.
+    """
+    if not hasattr(config, "holdout"):
+        return ""
+    given, found = config.holdout, _of_run(config)
+    config.holdout = held_out(config)
+    judged = getattr(config, "split", "heldout") == "heldout"
+    same = found is not None and Path(str(found["data"])).name == Path(config.data).name
+    if found and same and judged and config.holdout > found["holdout"]:
+        text = f"found {given:g}, but the run held out {found['holdout']:g} and was trained on the others"
+        raise UsageError(f"--holdout: {text}; leave it out, or give at most that")
+    if found or given is not None or not judged:
+        return ""
+    return f"--holdout {config.holdout:g} of images without a validation split, as no run of the model records another"
+
+
+def _of_run(config: Any) -> dict[str, Any] | None:
+    """Options by which the run that is measured, or whose samples are, read its images; None where they are unknown.
+
+    For a prior these are the options of its codes.
+    """
+    model, samples = getattr(config, "model", None), getattr(config, "samples", None)
+    if model is None and samples is not None and is_file(samples / FINISHED):
+        model = read_json(samples / FINISHED).get("model")
+    if model is None:
+        tokenizer = getattr(config, "tokenizer", None)
+        return tokenizer and _saved(tokenizer, TokenizerTraining)
+    folder = find_model(Path(str(model)))
+    if (prior := _saved(folder, PriorTraining)) is None:
+        return None
+    codes = Path(prior["codes"])
+    return _saved(codes, TokenizeConfig) or _saved(folder.parent / codes.name, TokenizeConfig)
+
+
+def _saved(folder: Path, config: type) -> dict[str, Any] | None:
+    """Options in the config.yaml of a folder of ours."""
+    with suppress(UserError):
+        found = read_saved(folder / CONFIG, config)
+        return found if {"data", "holdout"} <= found.keys() or "codes" in found else None
+    return None
+
+
+def is_shipped(folder: Path) -> bool:
+    """Whether a folder is that of a model in the package, or in one."""
+    return any(folder.resolve().is_relative_to(each.resolve()) for each in SHIPPED.values())
 
 
 def start_processes(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Options of the commands of vqgen-eval."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -52,8 +53,9 @@ class ReconstructionConfig(Options):
     """Feature extractor of the distance of reconstructions from originals (rFID with inception); none = no distance."""
     weights: str | None = None
     """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
-    holdout: Holdout = 0.05
-    """Share of the images held out if the source has no validation split."""
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -130,12 +132,16 @@ class SamplesConfig(Options):
     """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
     classifier: Path | None = None
     """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
-    cache: Path = Path("~/.cache/vqgen/references")
-    """Folder that keeps the feature statistics of real images for later evaluations."""
+    cache: Path = field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vqgen" / "references"
+    )
+    """Folder that keeps the feature statistics of real images for later evaluations; in $XDG_CACHE_HOME where it is
+    set."""
     seed: Seed = 0
     """Seed of the samples of --model."""
-    holdout: Holdout = 0.05
-    """Share of the images held out if the source has no validation split."""
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -188,6 +194,8 @@ class ClassifierTraining(Options):
     """Channels at the first level."""
     holdout: Holdout = 0.05
     """Share of the images held out if the source has no validation split."""
+    flip: bool = True
+    """Mirror half of the training images at random; --no-flip for digits, letters and the like."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the flips."""
 

@@ -1,11 +1,13 @@
 """vqgen-eval: metrics of reconstructions, priors and samples, each with a receipt by which it can be measured again."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqgen.config import commands, values_of
+from vqgen.config import options as known_options
 from vqgen.errors import UsageError
 from vqgen.evaluation.tasks.options import (
     AccuracyConfig,
@@ -15,6 +17,7 @@ from vqgen.evaluation.tasks.options import (
     TranslationConfig,
     WindowsConfig,
 )
+from vqgen.options import option_name
 
 from . import options
 from .receipt import flatten, read_receipt, write_receipt
@@ -23,47 +26,69 @@ if TYPE_CHECKING:
     from .measurement import Measurement
 
 
-def _measure_with_receipt(program: str, config: Any) -> "Measurement":
-    """Measure; the main process prints the metrics and writes the receipt."""
+def _measure_with_receipt(program: str, config: Any, write: "Callable[[Any, Measurement], None] | None" = None) -> None:
+    """Measure; the main process prints the metrics, writes what follows from them, and then the receipt."""
     from vqgen.devices import processes, rank_and_world
     from vqgen.files import check_writable
 
-    from .measurement import label_of, measure
+    from .measurement import label_of, measure, settle_holdout
 
-    path = receipt_path(program, config)
+    path, said = receipt_path(program, config), settle_holdout(config)
     check_writable(path)  # before hours of measuring
     if path.exists():
-        read_receipt(path)  # raises: only a receipt may be replaced
+        former = read_receipt(path)  # raises: only a receipt may be replaced
+        if config.output is None and not write:  # what is written besides replaces the former in any case
+            _refuse_other(path, former["options"], config)
     found = measure(program, config)
     if rank_and_world()[0] == 0:
         for name, value in flatten(found.metrics):
             title, unit = label_of(program, name)
             print(f"{title:<40} {value:.5g} {unit}".rstrip())
+        if write:
+            write(config, found)
         write_receipt(path, program, values_of(config), found)
         counts = ", ".join(f"{count} {what}" for what, count in found.counts.items())
-        print(f"of {counts}; receipt: {path}")
+        print(f"of {counts}; receipt: {path}" + f"\n{said}" * bool(said))
     processes().destroy_process_group()
-    return found
+
+
+OPERATIONAL = {"output", "device", "batch_size", "workers", "map"}
+"""Options that do not change what is measured."""
+
+
+def _refuse_other(path: Path, former: Mapping[str, Any], config: Any) -> None:
+    """Raise `UsageError` where a receipt that has its name by default is of other options: it is kept."""
+
+    def plain(value: Any) -> Any:
+        return os.path.realpath(value) if isinstance(value, (str, Path)) and os.path.exists(value) else value
+
+    defaults = {option.name: option.default for option in known_options(type(config))}
+    for name, value in values_of(config).items():
+        before = former.get(name, defaults[name])
+        if name not in OPERATIONAL and plain(before) != plain(value) and plain(value) != os.path.realpath(path.parent):
+            text = f"{path} was measured with {option_name(name)} {before}, now {value}"
+            raise UsageError(f"--output: found none, but {text}; name another file, or remove that one")
 
 
 def receipt_path(program: str, config: Any) -> Path:
     """Path of the receipt: --output, or by default a file in the folder of the model that is measured.
 
-    Raises `UsageError` where that is a model of the package, by its name.
+    Raises `UsageError` where that is a model of the package.
     """
+    from vqgen.sampling.generator import find_model
+
+    from .measurement import is_shipped
+
     if config.output is not None:
         return config.output
     parts = [program, config.split] if hasattr(config, "split") else [program]
     parts += ["unconditional"] * getattr(config, "unconditional", False)
-    parts += [str(config.n)] * bool(config.n) + [config.precision] * (config.precision != "fp32")
-    if program == "reconstruction":
-        return config.tokenizer / f"{'-'.join(parts)}.json"
-    from vqgen.sampling.generator import find_model
-
-    if find_model(config.model) != config.model:
-        text = f"--model {config.model} is in the installed package, where no receipt belongs"
+    parts += [str(config.n)] * (config.n != type(config).n) + [config.precision] * (config.precision != "fp32")
+    folder = config.tokenizer if program == "reconstruction" else find_model(config.model)
+    if is_shipped(folder):
+        text = f"{folder} is in the installed package, where no receipt belongs"
         raise UsageError(f"--output: found none, but {text}; name a file")
-    return config.model / f"{'-'.join(parts)}.json"
+    return folder / f"{'-'.join(parts)}.json"
 
 
 def reconstruction(config: options.ReconstructionConfig) -> None:
@@ -111,7 +136,7 @@ def settings(config: SettingsConfig) -> None:
     from .tasks.settings import check_folder, write_choice
 
     check_folder(config.model)
-    write_choice(config, _measure_with_receipt("settings", config))
+    _measure_with_receipt("settings", config, write_choice)
 
 
 def classifier(config: options.ClassifierTraining) -> None:

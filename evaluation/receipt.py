@@ -1,6 +1,7 @@
 """Receipts: a measurement with everything needed to repeat it, and its repetition."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING
@@ -21,6 +22,7 @@ from vqgen.evaluation.tasks.options import (
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import option_name
+from vqgen.tokenizer.data.options import ImageConfig
 
 from .options import LikelihoodConfig, ReconstructionConfig, ReplayConfig, SamplesConfig
 
@@ -165,13 +167,12 @@ def _options(path: Path, former: dict[str, Any], config: ReplayConfig) -> dict[s
     left_out = {"cache", "map", *(["classifier"] if config.without_classifier else [])}
     values = {name: value for name, value in former["options"].items() if name not in left_out} | given
     values = {name: checked(known[name].type, value, f"{path}: {name}") for name, value in values.items()}
+    if "holdout" in known and values.get("holdout") is None:
+        values["holdout"] = ImageConfig.holdout  # of that time
     if missing := next((name for name, o in known.items() if o.default is MISSING and name not in values), None):
         raise UserError(f"{path}: it has no option {missing}; measure again")
-    if (
-        "split" not in given
-        and values.get("split") == "heldout"
-        and str(former["environment"].get("vqgen", "")) < "0.2"
-    ):
+    of_0_1 = re.match(r"0\.[01](?!\d)|$", str(former["environment"].get("vqgen", ""))) is not None
+    if "split" not in given and values.get("split") == "heldout" and of_0_1:
         values["split"] = _split_of_version_0_1(former, values)
     return values
 

@@ -30,7 +30,7 @@ from .classifier import ACCURACY, Classifier
 from .distances import DISTANCES, compute_distances
 from .extractors import extract, extractor_for
 from .features import FeatureSets, reduce_sum
-from .measurement import Measurement, SetHash, check_count, start_processes
+from .measurement import Measurement, SetHash, check_count, held_out, start_processes
 from .options import SamplesConfig
 from .receipt import environment
 from .reference import measure_reference
@@ -63,7 +63,6 @@ class Reading(Protocol):
     """Options by which images of a folder are read."""
 
     fit: Literal["crop", "pad"] | None
-    holdout: float
     workers: int
 
 
@@ -83,7 +82,7 @@ def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str]
     elif (folder / UNFINISHED).is_file():
         raise UserError(f"--samples: {folder} is not complete; run the same vqgen-sample again")
     else:
-        source = open_source(str(folder), "all", config.holdout)
+        source = open_source(str(folder), "all", ImageConfig.holdout)
         order = epoch_slice(len(source), 0, 0, len(source))  # a folder of classes lists one class after the other
         source = replace(source, rows=source.rows[order], labels=source.labels[order])
     if not len(source):
@@ -148,22 +147,25 @@ def measure_samples(config: SamplesConfig) -> Measurement:
         generator.check(config.sampling, generator.conditioning.conditions())
         about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or DRAWN
-        stream = draw_samples(generator, config, count)
+        stream, classes = draw_samples(generator, config, count), np.array(generator.conditioning.classes.default())
     else:
         dataset, names = open_samples(cast(Path, config.samples), config)
         images, count = dataset.config, check_count(config.n, len(dataset), "--n", str(config.samples))
-        stream = read_samples(dataset, config, count)
-    if count < 2:
+        stream, classes = read_samples(dataset, config, count), dataset.source.labels
+    network = config.extractor
+    if count < 2 and network != "none":
         raise UsageError(f"--n: found {count}, but a distance needs at least 2 samples; give more")
     for fewer in config.at:
         check_count(fewer, count, "--at", "the set of samples")
-    network = config.extractor
+    least = min(config.at, default=count)
+    if config.classifier and not (classes[:least] >= 0).any():
+        raise UserError(f"--classifier: none of the first {least} samples has a class; leave it out")
     extractor = None if network == "none" else extractor_for(network, config.weights, device)
     classifier = load_classifier(config.classifier, names, images, device) if config.classifier else None
     real = None
     if extractor:
         shape = (images.size, images.channels, images.fit)
-        whole = ImageConfig(*shape, holdout=config.holdout, cache_mb=0, workers=config.workers)
+        whole = ImageConfig(*shape, holdout=held_out(config), cache_mb=0, workers=config.workers)
         real = measure_reference(config, whole, extractor, device)
 
     counts, pixels = sorted({*config.at, count}), SetHash()
@@ -190,8 +192,6 @@ def measure_samples(config: SamplesConfig) -> Measurement:
             result = compute_distances(statistics[number], real.statistics, network)
         if classifier:
             correct, labelled = classified[counts.index(number)].tolist()
-            if not labelled:
-                raise UserError(f"--classifier: none of the first {number} samples has a class; leave it out")
             result[ACCURACY.name] = correct / labelled
         return result
 

@@ -23,6 +23,7 @@ from .options import PART_CLASSES, ObjectiveConfig
 from .parts.part import ABSENT, Classes, Part, Rows, is_absent
 from .parts.scan import Scan
 from .parts.source import MaskedSource, PairedSource, Source
+from .parts.text import Text
 from .vocabulary import Vocabulary
 
 PARTS: list[type[Part]] = [pkgutil.resolve_name(name) for name in PART_CLASSES]
@@ -128,6 +129,11 @@ class Conditioning:
         return next((part for part in self.parts if isinstance(part, Scan)), None)
 
     @property
+    def text(self) -> Text | None:
+        """The part of a prior that was trained on captions."""
+        return next((part for part in self.parts if isinstance(part, Text)), None)
+
+    @property
     def masked_source(self) -> Source | None:
         """The source part of a prior that was trained to fill in images."""
         return next((part for part in self.parts if isinstance(part, Source) and part.inpainting), None)
@@ -143,13 +149,12 @@ class Conditioning:
         return self.classes.absent[0]
 
     def common_ids(self, other: "Conditioning") -> list[tuple[slice, slice]]:
-        """The token ids that two priors of the same codes share: own and the other's, codes and parts of equal size."""
+        """The token ids that two priors of the same codes share: own and the other's, of codes and of parts."""
         shared = [(slice(self.vocabulary.size), slice(self.vocabulary.size))]
         theirs = {part.name: part for part in other.parts}
         for part in self.parts:
-            if part.name in theirs and part.shares_ids(theirs[part.name]):
-                first = theirs[part.name].first
-                shared.append((slice(part.first, part.first + part.ids), slice(first, first + part.ids)))
+            if part.name in theirs:
+                shared += part.shared_ids(theirs[part.name])
         return shared
 
     # Sequences (B, length + codes) = prefix, then code tokens.
@@ -258,7 +263,7 @@ class Conditioning:
     def check_absence(self, option: str, conditions: Conditions | None = None, guidance: str | None = None) -> None:
         """Raise `UsageError`, beginning with `option`, where absent conditions change nothing or were not learned.
 
-        With `guidance`, the option of a scale, only the parts that it guides count.
+        With `guidance`, the option of a scale, only the parts that it guides count, and of `conditions` those given.
         """
         informative = [part for part in self.parts if part.informative and guidance in (None, part.guidance)]
         if not informative:
@@ -266,18 +271,29 @@ class Conditioning:
                 "has no condition of that kind" if any(part.informative for part in self.parts) else "is unconditional"
             )
             raise UsageError(f"{option} the model {kind}; leave it at its default")
-        if conditions and all(is_absent(value) for part in informative for value in conditions[part.name]):
+        given = [p for p in informative if conditions is None or not all(map(is_absent, conditions[p.name]))]
+        if not given:
             options = ", ".join(part.flag() for part in informative)
             raise UsageError(f"{option} these images have no condition to be guided to; name some with {options}")
-        if not any(part.guidable for part in informative):
-            options = ", ".join(f"{part.dropout_option or f'dropout of {part.name}'} 0" for part in informative)
-            trained = f"the prior was trained with {options}, always with its condition"
-            raise UsageError(f"{option} {trained}; leave it at its default")
+        if not any(part.guidable for part in given):
+            trained = f"the prior was trained with {', '.join(part.undropped for part in given)}"
+            raise UsageError(f"{option} {trained}, always with its condition; leave it at its default")
+
+    def check_given(
+        self, conditions: Conditions, option: str | None = None, hint: str = "give one to each image"
+    ) -> None:
+        """Raise `UsageError` where images lack a part that all sequences of training have; it begins with `option`, by
+        default that of the part, and ends with `hint`."""
+        for part in self.parts:
+            if part.required and any(map(is_absent, conditions[part.name])):
+                trained = f"the prior was trained with {part.undropped}, always with its condition"
+                raise UsageError(f"{option or f'{part.flag()}:'} {trained}; {hint}")
 
     @property
     def group_names(self) -> list[str]:
         """Names of the groups whose likelihood is reported separately: the classes, then images without one."""
-        return [*(self.classes.names or map(str, range(self.classes.count))), "no class"]
+        names = [*(self.classes.names or map(str, range(self.classes.count)))]
+        return [*names, "no class (unlabelled)" if "no class" in names else "no class"]
 
     def groups(self, sequences: Tensor) -> Tensor:
         """Group (B,) of each sequence, as an index into `group_names`."""

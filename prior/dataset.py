@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqgen.seeding import epoch_slice, step_seed
+from vqgen.seeding import LARGE, epoch_slice, step_seed, window_slice, window_steps
 from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.codes.loaded import CodeRows
 
 from .conditioning import Conditioning
 from .parts.part import Rows
@@ -48,16 +49,19 @@ class Sequences:
         views: np.ndarray,
         unknown: Tensor | None = None,
         scans: np.ndarray | None = None,
+        files: CodeRows | None = None,
     ) -> Examples:
         """Sequences of the given images and views.
 
         With `unknown`, bool (B, h, w), the source is the images' own codes less those, and those are wanted. With
-        `scans`, (B,), the grids are in these orders, and so are those of `unknown`.
+        `scans`, (B,), the grids are in these orders, and so are those of `unknown`. They are read from `files`,
+        by default the code files.
         """
-        codes = self.codes.gather(indices, views)
+        files = files or self.codes
+        codes = files.gather(indices, views)
         codes = codes if scans is None else scanned(codes, scans)
         layout = self.conditioning.plain if unknown is None else self.conditioning
-        prefix = layout.of_rows(Rows(self.codes, indices, views, codes, unknown, scans))
+        prefix = layout.of_rows(Rows(files, indices, views, codes, unknown, scans))
         tokens = torch.cat([prefix, layout.vocabulary.to_tokens(codes)], dim=1)
         if unknown is None:
             return Examples(tokens, layout)
@@ -71,6 +75,15 @@ class Sequences:
             unknown = None if masks is None else masks[start : start + batch_size]
             yield self.rows(part, np.zeros_like(part), unknown)
 
+    def _drawn(self, seed: int, step: int, size: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Images of a global batch, their views, and the generator of what else the step draws."""
+        if len(self) < LARGE:
+            images = epoch_slice(len(self), seed, step * size, size)
+        else:
+            images = window_slice(len(self), seed, step, size)
+        random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
+        return images, random.integers(self.codes.views, size=size), random
+
     def training(
         self,
         batch_size: int,
@@ -83,20 +96,26 @@ class Sequences:
         """Endless shuffled batches of this process; the batch of step s, its layout included, depends on (seed, s).
 
         `batch_size` is of one process; the processes take neighbouring slices of a global batch. `progress` is the
-        share of the run that is done before a step.
+        share of the run that is done before a step. From `LARGE` images on, those of a window are read at once.
         """
-        scan = self.conditioning.scan
+        scan, everywhere = self.conditioning.scan, batch_size * world
+        local = slice(rank * batch_size, (rank + 1) * batch_size)
+        files: CodeRows = self.codes
+        loaded = range(0)
         for step in count(first_step):
-            global_batch = epoch_slice(len(self), seed, step * batch_size * world, batch_size * world)
-            random = np.random.default_rng(step_seed(seed, step, 1))  # epochs are shuffled by (seed, epoch)
-            views = random.integers(self.codes.views, size=len(global_batch))
-            local = slice(rank * batch_size, (rank + 1) * batch_size)
+            if len(self) >= LARGE and step not in loaded:
+                files = self.codes  # what was loaded before is given up first
+                loaded = window_steps(len(self), step, everywhere)
+                drawn = (self._drawn(seed, each, everywhere) for each in loaded)
+                images, views = np.concatenate([(images[local], views[local]) for images, views, _ in drawn], axis=1)
+                files = self.codes.load(images, views)
+            global_batch, views, random = self._drawn(seed, step, everywhere)
             orders = np.random.default_rng(step_seed(seed, step, 2))
             scans = scan.draw(len(global_batch), progress(step), orders)[local] if scan else None
             source = self.conditioning.masked_source
             if source and random.random() < source.inpainting:
                 masks = random_masks(len(global_batch), self.codes.grid, random)
-                found = self.rows(global_batch[local], views[local], masks[local], scans)
+                found = self.rows(global_batch[local], views[local], masks[local], scans, files)
                 yield Examples(found.tokens, found.layout, found.wanted, masks.float().mean().item())
             else:
-                yield self.rows(global_batch[local], views[local], scans=scans)
+                yield self.rows(global_batch[local], views[local], scans=scans, files=files)

@@ -109,8 +109,9 @@ class Prior(nn.Module):
         logits = self.backbone(input_ids=tokens, use_cache=False).logits
         return logits[..., : self.vocabulary.size] if self.config.backbone == "mingpt" else logits
 
-    def start_from(self, folder: Path) -> None:
-        """Copy the weights of another prior; token ids that it lacks keep their own. Raises `UserError`."""
+    def start_from(self, folder: Path) -> list[str]:
+        """Copy the weights of another prior; token ids that it lacks keep their own. Returns lines for the user, where
+        its classes have other names. Raises `UserError`."""
         other = Prior.load(folder)
         if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
             theirs, ours = other.tokenizer_fingerprint[:12], self.tokenizer_fingerprint[:12]
@@ -131,6 +132,11 @@ class Prior(nn.Module):
                 ours[:count] = theirs[:count]
             else:
                 own[name].copy_(value)
+        here, there = (each.classes.names or [] for each in (self.conditioning, other.conditioning))
+        if not here or not there or here == there:
+            return []
+        known = len(set(here) & set(there))
+        return [f"--init: {known} of {len(here)} classes have names that {folder} knows; the others start new"]
 
     def checkpoint_gradients(self) -> None:
         """Enable gradient checkpointing: activations within a layer are computed again in the backward pass."""

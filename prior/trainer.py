@@ -14,7 +14,6 @@ from vqgen.errors import UsageError, UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import image_grid, to_uint8
-from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.checkpoint import checkpoints
 from vqgen.training.folder import CHECKPOINTS
@@ -23,6 +22,7 @@ from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import millions
+from vqgen.training.trainer import next_batch
 
 from .backbone.fused import fits
 from .backbone.network import attend_unmasked
@@ -74,12 +74,13 @@ class PriorTrainer:
         self.vocabulary = self.conditioning.vocabulary
         self.train_codes = Sequences(train, self.conditioning)
         self.heldout_codes = Sequences(heldout, self.conditioning)
-        self.tokenizer = Tokenizer.load(self.tokenizer_folder, run.device)
         torch.manual_seed(config.run.seed)
         image_shape = (train.channels, *train.image_size)
         prior = Prior(config.model, self.conditioning, image_shape, train.tokenizer_fingerprint).to(run.device)
+        self.tokenizer = prior.load_tokenizer(self.tokenizer_folder).to(run.device)
         if config.init and (run.overwrite or not checkpoints(run.folder / CHECKPOINTS)):
-            prior.start_from(config.init)
+            for note in prior.start_from(config.init):
+                run.say(note)
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
         if run.device.type == "cpu" and self.vocabulary.length <= 256:
@@ -155,7 +156,7 @@ class PriorTrainer:
         self.extra["codes"] = now
 
     def step(self, step: int) -> dict[str, Tensor]:
-        batch, settings = next(self.batches), self.config.objective
+        batch, settings = next_batch(self.batches), self.config.objective
         layout = batch.layout
         tokens = layout.dropped(to_device(batch.tokens, self.run.device))
         inputs = corrupted(tokens[:, :-1], settings.token_corruption, layout)
@@ -221,7 +222,7 @@ class PriorTrainer:
         """
         with self.run.accelerator.autocast(), torch.no_grad():
             codes = preview_codes(prior, self.config.preview_images, self.config.run.seed, self._preview_conditions())
-            images = to_uint8(self.tokenizer.decode(codes).float())
+            images = to_uint8(self.tokenizer.decode(codes, at_once=False).float())
         cycle = self.conditioning.cycle(self.conditioning.conditions())
         columns = cycle if 2 <= cycle <= 20 else 8
         grid = image_grid(images.cpu(), columns)

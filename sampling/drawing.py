@@ -13,7 +13,6 @@ from vqgen.errors import UsageError, UserError
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.model import Prior
-from vqgen.prior.parts.part import is_absent
 from vqgen.tokenizer.codes.degrade import Keep
 from vqgen.tokenizer.data.pixels import center_crop, fit, to_uint8
 from vqgen.tokenizer.model import Tokenizer
@@ -79,13 +78,23 @@ class Drawer:
     def check(self, settings: SamplingSettings, conditions: Conditions | None = None) -> None:
         """Raise `UsageError` for settings that have no effect with this model, or on images of these conditions."""
         check_guidance(self.conditioning, settings, conditions)
-        source, classes = self.conditioning.paired_source, self.conditioning.classes
-        if conditions and classes.informative and not classes.guidable and any(map(is_absent, conditions["class"])):
-            text = "the prior was trained with --label-dropout 0, always with a class"
-            raise UsageError(f"--class: {text}; give one to each image")
-        if source and conditions and not source.guidable and any(is_absent(value) for value in conditions["source"]):
-            text = "the prior was trained with --source-dropout 0, always with a source image"
-            raise UsageError(f"--source-image: {text}; give one to each image")
+        if conditions:
+            self.conditioning.check_given(conditions)
+
+    @staticmethod
+    def check_series(seed: int, batch_size: int) -> None:
+        """Raise `UsageError` for what no series has."""
+        if batch_size < 1:
+            raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
+
+    @staticmethod
+    def series(n: int | None, given: int) -> range:
+        """The images of a series of `n`, by default one for each of `given`. Raises `UsageError`."""
+        if n is not None and n < 0:
+            raise UsageError(f"--n: found {n}, expected at least 0")
+        return range(given if n is None else n)
 
     def settings(self, given: Mapping[str, Any], conditions: Conditions | None = None) -> SamplingSettings:
         """The given settings, by name, and for all others the recommended ones that have an effect on such images."""
@@ -130,7 +139,7 @@ class Drawer:
         """Encode images uint8 (C, H, W) or (B, C, H, W) to make others from. Raises `UsageError`; see `translate`."""
         self.check_translation()
         codes, keep = self.encode(images, self.source_size), self.keep(degraded_by) if paste else None
-        images = images[None] if images.ndim == 3 else images
+        images = self.checked(images)
         return Sources(codes, keep, self.fitted(images).cpu() if keep and len(images) else None)
 
     @torch.inference_mode()
@@ -151,20 +160,30 @@ class Drawer:
 
         `size` is the height and width that they are fitted to, by default those of training.
         """
-        if not isinstance(images, Tensor):
-            raise UserError(f"images are of type {type(images).__name__}, expected a tensor; use torch.from_numpy")
-        images = images[None] if images.ndim == 3 else images
+        images = self.checked(images)
         config, size = self.tokenizer.config, size or self.tokenizer.config.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != config.channels:
-            found = f"{images.dtype} {tuple(images.shape)}"
-            raise UserError(f"images: found {found}, expected uint8 (B, {config.channels}, H, W)")
         if not len(images):
             return self.tokenizer.encode(images.new_zeros(0, config.channels, *size)).cpu()
 
         def encoded(part: Tensor) -> Tensor:
-            return self.tokenizer.encode(self.fitted(part, size).to(self.device)).cpu()
+            codes = self.tokenizer.encode(self.fitted(part, size).to(self.device)).cpu()
+            self.tokenizer.check_finite()
+            return codes
 
         return torch.cat(self._in_parts(encoded, images, size))
+
+    def checked(self, images: Tensor, least: int = 0) -> Tensor:
+        """Images uint8 (C, H, W) or (B, C, H, W), at least so many, as (B, C, H, W). Raises `UserError`."""
+        if not isinstance(images, Tensor):
+            raise UserError(f"images are of type {type(images).__name__}, expected a tensor; use torch.from_numpy")
+        images = images[None] if images.ndim == 3 else images
+        channels = self.tokenizer.config.channels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"images: found {found}, expected uint8 (B, {channels}, H, W), H and W at least 1")
+        if len(images) < least:
+            raise UsageError("images: found none; give at least one")
+        return images
 
     def fitted(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Images uint8 (B, C, H, W) resized and cropped as in training, to another `size` where one is given."""
@@ -213,11 +232,8 @@ class Drawer:
         """The codes of `draw` (B, h, w[, depth]), and their NLL (B,), both on the CPU."""
         conditions = self.conditioning.conditions(conditions)
         self.check(settings, conditions)
-        if batch_size < 1:
-            raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
-        cycle = lcm(self.conditioning.cycle(conditions), len(known) if known else 1)
+        self.check_series(seed, batch_size)
+        cycle = lcm(self.conditioning.cycle(conditions), 1 if known is None else len(known))
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)
         guidance = Guidance.of(layout, settings, conditions)
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
@@ -226,7 +242,7 @@ class Drawer:
             found = []
             for part in batches(candidates, cycle, 1, batch_size):
                 prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(seed, part, length)
-                given, leading = (known.rows(part), known.leading) if known else (None, 0)
+                given, leading = (None, 0) if known is None else (known.rows(part), known.leading)
                 found.append(self.tokens(guidance, prefix, uniforms, settings, given, leading, batch_size, on_token))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
@@ -259,7 +275,9 @@ class Drawer:
         images = [torch.empty(0, self.tokenizer.config.channels, *size, dtype=torch.uint8)]
 
         def decoded(part: Tensor) -> Tensor:
-            return to_uint8(self.tokenizer.decode(part.to(self.device))).cpu()
+            images = to_uint8(self.tokenizer.decode(part.to(self.device))).cpu()
+            self.tokenizer.check_finite()
+            return images
 
         return torch.cat([*images, *self._in_parts(decoded, codes.cpu(), size)])
 

@@ -67,10 +67,15 @@ def paste(drawn: Tensor, originals: Tensor, masks: Tensor, feather: int) -> Tens
 
     The two blend within `feather` pixels outside of the mask; inside all is drawn.
     """
-    hole = masks[:, None].float()
+    hole, radius = masks[:, None].float(), 2 * (feather // 2)
+    height, width = masks.shape[1:]
+    # The blur reflects at the borders, for which a side of one code is too short.
+    down, across = (radius if side <= radius else 0 for side in (height, width))
+    padded = F.pad(hole, (across, across, down, down), mode="replicate")
     from torchvision.transforms.v2.functional import gaussian_blur  # slow to import
 
-    soft = (2 * gaussian_blur(hole, [4 * (feather // 2) + 1] * 2, [max(feather, 1) / 4] * 2)).clamp(0, 1)
+    blurred = gaussian_blur(padded, [2 * radius + 1] * 2, [max(feather, 1) / 4] * 2)
+    soft = (2 * blurred[..., down : down + height, across : across + width]).clamp(0, 1)
     share = torch.maximum(hole, soft)
     return (share * drawn + (1 - share) * originals).round().to(torch.uint8)
 

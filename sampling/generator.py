@@ -1,6 +1,5 @@
 """A prior's model folder as one object that draws images: conditions to codes to pixels."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
 from vqgen.prior.model import Prior
+from vqgen.prior.shipped import DEFAULT, SHIPPED, find_model
 
 from .drawing import Samples
 from .filling import Filling
@@ -20,21 +20,10 @@ from .inpainter import Inpainter
 from .known import Known
 from .settings import read_recommended
 
-DEFAULT_MODEL = Path("runs/demo/prior")
-SHIPPED = {file.parent.name: file.parent for file in sorted(Path(__file__).parent.glob(f"pretrained/*/{DESCRIPTION}"))}
-"""The models in the package, by name; the README.md of each says how it was made."""
-DEFAULT = SHIPPED["cifar10"]
+__all__ = ["DEFAULT", "SHIPPED", "Generator", "find_model"]
+
 Classes = Sequence[str | int] | str | int | None
 """Classes by name or index, given to the images in turn."""
-
-
-def find_model(model: Path | None) -> Path:
-    """The given folder, or model of the package by name; else $VQGEN_MODEL, the demo's prior, or `DEFAULT`."""
-    if model is None and os.environ.get("VQGEN_MODEL"):
-        model = Path(os.environ["VQGEN_MODEL"])
-    if model is not None:
-        return model if (model / DESCRIPTION).exists() else SHIPPED.get(str(model), model)
-    return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else DEFAULT
 
 
 class Generator(Inpainter):
@@ -76,14 +65,12 @@ class Generator(Inpainter):
             settings: those of `SamplingSettings`, as `temperature=0.9, top_k=100`; others are as the prior recommends
                 (`recommended`, from generation_config.json in its folder), or plain.
         """
-        if n < 0:
-            raise UsageError(f"--n: found {n}, expected at least 0")
         if prompts is not None:
             conditions = {**(conditions or {}), "text": prompts}
         if size is not None:
             return self._filled(self.canvas(size), n, classes, seed, batch_size, conditions, settings, absent=False)
         chosen = self._conditions(classes, conditions)
-        return self.draw(range(n), chosen, self.settings(settings, chosen), seed, batch_size)
+        return self.draw(self.series(n, n), chosen, self.settings(settings, chosen), seed, batch_size)
 
     def complete(
         self,
@@ -109,7 +96,7 @@ class Generator(Inpainter):
             mask: in place of `mask_rows`, bool (h, w) or (B, h, w) on the grid of codes, True where they are drawn.
             conditions: as in `sample`, but by default none.
         """
-        codes, (rows, columns) = self.encode(images), self.tokenizer.grid
+        codes, (rows, columns) = self.encode(self.checked(images, 1)), self.tokenizer.grid
         if (mask_rows is None) == (mask is None):
             raise UsageError("mask_rows: give it or mask, one of them")
         if mask is None:
@@ -122,7 +109,7 @@ class Generator(Inpainter):
             raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
         known = Known(codes, ~mask.cpu().expand(len(codes), rows, columns), self.vocabulary)
         chosen = self._conditions(classes, conditions, absent=True)
-        indices = range(len(codes) if n is None else n)
+        indices = self.series(n, len(codes))
         return self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size, known=known)
 
     def inpaint(
@@ -213,7 +200,7 @@ class Generator(Inpainter):
         named = [degraded_by] if isinstance(degraded_by, str) else degraded_by
         sources = self.sources(images, paste, named)
         chosen = self._conditions(classes, {**(conditions or {}), "source": sources.codes}, absent=True)
-        indices = range(len(sources) if n is None else n)
+        indices = self.series(n, len(sources))
         drawn = self.draw(indices, chosen, self.settings(settings, chosen), seed, batch_size)
         return replace(drawn, images=sources.finished(indices, drawn.images))
 
@@ -230,7 +217,7 @@ class Generator(Inpainter):
     ) -> Samples:
         """Draw the missing parts of a series of images."""
         chosen = self._conditions(classes, conditions, absent)
-        indices = list(range(len(filling) if n is None else n))
+        indices = list(self.series(n, len(filling)))
         applied = self.settings(settings, chosen, filling)
         codes, nats = self.draw_filling(filling, indices, chosen, applied, seed, batch_size)
         labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
@@ -261,4 +248,5 @@ class Generator(Inpainter):
         for name, values in chosen.items():
             if len(values) not in (1, len(codes)):
                 raise UsageError(f"{name}: found {len(values)} values for {len(codes)} images; give one an image")
+        self.conditioning.check_given(chosen)
         return -self.nats(codes, chosen).sum(1)

@@ -75,7 +75,10 @@ def chosen_filling(config: SampleConfig, generator: Generator, n: int) -> Fillin
         image = read_image(path, channels)
         if config.extend:
             return generator.extension(image, config.extend, config.paste)
-        return generator.filling(image, pixel_mask(config, index, path, image), config.paste)
+        marked = f"--box: {' '.join(map(str, config.box or []))}"
+        if config.mask:
+            marked = f"--mask: what is white in {config.mask[index % len(config.mask)]}"
+        return generator.filling(image, pixel_mask(config, index, path, image), config.paste, (marked, str(path)))
 
     if config.mask or config.box or config.extend:
         return Filling.joined([filling(index, path) for index, path in enumerate(paths)])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from vqgen.errors import UsageError
@@ -33,19 +34,28 @@ class Inpainter(Drawer):
         if len(size) != 2 or size[0] < least_h or size[1] < least_w or size[0] % factor or size[1] % factor:
             wanted = f"a height and width of at least {least_h} and {least_w}, multiples of {factor}"
             raise UsageError(f"{option}: found {' '.join(map(str, size))}, expected {wanted}")
+        self._check_area(size[0], size[1], option)
         return size[0] // factor, size[1] // factor
+
+    @staticmethod
+    def _check_area(height: int, width: int, option: str) -> None:
+        """Raise `UsageError` for images of more pixels than are read from a file."""
+        if (most := Image.MAX_IMAGE_PIXELS) is not None and height * width > most:
+            text = f"images of {width}x{height} pixels, of which at most {most} are read from a file"
+            raise UsageError(f"{option}: found {text}; make them smaller")
 
     def extension(self, images: Tensor, margins: Sequence[int], paste: bool = True) -> Filling:
         """Images with margins that are drawn, see `Generator.extend`: left, top, right and bottom."""
         self.check_inpainting()
-        factor, fitted = self.tokenizer.factor, self.fitted(images[None] if images.ndim == 3 else images)
+        factor, fitted = self.tokenizer.factor, self.fitted(self.checked(images, 1))
         if len(margins) != 4 or min(margins) < 0 or any(margin % factor for margin in margins) or not any(margins):
             found = " ".join(map(str, margins))
             raise UsageError(f"--extend: found {found}, expected LEFT TOP RIGHT BOTTOM, multiples of {factor} pixels")
         left, top, right, bottom = margins
+        height, width = fitted.shape[2:]
+        self._check_area(top + height + bottom, left + width + right, "--extend")
         originals = F.pad(fitted, (left, right, top, bottom))
         pixels = torch.ones(len(fitted), *originals.shape[2:], dtype=torch.bool)
-        height, width = fitted.shape[2:]
         pixels[:, top : top + height, left : left + width] = False
         cells = cells_of(pixels, factor)
         codes = torch.zeros(*cells.shape, *self.vocabulary.shape[2:], dtype=torch.long)
@@ -53,11 +63,14 @@ class Inpainter(Drawer):
         codes[:, inside[0], inside[1]] = self.encode(fitted)
         return Filling(codes, cells, self.vocabulary, True, originals if paste else None, pixels)
 
-    def filling(self, images: Tensor, mask: Tensor, paste: bool = True) -> Filling:
-        """Images and the parts of them that are drawn, see `Generator.inpaint`."""
+    def filling(
+        self, images: Tensor, mask: Tensor, paste: bool = True, names: tuple[str, str] | None = None
+    ) -> Filling:
+        """Images and the parts of them that are drawn, see `Generator.inpaint`; `names` are those of mask and image in
+        errors."""
         self.check_inpainting()
-        codes, size = self.encode(images), self.tokenizer.config.image_size
-        images = images[None] if images.ndim == 3 else images
+        images, size = self.checked(images, 1), self.tokenizer.config.image_size
+        codes = self.encode(images)
         if mask.dtype != torch.bool or mask.shape not in (images.shape[2:], (len(images), *images.shape[2:])):
             wanted = f"bool {tuple(images.shape[2:])}, or one for each of {len(images)} images"
             raise UsageError(f"mask: found {mask.dtype} {tuple(mask.shape)}, expected {wanted}")
@@ -65,7 +78,9 @@ class Inpainter(Drawer):
             raise UsageError("mask: no pixel of an image is to be drawn; mark some of them True")
         pixels = fitted_masks(mask.cpu().expand(len(images), *images.shape[2:]), size, self.tokenizer.config.fit)
         if not pixels.flatten(1).any(1).all():
-            raise UsageError(f"mask: of one nothing is left after the image is fitted to {size[0]}x{size[1]} pixels")
+            (marked, image), (height, width) = names or ("mask: one", "its image"), images.shape[2:]
+            fit = f"cropped and scaled from {width}x{height} to {size[1]}x{size[0]} pixels"
+            raise UsageError(f"{marked} is not in what is left of {image}, {fit}; mark a part nearer to the centre")
         cells = cells_of(pixels, self.tokenizer.factor)
         originals = self.fitted(images) if paste else None
         return Filling(codes, cells, self.vocabulary, True, originals, pixels)
@@ -75,7 +90,7 @@ class Inpainter(Drawer):
         self.check_inpainting()
         if not 0 < share <= 1:
             raise UsageError(f"vary: found {share}, expected a share above 0, at most 1")
-        codes = self.encode(images)
+        codes = self.encode(self.checked(images, 1))
         indices = range(max(len(codes), n or 0))
         rows, cells = codes[[i % len(codes) for i in indices]], random_cells(indices, self.tokenizer.grid, share, seed)
         return Filling(rows, cells, self.vocabulary, True, given=len(codes))
@@ -98,9 +113,12 @@ class Inpainter(Drawer):
         if settings.oversample != 1 and not self._has_groups(filling):
             text = "but images in windows, and variations, are drawn without further candidates; leave it out"
             raise UsageError(f"--oversample: found {settings.oversample:g}, {text}")
-        paired, inside = self.conditioning.paired_source, filling.grid == self.vocabulary.grid
-        if paired and not inside and any(not is_absent(value) for value in conditions["source"]):
-            raise UsageError("--size: a source image tells one window alone; images in windows take none")
+        if not all(map(is_absent, conditions.get("source", ()))):
+            if filling.sourced:
+                text = "the parts of images that are kept take its place; leave it out, or the mask"
+                raise UsageError(f"--source-image: {text}")
+            if filling.grid != self.vocabulary.grid:
+                raise UsageError("--size: a source image tells one window alone; images in windows take none")
         self.check(settings, self.seen(conditions, filling))
 
     def draw_filling(
@@ -116,6 +134,7 @@ class Inpainter(Drawer):
         """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
         conditions = self.conditioning.conditions(conditions)
         self.check_filling(filling, settings, conditions)
+        self.check_series(seed, batch_size)
         if filling.grid == self.vocabulary.grid:
             given = self.seen(conditions, filling)
             return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)

@@ -10,7 +10,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from vqgen.errors import UsageError, UserError
 from vqgen.files import checksum, read_bytes, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
+from vqgen.files.read import MAX_TEXT
 
 from .settings import SamplingSettings
 
@@ -310,16 +311,40 @@ def begin(output: Path, about: Mapping[str, Any], found: Found) -> None:
         write_json(output / UNFINISHED, dict(about))
 
 
+def _entries(names: Names, about: Mapping[str, Any], indices: range, sum_of: Callable[[str], str]) -> dict[str, Any]:
+    """The list of a run with the entries of some images; `sum_of` gives the checksum of a file."""
+    given = {name: values for name, values in about.get("conditions", {}).items() if isinstance(values, list)}
+    images = []
+    for index in indices:
+        file, label = names.file(index), names.label(index)
+        own = {name: values[index % len(values)] for name, values in given.items()}
+        image = {"file": file, "label": label, "class": names.class_name(label), **own}
+        images.append({**image, "sha256": sum_of(file)})
+    return {**about, "grid": GRID, "images": images}
+
+
+def check_list(names: Names, about: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where samples.json would be larger than it may be when it is read."""
+    n = about["n"]
+    last = range(max(0, n - 1000), n)  # entries differ in the lengths of names and conditions alone
+    whole, none = (
+        len(
+            json.dumps(_entries(names, about, some, lambda file: "0" * 64), indent=2, ensure_ascii=False).encode(
+                errors="replace"
+            )
+        )
+        for some in (last, range(0))
+    )
+    one = (whole - none) / len(last)
+    if none + n * one > MAX_TEXT:
+        most = max(0, int((MAX_TEXT - none) / one))
+        raise UsageError(f"--n: {FINISHED} of {n} such images has more than {MAX_TEXT} bytes; draw {most} at most")
+
+
 def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:
     """Write samples.json: enough to draw every image again."""
     folder = samples_folder(output)
     folder.remove_leftovers()
-    given = {name: values for name, values in about.get("conditions", {}).items() if isinstance(values, list)}
-    images = []
-    for index in range(about["n"]):
-        file, label = names.file(index), names.label(index)
-        own = {name: values[index % len(values)] for name, values in given.items()}
-        image = {"file": file, "label": label, "class": names.class_name(label), **own}
-        images.append({**image, "sha256": checksum(output / file)})
-    write_json(output / FINISHED, {**about, "grid": GRID, "images": images})
+    found = _entries(names, about, range(about["n"]), lambda file: checksum(output / file))
+    write_json(output / FINISHED, found)
     folder.remove([output / UNFINISHED])

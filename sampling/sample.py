@@ -37,8 +37,8 @@ class SampleConfig(Options):
     )  # fmt: skip
 
     model: Path | None = None
-    """Run or model folder of the prior, or cifar10, the model in the package; by default $VQGEN_MODEL, then
-    runs/demo/prior, then cifar10."""
+    """Run or model folder of the prior, or cifar10 or cifar10-restorer, the models in the package; by default
+    $VQGEN_MODEL, then runs/demo/prior, then cifar10."""
     n: Images | None = None
     """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts, or one for each
     --source-image."""
@@ -76,9 +76,9 @@ class SampleConfig(Options):
     size: list[Size] | None = None
     """Height and width of the images, when larger than those of training: they are drawn in overlapping windows."""
     paste: bool = True
-    """Keep what is known exactly, otherwise all is decoded: of --init-image the pixels around what --mask, --box and
-    --extend draw, over a soft edge; of --source-image the luma, or the coarse structure, where the prior was trained on
-    --source grey or downscale:FACTOR; if on several, those of --source."""
+    """Keep what is known exactly, with --no-paste all is decoded: of --init-image the pixels around what --mask, --box
+    and --extend draw, over a soft edge; of --source-image the luma, or the coarse structure, where the prior was
+    trained on --source grey or downscale:FACTOR; if on several, those of --source."""
     source_image: list[Path] | None = None
     """Image files, or folders of them, to translate, for a prior that was trained on source codes: image i is made of
     the i-th of them, in turn; its class is that of the i-th --class, or none without --class. With one image for each,
@@ -119,6 +119,8 @@ class SampleConfig(Options):
             raise UsageError(f"--source-image: {given[0]} is given too; give one of them")
         if self.source is not None and not self.source_image:
             raise UsageError("--source: needs --source-image, the images that are degraded")
+        if not self.paste and not (self.mask or self.box or self.extend or self.source_image):
+            raise UsageError("--no-paste: these images are decoded as a whole anyway; leave it out")
         if self.size and self.init_image:
             raise UsageError("--size: with --init-image the size is that of training; --extend makes images larger")
         check_boxes(self.box)

@@ -31,12 +31,13 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import SourceImages, chosen_filling, chosen_sources
-from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_output, finish, samples_folder
+from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_list, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
 from .settings import SamplingSettings, in_words
 
-GRID_IMAGES = 100
+GRID_IMAGES, GRID_PIXELS = 100, 2**26
+"""Most images of the grid, and most pixels of all but a single one: fewer than are read from a file."""
 
 
 def chosen_conditions(config: SampleConfig, generator: Generator, sources: SourceImages | None) -> dict[str, list[Any]]:
@@ -53,11 +54,11 @@ def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def write_grid(output: Path, series: "Series", n: int) -> None:
-    """Write grid.png from the first images on disk of `n`: whole rows of at most `GRID_IMAGES` images.
+    """Write grid.png from the first images on disk of `n`: whole rows of at most `GRID_IMAGES` and `GRID_PIXELS`.
 
     By default each condition has a column, where they are few.
     """
-    shown, columns = min(n, GRID_IMAGES), series.config.columns
+    shown, columns = min(n, GRID_IMAGES, max(1, GRID_PIXELS // math.prod(series.size))), series.config.columns
     cycle, channels = series.generator.conditioning.cycle(series.conditions), series.generator.tokenizer.config.channels
     if columns is None:
         columns = cycle if 1 < cycle <= min(shown, 20) else math.ceil(math.sqrt(shown))
@@ -201,14 +202,15 @@ def write_samples(config: SampleConfig) -> PartialState:
     generator = Generator.load(config.model, device, config.precision)
     series = Series.of(config, generator)
     names, about = series.names, series.describe()
+    check_list(names, about)
     with locked_by_main(output):
         found = on_main(lambda: check_output(output, names, about, config.overwrite, series.size))
         if found.status == "done":
             if state.is_main_process:
                 samples_folder(output).remove_leftovers()
                 if config.columns:
-                    write_grid(output, series, series.n)
-                print(f"{output} holds these {series.n} images already; --overwrite draws them again")
+                    write_grid(output, series, found.n)
+                print(f"{output} holds these {found.n} images already; --overwrite draws them again")
             return state
         if found.n > series.n:
             series = series.of_more(found.n)

@@ -1,6 +1,7 @@
 """The baselines in docs/benchmarks.md are those of the receipts, and the receipts of a row belong together."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ def test_the_documentation_has_the_table_of_the_receipts(data):
     found = "\n".join(baselines.table(data))
     document = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert found in document, f"the table of {data} is now\n{found}"
+
+
+def test_the_presets_state_the_metrics_of_the_receipts():
+    receipts = {name: f for f in FOLDERS if f.parent.name == "cifar10" for name in (f.name, f"quantizer-{f.name}")}
+    presets = [preset for preset in sorted((ROOT / "configs").glob("*.yaml")) if preset.stem in receipts]
+    assert len(presets) == 15
+    for preset in presets:
+        metrics = read_receipt(receipts[preset.stem] / "reconstruction.json")["metrics"]
+        text = " ".join(re.findall("^# ?(.*)", preset.read_text(encoding="utf-8"), re.MULTILINE))
+        stated = re.search(r"Measured on .*?: ([\d.]+) dB.*?([\w.]+)( %| codes)? in use, perplexity (\d+)", text)
+        used = "all" if metrics["usage"] == 1 else f"{100 * metrics['usage']:.1f}"
+        expected = f"{metrics['psnr']:.2f}", used, f"{metrics['perplexity']:.0f}"
+        assert stated and stated.group(1, 2, 4) == expected, preset
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")

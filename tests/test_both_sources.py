@@ -21,6 +21,7 @@ from vqgen.prior.parts.source import PairedSource
 from vqgen.prior.train import main as train
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
+from vqgen.seeding import step_seed, window_slice
 from vqgen.tokenizer.codes.format import (
     CodeFiles,
     Manifest,
@@ -62,6 +63,40 @@ def test_masked_rows_have_their_own_codes_and_the_others_their_source(tmp_path: 
     assert torch.equal(layout.part(masked.tokens, "source"), own)
     kinds = {batch.wanted is None for batch, _ in zip(sequences.training(4, 0, 0, 0, 1), range(20))}
     assert kinds == {True, False}
+
+
+def test_a_large_set_is_read_in_windows_and_gives_its_own_rows(tmp_path: Path, monkeypatch) -> None:
+    captions = [f"number {row % 7}" for row in range(33)]
+    write_codes(tmp_path, (20, 13), views=2, size=SIZE, source=True, captions=captions)
+    files = CodeFiles(tmp_path, "train")
+    monkeypatch.setattr("vqgen.prior.dataset.LARGE", 2)
+    monkeypatch.setattr("vqgen.seeding.WINDOW", 4)
+    monkeypatch.setattr("vqgen.seeding.BLOCK", 2)
+    loads, load = [], files.load
+    monkeypatch.setattr(files, "load", lambda images, views: loads.append(images) or load(images, views))
+    sequences = Sequences(files, Conditioning.for_files(files, ObjectiveConfig(inpainting=0.5)))
+
+    def batches(size: int, first: int, rank: int, world: int) -> list[torch.Tensor]:
+        endless = sequences.training(size, 7, first, rank, world)
+        return [next(endless).tokens for _ in range(first, 10)]
+
+    one, half = batches(4, 0, 0, 1), [batches(2, 0, rank, 2) for rank in range(2)]
+    assert all(torch.equal(tokens, torch.cat(parts)) for tokens, *parts in zip(one, *half, strict=True))
+    assert all(map(torch.equal, batches(4, 6, 0, 1), one[6:])), "a run that resumes has the same batches"
+    # Of 33 images two windows of 16 and one of 1, with which the batch begins that goes over to the next epoch.
+    assert [len(found) for found in loads] == [16, 16, 4, 16, *[8, 8, 2, 8] * 2, 8, 4, 16]
+    for step, tokens in enumerate(one):
+        images = window_slice(len(files), 7, step, 4)
+        views = np.random.default_rng(step_seed(7, step, 1)).integers(2, size=4)
+        assert torch.equal(tokens[:, -6:], files.gather(images, views).flatten(1))
+        plain = sequences.rows(images, views).tokens
+        text = sequences.conditioning.part(tokens, "text")
+        assert torch.equal(text, sequences.conditioning.part(plain, "text"))
+        assert torch.equal(tokens, plain) or (tokens == sequences.conditioning.null + 1).any(), "or masked"
+    with pytest.raises(IndexError, match="not loaded"):
+        load([1, 3], [0, 1]).gather([3], [0])
+    with pytest.raises(IndexError, match="image 0 to 33"):
+        load([0, len(files)], [0, 0])
 
 
 def test_sources_of_another_grid_leave_no_place_for_the_own_codes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from processes import weights
 
 from vqgen.config import parse
+from vqgen.config_layers import MARK
 from vqgen.files.yaml_text import read_yaml
 from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining, main
+from vqgen.prior.trainer import PriorTrainer
 from vqgen.tokenizer.codes.format import Manifest
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.training import budget
@@ -103,6 +106,66 @@ def test_minutes_are_measured_once(tmp_path: Path, cli: Callable[..., Any], monk
     result = cli(main, *words(tmp_path, "--minutes", 2, "--lr-warmup", 2))
     assert result.code == 0 and "20 steps" in result.err and saved(tmp_path)["steps"] == 20
     assert trials == [1] and weights(tmp_path / "run") != first
+
+
+def test_a_run_that_is_not_resumed_has_its_own_steps(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first checkpoint it begins anew, whatever its options were."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PriorTrainer, "step", lambda *_: sys.exit(9))
+        assert cli(main, *words(tmp_path, "--epochs", 3)).code == 9
+    assert saved(tmp_path)["steps"] == math.ceil(3 * 9 / 4)
+    assert cli(main, *words(tmp_path, "--epochs", 3, "--batch-size", 3)).code == 0
+    assert saved(tmp_path)["steps"] == 9
+
+
+@pytest.mark.parametrize("budget_of", ["epochs", "minutes"])
+def test_a_smaller_budget_is_refused_by_its_name(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, budget_of: str
+) -> None:
+    monkeypatch.setattr(budget, "measured", lambda *_given: Trial(1.0, 8.4, 0.0))
+    assert cli(main, *words(tmp_path, f"--{budget_of}", 3)).code == 0
+    (tmp_path / "run" / "finished.json").unlink()
+    result = cli(main, *words(tmp_path, f"--{budget_of}", 0.01))
+    line = result.err.splitlines()[-1]
+    assert result.code == 1 and f"--{budget_of}: found 0.01" in line and "--steps" not in line
+    line = cli(main, *words(tmp_path, "--steps", 1)).err.splitlines()[-1]
+    assert "--steps: found 1, but" in line and budget_of not in line
+
+
+def test_a_run_with_one_budget_goes_on_with_the_other(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "measured", lambda *_given: Trial(1.0, 5.9, 0.0))
+    assert cli(main, *words(tmp_path, "--minutes", 1)).code == 0
+    before = saved(tmp_path)
+    assert before["steps"] == 10
+    for option, value, steps in ("epochs", 8, 18), ("minutes", 2, 20):
+        result = cli(main, *words(tmp_path, f"--{option}", value))
+        assert result.code == 0 and f"{steps} steps" in result.err, result.err
+        found = saved(tmp_path)
+        assert found["steps"] == steps and found[option] == value
+        assert [found[name] for name in ("lr_warmup", "validate_every", "ema_decay")] == [
+            before[name] for name in ("lr_warmup", "validate_every", "ema_decay")
+        ]
+
+
+def test_a_decay_that_the_user_chose_stays(tmp_path: Path) -> None:
+    files = {"own": "optimizer: {ema_decay: 0.9}", "run": f"{MARK}optimizer: {{ema_decay: 0.9}}"}
+    files["plan"] = "# Planned by vqgen-train for 'x'; change it.\noptimizer: {ema_decay: 0.9}"
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for stated, kept in (
+        (["--config", str(tmp_path / "own.yaml")], True),
+        (["--ema-decay", "0.9"], True),
+        (["--config", "demo-tokenizer"], False),
+        (["--config", str(tmp_path / "run.yaml")], False),
+        (["--config", str(tmp_path / "plan.yaml")], False),
+        ([], False),
+    ):
+        config = parse(TokenizerTraining, ["--data", "demo", *stated])
+        assert (scaled(config, 5).optimizer.ema_decay == config.optimizer.ema_decay) == kept, stated
 
 
 @pytest.mark.parametrize("budget_of", ["epochs", "minutes"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import SIZE, codes_for, make_prior
 from helpers.quantizers import quantizer_options
-from torchvision.io import decode_image
+from torchvision.io import decode_image, write_png
 
 import vqgen.evaluation.program as program
 from vqgen.evaluation.codebook import code_vectors, nearest_codes
@@ -106,6 +106,12 @@ def test_only_its_own_files_are_replaced(cli, tmp_path):
             result = cli(program.main, *words)
             assert result.code == 2 and str(out / name) in result.err and (out / name).read_bytes() == foreign
         (out / name).write_bytes(whole)
+    # Version 0.1 did not mark its pictures, later ones do.
+    about = json.loads((out / "codebook.json").read_text())
+    write_png(torch.zeros(3, 4, 4, dtype=torch.uint8), str(out / "atlas.png"))
+    for version, code in (("0.10.0", 2), ("0.1.0", 0)):
+        (out / "codebook.json").write_text(json.dumps({**about, "version": version}))
+        assert cli(program.main, *words).code == code
     assert (out / "notes.txt").read_text() == "mine"
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -115,6 +116,22 @@ def test_gather_takes_tensors_and_refuses_what_is_not_there(tmp_path):
     for image, view in ((5, 0), (-1, 0), (0, 2), (0, -1)):
         with pytest.raises(IndexError):
             files.gather([image], [view])
+
+
+@pytest.mark.parametrize("wrong", [[True, False, True], [0.9, 1.9], np.array([0.0]), ["0"]])
+def test_indices_are_integers(tmp_path, wrong):
+    write_folder(tmp_path, [3, 2], views=2)
+    files = CodeFiles(tmp_path, "train")
+    for rows in (files, files.load([0, 1, 3], [0, 1, 0])):
+        with pytest.raises(IndexError, match="integers"):
+            rows.gather(wrong, 0)
+        with pytest.raises(IndexError, match="integers"):
+            rows.gather([0] * len(wrong), wrong)
+        with pytest.raises(IndexError, match="integers"):
+            rows.gather_labels(wrong)
+        assert rows.gather([], []).shape == (0, 2, 3)
+    with pytest.raises(IndexError, match="integers"):
+        files.load(wrong, [0] * len(wrong))
 
 
 def test_properties_and_empty_split(tmp_path):
@@ -538,6 +555,75 @@ def test_a_damaged_shard_is_found_and_made_again(make, reference, tmp_path, caps
     second.unlink()
     tokenize(make(folder))
     assert content(folder) == content(reference)
+
+
+def test_a_tokenizer_that_changes_meanwhile_is_not_the_one_that_is_copied(make, tmp_path, monkeypatch, capsys):
+    given, folder, encode_all = make_tokenizer(tmp_path / "given"), tmp_path / "codes", writer._encode
+    mark = Tokenizer.load(given).fingerprint
+
+    def encode_and_replace(*arguments: Any) -> None:
+        encode_all(*arguments)
+        make_tokenizer(given, seed=1)
+
+    monkeypatch.setattr(writer, "_encode", encode_and_replace)
+    tokenize(make(folder, tokenizer=given, views=1, flip=False, random_crop=0.0))
+    assert Tokenizer.load(given).fingerprint != mark
+    assert Tokenizer.load(folder / "tokenizer").fingerprint == Manifest.read(folder).tokenizer_fingerprint == mark
+
+
+def test_a_tokenizer_that_changes_before_it_is_copied_ends_the_run(make, tmp_path, monkeypatch):
+    given, begin = make_tokenizer(tmp_path / "given"), writer.begin
+
+    def replace_and_begin(*arguments: Any) -> None:
+        make_tokenizer(given, seed=1)
+        begin(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(writer, "begin", replace_and_begin)
+        tokenize(make(tmp_path / "codes", tokenizer=given))
+    one_line(error, "--tokenizer", str(given))
+    assert not list((tmp_path / "codes").glob("codes-*"))
+    make_tokenizer(given)
+    tokenize(make(tmp_path / "codes", tokenizer=given))
+    assert content(tmp_path / "codes" / "tokenizer") == content(given)
+
+
+def test_a_tokenizer_in_16_bits_is_copied_as_it_is(make, tmp_path):
+    given, folder = tmp_path / "given", tmp_path / "codes"
+    mark = Tokenizer.load(make_tokenizer(tmp_path / "whole")).half().save(given)
+    manifest = tokenize(make(folder, tokenizer=given))
+    assert content(folder / "tokenizer") == content(given) and manifest.tokenizer_fingerprint == mark
+    assert encode.main(["--verify", "--output", str(folder)]) == 0
+
+
+def test_another_tokenizer_beside_the_codes_is_found(make, reference, tmp_path, capsys):
+    folder = tmp_path / "codes"
+    shutil.copytree(reference, folder)
+    make_tokenizer(folder / "tokenizer", seed=1)
+    assert encode.main(["--verify", "--output", str(folder)]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and str(folder / "tokenizer") in errors and "fingerprint" in errors
+    with pytest.raises(UserError) as error:
+        tokenize(make(folder))
+    one_line(error, str(folder / "tokenizer"))
+
+
+def test_an_encoder_whose_output_is_not_finite_writes_no_shard(make, tmp_path, monkeypatch):
+    """Also where the device is waited for only when the codes of a shard are read."""
+    note = Tokenizer._note_finite
+
+    def on_cpu(self: Tokenizer, part: str, output: torch.Tensor, at_once: bool) -> None:
+        note(self, part, output * math.inf, at_once)
+
+    def elsewhere(self: Tokenizer, part: str, *_: Any) -> None:
+        self._finite[part] = torch.tensor(False)
+
+    for number, patched in enumerate((on_cpu, elsewhere)):
+        monkeypatch.setattr(Tokenizer, "_note_finite", patched)
+        with pytest.raises(UserError) as error:
+            tokenize(make(tmp_path / str(number)))
+        one_line(error, "--precision", "encoder")
+        assert not list((tmp_path / str(number)).glob("codes-*"))
 
 
 def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_path, monkeypatch):

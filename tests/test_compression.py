@@ -13,6 +13,7 @@ import torch
 from helpers.models import make_prior
 
 from vqgen.errors import UserError
+from vqgen.sampling.compression import work
 from vqgen.sampling.compression.archive import (
     MAGIC,
     MAX_SIDE,
@@ -152,6 +153,56 @@ def test_an_image_that_could_not_be_restored_is_not_compressed(cli, model: Path,
     write_png_atomic(tmp_path / "long.png", torch.zeros(3, 1, MAX_SIDE + 1, dtype=torch.uint8))
     result = cli(main_compress, tmp_path / "long.png", "--model", model, "--output", tmp_path / "out")
     assert result.code == 1 and "long.png" in result.err and "65537x1" in result.err and result.err.count("\n") == 1
+
+
+def test_names_that_are_no_text_are_named(cli, model: Path, tmp_path: Path) -> None:
+    file = photos(tmp_path / "photos", [(4, 6)]) / "photo 0.png"
+    file.rename(file.with_name("caf\udce9.png"))
+    result = cli(main_compress, tmp_path / "photos", "--model", model, "--output", tmp_path / "out")
+    assert result.code == 2 and "IMAGES: 'caf\\udce9.png'" in result.err
+
+
+def test_an_archive_of_nothing_is_refused(cli, model: Path, tmp_path: Path) -> None:
+    prior = Generator.load(model, "cpu", "fp32")
+    marks = str(prior.prior.fingerprint), str(prior.tokenizer.fingerprint)
+    write_archive(tmp_path / "none.vqc", Header("0", *marks, "exact", ROWS, "c", [], []), [])
+    result = cli(main_decompress, tmp_path / "none.vqc", "--model", model, "--output", tmp_path / "restored")
+    assert result.code == 1 and "none.vqc" in result.err and not (tmp_path / "restored").exists()
+
+
+def test_what_is_interrupted_can_be_repeated(cli, model: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = photos(tmp_path / "photos", [(4, 6)] * 2)
+    calls = (
+        (work, "write_json", main_compress, [folder], tmp_path / "small"),
+        (work, "write_png_atomic", main_decompress, [tmp_path / "small"], tmp_path / "restored"),
+    )
+    for module, name, main, given, output in calls:
+        words, whole, done = [*given, "--model", model, "--output", output], getattr(module, name), []
+
+        def failing(*written, whole=whole, done=done, last=name == "write_json"):
+            if done or last:
+                raise OSError(28, "No space left on device")
+            done.append(whole(*written))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing)
+            result = cli(main, *words)
+        assert result.code == 1 and str(output) in result.err
+        assert not output.exists() or not [path for path in output.iterdir() if not path.name.startswith(".")]
+        result = cli(main, *words)
+        assert result.code == 0, result.err
+        assert len([path for path in output.iterdir() if not path.name.startswith(".")]) == 2
+
+
+def test_a_prior_that_always_had_a_class_tells_no_probabilities_without(cli, tmp_path: Path) -> None:
+    model, folder = make_prior(tmp_path / "model"), photos(tmp_path / "photos", [(4, 6)])
+    about = json.loads((model / "vqgen.json").read_text())
+    (model / "vqgen.json").write_text(json.dumps(about | {"label_dropout": 0}))
+    words = [folder, "--model", model, "--output", tmp_path / "small"]
+    for kind in KINDS[:2]:
+        result = cli(main_compress, *words, "--probabilities", kind)
+        assert result.code == 2 and "--label-dropout 0" in result.err and "--probabilities histogram" in result.err
+    assert cli(main_compress, *words, "--probabilities", "histogram").code == 0
 
 
 def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Path, monkeypatch) -> None:

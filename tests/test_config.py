@@ -595,6 +595,23 @@ def test_help_shows_common_options_first_and_ranges(cli: Callable[..., Any]) -> 
     ]  # fmt: skip
 
 
+def test_help_reads_what_fields_say_of_themselves() -> None:
+    @dataclass
+    class Told(Options):
+        """Options that say more than their types."""
+
+        source: str | None = field(default=None, metadata={"needed": True})
+        """Needed unless another option says what to do."""
+        words: list[str] = field(default_factory=list, metadata={"placeholder": "NAME=VALUE"})
+        """Pairs."""
+        text: str = ""
+        """A text."""
+
+    lines = help_text("vqgen-x", "Do it\n    in two lines.", Told).splitlines()
+    wanted = ("Do it in two lines.", "  --source TEXT  (needed)", "  --text TEXT  (default none)")
+    assert set(wanted) <= set(lines) and "  --words NAME=VALUE ...  (default none)" in lines
+
+
 @pytest.mark.parametrize(
     ("words", "facts"),
     [

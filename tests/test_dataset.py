@@ -29,6 +29,7 @@ from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batc
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import fit, to_float, to_uint8
+from vqgen.tokenizer.encode import main as tokenize
 
 DEMO = sources.DEMO
 SMALL = ImageConfig(size=[16, 16], channels=1)
@@ -424,6 +425,46 @@ def test_folder_layouts(rows, tmp_path):
     assert len(open_images(str(cat), "train", SMALL)) == 5
 
 
+def test_images_beside_splits_are_named(rows, tmp_path, cli):
+    for number, part in enumerate(("train", "test", "extra", "")):
+        write_files(
+            [f"{part}/{number}{i}.png".strip("/") for i in range(6)], rows[0][10 * number :], tmp_path / "images"
+        )
+    source = sources.open_source(str(tmp_path / "images"), "train", 0.25)
+    assert len(source) == 4 or len(source) == 5
+    assert "12 images" in source.note and "30.png" in source.note and "train/" in source.note
+    words = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8 --steps 1".split()
+    words += "--batch-size 4 --holdout 0.25 --precision fp32 --codebook-size 16".split()
+    result = cli(train.main, "--data", tmp_path / "images", "--output", tmp_path / "run", *words)
+    assert result.code == 0 and source.note in result.err
+    codes = cli(tokenize, "--data", tmp_path / "images", "--tokenizer", tmp_path / "run", "--output", tmp_path / "c")
+    assert codes.code == 0 and source.note in codes.out
+    for part in ("extra", "30.png", "31.png", "32.png", "33.png", "34.png", "35.png"):
+        path = tmp_path / "images" / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not sources.open_source(str(tmp_path / "images"), "train", 0.25).note
+
+
+def test_a_folder_called_demo_is_named(rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not sources.open_source("demo", "train", 0.25).note
+    flat(rows, tmp_path / "demo")
+    assert "./demo" in sources.open_source("demo", "train", 0.25).note
+    own = sources.open_source("./demo", "train", 0.25)
+    assert len(own) == 15 and not own.note
+
+
+def test_several_links_to_a_folder_are_all_read(rows, tmp_path):
+    write_files([f"real/{c}/{i}.png" for c in "ab" for i in range(3)], rows[0], tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "a" / "up").symlink_to(tmp_path / "real")  # and none without end
+    for split, part in (("train", "train"), ("heldout", "val")):
+        found = sources.open_source(str(tmp_path / "data"), split, 0.25)
+        assert len(found) == 6 and all(f"data/{part}/" in found.item_name(i) for i in range(6))
+
+
 def test_fingerprint_follows_content_and_split_not_place(rows, tmp_path):
     folder = flat(rows, tmp_path / "a")
     mark = open_images(str(folder), "train", SMALL).fingerprint
@@ -518,6 +559,14 @@ def test_random_shifts_mirror_at_the_edges(rows, tmp_path):
     views = torch.stack([shifted[(0, seed)].image for seed in range(200)])
     assert len(views.flatten(1).unique(dim=0)) == 25
     assert all((windows == view).all((1, 2)).any() for view in views)
+
+
+def test_a_random_crop_of_nothing_is_refused(rows, tmp_path):
+    folder = str(flat(rows, tmp_path))
+    with pytest.raises(UsageError, match=r"--random-crop: found 0\.02, which adds no pixel to 16x16.*0\.062"):
+        open_images(folder, "train", replace(SMALL, random_crop=0.02), augment=True)
+    for size, crop in (([16, 16], 0.062), ([16, 64], 0.02)):
+        assert open_images(folder, "train", replace(SMALL, size=size, random_crop=crop), augment=True)[(0, 1)]
 
 
 def test_random_crop_reaches_along_the_long_side(photo, tmp_path):

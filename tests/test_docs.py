@@ -1,6 +1,7 @@
-"""README.md and docs/: links, headings, files, command lines and options that they name exist."""
+"""README.md and docs/: links, headings, files, command lines, options and names of Python that they use exist."""
 
 import ast
+import builtins
 import re
 import shlex
 import textwrap
@@ -16,12 +17,15 @@ from vqgen.errors import UsageError
 from vqgen.options import options
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS += sorted(ROOT.glob("sampling/pretrained/*/README.md"))
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 # Options of other programs that the documents name, and what the examples of docs/extending.md add.
 FOREIGN = {"--check", "--metric"}
 EXAMPLES = re.compile("strided|binary|brightness|columns")
+FRAGMENTS = {"extending.md", "CONTRIBUTING.md"}
+"""Pages whose Python is pieces of source files."""
 
 
 def split_fences(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -139,11 +143,71 @@ def test_files_and_modules_in_prose_exist(path: Path) -> None:
         assert place.is_file(), module
 
 
+def python_blocks(path: Path) -> list[str]:
+    """The Python examples of a document."""
+    return [content for language, content in split_fences(path.read_text(encoding="utf-8"))[1] if language == "python"]
+
+
+def undefined_names(blocks: list[str]) -> list[str]:
+    """Names that Python examples of a page use and that neither these nor earlier ones define. Raises `SyntaxError`."""
+    known, found = set(dir(builtins)), []
+    for block in blocks:
+        nodes = list(ast.walk(ast.parse(block)))
+        known |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+        known |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        known |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        known |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        found += [n.id for n in nodes if isinstance(n, ast.Name) and n.id not in known]
+    return found
+
+
 @every_document
-def test_python_of_code_blocks_parses(path: Path) -> None:
-    for language, content in split_fences(path.read_text(encoding="utf-8"))[1]:
-        if language == "python":
-            ast.parse(content)
+def test_python_of_code_blocks_parses_and_defines_its_names(path: Path) -> None:
+    found = undefined_names(python_blocks(path))
+    assert path.name in FRAGMENTS or found == []
+
+
+def test_the_recipe_for_the_weights_of_vgg16_makes_a_file_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision.models
+    from torch import nn
+    from torchvision.models.vgg import cfgs, make_layers
+
+    from vqgen.tokenizer.losses.lpips import convolutions
+
+    class Vgg16(nn.Module):
+        """torchvision's convolutions, without a download, and one layer for all those behind them."""
+
+        def __init__(self, weights: str) -> None:
+            super().__init__()
+            self.features, self.classifier = make_layers(cfgs["D"]), nn.Linear(1, 1)
+
+    (recipe,) = python_blocks(ROOT / "docs/tokenizers.md")
+    monkeypatch.setattr(torchvision.models, "vgg16", Vgg16)
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, {})
+    found, _ = convolutions("vgg", "vgg16_features.safetensors")
+    assert len(found) == 26
+
+
+@every_document
+def test_no_command_line_writes_a_receipt_into_the_package(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    evaluations = [line for line in [*command_lines(text), *spans(text)] if line.startswith("vqgen-eval ")]
+    into = [line for line in evaluations if re.search("--(model|tokenizer) (sampling/pretrained|cifar10)", line)]
+    assert [line for line in into if "--output" not in line] == []
+
+
+def test_every_logged_metric_is_documented() -> None:
+    from vqgen.evaluation.report.series import LOGGED
+    from vqgen.tokenizer.metrics import RECONSTRUCTION
+
+    further = "nats_per_token bits_per_dimension inpainting_nats_per_token smoothing z-loss entropy_each entropy_mean"
+    names = {*RECONSTRUCTION, *(name for group in LOGGED.values() for name in group), *further.split()}
+    names |= {"gumbel_temperature", "gumbel_kl", "lecam", "health"}
+    table = (ROOT / "docs/training.md").read_text(encoding="utf-8").partition("## metrics.jsonl")[2]
+    assert [name for name in sorted(names) if f"`{name}`" not in table] == []
 
 
 def test_tests_that_the_guide_to_extending_names_exist() -> None:
@@ -175,3 +239,4 @@ def test_the_checks_see_what_they_must(tmp_path: Path, programs: dict[str, Any])
     assert unknown_options(["--n", "3", "--m"], programs, "vqgen-sample") == ["--m"]
     with pytest.raises(UsageError):
         parse(programs["vqgen-sample"].config, ["--m"])
+    assert undefined_names(["import a.b as c\nc(d)", "for e in [c]:\n    print(e, a)"]) == ["d", "a"]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import vqgen.evaluation.program as evaluate
 import vqgen.evaluation.reference as reference
 import vqgen.sampling.sample as sampling
 from vqgen.artifact import load_artifact
+from vqgen.config import parse, save
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import features as accumulation
 from vqgen.evaluation.distances import (
@@ -37,21 +39,29 @@ from vqgen.evaluation.distances import (
 )
 from vqgen.evaluation.extractors import Inception, Vgg16, extract, extractor_for
 from vqgen.evaluation.features import FeatureSets, InceptionScore, Statistics
-from vqgen.evaluation.measurement import SetHash
+from vqgen.evaluation.measurement import Measurement, SetHash
+from vqgen.evaluation.options import ReconstructionConfig, ReplayConfig, SamplesConfig
+from vqgen.evaluation.receipt import _options as repetition
 from vqgen.evaluation.receipt import flatten, read_receipt
+from vqgen.evaluation.tasks.options import InpaintingConfig, SettingsConfig, TextConfig, WindowsConfig
+from vqgen.evaluation.tasks.settings import check_folder
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts.part import Classes
+from vqgen.prior.train import PriorTraining
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.sampling.generator import Generator
+from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.sampling.settings import SamplingSettings, read_recommended
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
 from vqgen.tokenizer.data.items import Files
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import VQConfig
+from vqgen.tokenizer.train import TokenizerTraining
 
 EVALUATE = "vqgen.evaluation.program"
 
@@ -141,6 +151,13 @@ def test_density_and_coverage_are_those_of_a_naive_loop():
     density, coverage = density_coverage(drawn, real)
     assert density == pytest.approx(inside / (k * 40)) and coverage == pytest.approx(covered / 60)
     assert 0 < coverage < 1
+
+
+def test_copies_of_real_images_that_repeat_are_covered():
+    real = features(40).repeat_interleave(6, 0)
+    density, coverage = density_coverage(real[torch.randperm(240)][:200], real)
+    assert coverage > 0.95 and density == pytest.approx(6 / 5)
+    assert density_coverage(features(40, shift=30.0), real)[1] == 0
 
 
 def test_metrics_of_the_same_images_are_those_of_no_distance():
@@ -658,7 +675,7 @@ def test_broken_real_images_are_named(evaluated, tmp_path, photos, drawn):
     assert result.code == 1 and "skipped, broken" in result.err and "2.png" in result.err  # 1 of 40 is too many
 
 
-def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
+def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn, monkeypatch):
     words = ["--data", photos, "--size", 16, "--output", tmp_path / "judge", "--steps", 12, "--batch-size", 16]
     result = cli(evaluate.main, "classifier", *words)
     assert result.code == 0 and "accuracy" in result.out, result.err
@@ -705,7 +722,14 @@ def test_a_classifier_judges_samples(cli, evaluated, tmp_path, photos, drawn):
     for image in about["images"]:
         image["label"] = -1
     (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
-    assert "none of the first 20 samples has a class" in cli(evaluate.main, "samples", *alone).err
+    with monkeypatch.context() as patch:
+        patch.setattr("vqgen.evaluation.samples.ordered_batches", None)  # it is said before any sample is read
+        assert "none of the first 20 samples has a class" in cli(evaluate.main, "samples", *alone).err
+    about["images"][0]["label"], about["images"] = 0, about["images"][:1]
+    (tmp_path / "real" / "samples.json").write_text(json.dumps(about))
+    result = cli(evaluate.main, "samples", *alone)
+    assert result.code == 0, "one sample is enough where no distance is asked for"
+    about["images"] = [{"file": f"{index}.png", "label": -1} for index in range(20)]
     for image, label in zip(about["images"], labels, strict=True):
         image["label"] = label
     # Without the classifier at hand the rest is measured again.
@@ -839,6 +863,120 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
     words = ["--tokenizer", model / "tokenizer", "--data", photos, "--n", 1, "--extractor", "fd-vgg16"]
     result = cli(evaluate.main, "reconstruction", *words, "--weights", vgg16, "--output", tmp_path / "r.json")
     assert result.code == 2 and "at least 2 images" in result.err
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    """Let measurements take no time and find nothing."""
+    monkeypatch.setattr(
+        "vqgen.evaluation.measurement.measure",
+        lambda program, config: Measurement({}, {}, {}, {}, {"chosen": vars(SamplingSettings(min_p=0.1))}),
+    )
+
+
+def test_names_of_receipts_have_what_is_no_default(tmp_path):
+    def name(config: Any, program: str) -> str:
+        return evaluate.receipt_path(program, config).name
+
+    about = {"model": tmp_path, "data": "demo"}
+    assert name(WindowsConfig(tmp_path, [32, 32]), "windows") == "windows.json"
+    assert name(WindowsConfig(tmp_path, [32, 32], n=7), "windows") == "windows-7.json"
+    assert name(TextConfig(**about), "text") == "text-heldout.json"
+    assert name(SettingsConfig(**about), "settings") == "settings.json"
+    assert name(InpaintingConfig(**about, n=0, precision="auto"), "inpainting") == "inpainting-heldout-auto.json"
+    for folder in (SHIPPED["cifar10"], Path(os.path.relpath(SHIPPED["cifar10"])), Path("cifar10")):
+        with pytest.raises(UsageError, match="--output"):
+            name(WindowsConfig(folder, [32, 32]), "windows")
+    with pytest.raises(UsageError, match="--output"):
+        name(ReconstructionConfig(SHIPPED["cifar10"] / "tokenizer", "demo"), "reconstruction")
+    with pytest.raises(UsageError, match="--model"):
+        check_folder(SHIPPED["cifar10"])
+
+
+def test_a_receipt_of_other_options_is_not_replaced_by_default(cli, tmp_path, no_measuring):
+    words = ["inpainting", "--model", tmp_path, "--data", "demo", "--box", 0, 0, 4]
+    assert cli(evaluate.main, *words, 4).code == 0
+    assert cli(evaluate.main, *words, 4, "--batch-size", 7, "--device", "cuda").code == 0
+    before = (path := tmp_path / "inpainting-heldout.json").read_text()
+    result = cli(evaluate.main, *words, 8)
+    assert result.code == 2 and "--output" in result.err and "--box" in result.err and path.read_text() == before
+    assert cli(evaluate.main, *words, 8, "--output", path).code == 0
+
+
+def test_a_search_that_is_killed_has_no_receipt(cli, tmp_path, no_measuring, monkeypatch):
+    model = make_prior(tmp_path / "model")
+    words = ["settings", "--model", model, "--data", "demo"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vqgen.evaluation.program.write_receipt", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        cli(evaluate.main, *words)
+    assert not (model / "settings.json").exists() and read_recommended(model)["min_p"] == 0.1
+    assert cli(evaluate.main, *words).code == 0 and (model / "settings.json").exists()
+    # The search of vqgen-train, by other options, is replaced as its choice is.
+    assert cli(evaluate.main, *words, "--min-p", 0.3).code == 0
+    assert receipt(model / "settings.json")["options"]["min_p"] == [0.3]
+
+
+def test_as_many_images_are_held_out_as_in_the_run(cli, tmp_path, no_measuring, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = ImageConfig(holdout=0.01)
+    save(TokenizerTraining("photos", images=images), Path("tokenizer/config.yaml"))
+    save(TokenizeConfig(data="photos", images=images), Path("run/codes/config.yaml"))
+    save(PriorTraining(Path("moved/codes")), Path("run/prior/config.yaml"))
+    for folder in ("tokenizer", "run/prior", "exported"):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "vqgen.json").write_text("{}")
+    Path("drawn").mkdir()
+    Path("drawn/samples.json").write_text('{"model": "run/prior"}')
+    for command, share in (
+        ("reconstruction --tokenizer tokenizer", 0.01),
+        ("text --model run/prior", 0.01),
+        ("samples --samples drawn --extractor fd-efficientnet-lite0 --split heldout", 0.01),
+        ("text --model exported", 0.05),
+    ):
+        words = [*command.split(), "--data", "elsewhere/photos", "--output", "found.json"]
+        result = cli(evaluate.main, *words)
+        assert result.code == 0 and receipt(Path("found.json"))["options"]["holdout"] == share, result.err
+        assert ("--holdout 0.05" in result.out) == (share == 0.05), "said where nothing is recorded"
+        result = cli(evaluate.main, *words, "--holdout", 0.04)
+        if share == 0.01:
+            assert result.code == 2 and "--holdout: found 0.04" in result.err and "0.01" in result.err
+        assert cli(evaluate.main, *words, "--holdout", 0.005).code == 0
+        assert cli(evaluate.main, *words, "--holdout", 0.04, "--data", "others").code == 0
+
+
+def test_a_classifier_mirrors_as_asked_and_says_that_it_diverged(cli, tmp_path, photos, monkeypatch):
+    flips = []
+    monkeypatch.setattr(
+        "vqgen.evaluation.classifier.open_images",
+        lambda *given, **_: flips.append(given[2].flip) or open_images(*given),
+    )
+    words = ["classifier", "--data", photos, "--size", 16, "--steps", 3, "--batch-size", 4, "--width", 8]
+    assert cli(evaluate.main, *words, "--no-flip", "--output", tmp_path / "one").code == 0
+    result = cli(evaluate.main, *words, "--lr", 1e30, "--output", tmp_path / "two")
+    assert result.code == 2 and "--lr" in result.err and not (tmp_path / "two").exists()
+    assert flips == [False, False, True, True]
+
+
+def test_the_cache_of_references_is_where_caches_are(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    words = ["--samples", "a", "--data", "b"]
+    assert parse(SamplesConfig, words).cache == Path("/elsewhere/vqgen/references")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert parse(SamplesConfig, words).cache == Path("~/.cache/vqgen/references")
+
+
+def test_other_extractors_are_named_where_weights_are_missing():
+    with pytest.raises(UsageError, match=r"--weights: .*fd-efficientnet-lite0.* fd-vgg16 or none"):
+        extractor_for("inception", None, torch.device("cpu"))
+
+
+def test_versions_are_compared_as_numbers(monkeypatch):
+    monkeypatch.setattr("vqgen.evaluation.receipt._split_of_version_0_1", lambda *_: "test")
+    for version, split in (("0.1.3", "test"), ("0.10.0", "heldout"), ("0.2.0", "heldout"), ("1.0", "heldout")):
+        options = {"tokenizer": "t", "data": "d", "split": "heldout"}
+        former = {"program": "reconstruction", "options": options, "environment": {"vqgen": version}}
+        found = repetition(Path("receipt.json"), former, ReplayConfig([]))
+        assert found["split"] == split and found["holdout"] == 0.05
 
 
 def test_receipts_of_version_0_1_replay(cli, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_the_test_split_is_never_trained_on(measured, tmp_path, real):
     assert measured(samples, "--data", other, "--split", "heldout")[1]["metrics"]["cas"]["samples"] > 0.9
 
 
+def test_real_images_without_a_class_are_not_counted(measured, tmp_path, real):
+    data = shutil.copytree(real, tmp_path / "data")
+    for index, path in enumerate(sorted((data / "train").rglob("*.png"))):
+        shutil.copy(path, data / "train" / f"unlabelled-{index}.png")
+    result, found = measured(write_classes(tmp_path / "samples", 30, 7), "--data", data, "--steps", 1)
+    assert result.code == 0 and found["counts"]["samples"] == found["counts"]["real images"] == 30, result.err
+
+
 def test_a_class_of_which_nothing_is_tested_is_left_out(cli, measured, tmp_path, real):
     data = shutil.copytree(real, tmp_path / "data")
     for path in (data / "test" / CLASSES[1]).iterdir():
@@ -127,6 +136,7 @@ def test_what_does_not_fit_is_refused_by_name(measured, tmp_path, real, model):
         ([tmp_path / "animals"], 1, ["--data", "cat"]),
         ([tmp_path / "flat"], 1, ["--samples", "classes"]),
         ([samples, "--n", 13], 2, ["--n", "13", "12"]),
+        ([write_classes(tmp_path / "many", 200)], 2, ["--n", "fewer than 200 samples"]),
         ([samples, "--seeds", 1, 1], 2, ["--seeds", "1 1"]),
         ([samples, "--width", 12], 2, ["--width", "12"]),
         ([samples, "--split", "train"], 2, ["--split", "train"]),
@@ -192,7 +202,7 @@ def test_the_search_writes_what_sampling_then_uses(cli, tmp_path, real, model, j
     assert (prior / "generation_config.json").read_text() == '{"temperature": 0.5}'
 
 
-def test_the_search_trains_a_classifier_where_none_is_given(cli, tmp_path, real, model):
+def test_the_search_trains_a_classifier_where_none_is_given(cli, tmp_path, real, model, monkeypatch):
     prior, receipt = shutil.copytree(model, tmp_path / "prior"), tmp_path / "settings.json"
     words = ["--model", prior, "--data", real, "--classifier-steps", 15, "--batch-size", 16, "--n", 24]
     words += ["--guidance-scale", 1, "--min-p", 0, 0.5, "--device", "cpu", "--output", receipt]
@@ -204,6 +214,10 @@ def test_the_search_trains_a_classifier_where_none_is_given(cli, tmp_path, real,
     words[words.index("--classifier-steps") + 1] = 16
     assert cli(evaluate.main, "settings", *words).code == 0
     assert json.loads(receipt.read_text())["fingerprints"]["classifier"] != before
+    diverging = partial(ClassifierTraining, lr=1e30)
+    monkeypatch.setattr("vqgen.evaluation.tasks.settings.ClassifierTraining", diverging)
+    result = cli(evaluate.main, "settings", *words)
+    assert result.code == 2 and "diverged" in result.err and "--lr" not in result.err, "which it does not have"
 
 
 def test_without_classes_the_classifier_learns_how_images_are_turned(cli, tmp_path, real):

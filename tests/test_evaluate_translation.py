@@ -157,6 +157,8 @@ def test_a_prior_that_always_had_a_source_has_no_nll_without(measured, tmp_path:
 def test_noise_of_any_strength_is_removed() -> None:
     images = torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)
     assert torch.equal(non_local_means(images, 255 * 8**0.5), images)
+    for height, width in (3, 3), (2, 5), (1, 1):
+        assert torch.equal(non_local_means(images[..., :height, :width], 200.0), images[..., :height, :width])
 
 
 def test_non_local_means_is_that_of_a_naive_loop() -> None:

@@ -20,6 +20,7 @@ from vqgen.prior.export.card import task_of
 from vqgen.prior.model import Prior
 from vqgen.prior.parts.source import MaskedSource
 from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
+from vqgen.prior.shipped import SHIPPED
 from vqgen.sampling import sample
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
@@ -110,6 +111,13 @@ def test_exporting_replaces_nothing(cli, tmp_path):
     result = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
     assert result.code == 2 and "--output" in result.err and "mine" in result.err
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["mine"]
+
+
+def test_a_prior_of_the_package_is_exported_by_its_name(cli, tmp_path, monkeypatch):
+    model = make_prior(tmp_path / "model")
+    monkeypatch.setitem(SHIPPED, "packaged", model)
+    exported(cli, Path("packaged"), tmp_path / "export")
+    assert Prior.load(tmp_path / "export").fingerprint == Prior.load(model).fingerprint
 
 
 # ---- the model card ----

@@ -284,6 +284,8 @@ def test_a_part_of_two_tokens(with_corners, tmp_path, monkeypatch):
 
 def test_conditions_in_python_are_parsed_as_on_the_command_line(with_corners):
     generator = Generator.load(with_corners, "cpu", "fp32")
+    corners = generator.conditioning.parts[0]
+    corners.dropout = 0.1  # so that it may be absent
     words, values = {"corners": ["3,15", "0,1"]}, {"corners": [(3, 15), (0, 1)], "class": [1]}
     drawn = generator.sample(4, "b", conditions=words)
     for again in (
@@ -306,9 +308,11 @@ def test_conditions_in_python_are_parsed_as_on_the_command_line(with_corners):
     ):
         with pytest.raises(UsageError, match=named):
             call()
-    generator.conditioning.classes.dropout = 0.0
+    corners.dropout = generator.conditioning.classes.dropout = 0.0
     with pytest.raises(UsageError, match="--corners-dropout 0, --label-dropout 0"):
-        generator.sample(1, guidance_scale=2.0)
+        generator.sample(1, "b", conditions=words, guidance_scale=2.0)
+    with pytest.raises(UsageError, match=r"^--corners: .*--corners-dropout 0"):
+        generator.log_likelihood(images, "b")
 
 
 def run_card(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from processes import PRIOR, TOKENIZER, Ended, in_step, rows, run, steps, tree, 
 from safetensors.torch import load_file
 
 from vqgen.errors import UserError
+from vqgen.tokenizer import trainer
+from vqgen.tokenizer.data.dataset import training_batches
 from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.train import main
 from vqgen.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
@@ -129,6 +132,23 @@ def test_a_validation_that_fails_costs_no_step(tmp_path: Path, cli) -> None:
     assert cli(main, *words, "--output", tmp_path / "run").code == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_images_that_cannot_be_read_any_more_cost_no_step(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*TINY, "--checkpoint-every", 100, "--output"]
+    assert cli(main, *words, tmp_path / "whole").code == 0
+
+    def failing(*given: Any) -> Iterator[Any]:
+        yield from islice(training_batches(*given), 3)
+        raise UserError("--data: gone; restore it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_batches", failing)
+        result = cli(main, *words, tmp_path / "run")
+    assert result.code == 1 and "--data: gone" in result.err
+    assert steps(tmp_path / "run") == [3]
+    assert cli(main, *words, tmp_path / "run").code == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_a_disk_that_is_full(small: Path, whole: Path) -> None:

@@ -289,6 +289,17 @@ def test_the_edge_is_soft() -> None:
     assert len({value for value in row if 0 < value < 255}) >= 2
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_the_edge_is_as_soft_on_a_single_row_or_column_of_codes(factor: int) -> None:
+    drawn, original = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    hole = torch.zeros(1, 32, 32, dtype=torch.bool)
+    hole[..., 16:] = True
+    row = paste(drawn, original, hole, factor)[:, :, :factor]
+    assert torch.equal(paste(drawn[..., :factor, :], original[..., :factor, :], hole[:, :factor], factor), row)
+    column = paste(drawn[..., :factor], original[..., :factor], hole.mT[..., :factor], factor)
+    assert torch.equal(column, row.mT) and row.unique().numel() > 2
+
+
 def test_fillings_are_a_series_like_any_other(tmp_path: Path) -> None:
     generator = Generator.load(prior_with_source(tmp_path), "cpu", "fp32")
     images, mask = photos(3), torch.zeros(4, 6, dtype=torch.bool)
@@ -329,6 +340,9 @@ def test_a_variation_draws_a_share_of_the_codes(tmp_path: Path) -> None:
     assert torch.equal(generator.vary(images, 0.5, n=10, seed=2).codes, found.codes[:10])
 
 
+WHOLE, OUTSIDE = torch.ones(4, 6, dtype=torch.bool), torch.arange(9)[:, None].expand(9, 6) < 1
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
@@ -337,6 +351,18 @@ def test_a_variation_draws_a_share_of_the_codes(tmp_path: Path) -> None:
         (lambda g: g.inpaint(photos(), torch.zeros(4, 6, dtype=torch.bool)), "mask: no pixel"),
         (lambda g: g.vary(photos(), 0.0), "vary: found 0.0"),
         (lambda g: g.vary(photos(), 1.5), "vary: found 1.5"),
+        *((lambda g, n=n: g.inpaint(photos()[:0], WHOLE, n=n), "images: found none") for n in (None, 3)),
+        *((lambda g, n=n: g.vary(photos()[:0], 0.5, n=n), "images: found none") for n in (None, 3)),
+        *((lambda g, n=n: g.extend(photos()[:0], left=2, n=n), "images: found none") for n in (None, 3)),
+        (lambda g: g.inpaint(photos(), WHOLE, n=-1), "--n: found -1"),
+        (lambda g: g.inpaint(photos(), WHOLE, conditions={"source": g.encode(photos())}), "--source-image"),
+        (lambda g: g.extend(photos(), left=2, conditions={"source": g.encode(photos())}), "--source-image"),
+        (lambda g: g.extend(photos(), left=2**64 - 4), "--extend: .*18446744073709551618x4"),
+        (lambda g: g.extend(photos(1), 5000, 5000, 5000, 5000), "--extend: .*10006x10004"),
+        (lambda g: g.sample(1, size=(9472, 9500)), "--size: .*9500x9472"),
+        (lambda g: g.sample(1, size=(8, 6), batch_size=0), "--batch-size: found 0"),
+        *((lambda g, seed=seed: g.sample(1, size=(8, 6), seed=seed), "--seed") for seed in (-1, 2**64)),
+        (lambda g: g.inpaint(photos(1, 9, 6), OUTSIDE), "mask: .*6x9 to 6x4"),
     ],
 )
 def test_masks_and_shares_that_do_not_fit_are_named(tmp_path: Path, call, named: str) -> None:
@@ -452,6 +478,9 @@ def test_a_variation_depends_on_its_own_index(cli, with_source: Path, tmp_path: 
         (["--mask", "black.png"], 1, "black.png"),
         (["--mask", "missing.png"], 1, "missing.png"),
         (["--mask", "text.png"], 1, "text.png"),
+        (["--init-image", "tall.png", "--box", 0, 0, 6, 1], 2, "--box: 0 0 6 1 is not in what is left of tall.png"),
+        (["--init-image", "tall.png", "--mask", "top.png"], 2, "top.png is not in what is left of tall.png"),
+        (["--extend", 2**64 - 4, 0, 0, 0], 2, "--extend"),
     ],
 )
 def test_what_does_not_fit_is_named(sample, tmp_path: Path, words: list, code: int, named: str, monkeypatch) -> None:
@@ -459,6 +488,8 @@ def test_what_does_not_fit_is_named(sample, tmp_path: Path, words: list, code: i
     write_png_atomic(Path("small.png"), torch.full((1, 3, 6), 255, dtype=torch.uint8))
     write_png_atomic(Path("black.png"), torch.zeros(1, 4, 6, dtype=torch.uint8))
     Path("text.png").write_text("no image")
+    write_png_atomic(Path("tall.png"), photos(1, 9, 6)[0])
+    write_png_atomic(Path("top.png"), 255 * OUTSIDE[None].to(torch.uint8))
     result = sample(*words)
     assert result.code == code and named in result.err and result.err.count("\n") == 1, result.err
     assert not (tmp_path / "out").exists()

@@ -76,6 +76,11 @@ def test_metrics_are_those_of_a_naive_loop(cli, tmp_path, depth, unconditional):
     assert f"{mean:.5g} nats per token" in result.out and "rate of the codes" in result.out
 
 
+def test_a_class_may_be_called_as_images_without_one() -> None:
+    layout = Conditioning(Vocabulary(SIZE, 1, (2, 3)), [Classes(2, ["shoe", "no class"])])
+    assert len(set(layout.group_names)) == 3 and layout.group_names[:2] == ["shoe", "no class"]
+
+
 def described(folder: Path, **changes: Any) -> Path:
     """The same prior with other values in `vqgen.json`."""
     path = folder / "vqgen.json"

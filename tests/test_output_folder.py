@@ -239,6 +239,35 @@ def test_a_new_folder_loses_what_a_kill_left_beside_it(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_replaced_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (out := tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: path == out)
+        with pytest.raises(UsageError, match="mount point"), new_folder(out):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+        with pytest.raises(UserError, match="may not be written to"), new_folder(out):
+            pass
+
+
+def test_a_codebook_size_beside_levels_is_no_difference(tmp_path: Path) -> None:
+    def config(*words: str) -> TokenizerTraining:
+        given = ["--data", "demo", "--output", str(tmp_path), "--quantizer", "fsq", "--perceptual-weight", "0", *words]
+        return parse(TokenizerTraining, given)
+
+    begun = config("--levels", "8", "5", "--codebook-size", "512")
+    prepare_folder(tmp_path, begun, overwrite=False)
+    (tmp_path / "vqgen.json").write_text("{}")
+    check_folder(tmp_path, same := config("--levels", "8", "5"), overwrite=False)
+    assert begun.architecture().codes_options() == same.architecture().codes_options()
+    for other in (["--levels", "8", "6"], ["--codebook-size", "512"]):
+        with pytest.raises(UserError, match="--levels"):
+            check_folder(tmp_path, config(*other), overwrite=False)
+
+
 def test_a_prior_does_not_start_from_what_it_removes_either(tmp_path: Path) -> None:
     config = PriorTraining(codes=tmp_path / "codes", output=tmp_path / "run", init=tmp_path / "other/../run")
     with pytest.raises(UsageError, match=r"--init.*--overwrite"):

@@ -21,6 +21,7 @@ from PIL import Image
 from vqgen.app.page.drawing import BATCH, Jobs, Session, Stopped, candidates, draw, pack, series_of
 from vqgen.app.page.models import Loaded, Models, find_models, task_of
 from vqgen.app.page.program import MASK_BYTES, AppConfig, LimitConfig, main
+from vqgen.app.page.reconstruct import bits_of, code_map
 from vqgen.app.page.server import POLICY, Guard
 from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
@@ -56,6 +57,25 @@ def image_file(path: Path, size: tuple[int, int] = (16, 16)) -> Path:
     pixels = torch.arange(size[0] * size[1] * 3, dtype=torch.long).remainder(251).to(torch.uint8)
     Image.fromarray(pixels.view(size[1], size[0], 3).numpy()).save(path)
     return path
+
+
+def test_a_rate_is_that_of_conditions_that_the_prior_has_learned(fills: Loaded, tmp_path: Path) -> None:
+    paired, codes = SourceRecord("degraded", [8, 8], "d" * 64, ["grey"]), torch.zeros(1, 8, 8, dtype=torch.long)
+
+    def generator(name: str, **changed: float) -> Generator:
+        path = make_square_prior(tmp_path / name, *([PairedSource(paired, 0.0)] if name == "sourced" else []))
+        about = json.loads((path / "vqgen.json").read_text())
+        (path / "vqgen.json").write_text(json.dumps(about | changed))
+        return Generator.load(path, "cpu", "fp32")
+
+    strict = generator("strict", label_dropout=0.0)
+    with pytest.raises(UsageError, match=r"--class.*choose one"):
+        bits_of(strict, codes, "")
+    for one, name in ((strict, "bag"), (fills.generator, "")):
+        bits = bits_of(one, codes, name)
+        assert bits is not None and bits.shape == (8, 8, 1) and bits.min() > 0
+    assert bits_of(generator("sourced"), codes, "bag") is None
+    assert "bits" not in code_map(codes[0, ..., None], None)
 
 
 # ---- models ----

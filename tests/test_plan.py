@@ -18,7 +18,7 @@ from PIL import Image
 
 from vqgen.app import planner, rules, trial
 from vqgen.app.machine import Machine
-from vqgen.app.plan import TRIAL, Expected, Plan, Request, Row, saved_plan
+from vqgen.app.plan import MOST_SECONDS, TRIAL, Expected, Plan, Request, Row, saved_plan
 from vqgen.app.planner import Planner
 from vqgen.app.survey import Survey, look
 from vqgen.app.trial import Measured, Stage, tried
@@ -203,6 +203,44 @@ def test_memory_splits_steps_into_parts(tmp_path: Path, trials: list[Stage]) -> 
         plan(tmp_path, 600, replace(REQUEST, size=[128, 128]), machine=replace(CPU, memory=3e7))
 
 
+def test_given_parts_of_a_step_are_kept_where_memory_is_short(tmp_path: Path, trials: list[Stage]) -> None:
+    request = replace(REQUEST, size=[128, 128], tokenizer=["--accumulate=2"])
+    with pytest.raises(UserError, match="--size"):
+        plan(tmp_path, 600, request, machine=replace(CPU, memory=3e7))
+    assert len(trials) == 1
+
+
+def test_the_plan_goes_by_what_is_given(tmp_path: Path, trials: list[Stage]) -> None:
+    many = replace(PHOTOS, train=50_000, side=32)
+    sizes = []
+    for words in ([], ["--multipliers=1,2,4,4"], ["--quantizer=residual", "--depth=4"]):
+        plan(tmp_path, 6000, replace(REQUEST, tokenizer=words), many)
+        sizes.append(read(tmp_path)[2].model.dim)
+    assert sizes[1] < sizes[0] < sizes[2], "of 4, 64 and 256 codes an image"
+    request = replace(REQUEST, tokenizer=["--steps=200000"], prior=["--steps=100"])
+    expected, tried = plan(tmp_path, 60, request, many), trials[-1]
+    assert (expected["tokenizer"].steps, expected["prior"].steps) == (200_000, 100)
+    found = planner.tried(tried)
+    assert expected["prior"].seconds == pytest.approx(found.start + 100 * found.step + found.validations)
+    assert 5 < expected["prior"].minutes < 40, "its share, where they are not given any more"
+    assert read(tmp_path)[2].model.dropout == 0, "it passes over the images less than once"
+    assert plan(tmp_path, 60, replace(REQUEST, prior=["--steps=2000000000"]), many)["prior"].seconds == MOST_SECONDS
+    expected = plan(tmp_path, 60, replace(REQUEST, prior=["--epochs=2"]), many)
+    assert expected["prior"].steps == math.ceil(2 * 50_000 / read(tmp_path)[2].run.batch_size)
+
+
+def test_given_views_are_planned(tmp_path: Path, trials: list[Stage]) -> None:
+    million, seconds = replace(PHOTOS, train=1_000_000), []
+    for words in ([], ["--views=4"]):
+        seconds.append(plan(tmp_path, 60_000, replace(REQUEST, codes=words), million)["codes"].seconds)
+        found = parse(TokenizeConfig, ["--config", str(tmp_path / "plan" / "codes.yaml"), *words])
+        assert found.images.augments == (found.views > 1) == bool(words)
+        assert "views: 1" in (tmp_path / "plan" / "codes.yaml").read_text(), (
+            "the option may be left out until the stage begins"
+        )
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.01)
+
+
 def test_without_weights_there_is_no_perceptual_loss_and_with_them_there_is(
     tmp_path: Path, trials: list[Stage]
 ) -> None:
@@ -323,8 +361,10 @@ def test_settings_are_searched_where_classes_and_time_allow_it(tmp_path: Path, t
 
 
 def test_a_plan_without_steps_is_refused(tmp_path: Path, trials: list[Stage]) -> None:
-    with pytest.raises(UsageError, match="--minutes"):
+    with pytest.raises(UsageError, match=r"--minutes: .* give (\d+) or more") as refused:
         plan(tmp_path, 1.4)
+    enough = int(str(refused.value).split()[-3])
+    assert 2 <= enough < 5 and plan(tmp_path, enough)["tokenizer"].steps >= planner.LEAST
 
 
 def test_a_trial_out_of_memory_splits_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,9 +396,11 @@ def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:
     made = Plan(REQUEST, 20, None, [Row("size", "64", "")], expected, {"plan": 60.0, "tokenizer": 500.0, "codes": 50.0})
     assert made.settled().prior_minutes == pytest.approx((1200 - 610 - 60 - TRIAL) / 60, abs=1e-3)
     late = replace(made, spent={"plan": 60.0, "tokenizer": 5000.0, "codes": 50.0}).settled()
-    assert late.prior_minutes == pytest.approx(made.planned_prior_minutes / 2, abs=1e-3)
+    assert late.prior_minutes == pytest.approx(made.expected["prior"].minutes / 2, abs=1e-3)
     longer = made.settled().lengthened(30)
     assert longer.prior_minutes == pytest.approx(made.settled().prior_minutes + 10)  # type: ignore[operator]
+    trained = replace(made, expected={**expected, "prior": Expected(TRIAL + 600, 0.0, 50)})
+    assert trained.lengthened(30).expected["prior"].steps == 100
     assert made.lengthened(30).settled().prior_minutes == pytest.approx(longer.prior_minutes)
     made.save(tmp_path)
     assert saved_plan(tmp_path) == made, "also without a search, as a former version made it"
@@ -411,6 +453,17 @@ def test_a_trial_draws_of_captions(tmp_path: Path) -> None:
     tokenizer = TINY.replace("--data demo", f"--data {tmp_path}").split()
     found = tried(Stage(tokenizer, words, [*samples, "--n=3", "--guidance-scale=2"], images, 0, "txt"))
     assert found is not None and found.drawn > 0
+
+
+def test_a_trial_draws_of_captions_that_are_longer_than_what_is_read(tmp_path: Path, monkeypatch) -> None:
+    for index in range(30):
+        save(tmp_path / "images" / f"{index}.png", Image.new("RGB", (16, 16), (index, 0, 0)))
+        (tmp_path / "images" / f"{index}.txt").write_text(" ".join(str(index * k) for k in range(1, 90)))
+    monkeypatch.setattr(trial, "_training", lambda config, build: Measured(1, 1, 1, 4, 1, 1, 1))
+    tokenizer = TINY.replace("--data demo", f"--data {tmp_path / 'images'}").split()
+    samples = [f"--prompt={text}" for text in look(str(tmp_path / "images"), "txt").prompts]
+    stage = Stage(tokenizer, "--dim 16 --layers 1 --heads 2".split(), [*samples, "--n=1"], [28, 2], 0, "txt")
+    assert trial._prior(stage, tmp_path / "codes").drawn > 0
 
 
 @pytest.mark.parametrize("source", ["--source=noise:0.2", "--source-data=partners"])

@@ -1,6 +1,7 @@
 """The prior: vocabulary, backbones and their folder, sequences from code files, likelihood and the preview."""
 
 import copy
+import dataclasses
 import json
 import math
 import types
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.models import NAMES, conditioning_of, small_prior, tokens_for, write_codes
+from helpers.models import NAMES, codes_for, conditioning_of, make_prior, small_prior, tokens_for, write_codes
+from helpers.tokenizing import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vqgen.config import parse
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import DataError, UsageError, UserError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Examples, Sequences
 from vqgen.prior.likelihood import likelihood, token_nats
@@ -27,13 +29,14 @@ from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.parts.source import MaskedSource
 from vqgen.prior.train import PriorTraining
-from vqgen.prior.trainer import preview_codes
+from vqgen.prior.trainer import PriorTrainer, build, preview_codes
 from vqgen.prior.vocabulary import Vocabulary
-from vqgen.tokenizer.codes.format import CodeFiles, code_shape
+from vqgen.tokenizer.codes.format import CodeFiles, Manifest, code_shape
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import VQConfig
+from vqgen.training.trainer import next_batch
 
 BACKBONES = ["llama", "qwen3", "gpt2"]
 backbones = pytest.mark.parametrize("backbone", BACKBONES)
@@ -294,6 +297,46 @@ def test_ids_of_other_meaning_keep_their_weights_where_there_are_as_many(tmp_pat
     for each in (name, "lm_head.weight"):
         own, theirs = prior.backbone.state_dict()[each], given.backbone.state_dict()[each]
         assert torch.equal(own[:8], theirs[:8]) and torch.equal(own[8:], before[each][8:])
+
+
+def test_classes_start_from_those_of_their_names(tmp_path, tokenizer):
+    folder, mark = tokenizer
+    config, size = PriorConfig(dim=16, layers=2, heads=2), 8
+    given = Prior(config, conditioning_of(size, 1, (2, 3), 3, ["shoe", "hat", "bag"]), (3, 4, 6), mark)
+    given.save(tmp_path / "run", folder)
+    prior = Prior(config, conditioning_of(size, 1, (2, 3), 3, NAMES), (3, 4, 6), mark)  # shirt, shoe, bag
+    name = "model.embed_tokens.weight"
+    before = prior.backbone.state_dict()[name].clone()
+    (said,) = prior.start_from(tmp_path / "run")
+    own, theirs = prior.backbone.state_dict()[name], given.backbone.state_dict()[name]
+    assert "2 of 3 classes" in said and str(tmp_path / "run") in said
+    assert torch.equal(own[size:], torch.stack([before[size], theirs[size], theirs[size + 2], theirs[size + 3]]))
+    same = Prior(config, conditioning_of(size, 1, (2, 3), 3, ["shoe", "hat", "bag"]), (3, 4, 6), mark)
+    assert same.start_from(tmp_path / "run") == []
+    assert torch.equal(same.backbone.state_dict()[name], theirs)
+
+
+def test_codes_with_another_tokenizer_beside_them_start_no_run(tmp_path):
+    codes = codes_for(tmp_path / "codes", make_prior(tmp_path / "of"))
+    manifest = Manifest.read(codes)
+    splits = {"train": manifest.splits["train"], "heldout": manifest.splits["train"]}
+    dataclasses.replace(manifest, splits=splits).write(codes)
+    make_tokenizer(codes / "tokenizer")
+    words = ["--codes", str(codes), "--output", str(tmp_path / "run"), "--dim", "16", "--heads", "2", "--layers", "1"]
+    with pytest.raises(UserError, match=f"{codes / 'tokenizer'} has fingerprint"):
+        build(parse(PriorTraining, words))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_batches_that_cannot_be_read_are_an_error_of_the_data():
+    def batches():
+        yield 1
+        raise UserError("codes-00000.safetensors: gone")
+
+    found = batches()
+    assert next_batch(found) == 1
+    with pytest.raises(DataError, match="gone"):
+        next_batch(found)
 
 
 def test_unconditional_and_deep_priors_are_restored(tmp_path, tokenizer):
@@ -580,6 +623,20 @@ def test_preview_shows_the_classes_in_turn(monkeypatch):
     monkeypatch.setattr(prior.backbone, "generate", types.MethodType(noted, prior.backbone))
     preview_codes(prior, 7, seed=0)
     assert given == [[8, 9, 10, 8, 9, 10, 8]]
+
+
+def test_a_decoder_whose_output_is_not_finite_ends_no_preview(tmp_path):
+    prior, tokenizer = Prior.load(make_prior(tmp_path / "model")), Tokenizer.load(tmp_path / "model" / "tokenizer")
+    tokenizer.decoder.register_forward_hook(lambda _module, _given, found: found / 0)
+    own = types.SimpleNamespace(
+        run=types.SimpleNamespace(accelerator=Accelerator(cpu=True), main=True, folder=tmp_path),
+        config=types.SimpleNamespace(preview_images=3, run=types.SimpleNamespace(seed=0)),
+        conditioning=prior.conditioning,
+        tokenizer=tokenizer,
+        _preview_conditions=dict,
+    )
+    PriorTrainer._preview(own, 5, prior)  # type: ignore[arg-type]
+    assert (tmp_path / "images" / "step-00000005.png").exists()
 
 
 def test_preview_draws_from_the_prior_as_it_is():

@@ -388,6 +388,67 @@ def refused(result, code: int, *parts: str) -> None:
         assert part in line, line
 
 
+def test_metrics_of_an_output_that_is_not_finite_are_refused():
+    metrics = ReconstructionMetrics(make(), None, torch.device("cpu"))
+    metrics.reconstruct(pixels(2, 1, 24, 16))
+    metrics.tokenizer._finite["decoder"] = torch.tensor(False)  # as an accelerator, which is not waited for, leaves it
+    with pytest.raises(UserError, match="--precision"):
+        metrics.compute()
+
+
+def broken_decoder() -> Tokenizer:
+    tokenizer = make()
+    tokenizer.decoder.register_forward_hook(lambda _module, _given, found: found / 0)
+    return tokenizer
+
+
+def test_an_output_that_is_not_finite_ends_no_validation(measured):
+    _, data, config, *_ = measured
+    found = reconstruct(broken_decoder(), data, 4, 4, config, None, Accelerator(cpu=True))
+    assert found.metrics.keys() >= {"psnr", "ssim"} and found.images.shape == (4, 1, 24, 16)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_an_output_that_is_not_finite_ends_all_processes_at_once(monkeypatch, broken):
+    """One whose own output is finite gets to know by the sums; one whose output is not takes part in these."""
+    reduced = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        reduced.append(tensor)
+        if tensor.ndim == 1:
+            tensor[-1] += not broken  # of the other process
+
+    monkeypatch.setattr("vqgen.tokenizer.metrics.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("vqgen.tokenizer.metrics.dist.all_reduce", all_reduce)
+    metrics = ReconstructionMetrics(broken_decoder() if broken else make(), None, torch.device("cpu"))
+    metrics.reconstruct(pixels(2, 1, 24, 16))
+    with pytest.raises(UserError, match="--precision"):
+        metrics.compute()
+    assert len(reduced) == 2
+
+
+def test_pictures_beside_the_images_of_a_split_are_none_of_them(tmp_path, cli, grey, monkeypatch):
+    for split in ("train", "val"):
+        for index in range(2):
+            save(tmp_path / "in" / split / f"{index}.png", pixels(1, 24, 16, seed=index))
+    words = [tmp_path / "in", "--tokenizer", grey, "--output"]
+    refused(cli(main, *words, tmp_path / "in" / "val" / "out"), 2, "--output")
+    assert cli(main, *words, tmp_path / "in" / "out").code == 0
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli(main, "demo", *words[1:], tmp_path / "demo" / "out", "--n", 1).code == 0
+
+
+@pytest.mark.parametrize("split", ["auto", "train"])
+def test_pictures_do_not_become_data(tmp_path, cli, grey, split):
+    for index in range(4):
+        save(tmp_path / "in" / f"{index}.png", pixels(1, 24, 16, seed=index))
+    words = [tmp_path / "in", "--tokenizer", grey, "--split", split, "--output"]
+    refused(cli(main, *words, tmp_path / "in" / "out"), 2, "--output", str(tmp_path / "in" / "out"))
+    assert len(list((tmp_path / "in").iterdir())) == 4
+    assert cli(main, tmp_path / "in/0.png", *words[1:3], "--output", tmp_path / "in" / "out").code == 0
+
+
 def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, cli, colour):
     image, out = tmp_path / "a.png", tmp_path / "out"
     save(image, pixels(3, 32, 32))

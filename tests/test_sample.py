@@ -306,6 +306,12 @@ def test_the_grid(sample, tmp_path, n, words, rows, columns):
     assert torch.equal(grid[:, top : top + 4, left : left + 6], below)
 
 
+def test_the_grid_of_large_images_has_fewer(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr("vqgen.sampling.write_samples.GRID_PIXELS", 7 * 24)
+    assert sample("--n", 9).code == 0
+    assert decode_image(str(tmp_path / "samples" / "grid.png")).shape == (3, 2 * 6 + 2, 3 * 8 + 2)
+
+
 def test_files_of_nobodys_run_are_not_overwritten(sample, tmp_path):
     (folder := tmp_path / "samples").mkdir()
     for name in ("00000.png", "grid.png"):
@@ -322,6 +328,8 @@ def test_guidance_needs_images_without_a_class(cli, tmp_path):
     result = cli(program.main, *words, "--guidance-scale", 2)
     assert result.code == 2 and "--label-dropout 0" in result.err
     assert cli(program.main, *words).code == 0
+    with pytest.raises(UsageError, match=r"--class: .*--label-dropout 0"):
+        Generator.load(model, "cpu").log_likelihood(torch.zeros(3, 4, 6, dtype=torch.uint8))
 
 
 def test_images_without_a_class_in_training_do_for_label_dropout(cli, tmp_path):
@@ -470,12 +478,14 @@ def test_a_finished_run_goes_on_to_more_images(sample, tmp_path):
     before = tree(folder)
     for n in (5, 2):
         result = sample("--n", n)
-        assert result.code == 0 and f"holds these {n} images already" in result.out and tree(folder) == before
+        assert result.code == 0 and "holds these 5 images already" in result.out and tree(folder) == before
     (folder / "00003.png").unlink()  # what is missing is drawn, whatever the list says
     assert "1 images in" in sample("--n", 5).out
     assert {name: file[1] for name, file in tree(folder).items()} == {name: file[1] for name, file in before.items()}
     assert sample("--n", 5, "--columns", 5).code == 0
     assert decode_image(str(folder / "grid.png")).shape == (3, 8, 42)
+    assert sample("--n", 2, "--columns", 4).code == 0
+    assert decode_image(str(folder / "grid.png")).shape == (3, 2 * 6 + 2, 4 * 8 + 2), "of all five"
     (folder / "00006.png").write_bytes(b"mine")
     result = sample("--n", 9)
     assert result.code == 2 and "00006.png, which is not of that run" in result.err
@@ -517,6 +527,9 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
     [
         (["--n", "4", "--num-per-class", "2"], "--num-per-class: --n is given too"),
         (["--keep-rows", "1"], "--keep-rows: needs --init-image"),
+        (["--no-paste"], "--no-paste"),
+        (["--init-image", "IMAGE", "--vary", "0.5", "--no-paste"], "--no-paste"),
+        (["--init-image", "IMAGE", "--keep-rows", "1", "--no-paste"], "--no-paste"),
         (["--init-image", "IMAGE", "--keep-rows", "2"], "--keep-rows: found 2, but an image has 2 rows"),
         (["--init-image", "IMAGE", "--keep-rows", "0"], "--keep-rows: found 0"),
         (["--init-image", "IMAGE", "--layout", "folders"], "--layout: folders needs classes"),
@@ -635,7 +648,11 @@ def test_numbers_are_indices_and_words_names_first(model):
     assert generator.sample(3, classes=[2, 0]).labels.tolist() == [2, 0, 2]
     assert generator.sample(2, classes="10").labels.tolist() == [1, 1]
     assert generator.sample(2, classes=torch.tensor([1, 2])).labels.tolist() == [1, 2]
-    for options, part in (({"seed": -1}, "--seed"), ({"batch_size": 0}, "--batch-size"), ({"classes": 7}, "--class")):
+    for options, part in (
+        *(({"seed": seed}, "--seed") for seed in (-1, 2**64)),
+        ({"batch_size": 0}, "--batch-size"),
+        *(({"classes": wrong}, "--class") for wrong in (7, 1.0, "1" * 5000)),
+    ):
         with pytest.raises(UsageError, match=part):
             generator.sample(1, **options)
 
@@ -677,8 +694,12 @@ def test_the_generator_as_people_call_it(model):
     for classes in (3, -2, [0, 7]):
         with pytest.raises(UsageError, match="--class: found"):
             generator.log_likelihood(image, classes)
-    with pytest.raises(TypeError):
+    with pytest.raises(UsageError, match=r"--class: found 1\.7"):
         generator.log_likelihood(image, 1.7)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="images: found none"):
+        generator.complete(image[None][:0], 1, n=3)
+    with pytest.raises(UserError, match=r"images: found .*\(3, 0, 5\)|\(1, 3, 0, 5\)"):
+        generator.encode(image[:, :0, :5])
     assert generator.sample(2, classes=torch.tensor(1)).labels.tolist() == [1, 1]
     with pytest.raises(UsageError, match="--n: found -3"):
         generator.sample(-3)

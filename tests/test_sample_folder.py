@@ -12,6 +12,7 @@ import torch
 from processes import tree
 
 import vqgen.sampling.sample as program
+from vqgen.sampling import output
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 PRIOR = Path(__file__).parent / "data" / "version-0.1" / "prior"
@@ -39,6 +40,16 @@ def sample(cli: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 def change(folder: Path, **values: Any) -> None:
     path = folder / "samples.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_more_images_than_a_list_is_read_of_are_refused(sample, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(output, "MAX_TEXT", 4000)
+    result = sample("--n", 40, "--output", tmp_path / "many")
+    assert result.code == 2 and "--n: " in result.err and not (tmp_path / "many").exists()
+    most = int(result.err.split("draw ")[1].split()[0])
+    assert sample("--n", most, "--output", tmp_path / "many").code == 0
+    size = (tmp_path / "many" / "samples.json").stat().st_size
+    assert 4000 - size / most < size <= 4000
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from vqgen.errors import UserError
-from vqgen.seeding import _scattered, epoch_slice, hash64, step_seed
+from vqgen.seeding import BLOCK, WINDOW, _scattered, _window, epoch_slice, hash64, step_seed, window_slice
 from vqgen.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 # ---- the order of examples ----
@@ -70,6 +70,32 @@ def test_a_slice_that_is_changed_changes_no_other():
     before = epoch_slice(10, 0, 0, 10)
     epoch_slice(10, 0, 0, 10)[:] = 0
     assert np.array_equal(epoch_slice(10, 0, 0, 10), before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 5000), batch=st.integers(1, 12), seed=st.integers(0, 2**40))
+def test_each_epoch_of_windows_holds_every_example_once(count, batch, seed):
+    order = np.concatenate([window_slice(count, seed, step, batch) for step in range(2 * count // batch + 1)])
+    first, second = order[:count], order[count : 2 * count]
+    assert order.dtype == np.int64 and sorted(first.tolist()) == sorted(second.tolist()) == list(range(count))
+    assert count < 50 or (first != second).any()
+    _window.cache_clear()
+    step = count // batch
+    assert np.array_equal(window_slice(count, seed, step, batch), order[step * batch : (step + 1) * batch])
+
+
+def test_the_neighbours_of_a_block_have_one_place_in_batches_of_one_window():
+    count, batch = 3 * WINDOW * 8 + 1000, 8
+    steps = np.stack([window_slice(count, 5, step, batch) for step in range(3 * WINDOW)]).reshape(3, WINDOW, batch)
+    for window in steps:
+        blocks = window // BLOCK
+        assert all((np.unique(blocks[:, place], return_counts=True)[1] == BLOCK).all() for place in range(batch))
+        assert len(np.unique(blocks)) == WINDOW * batch // BLOCK, "a block is at one place"
+        runs = np.diff(blocks, axis=0) != 0
+        assert runs.mean() > 0.6, "the blocks of a place are mixed: three in four batches go on to another one"
+    # Over a billion, too, blocks are from everywhere.
+    far = np.concatenate([window_slice(10**9, 0, step, 64) for step in range(0, 40 * WINDOW, WINDOW)])
+    assert np.abs(np.histogram(far, 4, (0, 10**9))[0] / 640 - 1).max() < 0.15
 
 
 def test_step_seeds_are_distinct_and_fit_every_generator():

@@ -419,6 +419,20 @@ def test_broken_images_are_replaced_counted_and_limited(tmp_path: Path) -> None:
     assert "--max-broken" in error(lambda: take(stream(tmp_path / "b"), 9))
 
 
+def test_a_batch_that_ends_a_run_is_read_again(tmp_path: Path) -> None:
+    """Its checkpoint is before the batch."""
+    good = garments(60)
+    write_tar(tmp_path / "a.tar", [(f"{n:03d}.png", row["image"] if n < 50 else b"no") for n, row in enumerate(good)])
+    images, last = stream(tmp_path, ImageConfig(size=[16, 16], channels=1, holdout=0.2, max_broken=0)), [Position()]
+
+    def read() -> None:
+        for _ in islice(images.batches(4, 1, 0, 1, 15), 40):
+            last.append(images.position)
+
+    assert "--max-broken" in error(read)
+    assert len(last) > 1 and images.position == last[-1]
+
+
 def test_one_broken_image_of_few_that_are_held_out_ends_no_run(tmp_path: Path) -> None:
     good = garments(10)
     for name, images in ("train", good[:5]), ("val", [{**good[5], "image": b"no"}, *good[6:]]):

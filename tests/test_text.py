@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
+from vqgen.app import stages
+from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
@@ -28,7 +30,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.export.program import main as export
 from vqgen.prior.model import Prior
-from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts.text import FILE, Text, TextTokenizer
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, shard_name, write_shard
@@ -160,7 +162,8 @@ def test_a_damaged_file_is_one_line(place: Path, tmp_path: Path, number: int) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"length": 0}, {"ids": 2**40}, {"dropout": 1.5}, {"fingerprint": 3}, {"length": "9"}]
+    "change",
+    [{"length": 0}, {"ids": 2**40}, {"dropout": 1.5}, {"fingerprint": 3}, {"length": "9"}, {"uncaptioned": 1}],
 )
 def test_a_damaged_description_is_one_line(place: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = tmp_path / "prior"
@@ -228,6 +231,56 @@ def test_weights_of_text_start_a_run_with_the_same_captions_alone(tmp_path: Path
     assert len(one.common_ids(same)) == len(one.common_ids(other)) + 1
 
 
+def untrained(folder: Path, captions: list[str], **options: Any) -> Generator:
+    """A random prior that was trained on these captions, and on classes."""
+    tokenizer = Generator.load(make_prior(folder / "of"), "cpu", "fp32").tokenizer
+    conditioning = squares(folder / "codes", captions, **options).conditioning
+    prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 4, 6), "f" * 64)
+    with torch.no_grad():
+        prior.backbone.lm_head.weight.mul_(10)
+    return Generator(prior, tokenizer, torch.device("cpu"), "fp32")
+
+
+def test_guidance_needs_a_condition_that_is_given_and_learned_to_be_without(tmp_path: Path) -> None:
+    for name, options, own, other in (
+        ("text", {"text_dropout": 0}, {"prompts": "a red shoe"}, {"classes": "bag"}),
+        ("label", {"label_dropout": 0}, {"classes": "bag"}, {"prompts": "a red shoe"}),
+    ):
+        generator = untrained(tmp_path / name, ["a red shoe"] * 4, **options)
+        with pytest.raises(UsageError, match=rf"^--guidance-scale: found 8, [^-]*--{name}-dropout 0, [^-]*$"):
+            generator.sample(1, **own, guidance_scale=8.0)
+        generator.sample(1, **own, **other, guidance_scale=8.0)
+        plain = generator.sample(2, **own)
+        generator.recommended = {"guidance_scale": 8.0}  # is left out
+        assert torch.equal(generator.sample(2, **own).codes, plain.codes)
+        conditions = generator.conditioning.conditions({"text": "a red shoe", "class": "bag"})
+        assert generator.settings({}, conditions).guidance_scale == 8
+
+
+def test_a_prompt_is_needed_where_every_image_of_training_had_one(tmp_path: Path) -> None:
+    always = untrained(tmp_path / "always", ["a shoe"] * 4, text_dropout=0)
+    images = always.sample(2, prompts="a shoe").images
+    for call in (
+        lambda: always.sample(2),
+        lambda: always.sample(2, prompts=["a shoe", ""]),
+        lambda: always.complete(images, 1),
+        lambda: always.log_likelihood(images, "bag"),
+    ):
+        with pytest.raises(UsageError, match=r"^--prompt: .*--text-dropout 0"):
+            call()
+    assert always.log_likelihood(images, conditions={"text": "a shoe"}).shape == (2,)
+    sometimes = untrained(tmp_path / "sometimes", ["a shoe", ""] * 2, text_dropout=0)
+    assert sometimes.sample(2).codes.shape == sometimes.sample(2, prompts="a shoe", guidance_scale=2.0).codes.shape
+    for generator, found in ((always, False), (sometimes, True)):
+        about = generator.conditioning.describe()
+        assert about["text"]["uncaptioned"] is found
+        part = Text.from_description(about)
+        assert part and (part.guidable, part.required) == (found, not found)
+        del about["text"]["uncaptioned"]  # as in folders of earlier versions: it is not known whether there were any
+        part = Text.from_description(about)
+        assert part and (part.guidable, part.required) == (False, False) and part.describe() == {"text": about["text"]}
+
+
 # ---- a trained prior ----
 
 
@@ -285,6 +338,21 @@ def test_what_is_no_prompt_is_one_line(generator: Generator, tmp_path: Path) -> 
         generator.sample(1, prompts="", guidance_scale=2)
     with pytest.raises(UsageError, match="--prompt: the model has no such condition"):
         Generator.load(make_prior(tmp_path / "plain"), "cpu").sample(1, prompts="a shoe")
+
+
+def test_planned_prompts_are_those_that_are_read_whole(place: Path, tmp_path: Path, generator: Generator) -> None:
+    part, long = text_of(generator.conditioning), "a small red square on a table"
+    assert part.readable([long, "a square", caption(4)]) == ["a square", caption(4)]
+    assert part.readable([long, "a" + long]) == ["a small red square", "aa small red"]
+    for text in ("\u00e4\u00f6\u00fc\u4e00\u4e8c", " ".join(["x" * 30] * 3), "\U0001f600" * 5):
+        assert [part.tokenizer.rest(each, part.length) for each in part.readable([text])] == [""]
+    (tmp_path / "plan.yaml").write_text(json.dumps({"n": 2, "prompt": [long, "a square"], "precision": "fp32"}))
+    words = ["--config", tmp_path / "plan.yaml", "--model", place / "prior", "--output", tmp_path / "out"]
+    stages.STAGES["samples"].run(parse(program.SampleConfig, list(map(str, words))))
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["conditions"]["text"] == ["a square"]
+    own = parse(program.SampleConfig, [*map(str, words[:-1]), str(tmp_path / "other"), "--prompt", long])
+    with pytest.raises(UsageError, match=r"--prompt: .*longer"):
+        stages.STAGES["samples"].run(own)
 
 
 def test_holes_are_filled_by_the_prompt(generator: Generator) -> None:

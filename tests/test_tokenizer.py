@@ -604,6 +604,47 @@ def test_autocast_gives_float32_images_and_16_bit_weights_are_refused():
         tokenizer.to(torch.bfloat16).encode(x)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_an_output_that_is_not_finite_is_named(part):
+    tokenizer, x = make().eval(), noise(2, 3, 16, 24)
+    codes = tokenizer.encode(x)
+    hook = tokenizer.get_submodule(part).register_forward_hook(lambda _module, _given, found: found / 0)
+    with pytest.raises(UserError, match=f"--precision: the {part}"):
+        tokenizer.encode(x) if part == "encoder" else tokenizer.decode(codes)
+    hook.remove()
+    assert torch.equal(tokenizer.encode(x), codes)
+    tokenizer._finite[part] = torch.tensor(False)  # as an accelerator, which is not waited for, leaves it
+    with pytest.raises(UserError, match=f"--precision: the {part}"):
+        tokenizer.check_finite()
+    tokenizer.check_finite()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_an_output_that_is_not_finite_is_told_where_it_is_no_error(part):
+    tokenizer, x = make().eval(), noise(2, 3, 16, 24)
+    assert tokenizer.take_finite()
+    hook = tokenizer.get_submodule(part).register_forward_hook(lambda _module, _given, found: found / 0)
+    assert tokenizer.decode(tokenizer.encode(x, at_once=False), at_once=False).shape == x.shape
+    hook.remove()
+    assert not tokenizer.take_finite() and tokenizer.take_finite()
+    tokenizer.reconstruct(x)
+
+
+def test_outputs_are_noted_while_another_thread_checks_them():
+    """`vqgen-tokenize` checks in the thread that writes, while the next images are encoded."""
+
+    class Cleared(dict):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()  # just then
+            return found
+
+    tokenizer = make().eval()
+    tokenizer._finite = Cleared(encoder=torch.tensor(True))
+    tokenizer._note_finite("encoder", torch.zeros(1), at_once=False)
+    assert tokenizer.take_finite()
+
+
 def test_training_pays_for_no_checks(monkeypatch):
     """Looking at values waits for the device; `forward` looks at none."""
     monkeypatch.setattr(Tokenizer, "_checked_images", lambda *_: pytest.fail("checked"))

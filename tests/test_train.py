@@ -5,6 +5,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from processes import tree, weights
 
 from vqgen.app import planner, stages
 from vqgen.app.demo import main as demo
-from vqgen.app.plan import Plan, saved_plan
+from vqgen.app.plan import Plan, saved_plan, written
 from vqgen.app.train import main, words_of
 from vqgen.app.trial import Measured, Stage
 from vqgen.errors import UserError
@@ -279,15 +280,143 @@ def test_a_name_that_is_too_long_is_one_line(tmp_path: Path, cli: Callable[..., 
     assert result.code in (1, 2) and "--data" in result.err and "defect" not in result.err
 
 
-def test_more_minutes_are_the_priors(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
-    assert cli(main, *words(tmp_path, "--plan")).code == 0
-    made = saved_plan(tmp_path) or pytest.fail()
-    dataclasses.replace(made, prior_minutes=8.0).save(tmp_path)
+def test_more_minutes_are_the_priors(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, tokenizer = words(tmp_path), stages.STAGES["tokenizer"]
+    place = given.index("--prior") + 1 + PRIOR.index("steps=3")
+    lengthless = [*given[:place], *given[place + 1 :]]
+
+    def interrupted(_config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.STAGES, "tokenizer", dataclasses.replace(tokenizer, run=interrupted))
+    assert cli(main, *lengthless, "--plan").code == 0
+    made = dataclasses.replace(saved_plan(tmp_path) or pytest.fail(), prior_minutes=8.0)
+    made.save(tmp_path)
     (tmp_path / "tokenizer").mkdir()
-    assert cli(main, *words(tmp_path, "--plan", "--minutes", 30)).code == 0
+    # With --plan it is shown, and not saved: it could not be undone.
+    result = cli(main, *lengthless, "--plan", "--minutes", 30)
+    assert result.code == 0 and "--minutes 18" in result.out and saved_plan(tmp_path) == made
+    assert cli(main, *lengthless, "--minutes", 30).code == 130
     longer = saved_plan(tmp_path) or pytest.fail()
     assert (longer.minutes, longer.prior_minutes) == (30, 18)
-    assert longer.tokenizer_minutes == made.tokenizer_minutes
+    assert longer.expected["tokenizer"] == made.expected["tokenizer"]
+    assert longer.expected["prior"].steps > made.expected["prior"].steps
+    result = cli(main, *given, "--minutes", 40)
+    assert result.code == 2 and "--minutes: found 40" in result.err, "the prior has its steps"
+
+
+@pytest.fixture
+def interrupted(trials: list[Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let settings be searched, and the tokenizer be interrupted."""
+    measure = planner.tried
+
+    def stop(config: Any) -> None:
+        config.output.mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planner, "tried", lambda stage: dataclasses.replace(measure(stage), drawn=1000.0))
+    monkeypatch.setitem(stages.STAGES, "tokenizer", dataclasses.replace(stages.STAGES["tokenizer"], run=stop))
+
+
+def test_files_follow_options_of_later_stages(tmp_path: Path, cli: Callable[..., Any], interrupted: None) -> None:
+    def planned(output: Path, *given: Any) -> dict[str, Any]:
+        assert cli(main, *words(output), *given).code == 130
+        return {file.stem: yaml.safe_load(file.read_text()) for file in (output / "plan").glob("*.yaml")}
+
+    def begun(name: str) -> Path:
+        output = tmp_path / name
+        assert cli(main, *words(output), "--no-flip", "--plan").code == 0
+        assert yaml.safe_load((output / "plan" / "settings.yaml").read_text())["flip"] is False
+        planned(output)
+        return output
+
+    undropped, sourced = ["--prior", *PRIOR, "label-dropout=0"], ["--codes", "source=grey"]
+    output = begun("one")
+    assert len(planned(output)["settings"]["guidance_scale"]) > 1
+    found = planned(output, *undropped)
+    assert found["settings"] == planned(tmp_path / "other", *undropped)["settings"]
+    assert found["settings"]["guidance_scale"] == [1] and found["settings"]["classifier_steps"] > 0
+    assert len(planned(output)["settings"]["guidance_scale"]) > 1, "and back"
+    found = planned(output, *sourced, *undropped)
+    assert "settings" not in (saved_plan(output) or pytest.fail()).stages
+    assert found["samples"]["sampling"] == {"min_p": 0.05}
+    assert planned(output, *sourced)["samples"]["sampling"]["guidance_scale"] == 2
+    assert planned(output, "--codes", "views=8")["codes"]["images"]["flip"] is True
+    assert planned(output)["samples"] == {"n": 64}
+    assert "settings" in (saved_plan(output) or pytest.fail()).stages, "and back"
+    # With --plan they are shown, and nothing is saved; nor where a stage cannot read them.
+    before = tree(output / "plan")
+    result = cli(main, *words(output, "--plan"), *sourced)
+    assert result.code == 0 and "--codes gives a source" in result.out and "vqgen-eval settings" not in result.out
+    result = cli(main, *words(output), "--prior", *PRIOR, "dim=17")
+    assert result.code == 2 and "--prior heads=" in result.err and result.err.count("\n") == 1
+    assert tree(output / "plan") == before
+    # Files that were edited stay.
+    file = begun("two") / "plan" / "settings.yaml"
+    file.write_text(file.read_text().replace("n: 500", "n: 20"))
+    assert len(planned(tmp_path / "two", *undropped)["settings"]["guidance_scale"]) > 1
+
+
+def test_given_steps_and_views_may_be_left_out_until_their_stage(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None
+) -> None:
+    lengthless = [word for word in PRIOR if word != "steps=3"]
+    assert cli(main, *words(tmp_path)).code == 130
+    short = saved_plan(tmp_path) or pytest.fail()
+    assert cli(main, *words(tmp_path), "--prior", *lengthless, "--codes", "max-broken=0.1").code == 130
+    longer = saved_plan(tmp_path) or pytest.fail()
+    assert longer.expected["prior"].seconds > 200 > 20 > short.expected["prior"].seconds
+    assert longer.expected["prior"].steps > 1000
+    settled = dataclasses.replace(longer, spent={"tokenizer": 60.0}).settled()
+    assert (settled.prior_minutes or 0) > 3
+    codes = yaml.safe_load((tmp_path / "plan" / "codes.yaml").read_text())
+    assert codes["views"] > 1 and codes["images"]["flip"] is True
+
+
+def test_what_is_held_out_is_the_runs_in_the_search(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    plan, file = saved_plan(tmp_path) or pytest.fail(), tmp_path / "plan" / "settings.yaml"
+    assert "holdout" not in yaml.safe_load(file.read_text())
+    found: list[Any] = []
+    monkeypatch.setattr("vqgen.evaluation.program.settings", lambda config: found.append(config.holdout))
+    monkeypatch.setattr(stages, "settings_are_found", lambda _prior: False)
+    file.write_text(file.read_text() + "holdout: 0.05\n")
+    for formerly_planned in (False, True):
+        if formerly_planned:
+            dataclasses.replace(plan, written=written(tmp_path)).save(tmp_path)
+        stages.STAGES["settings"](words_of(plan, tmp_path, "settings"), "4/5")
+    assert found == [0.05, None]
+
+
+def test_prompts_that_are_not_read_whole_are_kept_where_they_were_edited(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli(main, *words(tmp_path, "--plan")).code == 0
+    plan, file = saved_plan(tmp_path) or pytest.fail(), tmp_path / "plan" / "samples.yaml"
+    drawn: list[Any] = []
+    prior = SimpleNamespace(conditioning=SimpleNamespace(text=SimpleNamespace(readable=lambda texts: texts[:1])))
+    monkeypatch.setattr("vqgen.prior.model.Prior.load", lambda _folder: prior)
+    monkeypatch.setattr("vqgen.sampling.write_samples.write_samples", lambda config: drawn.append(config.prompt))
+    for name, found in (("samples_are_drawn", False), ("recommend", None)):
+        monkeypatch.setattr(stages, name, lambda *_, found=found: found)
+    file.write_text(file.read_text() + "prompt: [red, a very long caption]\n")
+    for planned in (False, True):
+        if planned:
+            dataclasses.replace(plan, written=written(tmp_path)).save(tmp_path)
+        stages.STAGES["samples"](words_of(plan, tmp_path, "samples"), "5/5")
+    assert drawn == [["red", "a very long caption"], ["red"]]
+
+
+def test_both_stages_hold_out_the_same_images(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    given = words(tmp_path / "run", "--plan", "--tokenizer", *TOKENIZER, "holdout=0.01")
+    result = cli(main, *given)
+    assert (result.code, result.err.count("\n")) == (2, 1) and "--codes" in result.err and "0.01" in result.err
+    assert not trials
+    assert cli(main, *given, "--codes", *CODES, "holdout=0.01").code == 0
 
 
 def test_a_plan_is_printed_with_command_lines_and_nothing_else_is_done(

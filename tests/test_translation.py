@@ -107,7 +107,7 @@ def test_sources_of_a_series_are_checked_and_encoded_as_each_alone(generator: Ge
     rows = part.of_values(values)
     assert rows.tolist() == [part.of_values([value])[0].tolist() for value in values]
     assert rows[0].tolist() == part.of_value(codes) and rows[1].tolist() == rows[3].tolist() == part.absent
-    for wrong in (codes[1:], codes + part.vocabulary.codebook_size):
+    for wrong in (codes[1:], codes + part.vocabulary.codebook_size, codes.float(), codes - 2):
         with pytest.raises(UsageError, match="source: found"):
             part.of_values([codes, wrong])
 

@@ -20,11 +20,11 @@ class TokenizeConfig(Options):
         "tokenizer data source source_data text_column output overwrite verify views flip random_crop holdout".split()
     )
 
-    tokenizer: Path | None = None
-    """Run or model folder of the tokenizer. Needed."""
-    data: str | None = None
+    tokenizer: Path | None = field(default=None, metadata={"needed": True})
+    """Run or model folder of the tokenizer."""
+    data: str | None = field(default=None, metadata={"needed": True})
     """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows; or a stream:
-    tar or parquet files by pattern or URL, or stream:NAME. Needed."""
+    tar or parquet files by pattern or URL, or stream:NAME."""
     text_column: str | None = None
     """Captions that are stored with the codes: a column of text in tables, or in metadata.jsonl or metadata.csv of a
     folder; `txt` takes NAME.txt beside each image of a folder."""

@@ -14,7 +14,7 @@ from vqgen.metric import Metric
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
-from .model import Tokenizer
+from .model import Tokenizer, not_finite
 
 SMALLEST = 8
 """Smallest height and width in pixels that SSIM is defined for."""
@@ -89,12 +89,18 @@ class ReconstructionMetrics:
         perceptual: network of LPIPS, on `device`; None leaves LPIPS out.
         device: where the tokenizer lies.
         precision: autocast of the tokenizer: bf16 or fp16; fp32 or Accelerate's no for none.
+        finite: refuse an output of the tokenizer that is not finite; a training goes on instead.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, perceptual: PerceptualDistance | None, device: torch.device, precision: str = "fp32"
+        self,
+        tokenizer: Tokenizer,
+        perceptual: PerceptualDistance | None,
+        device: torch.device,
+        precision: str = "fp32",
+        finite: bool = True,
     ) -> None:
-        self.tokenizer, self.perceptual, self.device = tokenizer, perceptual, device
+        self.tokenizer, self.perceptual, self.device, self.finite = tokenizer, perceptual, device, finite
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.functions = {metric.name: metric.function for metric in RECONSTRUCTION.values() if metric.function}
         # The same sums in every process, also in one that gets no image.
@@ -109,9 +115,10 @@ class ReconstructionMetrics:
         Returns the reconstructions, uint8 (B, C, H, W) on `device`, and the metrics of each image as `add` does.
         """
         originals = originals.to(self.device)
+        at_once = self.finite and not dist.is_initialized()  # the others would wait for this process in `compute`
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            codes = self.tokenizer.encode(originals)
-            results = to_uint8(self.tokenizer.decode(codes))
+            codes = self.tokenizer.encode(originals, at_once)
+            results = to_uint8(self.tokenizer.decode(codes, at_once))
         return results, self.add(originals, results, codes)
 
     @torch.no_grad()
@@ -138,13 +145,16 @@ class ReconstructionMetrics:
     def compute(self) -> dict[str, float]:
         """Return the metrics of everything added by all processes, by name, in the order of `RECONSTRUCTION`.
 
-        Raises `UserError` where no process added an image.
+        Raises `UserError` where no process added an image, or the tokenizer's output was not finite.
         """
-        sums, counts = torch.stack(list(self.sums.values())), self.counts.clone()
+        broken = ~self.tokenizer.take_finite()
+        sums, counts = torch.stack([*self.sums.values(), broken.float()]), self.counts.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(counts)
-        total, *rest = sums.tolist()
+        total, *rest, broken_in = sums.tolist()  # the same in all processes, so that all of them raise or none
+        if self.finite and broken_in:
+            raise not_finite("tokenizer")
         if not total:
             raise UserError("--data: no image that was to be measured is intact; replace or remove the broken ones")
         mean = {name: value / total for name, value in zip(list(self.sums)[1:], rest)}

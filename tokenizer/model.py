@@ -34,7 +34,8 @@ class Tokenizer(nn.Module):
     """Encoder, quantizer and decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
 
     `forward` is for training: it takes float images (B, C, H, W) in [-1, 1] without checks. `encode`, `decode` and
-    `reconstruct` are for inference: they check their arguments and compute no gradients.
+    `reconstruct` are for inference: they check their arguments and compute no gradients. Where the encoder's or the
+    decoder's output is not finite, as in 16 bits, they raise `UserError`; on an accelerator only `check_finite` does.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -47,6 +48,7 @@ class Tokenizer(nn.Module):
         """sha256 of the weights as saved or loaded; None before."""
         self.codes_are_frozen = False
         """Whether the decoder alone is trained; see `freeze_codes`."""
+        self._finite: dict[str, Tensor] = {}  # of encoder and decoder, see `check_finite`
 
     @property
     def factor(self) -> int:
@@ -109,11 +111,12 @@ class Tokenizer(nn.Module):
         return same and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, at_once: bool = True) -> Tensor:
         """Encode images into codes int64 (B, H/f, W/f), or (B, H/f, W/f, depth) where `depth` is more than 1.
 
         Args:
             images: (B, C, H, W), uint8 or float in [-1, 1], on any device; H and W divisible by `factor`, any size.
+            at_once: raise at once for latents that are not finite; else `take_finite` tells.
 
         The codes are on the tokenizer's device. Evaluation mode applies also in training mode. Raises `UserError` for
         images of another shape, type or range.
@@ -124,24 +127,52 @@ class Tokenizer(nn.Module):
                 depth = [self.depth] if self.depth > 1 else []
                 sides = [side // self.factor for side in pixels.shape[2:]]
                 return torch.zeros(0, *sides, *depth, dtype=torch.long, device=pixels.device)
-            return self.quantizer.encode(self.encoder(pixels))
+            latents = self.encoder(pixels)
+            self._note_finite("encoder", latents, at_once)
+            return self.quantizer.encode(latents)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, at_once: bool = True) -> Tensor:
         """Decode codes into images float32 (B, C, h*f, w*f) in [-1, 1], on the tokenizer's device.
 
         Args:
             codes: (B, h, w), or (B, h, w, depth) where `depth` is more than 1; any integer type, any device.
+            at_once: raise at once for images that are not finite; else `take_finite` tells.
 
         Raises `UserError` for codes of another shape or type, or outside the codebook.
         """
         with self._evaluation_mode():
-            return self.decoder(self.quantizer.decode(self._checked_codes(codes))).float().clamp(-1, 1)
+            images = self.decoder(self.quantizer.decode(self._checked_codes(codes))).float()
+            self._note_finite("decoder", images, at_once)
+            return images.clamp(-1, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encode and decode images; shape, data type and device are those of `images`. See `encode`."""
         decoded = self.decode(self.encode(images))
+        self.check_finite()
         return (to_uint8(decoded) if images.dtype == torch.uint8 else decoded).to(images)
+
+    def _note_finite(self, part: str, output: Tensor, at_once: bool) -> None:
+        """Note whether an output is finite; where `at_once`, check it at once on a CPU, which is not waited for."""
+        finite = output.isfinite().all()
+        self._finite[part] = finite & self._finite.get(part, finite)  # another thread may clear it
+        if at_once and output.device.type == "cpu":
+            self.check_finite()
+
+    def take_finite(self) -> Tensor:
+        """Return whether every output of `encode` and `decode` was finite since it was asked last, bool (), on the
+        device, without waiting for it."""
+        found = list(self._finite.values())
+        self._finite.clear()
+        return torch.stack(found).all() if found else torch.tensor(True, device=next(self.parameters()).device)
+
+    def check_finite(self) -> None:
+        """Raise `UserError` where an output of `encode` or `decode` was not finite. Waits for the device: call it where
+        their results are read."""
+        for part, finite in list(self._finite.items()):
+            if not finite:
+                self._finite.clear()
+                raise not_finite(part)
 
     def _checked_images(self, images: Tensor) -> Tensor:
         """Check images and return them as float32 on the tokenizer's device."""
@@ -245,6 +276,11 @@ class Tokenizer(nn.Module):
         tokenizer.load_state_dict({**artifact.tensors, **{name: own[name] for name in tokenizer._training_names()}})
         tokenizer.fingerprint = artifact.fingerprint
         return tokenizer.eval().to(device)
+
+
+def not_finite(part: str) -> UserError:
+    """The error of an output that is not finite."""
+    return UserError(f"--precision: the {part}'s output is not finite; use fp32, or another tokenizer where it is that")
 
 
 def _name(dtype: torch.dtype) -> str:

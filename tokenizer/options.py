@@ -36,8 +36,8 @@ class TokenizerConfig(Options):
             )
 
     def codes_options(self) -> dict[str, Any]:
-        """Name -> value of the options that decide which codes an image has, those of training alone left out."""
+        """Name -> value of the options that decide which codes an image has: not those of training alone, or unread."""
         bases = (*type(self.model).__mro__, *type(self.quantizer).__mro__)
-        training = frozenset[str]().union(*(vars(base).get("training_only", ()) for base in bases))
+        left_out = self.quantizer.unread.union(*(vars(base).get("training_only", ()) for base in bases))
         values = {"size" if name == "image_size" else name: value for name, value in values_of(self).items()}
-        return {name: value for name, value in values.items() if name not in training}
+        return {name: value for name, value in values.items() if name not in left_out}

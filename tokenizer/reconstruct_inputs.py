@@ -14,7 +14,7 @@ from vqgen.config import one_line
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.items import Files, Items
-from vqgen.tokenizer.data.options import SUFFIXES
+from vqgen.tokenizer.data.options import SUFFIXES, check_outside
 from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.data.sources import find_splits, open_source
 from vqgen.tokenizer.losses.options import check_size
@@ -39,7 +39,8 @@ class InputImage:
 
 
 def find_images(config: ReconstructConfig) -> list[Location]:
-    """List every image that `config` names, in order. Raises `UserError` where there is nothing to read."""
+    """List every image that `config` names, in order. Raises `UserError` where there is nothing to read, or the
+    output folder is inside of a folder of images."""
     found: list[Location] = []
     for word in config.data:
         path = Path(os.path.expanduser(word))
@@ -47,13 +48,17 @@ def find_images(config: ReconstructConfig) -> list[Location]:
             found.append((Files(path.parent, [path.name]), 0))
         elif path.suffix.lower() in SUFFIXES and not os.path.lexists(path):  # a file name, not that of a dataset
             raise UserError(f"--data: {word} does not exist; give image files, folders or other sources")
-        elif config.split == "auto":
-            splits = find_splits(word)
-            items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
-            found += [(items, row) for row in range(len(items))]
         else:
-            source = open_source(word, config.split, config.holdout)
-            found += [(source.items, int(row)) for row in source.rows]
+            if config.split == "auto":
+                splits = find_splits(word)
+                items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
+                rows = range(len(items))
+            else:
+                source = open_source(word, config.split, config.holdout)
+                items, rows = source.items, source.rows.tolist()
+            if isinstance(items, Files):
+                check_outside(config.output, items.root)
+            found += [(items, row) for row in rows]
     if not found:
         raise UserError(f"--data: {' '.join(config.data)} holds no images; add some")
     return found[: config.n or None]

@@ -52,10 +52,10 @@ def reconstruct(
 ) -> Reconstructions:
     """Measure the reconstructions of a fixed subset of `count` images, divided among the processes of `accelerator`.
 
-    Raises `UserError` where none of them is intact.
+    An output that is not finite does not end the run that is validated. Raises `UserError` where no image is intact.
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    metrics = ReconstructionMetrics(tokenizer, perceptual, device, accelerator.mixed_precision)
+    metrics = ReconstructionMetrics(tokenizer, perceptual, device, accelerator.mixed_precision, finite=False)
     none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
     originals, images = [none], [none]
     for batch in ordered_batches(dataset, fixed_subset(count, len(dataset))[rank::world], batch_size, config):

@@ -81,6 +81,11 @@ class TokenizerTraining(Options):
         if self.gan.gan_weight:
             check_discriminator(self.gan.gan_layers, self.images.size)
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Names of options that have no effect beside the others."""
+        return self.quantizer.unread
+
     def architecture(self) -> TokenizerConfig:
         """Return the part that is stored in the model folder."""
         return TokenizerConfig(self.images.size, self.images.channels, self.model, self.quantizer, self.images.fit)

@@ -22,6 +22,7 @@ from vqgen.training.health import Finding, Row, non_finite_origin
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
 from vqgen.training.run import Run
 from vqgen.training.summary import size_of
+from vqgen.training.trainer import next_batch
 
 from .diagnosis import diagnose
 from .initial_weights import InitialWeights, initial_weights
@@ -107,7 +108,8 @@ class TokenizerTrainer:
             return f"{len(train.shards.files):,} files to train on, {self.validated:,} held-out images measured"
         classes = f"; {len(train.class_names)} classes" if train.class_names else ""
         measured = f"{len(heldout):,} held out ({self.validated:,} measured)"
-        return f"{len(train):,} to train on, {measured}, {train.source.test_images:,} left for tests{classes}"
+        note = f" ({train.source.note})" if train.source.note else ""
+        return f"{len(train):,} to train on, {measured}, {train.source.test_images:,} left for tests{classes}{note}"
 
     @property
     def position(self) -> dict[str, Any] | None:
@@ -180,7 +182,7 @@ class TokenizerTrainer:
         return list(images.contiguous(memory_format=torch.channels_last).chunk(self.config.run.accumulate))
 
     def step(self, step: int) -> dict[str, Tensor]:
-        parts = self._tensors(next(self.batches))
+        parts = self._tensors(next_batch(self.batches))
         self.tokenizer.quantizer.training_progress = self.run.plan.progress(step)
         logged: dict[str, Tensor] = {}
         fakes: list[Tensor] = []

@@ -54,13 +54,15 @@ def build(config: type[C], values: Mapping[str, Any]) -> C:
 def parse(config: type[C], arguments: Sequence[str]) -> C:
     """Read the command line: defaults, each `--config` in order, then the options given. Raises `UsageError`.
 
-    The result has the names of the options that the command line gave as `given`, with those of files as `stated`.
+    The result has the names of the options that the command line gave as `given`, with those of files as `stated`, and
+    with those of the user's own files as `chosen`.
     `--threads` is no option of a configuration: `command` sees to it.
     """
     given, files = read_arguments(config, without_threads(arguments)[0])
-    values = merged(config, [*(read_file(config, file) for file in files), given])
-    found = build(config, values)
-    vars(found).update(given=frozenset(given.values), stated=frozenset(values))
+    layers = [*(read_file(config, file) for file in files), given]
+    values = merged(config, layers)
+    found, chosen = build(config, values), frozenset[str]().union(*(layer.values for layer in layers if layer.chosen))
+    vars(found).update(given=frozenset(given.values), stated=frozenset(values), chosen=chosen)
     return found
 
 

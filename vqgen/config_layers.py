@@ -19,6 +19,8 @@ from .options import Choice, Option, option_name, options
 
 # First line of the config.yaml of a run.
 MARK = "# Written by vqgen: the resolved configuration of the run in this folder.\n"
+# How the files begin that programs of ours write for others to read: runs, and vqgen-train for its stages.
+WRITTEN = (MARK, "# Planned by vqgen-train")
 # Options of version 0.1 that are gone -> the values under which its files are still read; None = any.
 REMOVED: dict[str, tuple[Any, ...] | None] = {
     "channels_last": (True, False),  # changes the speed alone
@@ -65,6 +67,8 @@ class Layer:
     values: dict[str, tuple[Any, str]]
     written_by_us: bool = False
     """Version 0.1 wrote the options of every kind of a choice: those of kinds not selected are ignored."""
+    chosen: bool = True
+    """Whether the user wrote it: it is neither a preset nor a file of a program of ours."""
 
 
 def read_file(config: type, name: str) -> Layer:
@@ -76,7 +80,7 @@ def read_file(config: type, name: str) -> Layer:
         raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     known = {option.path: option for option in options(config)}
     sections = {path[:n] for path in known for n in range(1, len(path))}
-    layer = Layer({}, text.startswith(MARK))
+    layer = Layer({}, text.startswith(MARK), file != f"{name}.yaml" and not text.startswith(WRITTEN))
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
         if path in sections or not path:

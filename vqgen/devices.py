@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -174,11 +175,21 @@ def release_memory() -> None:
 
 def advise_random(address: int, size: int) -> None:
     """Say that a memory-mapped range is accessed at random (Linux with glibc; elsewhere do nothing)."""
+    _advise(address, size, "MADV_RANDOM")
+
+
+def advise_needed(address: int, size: int) -> None:
+    """Say that a memory-mapped range will be read soon, as `advise_random` does."""
+    _advise(address, size, "MADV_WILLNEED")
+
+
+def _advise(address: int, size: int, how: str) -> None:
     if size and (madvise := _libc("madvise")):
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_RANDOM)
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), getattr(mmap, how))
 
 
+@lru_cache
 def _libc(name: str) -> Callable[..., int] | None:
     """A function of the C library on Linux; None where it has none of this name, as others than glibc."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -23,7 +23,7 @@ def help_text(program: str, description: str, config: type, everything: bool = F
     common = () if everything else getattr(config, "COMMON", ())
     bare = "".join(f"{option.positional} ... " for option in known if option.positional)
     usage = f"usage: {program} {bare}[--config FILE] [--option VALUE ...]"
-    lines = [usage, "", *textwrap.wrap(description, WIDTH)]
+    lines = [usage, "", *textwrap.wrap(" ".join(description.split()), WIDTH)]
     if common:
         lines += ["", "options:"]
         of_name = {option.name: option for option in known}
@@ -73,6 +73,8 @@ def _syntax(option: Option) -> str:
     """What follows the name: `INT ...`, `vq|fsq`; nothing for a switch."""
     if is_switch(option.type):
         return ""
+    if option.placeholder:
+        return f"{option.placeholder} ..."
     return "|".join(_placeholder(kind) for kind in kinds(option.type) if kind is not type(None))
 
 
@@ -86,7 +88,7 @@ def _placeholder(hint: Any) -> str:
 
 
 def _default(option: Option) -> str:
-    if option.default is dataclasses.MISSING:
+    if option.default is dataclasses.MISSING or option.needed:
         return "needed"
     if isinstance(option.default, bool):
         return f"default on; --no-{option.flag[2:]}" if option.default else "default off"
@@ -94,4 +96,4 @@ def _default(option: Option) -> str:
         return f"default as below; --no-{option.flag[2:]}"
     if isinstance(option.default, list):
         return "default " + (" ".join(map(str, option.default)) or "none")
-    return "default none" if option.default is None else f"default {option.default}"
+    return "default none" if option.default in (None, "") else f"default {option.default}"

@@ -97,6 +97,8 @@ class Options:
     """Names of the options that the command line gave, where the whole configuration comes from one."""
     stated: ClassVar[frozenset[str] | None] = None
     """Names of the options that files or the command line gave; None where the configuration comes from neither."""
+    chosen: ClassVar[frozenset[str]] = frozenset()
+    """Names of those that the command line or files of the user gave, which are no presets."""
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))
@@ -162,6 +164,10 @@ class Option:
     ranges: tuple[Range, ...] = ()
     positional: str = ""
     """What help calls the words of the command line that belong to no option, where they are this option's."""
+    placeholder: str = ""
+    """What help calls a word of a list, where its type does not say it."""
+    needed: bool = False
+    """Whether help calls it needed although it has a default: it is not where another option says what to do."""
     repeatable: bool = False
     """Whether a list goes on where the option is given again; else the later one wins."""
     choice: Choice | None = None
@@ -244,7 +250,8 @@ def _options(
             yield from _options(hint, selected, here, default)
         else:
             ranges = tuple(ranges_of(hints[field.name]))
-            stated = {name: field.metadata[name] for name in ("positional", "repeatable") if name in field.metadata}
+            names = ("positional", "placeholder", "needed", "repeatable")
+            stated = {name: field.metadata[name] for name in names if name in field.metadata}
             yield Option(config, field.name, here, hint, default, ranges, **stated)
 
 

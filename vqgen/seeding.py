@@ -10,6 +10,8 @@ import numpy as np
 
 LARGE = 2**26
 """From this many examples on, the order of an epoch is computed where it is needed: a billion would take 8 GB."""
+BLOCK, WINDOW = 64, 256
+"""Examples that follow one another and come within a window of `window_slice`, and the steps of a window."""
 
 
 def hash64(*parts: object) -> int:
@@ -66,6 +68,46 @@ def epoch_slice(count: int, seed: int, start: int, size: int) -> np.ndarray:
         parts.append(part)
         start, size = start + len(part), size - len(part)
     return np.concatenate(parts)
+
+
+@lru_cache(maxsize=2)
+def _window(count: int, seed: int, epoch: int, number: int, batch: int) -> np.ndarray:
+    """Return the order in window `number` of an epoch: WINDOW batches, or what is left of the examples."""
+    places = np.arange(number * WINDOW * batch, min((number + 1) * WINDOW * batch, count))
+    blocks, rows = np.divmod(places, BLOCK)
+    found, whole = places.copy(), blocks < count // BLOCK
+    if whole.any():
+        first = blocks[0]
+        shuffled = _scattered(count // BLOCK, seed, epoch, np.arange(first, blocks[whole][-1] + 1))
+        found[whole] = shuffled[blocks[whole] - first] * BLOCK + rows[whole]
+    random = np.random.default_rng(step_seed(seed, epoch, number, 3))  # what a step draws has (seed, step, 1 or 2)
+    steps = len(found) // batch
+    body, rest = np.split(found, [steps * batch])
+    return np.concatenate([random.permuted(body.reshape(batch, steps), axis=1).T.reshape(-1), random.permutation(rest)])
+
+
+def window_slice(count: int, seed: int, step: int, batch: int) -> np.ndarray:
+    """Return the indices, int64 (batch,), of a step of endless shuffled epochs, for data that are read in blocks.
+
+    As with `epoch_slice`, each epoch holds each of `count` examples once, in its own order. Here blocks of BLOCK
+    neighbours are shuffled. The examples of a block have the same place in different batches of one window, where each
+    place has WINDOW / BLOCK blocks, mixed at random. A process has fixed places of the batches: it reads whole blocks.
+    """
+    start, size, parts = step * batch, batch, list[np.ndarray]()
+    while size > 0:
+        epoch, place = divmod(start, count)
+        number, offset = divmod(place, WINDOW * batch)
+        part = _window(count, seed, epoch, number, batch)[offset : offset + size]
+        parts.append(part)
+        start, size = start + len(part), size - len(part)
+    return np.concatenate(parts)
+
+
+def window_steps(count: int, step: int, batch: int) -> range:
+    """Return the steps from this one on that begin in its window, see `window_slice`."""
+    epoch, place = divmod(step * batch, count)
+    end = epoch * count + min((place // (WINDOW * batch) + 1) * WINDOW * batch, count)
+    return range(step, -(-end // batch))
 
 
 def fixed_subset(count: int, among: int) -> list[int]:

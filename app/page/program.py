@@ -43,7 +43,7 @@ class AppConfig(Options):
 
     models: Path | None = None
     """Folder whose sub-folders are offered: model folders, run folders of priors, or folders with one as `prior`. The
-    model in the package is always offered; no other file on disk can be read from the page."""
+    models in the package are always offered; no other file on disk can be read from the page."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, who need no password."""
     port: Annotated[int, Range(least=1, most=65535)] = 7860

@@ -6,6 +6,8 @@ from typing import Any
 import gradio as gr
 from torch import Tensor
 
+from vqgen.errors import UsageError
+from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.comparison import difference
 from vqgen.tokenizer.metrics import psnr
 
@@ -18,23 +20,46 @@ LABELLED = 16
 """Largest number of rows and columns of codes whose numbers are written on the map."""
 
 
-def code_map(codes: Tensor, bits: Tensor) -> str:
-    """The grid of codes as SVG: the number of each, int64 (h, w, depth), on a colour by its bits (h, w)."""
-    rows, columns = bits.shape
-    most, size = max(float(bits.max()), 1e-9), 10
+def bits_of(generator: Generator, codes: Tensor, name: str) -> Tensor | None:
+    """Bits of the codes (1, h, w[, depth]) of an image of the class `name`, "" for none: (h, w, depth).
+
+    None where the prior never had an image without something that an upload does not have. Raises `UsageError` where
+    that is the class.
+    """
+    conditioning = generator.conditioning
+    needed = [part for part in conditioning.parts if part.required and not (name and part.name == "class")]
+    if conditioning.classes in needed:
+        text = f"the prior was trained with {conditioning.classes.undropped}, always with a class"
+        raise UsageError(f"--class: {text}; choose one")
+    if needed:
+        return None
+    conditions = conditioning.conditions({"class": [name]} if name else None, absent=True)
+    nats = generator.nats(codes, conditions)
+    return generator.vocabulary.to_grid(nats)[0].reshape(*generator.tokenizer.grid, -1) / math.log(2)
+
+
+def code_map(codes: Tensor, bits: Tensor | None) -> str:
+    """The grid of codes as SVG: the number of each, int64 (h, w, depth), on a colour by its bits (h, w), if known."""
+    (rows, columns), size = codes.shape[:2], 10
+    most = 0.0 if bits is None else max(float(bits.max()), 1e-9)
     parts = [
         f'<svg class="codes" viewBox="0 0 {size * columns} {size * rows}" role="img" aria-label="Map of the codes">'
     ]
     for y in range(rows):
         for x in range(columns):
-            share, numbers = float(bits[y, x]) / most, " ".join(map(str, codes[y, x].tolist()))
-            title = f"<title>code {numbers}: {float(bits[y, x]):.1f} bits</title>"
+            share, numbers = 0.0, " ".join(map(str, codes[y, x].tolist()))
+            title = f"<title>code {numbers}</title>"
+            if bits is not None:
+                share = float(bits[y, x]) / most
+                title = f"<title>code {numbers}: {float(bits[y, x]):.1f} bits</title>"
             place = f'x="{size * x}" y="{size * y}" width="{size}" height="{size}"'
             parts.append(f'<rect {place} fill="hsl({250 - 200 * share:.0f} 70% {25 + 45 * share:.0f}%)">{title}</rect>')
             if max(rows, columns) <= LABELLED and codes.shape[2] == 1:
                 colour = "#000" if share > 0.5 else "#fff"
                 parts.append(f'<text x="{size * (x + 0.5)}" y="{size * (y + 0.5)}" fill="{colour}">{numbers}</text>')
-    legend = f"Numbers are codes; colours their bits, from blue (none) to yellow ({most:.1f} bits)."
+    legend = "Numbers are codes."
+    if bits is not None:
+        legend = f"Numbers are codes; colours their bits, from blue (none) to yellow ({most:.1f} bits)."
     return "".join([*parts, f"</svg><p>{legend}</p>"])
 
 
@@ -60,20 +85,21 @@ def add(page: Page) -> None:
             fitted = generator.fitted(image[None])
             codes = generator.encode(fitted)
             again = generator.decode(codes)
-            asked = {"class": [values["class_name"]]} if values["class_name"] else None
-            nats = generator.nats(codes, generator.conditioning.conditions(asked, absent=True))
-        bits = generator.vocabulary.to_grid(nats)[0].reshape(*generator.tokenizer.grid, -1) / math.log(2)
-        total, pixels = float(bits.sum()), fitted.shape[2] * fitted.shape[3]
-        found = {"psnr": float(psnr(fitted, again)), "bits": total, "bits_per_pixel": total / pixels}
-        text = f"{total:.0f} bits under the prior ({total / pixels:.3f} a pixel), PSNR {found['psnr']:.2f} dB"
+            bits = bits_of(generator, codes, values["class_name"])
+        found = {"psnr": float(psnr(fitted, again))}
+        text, numbers = f"PSNR {found['psnr']:.2f} dB", dict[str, Any](codes=codes[0].tolist())
+        if bits is not None:
+            total, pixels, bits = float(bits.sum()), fitted.shape[2] * fitted.shape[3], bits.sum(2)
+            found |= {"bits": total, "bits_per_pixel": total / pixels}
+            text = f"{total:.0f} bits under the prior ({total / pixels:.3f} a pixel), {text}"
+            numbers["bits_of_codes"] = bits.tolist()
         parts = zip(
             [fitted[0], again[0], difference(fitted[0], again[0], AMPLIFY)],
             ["original", "reconstruction", f"difference × {AMPLIFY}"],
         )
         pictures = [(part.expand(3, -1, -1).permute(1, 2, 0).numpy(), name) for part, name in parts]
         grid = codes[0].reshape(*generator.tokenizer.grid, -1)
-        numbers = {**found, "codes": codes[0].tolist(), "bits_of_codes": bits.sum(2).tolist()}
-        return [text, pictures, code_map(grid, bits.sum(2)), numbers]
+        return [text, pictures, code_map(grid, bits), {**found, **numbers}]
 
     inputs = {"model": page.model, "image": image, "class_name": one}
     page.runs(button, answer(reconstruct, inputs), inputs, [summary, images, shown, numbers], "reconstruct")

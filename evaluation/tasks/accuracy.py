@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.classifier import ClassifierConfig, fit_classifier, shuffled_batches
-from vqgen.evaluation.measurement import Measurement, SetHash, check_count, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, check_count, held_out, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import open_samples
 from vqgen.metric import Metric
@@ -62,7 +63,7 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     if min(drawn.config.size) < 16:
         size = "x".join(map(str, drawn.config.size))
         raise UsageError(f"--samples: {config.samples} has images of {size} pixels, expected at least 16 a side")
-    reading = ImageConfig(drawn.config.size, drawn.config.channels, drawn.config.fit, holdout=config.holdout)
+    reading = ImageConfig(drawn.config.size, drawn.config.channels, drawn.config.fit, holdout=held_out(config))
     reading.workers, reading.cache_mb = config.workers, 0
     train, test = (open_images(config.data, split, reading) for split in ("train", config.split))
     for other in (train, test):
@@ -70,9 +71,12 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
             theirs = ", ".join(other.class_names or []) or "none"
             raise UserError(f"--data: {config.data} has the classes {theirs}, the samples {', '.join(names)}")
     count = check_count(config.n, len(drawn), "--n", str(config.samples))
-    check_count(count, len(train), "--n", f"the train split of {config.data}")
     sets = {"samples": Labelled.read(drawn, range(count), f"--samples: {config.samples}")}
-    sets["real"] = Labelled.read(train, fixed_subset(count, len(train)), f"--data: {config.data}")
+    count, labelled = len(sets["samples"].images), np.flatnonzero(train.source.labels >= 0)
+    if count > len(labelled):
+        text = f"the train split of {config.data} has {len(labelled)} images with a class, fewer than {count} samples"
+        raise UsageError(f"--n: {text}; give {len(labelled)} or fewer")
+    sets["real"] = Labelled.read(train, labelled[fixed_subset(count, len(labelled))].tolist(), f"--data: {config.data}")
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer, device)

@@ -23,6 +23,7 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
         (r, c * sigma) for most, r, c in ((25, 1, 0.55), (55, 2, 0.4), (math.inf, 3, 0.35)) if sigma <= most
     )
     height, width = images.shape[2:]
+    radius = min(radius, min(height, width) - 1)  # as far as an image can be mirrored
     reach = min(SEARCHED, min(height, width) - 1 - radius)
     values = images.float()
     around = F.pad(values, [reach + radius] * 4, mode="reflect")

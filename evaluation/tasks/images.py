@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqgen.devices import rank_and_world
 from vqgen.errors import UserError
-from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, warn
+from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, held_out, warn
 from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
@@ -53,7 +53,7 @@ class TaskImages:
     def __init__(self, config: PicturesConfig, generator: Generator) -> None:
         about = generator.tokenizer.config
         self.config, self.generator = config, generator
-        self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout)
+        self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config))
         self.reading.workers = config.workers
         self.dataset = self.opened()
         self.dataset.broken.report = warn

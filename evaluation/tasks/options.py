@@ -40,8 +40,9 @@ class TaskConfig(Options):
     """Receipt to write or replace; by default COMMAND-SPLIT.json in --model, where vqgen-report finds it."""
     seed: Seed = 0
     """Seed of what is drawn."""
-    holdout: Holdout = 0.05
-    """Share of the images held out if the source has no validation split."""
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -201,8 +202,9 @@ class AccuracyConfig(Options):
     """Mirror half of the training images at random."""
     fit: Literal["crop", "pad"] | None = None
     """How real images are brought to the size of --samples, by default crop."""
-    holdout: Holdout = 0.05
-    """Share of the images held out if the source has no validation split."""
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
     batch_size: Size = 64
     """Images per step."""
     workers: Workers = 0
@@ -245,6 +247,8 @@ class SettingsConfig(Options):
     default one is trained on those of train, and not kept; without classes it learns how images are turned."""
     classifier_steps: Count = 600
     """Optimizer steps of a classifier that is trained here."""
+    flip: bool = True
+    """Mirror half of its training images at random; --no-flip for digits, letters and the like."""
     n: Annotated[int, Range(least=20, most=MOST_IMAGES)] = 1000
     """Images drawn with each candidate, always with the same random numbers."""
     temperature: list[Annotated[float, Range(above=0, most=1e6)]] = field(default_factory=lambda: [1.0])
@@ -261,13 +265,15 @@ class SettingsConfig(Options):
     top_p: list[Annotated[float, Range(above=0, most=1)]] = field(default_factory=lambda: [1.0])
     """Values of top-p to try."""
     output: Path | None = None
-    """Receipt to write or replace; by default settings-N.json in --model, with the precision where it is not fp32."""
+    """Receipt to write or replace; by default settings.json in --model, with --n and the precision where these are not
+    the defaults."""
     seed: Seed = 0
     """Seed of the samples."""
     max_broken: Share = 0.01
     """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    holdout: Holdout = 0.05
-    """Share of the images held out if the source has no validation split."""
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0

@@ -13,7 +13,7 @@ from vqgen.config import as_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.classifier import Classifier, classifier_of
-from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, held_out, is_shipped, start_processes, warn
 from vqgen.evaluation.options import ClassifierTraining
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import load_classifier
@@ -101,11 +101,14 @@ def name_of(settings: SamplingSettings) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `UserError` where a folder is not that of a prior, or holds a generation_config.json that vqgen did not
-    write."""
+    """Raise `UserError` where a folder is not that of a prior, or is of the package, or holds a generation_config.json
+    that vqgen did not write."""
     if not is_file(folder / DESCRIPTION):
         text = f"{folder} holds no {DESCRIPTION}; settings are written into the prior's folder, so name that"
         raise UserError(f"--model: {text}")
+    if is_shipped(folder):
+        text = f"{folder} is in the installed package, where no settings belong"
+        raise UsageError(f"--model: {text}; copy it, and name the copy")
     path = folder / GENERATION
     if is_file(path) and RECOMMENDED not in read_json(path):
         raise UserError(f"{path} is not of vqgen; move it elsewhere")
@@ -125,7 +128,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     device = start_processes(config.device)
     generator = Generator.load(config.model, device, config.precision)
     about = generator.tokenizer.config
-    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
+    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config), cache_mb=0)
     reading.workers, reading.max_broken = config.workers, config.max_broken
     classes = generator.conditioning.classes
     tried = candidates(config, classes.count > 1 and classes.guidable)
@@ -236,14 +239,14 @@ def _trained_classifier(
     config: SettingsConfig, reading: ImageConfig, device: torch.device, turned: bool = False
 ) -> Classifier:
     """A classifier of the images of the train split, fitted as those that are measured are; see `classifier_of`."""
-    images = replace(reading, flip=True, cache_mb=ImageConfig.cache_mb)
+    images = replace(reading, flip=config.flip, cache_mb=ImageConfig.cache_mb)
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     train.broken.report = warn
     training = ClassifierTraining(
         config.data, config.model, images.size, images.channels, config.classifier_steps, config.batch_size,
         seed=config.seed,
     )  # fmt: skip
-    return classifier_of(train, training, device, turned)
+    return classifier_of(train, training, device, turned, "give another seed")
 
 
 def _judged(

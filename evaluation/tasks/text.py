@@ -9,7 +9,7 @@ from torch import Tensor
 from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.extractors import Extractor, extract, extractor_for
-from vqgen.evaluation.measurement import Measurement, SetHash, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, held_out, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.prior.parts.text import Text
@@ -65,7 +65,7 @@ def measure_text(config: TextConfig) -> Measurement:
         raise UsageError(f"--model: {text}; give a prior trained on codes of vqgen-tokenize --text-column")
     extractor = None if config.extractor == "none" else extractor_for(config.extractor, config.weights, device)
     about = generator.tokenizer.config
-    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=config.holdout, cache_mb=0)
+    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config), cache_mb=0)
     reading.workers = config.workers
     dataset = open_images(config.data, config.split, reading, text_column=config.text_column)
     dataset.broken.report = warn

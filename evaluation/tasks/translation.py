@@ -8,7 +8,7 @@ from torch import Tensor
 from vqgen.artifact import fingerprint
 from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.measurement import Measurement, start_processes
+from vqgen.evaluation.measurement import Measurement, held_out, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
@@ -51,7 +51,7 @@ class PairedImages(TaskImages):
 
     def opened(self) -> ImageDataset:
         config, split = self.config, self.config.split
-        source, data = open_source(config.data, split, config.holdout), str(config.source_data)
+        source, data = open_source(config.data, split, held_out(config)), str(config.source_data)
         self.pairs, kept = pair({split: source}, data, config.pair_by, config.unpaired, self.reading)
         return ImageDataset(kept[split], self.reading)
 

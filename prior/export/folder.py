@@ -13,6 +13,7 @@ from vqgen.files import atomic_path, is_file, read_json, write_json, write_text
 from vqgen.files.output_folder import new_folder
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION
+from vqgen.prior.shipped import find_model
 from vqgen.tokenizer.model import Tokenizer
 
 from .card import GRID, card, measured, recommended
@@ -59,7 +60,8 @@ def _check_samples(folder: Path, prior: Prior) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    prior, source = Prior.load(config.model), config.model / "tokenizer"
+    model = find_model(config.model)
+    prior, source = Prior.load(model), model / "tokenizer"
     tokenizer = prior.load_tokenizer(source)
     if config.tokenizer is not None:
         source = config.tokenizer
@@ -67,7 +69,7 @@ def _export(config: ExportConfig) -> None:
         prior.tokenizer_fingerprint = str(tokenizer.fingerprint)
     if config.samples is not None:
         _check_samples(config.samples, prior)
-    metrics, settings = measured(config.model, prior), recommended(config.model)
+    metrics, settings = measured(model, prior), recommended(model)
     dtype, generation = getattr(torch, config.dtype), prior.generation_config() | settings
     _cast(prior.backbone, dtype)
     with tempfile.TemporaryDirectory() as scratch, atomic_path(config.output) as folder:

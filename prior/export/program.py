@@ -22,7 +22,7 @@ class ExportConfig(Options):
     """Model, format and output of vqgen-export."""
 
     model: Path
-    """Run or model folder of the prior."""
+    """Run or model folder of the prior, or the name of a model in the package."""
     tokenizer: Path | None = None
     """Tokenizer that takes the place of the prior's, with the same codes and another decoder, of vqgen-train-tokenizer
     --decoder-only; by default the prior's own."""

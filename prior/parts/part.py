@@ -21,6 +21,7 @@ from vqgen.errors import UsageError
 from vqgen.prior.options import ObjectiveConfig
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.codes.loaded import CodeRows
 
 ABSENT = -1
 """The value that leaves a part out, as -1 is the label of an image without a class."""
@@ -35,7 +36,7 @@ def is_absent(value: Any) -> bool:
 class Rows:
     """Images of code files, from which a part takes its ids in training."""
 
-    files: CodeFiles
+    files: CodeRows
     indices: np.ndarray
     views: np.ndarray
     codes: Tensor
@@ -116,6 +117,11 @@ class Part(ABC):
         """Whether the ids of the same part of another prior mean the same."""
         return self.ids == other.ids
 
+    def shared_ids(self, other: "Part") -> list[tuple[slice, slice]]:
+        """The ids, own and the other's, that mean the same in the same part of another prior."""
+        own, theirs = (slice(part.first, part.first + part.ids) for part in (self, other))
+        return [(own, theirs)] if self.shares_ids(other) else []
+
     def misfit(self, files: CodeFiles) -> str:
         """What code files lack of the part of a trained prior, as "has no …"; empty where they fit."""
         return ""
@@ -146,6 +152,16 @@ class Part(ABC):
     def guidable(self) -> bool:
         """Whether training has sequences in which the part says nothing, so that guidance can compare with these."""
         return self.dropout > 0
+
+    @property
+    def required(self) -> bool:
+        """Whether every sequence of training says something here, so that none can be drawn without."""
+        return self.informative and not self.omissible and not self.guidable
+
+    @property
+    def undropped(self) -> str:
+        """The option with which training never left the part out, for errors."""
+        return f"{self.dropout_option or f'dropout of {self.name}'} 0"
 
     @property
     def absent(self) -> list[int]:
@@ -204,6 +220,15 @@ class Classes(Part):
     def guidable(self) -> bool:
         return self.dropout > 0 or self.unlabelled
 
+    def shared_ids(self, other: Part) -> list[tuple[slice, slice]]:
+        if not isinstance(other, Classes) or not self.names or not other.names or self.names == other.names:
+            return super().shared_ids(other)
+        places = {name: place for place, name in enumerate(self.names)}
+        pairs = [(places[name], place) for place, name in enumerate(other.names) if name in places]
+        pairs += [(self.count, other.count)] if pairs else []  # null
+        firsts = [(self.first + ours, other.first + theirs) for ours, theirs in pairs]
+        return [(slice(ours, ours + 1), slice(theirs, theirs + 1)) for ours, theirs in firsts]
+
     def of_rows(self, rows: Rows) -> Tensor:
         return self.of_labels(torch.from_numpy(rows.files.gather_labels(rows.indices)))[:, None]
 
@@ -226,7 +251,10 @@ class Classes(Part):
         single = isinstance(given, str) or not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0
         found: list[int] = []
         for each in [given] if single else given:
-            found += self._find(each) if isinstance(each, str) else [operator.index(each)]
+            try:
+                found += self._find(each) if isinstance(each, str) else [operator.index(each)]
+            except TypeError as error:
+                raise UsageError(f"--class: found {str(each)[:80]}, expected names or whole numbers") from error
         return found
 
     def _find(self, word: str) -> list[int]:
@@ -238,7 +266,7 @@ class Classes(Part):
             return [names.index(word)]
         if folded.count(word.casefold()) == 1:
             return [folded.index(word.casefold())]
-        if re.fullmatch(r"-?\d+", word):
+        if re.fullmatch(r"-?\d{1,9}", word):
             if not 0 <= int(word) < self.count:
                 raise UsageError(f"--class: found {word}, expected an index from 0 to {self.count - 1} or a name")
             return [int(word)]
@@ -250,7 +278,7 @@ class Classes(Part):
             hint = f"did you mean {names[folded.index(close[0])]!r}?"
         elif names and self.count <= 20:
             hint += f" (the classes are {', '.join(names)})"
-        raise UsageError(f"--class: the model knows no class {word!r}; {hint}")
+        raise UsageError(f"--class: the model knows no class {word[:80]!r}; {hint}")
 
     def legend(self) -> str:
         null = self.absent[0]

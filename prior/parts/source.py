@@ -84,15 +84,16 @@ class Source(Part):
         # All at once: a series has as many sources as images.
         ids = torch.tensor(self.absent).repeat(len(values), 1)
         given = [row for row, value in enumerate(values) if not is_absent(value)]
-        codes = [torch.as_tensor(values[row], dtype=torch.long) for row in given]
-        wanted = f"expected codes {self.vocabulary.shape} below {self.vocabulary.codebook_size}"
+        codes = [torch.as_tensor(values[row]) for row in given]
+        wanted = f"expected codes {self.vocabulary.shape} below {self.vocabulary.codebook_size}, {UNKNOWN} for unknown"
         for each in codes:
-            if each.shape != torch.Size(self.vocabulary.shape):
-                raise UsageError(f"source: found {tuple(each.shape)}, {wanted}")
+            if each.shape != torch.Size(self.vocabulary.shape) or each.is_floating_point():
+                raise UsageError(f"source: found {each.dtype} {tuple(each.shape)}, {wanted}")
         if codes:
-            stacked = torch.stack(codes)
-            if (largest := int(stacked.max())) >= self.vocabulary.codebook_size:
-                raise UsageError(f"source: found {largest}, {wanted}")
+            stacked = torch.stack([each.long() for each in codes])
+            for found in (int(stacked.min()), int(stacked.max())):
+                if not UNKNOWN <= found < self.vocabulary.codebook_size:
+                    raise UsageError(f"source: found {found}, {wanted}")
             ids[given] = self.of_codes(stacked)
         return ids
 

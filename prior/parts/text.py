@@ -6,7 +6,7 @@ has a fixed length, filled up with null on the left, so that its end stands next
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,6 +124,9 @@ class _About:
     ids: int
     dropout: float
     fingerprint: str
+    uncaptioned: bool | None = None
+    """Whether some training images have no caption, so that its absence is learned without dropout, too; None in
+    folders of earlier versions, which do not say."""
 
     def __post_init__(self) -> None:
         for name, kind, least, most in (
@@ -136,6 +139,8 @@ class _About:
                 raise ValueError(f"{name} of text is {value!r}, expected {least} to {most}")
         if not isinstance(self.fingerprint, str):
             raise ValueError("fingerprint of text has to be text")
+        if self.uncaptioned is not None and not isinstance(self.uncaptioned, bool):
+            raise ValueError("uncaptioned of text has to be true or false")
 
 
 class Text(Part):
@@ -162,7 +167,8 @@ class Text(Part):
             raise UserError(f"{files.folder}: {text}")
         tokenizer = TextTokenizer.trained(captions.elements(), options.text_vocabulary)
         length = wanted or usual_length(tokenizer, captions)
-        part = cls(_About(length, len(tokenizer) + 1, options.text_dropout, tokenizer.fingerprint))
+        uncaptioned = captions.total() < len(files)
+        part = cls(_About(length, len(tokenizer) + 1, options.text_dropout, tokenizer.fingerprint, uncaptioned))
         part.tokenizer = tokenizer
         return part
 
@@ -171,7 +177,15 @@ class Text(Part):
         return cls(_About(**about["text"])) if "text" in about else None
 
     def describe(self) -> dict[str, Any]:
-        return {"text": asdict(self.about)}
+        return {"text": {name: value for name, value in asdict(self.about).items() if value is not None}}
+
+    @property
+    def guidable(self) -> bool:
+        return self.dropout > 0 or self.about.uncaptioned is True
+
+    @property
+    def required(self) -> bool:
+        return super().required and self.about.uncaptioned is not None
 
     def files(self) -> dict[str, str]:
         return {FILE: self.tokenizer.text}
@@ -189,6 +203,17 @@ class Text(Part):
         """Token ids of a text, cut to the length."""
         ids = [self.first + each for each in self.tokenizer.encode(text)[: self.length]]
         return self.absent[len(ids) :] + ids
+
+    def readable(self, texts: Sequence[str]) -> list[str]:
+        """Those of the texts that are read whole; where there are none, the beginnings that are read."""
+        if whole := [text for text in texts if not self.tokenizer.rest(text, self.length)]:
+            return whole
+        found = []
+        for text in texts:
+            while rest := self.tokenizer.rest(text, self.length):  # more than once where a letter has several tokens
+                text = text.rstrip()[: -len(rest)].rstrip()
+            found.append(text)
+        return found
 
     def of_rows(self, rows: Rows) -> Tensor:
         if not rows.files.has_captions:

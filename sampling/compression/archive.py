@@ -75,6 +75,7 @@ def file_names(pictures: list[Picture]) -> list[str]:
     for picture in pictures:
         path = PurePosixPath(picture.name)
         plain = path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in picture.name
+        plain = plain and picture.name.encode(errors="replace").decode() == picture.name  # else it is no UTF-8
         if not plain or any(part.startswith(".") or len(part.encode()) > 240 for part in path.parts):
             raise ValueError(f"{picture.name!r} is no name of a file inside a folder")
         name = path.with_suffix(".png").as_posix()
@@ -135,6 +136,8 @@ def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
         start += 4 * stream.words
     if start != len(data):
         raise UserError(f"{path} has {len(data) - start} bytes too many; restore it")
+    if not header.pictures:
+        raise UserError(f"{path} holds no images; restore it")
     large = next((p for p in header.pictures if p.height * p.width > MAX_PIXELS), None)
     if large:
         raise UserError(

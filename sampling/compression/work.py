@@ -16,7 +16,7 @@ from torch import Tensor
 from vqgen import __version__
 from vqgen.devices import describe
 from vqgen.errors import UsageError, UserError
-from vqgen.files import write_json
+from vqgen.files import atomic_path, write_json
 from vqgen.files.output_folder import new_folder
 from vqgen.progress import Progress, progress
 from vqgen.sampling.decoding.threads import on_threads
@@ -84,7 +84,7 @@ def _names(paths: list[Path], given: list[Path]) -> list[str]:
     try:
         file_names([Picture(name, 1, 1) for name in names])
     except ValueError as error:
-        raise UsageError(f"IMAGES: {error}; rename one of them") from error
+        raise UsageError(f"IMAGES: {error}; rename the file") from error
     return names
 
 
@@ -92,6 +92,10 @@ def compress_images(config: CompressConfig) -> None:
     """Write the archive and a summary. Raises `UserError`."""
     paths = image_files(config.images, "IMAGES")
     names, generator = _names(paths, config.images), Generator.load(config.model, "cpu", "fp32")
+    if config.probabilities != "histogram":
+        plain = generator.conditioning.conditions(absent=True)
+        hint = "use --probabilities histogram, or a prior that knows images without"
+        generator.conditioning.check_given(plain, f"--probabilities: found {config.probabilities}, but", hint)
     with new_folder(config.output):
         pictures, windows = list[Picture](), list[Tensor]()
         for path, name in zip(paths, names, strict=True):
@@ -111,17 +115,18 @@ def compress_images(config: CompressConfig) -> None:
         entries = [Stream(len(words), crc_of(block.numpy())) for words, block in zip(streams, blocks, strict=True)]
         fingerprints = str(generator.prior.fingerprint), str(generator.tokenizer.fingerprint)
         header = Header(__version__, *fingerprints, config.probabilities, ROWS, _machine(), pictures, entries)
-        size = write_archive(config.output / ARCHIVE, header, streams)
-        pixels = sum(picture.height * picture.width for picture in pictures)
-        found: dict[str, Any] = {
-            "images": len(pictures),
-            "bytes": size,
-            "bits_per_pixel": 8 * size / pixels,
-            "stream_bits": 32 * sum(len(words) for words in streams),
-            "codes": sum(block.numel() for block in blocks),
-        }
-        found["nats_per_code"] = found["stream_bits"] * math.log(2) / found["codes"]
-        write_json(config.output / SUMMARY, found)
+        with atomic_path(config.output) as folder:
+            size = write_archive(folder / ARCHIVE, header, streams)
+            pixels = sum(picture.height * picture.width for picture in pictures)
+            found: dict[str, Any] = {
+                "images": len(pictures),
+                "bytes": size,
+                "bits_per_pixel": 8 * size / pixels,
+                "stream_bits": 32 * sum(len(words) for words in streams),
+                "codes": sum(block.numel() for block in blocks),
+            }
+            found["nats_per_code"] = found["stream_bits"] * math.log(2) / found["codes"]
+            write_json(folder / SUMMARY, found)
     print(
         f"{len(pictures)} image{'s' * (len(pictures) > 1)} in {size} bytes, {found['bits_per_pixel']:.4f} bits a pixel "
         f"({found['nats_per_code']:.3f} nats a code): {config.output / ARCHIVE}"
@@ -189,8 +194,9 @@ def restore_images(config: DecompressConfig) -> None:
             text = f"{text} ({_machine()}) rounds otherwise than that which wrote them ({header.machine})"
             raise UserError(f"{text}; restore the archive, or the images there")
         names, images = file_names(header.pictures), _images(generator, grids, blocks)
-        for picture, name, image in zip(header.pictures, names, images, strict=True):
-            write_png_atomic(config.output / name, image[:, : picture.height, : picture.width])
+        with atomic_path(config.output) as folder:
+            for picture, name, image in zip(header.pictures, names, images, strict=True):
+                write_png_atomic(folder / name, image[:, : picture.height, : picture.width])
     print(f"{len(grids)} image{'s' * (len(grids) > 1)} restored to {config.output}")
 
 

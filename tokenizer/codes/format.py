@@ -25,6 +25,7 @@ from vqgen.errors import UserError
 from vqgen.files import checksum, is_file, write_text
 from vqgen.tokenizer.data.options import Split
 
+from .loaded import LoadedRows, as_indices
 from .manifest import (
     FORMAT,
     MANIFEST,
@@ -118,7 +119,8 @@ class CodeFiles:
         row, shards = (self.views, *code_shape(self.grid, self.depth)), self._entry.shards
         source = (self.views, *code_shape(self.source.grid, self.depth)) if self.source else None
         self._rows = row, source
-        self._bytes = len(self) * math.prod(row) * np.dtype(code_dtype(self.codebook_size)).itemsize
+        self._dtype = np.dtype(code_dtype(self.codebook_size))
+        self._bytes = len(self) * math.prod(row) * self._dtype.itemsize
         self._large = self._bytes > psutil.virtual_memory().total // 2  # it does not stay in memory
         self._opened: dict[int, Shard] = {}
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
@@ -164,21 +166,20 @@ class CodeFiles:
     @property
     def unlabelled(self) -> bool:
         """Whether an image has no class; reads all labels, a shard at a time. Raises `UserError` as `labels` does."""
-        return any([(self._labels(shard) < 0).any() for shard in self._every_shard()])
-
-    def _labels(self, shard: Shard) -> NDArray[np.int32]:
-        check_range(shard.path, "label", shard.labels, -1, len(self.class_names) if self.class_names else 2**31)
-        return shard.labels
+        return any([(self._labels_of(shard, slice(None)) < 0).any() for shard in self._every_shard()])
 
     def gather_labels(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Read the classes of images, -1 where one has none: (m,) -> (m,). Raises as `gather` does."""
-        image = np.asarray(indices, np.int64)
+        image = as_indices(indices)
         out = np.empty(len(image), dtype=np.int64)
         for shard, rows, part in self._located(image):
-            found = shard.labels[rows]
-            check_range(shard.path, "label", found, -1, len(self.class_names) if self.class_names else 2**31)
-            out[part] = found
+            out[part] = self._labels_of(shard, rows)
         return out
+
+    def _labels_of(self, shard: Shard, rows: NDArray[np.int64] | slice) -> NDArray[np.int32]:
+        found = shard.labels[rows]
+        check_range(shard.path, "label", found, -1, len(self.class_names) if self.class_names else 2**31)
+        return found
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -186,7 +187,7 @@ class CodeFiles:
 
         Raises `UserError` naming the shard where one is not among the classes.
         """
-        parts = [self._labels(shard) for shard in self._every_shard()]
+        parts = [self._labels_of(shard, slice(None)) for shard in self._every_shard()]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def gather(self, indices: ArrayLike, views: ArrayLike) -> Tensor:
@@ -214,7 +215,7 @@ class CodeFiles:
         views: ArrayLike,
     ) -> Tensor:
         """Read rows of one array of the shards, see `gather`."""
-        image, view = np.broadcast_arrays(np.asarray(indices, np.int64), np.asarray(views, np.int64))
+        image, view = np.broadcast_arrays(as_indices(indices), as_indices(views))
         self._check_indices("view", view, self.views)
         out = np.empty((len(image), *code_shape(grid, self.depth)), dtype=np.int64)
         for shard, rows, part in self._located(image):
@@ -234,13 +235,39 @@ class CodeFiles:
         """
         if not self.has_captions:
             raise UserError(f"{self.folder} has no captions; make some by vqgen-tokenize from data with captions")
-        image = np.asarray(indices, np.int64)
+        image = as_indices(indices)
         texts = [""] * len(image)
         for shard, rows, part in self._located(image):
             assert shard.captions is not None
             for place, row in zip(part, rows):
                 texts[place] = shard.captions.read(int(row))
         return texts
+
+    def load(self, indices: ArrayLike, views: ArrayLike) -> LoadedRows:
+        """Read all there is of view `views[i]` of image `indices[i]`: (m,), (m,), in any order. Raises as `gather`.
+
+        Where the files are larger than memory, rows that are near one another are read at once.
+        """
+        image, view = as_indices(indices), as_indices(views)
+        self._check_indices("view", view, self.views)
+        keys = np.unique(image * self.views + view)
+        image, view = np.divmod(keys, self.views)
+        if self._large:
+            for shard, rows, _ in self._located(image):
+                shard.will_need(rows)
+        labels, texts = np.empty(len(image), np.int64), list[str]()
+        codes, source = (None if row is None else np.empty((len(image), *row[1:]), self._dtype) for row in self._rows)
+        for shard, rows, part in self._located(image):
+            here = slice(part[0], part[-1] + 1)  # `image` ascends
+            for what, array, out in ("code", shard.codes, codes), ("source code", shard.source, source):
+                if array is not None and out is not None:
+                    flat = array.reshape(-1, *array.shape[2:])
+                    np.take(flat, rows * self.views + view[here], 0, out[here], "clip")  # "raise" copies once more
+                    check_range(shard.path, what, out[here], 0, self.codebook_size)
+            labels[here] = self._labels_of(shard, rows)
+            texts += [shard.captions.read(row) for row in rows.tolist()] if shard.captions else []
+        assert codes is not None
+        return LoadedRows(keys, self.views, codes, labels, source, texts if self.has_captions else None)
 
     def _located(self, image: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield each shard that holds some of these images, their rows in it, and their places in `image`."""
@@ -264,7 +291,7 @@ class CodeFiles:
             shard.check_codes(self.codebook_size)
             if shard.captions:
                 shard.captions.check()
-            self._labels(shard)
+            self._labels_of(shard, slice(None))
 
     def check(self) -> None:
         """Do what `verify` does, unless these very files were found whole before. Raises `UserError`.

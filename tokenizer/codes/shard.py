@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from vqgen.artifact import write_tensors
-from vqgen.devices import advise_random
+from vqgen.devices import advise_needed, advise_random
 from vqgen.errors import UserError
 from vqgen.files import open_regular
 from vqgen.tokenizer.data.options import MAX_CAPTION
@@ -24,6 +24,8 @@ from .manifest import MANIFEST, REPAIR
 
 # Codes or bytes processed at once, which bounds memory for shards of any size.
 _CHUNK = 2**22
+# Bytes between the beginnings of rows up to which they are read at once, with what is between them.
+_NEAR = 2**14
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class Shard:
         for array in (self.codes, self.labels, self.source):
             if array is not None:
                 advise_random(array.ctypes.data, array.nbytes)
+
+    def will_need(self, rows: NDArray[np.int64]) -> None:
+        """Have the system begin to read some rows, ascending; those that are near one another at once."""
+        for array in (self.codes, self.labels, self.source):
+            if array is not None:
+                size = array.nbytes // len(array)
+                ends = np.flatnonzero(np.diff(rows) * size > _NEAR)
+                for first, last in zip(rows[np.r_[0, ends + 1]].tolist(), rows[np.r_[ends, -1]].tolist()):
+                    advise_needed(array.ctypes.data + first * size, (last + 1 - first) * size)
 
     def check_codes(self, codebook_size: int) -> None:
         """Raise `UserError`, naming the shard, for codes or source codes outside of the codebook."""

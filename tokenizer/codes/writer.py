@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vqgen import __version__
-from vqgen.artifact import copy_artifact
+from vqgen.artifact import copy_artifact, load_artifact
 from vqgen.config import one_line, save, shown
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
@@ -84,6 +84,7 @@ def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
     if parts:
         views = np.repeat([part.view for part in parts], [len(part.indices) for part in parts])
         codes[rows, views] = torch.cat([part.codes for part in parts]).cpu().numpy()  # one copy from the device
+        job.tokenizer.check_finite()
         if source is not None:
             source[rows, views] = torch.cat([cast(Tensor, part.source) for part in parts]).cpu().numpy()
         labels[rows] = torch.cat([part.labels for part in parts]).numpy()
@@ -155,6 +156,10 @@ def _prepare(job: Job) -> None:
     finished = Manifest.read(output).splits if (output / MANIFEST).is_file() else {}
     if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
         reopen(output)
+    if not (output / MANIFEST).is_file():
+        copy_artifact(cast(Path, job.config.tokenizer), output / TOKENIZER)
+        if load_artifact(output / TOKENIZER, "tokenizer").fingerprint != job.tokenizer.fingerprint:
+            raise UserError(f"--tokenizer: {job.config.tokenizer} changed while it was read; run this again")
 
 
 def _check_labels(job: Job, planned: ShardRange, shard: Shard) -> None:
@@ -214,7 +219,6 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         source=job.source_record(),
         captions=config.text_column is not None,
     )
-    copy_artifact(cast(Path, config.tokenizer), config.output / TOKENIZER)
     manifest.write(config.output)
     return manifest, float(used.mean())
 
@@ -237,10 +241,13 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
     main, config, output = state.is_main_process, job.config, job.config.output
     if main and job.pairs:
         print(f"--source-data {config.source_data}: {job.pairs}")
+    if main and (note := next((each.source.note for each in job.indexed.values()), "")):
+        print(f"--data: {note}")
     on_main(lambda: _prepare(job))
     if (output / MANIFEST).is_file():
         finished = Manifest.read(output)
         on_main(lambda: verify_checksums(output, finished))
+        on_main(lambda: _verify_tokenizer(output, finished))
         if main:
             print(f"{output} is finished; --overwrite starts anew")
         return finished
@@ -281,9 +288,20 @@ def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> N
     )
 
 
+def _verify_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """Raise `UserError` where the tokenizer in a folder of code files is not the one that made the codes."""
+    found, wanted = load_artifact(folder / TOKENIZER, "tokenizer").fingerprint, manifest.tokenizer_fingerprint
+    if found != wanted:
+        text = f"has fingerprint {found[:12]}, {folder / MANIFEST} has {wanted[:12]}"
+        raise UserError(f"{folder / TOKENIZER} {text}; replace it by the tokenizer that made the codes")
+
+
 def verify(folder: Path) -> None:
-    """Check every checksum, code and label of a folder of code files. Raises `UserError` naming the first bad file."""
-    for split in Manifest.read(folder).splits:
+    """Check every checksum, code and label of a folder of code files, and its tokenizer. Raises `UserError` naming the
+    first bad file."""
+    manifest = Manifest.read(folder)
+    _verify_tokenizer(folder, manifest)
+    for split in manifest.splits:
         files = CodeFiles(folder, cast(Split, split))
         files.verify()
         print(f"{folder}: {split} is complete, {len(files)} images")

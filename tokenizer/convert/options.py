@@ -14,10 +14,10 @@ class ConvertConfig(Options):
 
     COMMON: ClassVar[tuple[str, ...]] = ("input", "output", "to", "size", "taming_config", "codebook_l2_norm")
 
-    input: Path | None = None
+    input: Path | None = field(default=None, metadata={"needed": True})
     """A .ckpt of taming-transformers (a tokenizer, or a class-conditional or unconditional prior with its tokenizer), a
     .pt of LlamaGen's tokenizer, either as .safetensors, a folder of a diffusers VQModel, or a run or model folder of
-    vqgen. Required."""
+    vqgen."""
     from_: Literal["auto", "taming", "llamagen", "diffusers", "vqgen"] = "auto"
     """Project of --input; auto recognises its files and the names of its tensors."""
     to: Literal["vqgen", "diffusers"] = "vqgen"

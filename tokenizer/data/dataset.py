@@ -118,7 +118,7 @@ class ImageDataset(Dataset[Sample]):
     """
 
     def __init__(self, source: Source, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
-        config.check_shift()
+        config.check_augmentation()
         self.source, self.config = source, config
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint

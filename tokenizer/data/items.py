@@ -171,3 +171,5 @@ class FoundSplit:
     class_names: list[str] | None = None  # of integer labels, where the source declares them
     captions: list[str] | None = None
     """The caption of each item, "" for none; None where they are not asked for."""
+    note: str = ""
+    """Which files of the source are in none of its splits; empty where all are in one."""

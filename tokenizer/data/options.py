@@ -92,11 +92,20 @@ class ImageConfig(Options):
             if not good:
                 raise UsageError(f"--{name}: found {getattr(self, name)}, expected {expected}")
 
-    def check_shift(self) -> None:
-        """Raise `UsageError` for a shift by as much as the image, whose final size is known only where it is read."""
+    def enlarged(self) -> list[int]:
+        """Height and width of the image that a random crop is taken from."""
+        return [round(side * (1 + self.random_crop)) for side in self.size]
+
+    def check_augmentation(self) -> None:
+        """Raise `UsageError` for a shift by as much as the image, or a crop of nothing less than the image: its final
+        size is known only where it is read."""
         if self.random_shift >= min(self.size):
             most = f"at most {min(self.size) - 1} for images of {self.size[0]}x{self.size[1]} pixels"
             raise UsageError(f"--random-shift: found {self.random_shift}, expected {most}")
+        if self.random_crop > 0 and self.enlarged() == self.size:
+            pixels, least = "x".join(map(str, self.size)), 1 / max(self.size)
+            found = f"found {self.random_crop:g}, which adds no pixel to {pixels}"
+            raise UsageError(f"--random-crop: {found}; expected 0 or at least {least:.2g}")
 
     @property
     def augments(self) -> bool:

@@ -54,6 +54,8 @@ class Source:
     """Number of images in all splits of the source."""
     captions: list[str] | None = field(default=None, repr=False)
     """The caption of every image, "" for none; None where they were not asked for."""
+    note: str = ""
+    """What else the user could take for images of this source; empty where there is nothing."""
 
     @property
     def folder(self) -> Path | None:
@@ -116,7 +118,10 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     mark = hashlib.sha256("\n".join([chosen, *listing]).encode("utf-8", "surrogateescape")).hexdigest()
     test_images = len(splits["test"].items) if "test" in splits else 0
     all_images = sum(len(each.items) for each in splits.values())
-    return Source(data, items, rows, labels[part][rows], names, mark, test_images, all_images, found)
+    note = splits[part].note
+    if data == "demo" and os.path.isdir(data):
+        note = "demo is the images of the package, not the folder of that name here; give ./demo for it"
+    return Source(data, items, rows, labels[part][rows], names, mark, test_images, all_images, found, note)
 
 
 def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSplit]:
@@ -178,13 +183,16 @@ def _list_files(root: Path) -> dict[str, int]:
         raise UserError(f"--data: {error.filename} cannot be read: {error.strerror}; check its permissions") from error
 
     files: dict[str, int] = {}
-    seen: set[str] = set()
+    above: list[tuple[str, str]] = []  # the folders that lead to one, each with its real path
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        if real in seen:
-            continue  # a link to a parent folder would never end
-        seen.add(real)
+        while above and above[-1][0] != os.path.dirname(folder):
+            above.pop()
+        endless = any(real == place for _, place in above)  # a link to a parent folder
+        folders[:] = [] if endless else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        if endless:
+            continue
+        above.append((folder, real))
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES | {".parquet"}:
                 full = os.path.join(folder, name)
@@ -204,6 +212,10 @@ def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None)
     chosen = name_splits(folders, root) if has_splits else {"all": ""}
 
     inside = {split: [name for name in files if name.startswith(folder)] for split, folder in chosen.items()}
+    beside, note = [name for name in files if not name.startswith(tuple(chosen.values()))], ""
+    if beside:
+        splits = ", ".join(chosen.values())
+        note = f"left out, as they are beside {splits}: {len(beside)} image{'s' * (len(beside) > 1)}, as {beside[0]}"
     captions: dict[str, str] = {}
     if text_column is not None:
         every = [name for names in inside.values() for name in names]
@@ -215,7 +227,7 @@ def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None)
         labels = np.array([name.split("/")[0] if "/" in name else "" for name in short], dtype=str)
         items, listing = Files(root / folder, short), [f"{n}\t{files[name]}" for n, name in zip(short, names)]
         named = None if text_column is None else [captions[name] for name in names]
-        return FoundSplit(items, listing, labels, captions=named)
+        return FoundSplit(items, listing, labels, captions=named, note=note)
 
     return {split: read(folder, inside[split]) for split, folder in chosen.items()}
 

@@ -20,8 +20,7 @@ def fitted(data: bytes, config: ImageConfig, enlarged: bool) -> Tensor:
 
     Raises `BrokenImage`.
     """
-    factor = 1 + config.random_crop if enlarged else 1
-    size = [round(side * factor) for side in config.size]
+    size = config.enlarged() if enlarged else config.size
     image = fit(decode(data, config.channels), size, config.fit)
     return image if enlarged else center_crop(image, size)
 

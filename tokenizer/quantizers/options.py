@@ -41,6 +41,11 @@ class QuantizerConfig(Options):
         return self.codebook_size
 
     @property
+    def unread(self) -> frozenset[str]:
+        """Names of options that have no effect beside the others."""
+        return frozenset()
+
+    @property
     def settling_steps(self) -> int:
         """Steps after which a collapse of the codebook no longer heals by itself."""
         return 0
@@ -235,6 +240,10 @@ class FSQConfig(QuantizerConfig):
     @property
     def codes(self) -> int:
         return math.prod(self.fsq_levels)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        return frozenset({"codebook_size"}) if self.levels else frozenset()
 
     def collapse_remedy(self) -> str:
         return "use smaller --levels"

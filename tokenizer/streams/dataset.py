@@ -57,7 +57,7 @@ class StreamImages(Dataset[Any]):
     """
 
     def __init__(self, shards: Shards, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
-        config.check_shift()
+        config.check_augmentation()
         self.shards, self.config, self.augment, self.replace_broken = shards, config, augment, replace_broken
         self.broken = BrokenImages(shards.data, config, None)
         self.class_names = shards.class_names
@@ -122,11 +122,12 @@ class StreamImages(Dataset[Any]):
                 yield keys
 
         for batch in self.read(plan()):
-            self.position = behind.popleft()
+            position = behind.popleft()
             self.broken.add(batch.broken, batch_size)
             if len(batch.indices) < batch_size:  # else some would have been repeated
                 found = f"{self.shards.data} has no intact image in a batch ({batch.broken[0]})"
                 raise UserError(f"--data: {found}; replace or remove the broken ones")
+            self.position = position
             yield batch
 
     def _planned(

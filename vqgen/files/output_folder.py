@@ -11,7 +11,7 @@ from pathlib import Path
 from vqgen.errors import UsageError, UserError
 
 from .lock import locked
-from .write import LOCK, temporary_name
+from .write import LOCK, check_writable, temporary_name
 
 
 def _everything(_name: str) -> bool:
@@ -133,8 +133,11 @@ class OutputFolder:
 def new_folder(path: Path) -> Iterator[None]:
     """Hold the lock of a folder that is new or empty, and is to be written as a whole, see `atomic_path`.
 
-    Raises `UserError` where it is in use or holds anything, hidden files too.
+    Raises `UserError` where it is in use, holds anything, hidden files too, or could not be replaced.
     """
+    if os.path.ismount(path.resolve()):
+        raise UsageError(f"--output: {path} is a mount point, which cannot be replaced; name a new folder in it")
+    check_writable(path.resolve())
     with locked(path):
         OutputFolder(path).refuse_foreign()
         place = path.resolve()

@@ -74,16 +74,17 @@ def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
 def scaled(config: C, steps: int, validations: int | None = None) -> C:
     """The configuration for another number of steps: what is counted in steps changes in proportion.
 
-    Options of the command line stay as they are. The decay of averaged weights keeps its share of the run.
-    `validations` bounds their number.
+    Options of the command line stay as they are. The decay of averaged weights, unless the user chose it, keeps its
+    share of the run. `validations` bounds their number.
     """
     run: RunConfig = config.run  # type: ignore[attr-defined]
+    chosen: Set[str] = config.chosen  # type: ignore[attr-defined]
     factor = steps / run.steps
 
     def change(name: str, value: Any) -> Any:
         if name == "steps":
             return steps
-        if name == "ema_decay":
+        if name == "ema_decay" and name not in chosen:
             return max(0.0, 1 - (1 - value) / factor) if factor < 1 else value
         if name not in IN_STEPS or value < 1:  # a start below 1 is a share of the steps
             return value
@@ -156,7 +157,9 @@ def _by_steps(config: C) -> C:
     before = on_main(lambda: _before(config) if has_trained(output) else None) or {}
     if name := next((name for name in BUDGETS if before.get(name)), None):
         changed |= _derived(before) | {name: before[name] * steps / before["steps"]}
-    return _changed(config, lambda key, value: changed.get(key, value))
+    found = _changed(config, lambda key, value: changed.get(key, value))
+    vars(found.run).update(given=config.given)  # type: ignore[attr-defined]  # for `length`
+    return found
 
 
 def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examples: Callable[[], int]) -> C:
@@ -180,17 +183,29 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
         return config
     if "steps" in given:
         raise UsageError(f"--{name}: --steps is given too; give one of them")
-    if (before := on_main(lambda: _before(config))) and before.get(name):
-        steps = round(before["steps"] * budget / before[name])
+    before = on_main(lambda: _before(config) if has_trained(config.output) else None)  # type: ignore[attr-defined]
+    validations = max(1, round(run.steps / run.validate_every))
+    if before and before.get(name):
+        steps = max(1, round(before["steps"] * budget / before[name]))
+    elif name == "epochs":
+        steps, validations = max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS
+    else:
+        steps, validations = _fitting(config, build, budget, validations)
+    if before:  # a run that is resumed keeps what followed from its length, whichever option that was
         kept = _derived(before) | {"steps": steps}
         return _changed(config, lambda key, value: kept.get(key, value))
-    if name == "epochs":
-        return scaled(config, max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS)
+    return scaled(config, steps, validations)
+
+
+def _fitting(
+    config: Any, build: Callable[[Any], tuple[Run, Trainer] | None], minutes: float, validations: int
+) -> tuple[int, int]:
+    """Steps that fit into a time by a trial run, and how many validations. Raises `UsageError` where it holds none."""
     trial = measured(config, build)
     release_memory()  # the model of the trial is gone, and the run needs the same again
-    found = trial.steps(60 * budget, max(1, round(run.steps / run.validate_every)))
+    found = trial.steps(60 * minutes, validations)
     steps, validations = on_main(lambda: found)  # that of the main process in all of them
     if steps < 1:
         times = f"{trial.start:.0f} s to start, {trial.step:.2g} s a step, {trial.validation:.0f} s a validation"
-        raise UsageError(f"--minutes: found {budget:g}, which hold no step ({times}); give more")
-    return scaled(config, steps, validations)
+        raise UsageError(f"--minutes: found {minutes:g}, which hold no step ({times}); give more")
+    return steps, validations

@@ -81,14 +81,14 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
         raise UsageError(f"--output: {saved} is of another program ({error}); choose another folder") from error
     if overwrite or not has_trained(folder):
         return
-    now = configuration.values_of(config)
+    now, ignored = configuration.values_of(config), _OPERATIONAL | getattr(config, "unread", frozenset())
     # An option that a later version added did before what its default does now.
     defaults = {option.name: option.default for option in configuration.options(type(config), now)}
     for name, value in now.items():
         was = before.get(name, defaults[name])
         if isinstance(was, str) and isinstance(value, str):  # the query of a URL may be a token, which expires
             was, value = configuration.shown(was), configuration.shown(value)
-        if name not in _OPERATIONAL and was != value:
+        if name not in ignored and was != value:
             remedy = "give the same options to resume, --overwrite to start anew, or another --output"
             raise UserError(f"{folder} was started with {option_name(name)} {was}, now {value}: {remedy}")
 

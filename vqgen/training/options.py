@@ -15,7 +15,8 @@ class RunConfig(Options):
     """Optimizer steps; a run resumed with another number moves to the new learning-rate schedule without a jump."""
     minutes: Annotated[float, Range(above=0, most=1e6)] | None = None
     """Time to train for, in place of --steps: the first seconds measure the speed, then the number of steps is fixed.
-    What is counted in steps and not given on the command line (warm-up, intervals) changes in proportion."""
+    What is counted in steps and not given on the command line (warm-up, intervals) changes in proportion, and the
+    averages of --ema-decay are over as small a share of a shorter run, unless you gave it."""
     epochs: Annotated[float, Range(above=0, most=1e6)] | None = None
     """Passes over the training images, in place of --steps; otherwise as --minutes."""
     batch_size: Size = 64
@@ -44,6 +45,14 @@ class RunConfig(Options):
         super().__post_init__()
         if self.minutes is not None and self.epochs is not None:
             raise UsageError("--epochs: --minutes is given too; give one of them")
+
+    @property
+    def length(self) -> str:
+        """The option that says how long the run is and its value, for errors."""
+        if "steps" in self.given or (self.minutes is None and self.epochs is None):
+            return f"--steps: found {self.steps}"
+        option, value = ("--minutes", self.minutes) if self.epochs is None else ("--epochs", self.epochs)
+        return f"{option}: found {value:g}, which is {self.steps} steps"
 
 
 @dataclass

@@ -133,7 +133,7 @@ class Run:
         self.unvalidated = state["extra"].pop("unvalidated", False)
         trainer.extra.update(state["extra"])
         if step > self.settings.steps:
-            raise UserError(f"--steps: found {self.settings.steps}, but {path} is further; use more steps")
+            raise UserError(f"{self.settings.length}, but {path} is further; give more")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
         if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)

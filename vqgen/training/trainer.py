@@ -1,10 +1,23 @@
 """Interface between a stage (tokenizer or prior) and the training loop."""
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from vqgen.errors import DataError, UserError
+
 from .health import Finding, Row
+
+B = TypeVar("B")
+
+
+def next_batch(batches: Iterator[B]) -> B:
+    """The batch of a step. Raises `DataError` where it cannot be read."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise DataError(str(error)) from error
 
 
 class Trainer(Protocol):
