@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vqgen.config import parse
 from vqgen.prior.backbone import fused
+from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining
 from vqgen.prior.trainer import build
 
@@ -185,6 +186,7 @@ def test_training_uses_it_where_it_can(tmp_path, monkeypatch, options, expected)
     manifest = tmp_path / "codes" / "manifest.json"
     stated = json.loads(manifest.read_text())
     stated["splits"]["heldout"] = stated["splits"]["train"]
+    stated["tokenizer_fingerprint"] = Prior.load(tmp_path / "prior").tokenizer_fingerprint
     manifest.write_text(json.dumps(stated))
     shutil.copytree(tmp_path / "prior" / "tokenizer", tmp_path / "codes" / "tokenizer")
     words = ["--codes", str(tmp_path / "codes"), "--output", str(tmp_path / "run"), "--dim", "16", "--heads", "2"]

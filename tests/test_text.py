@@ -20,8 +20,6 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
-from vqgen.app import stages
-from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
@@ -340,19 +338,15 @@ def test_what_is_no_prompt_is_one_line(generator: Generator, tmp_path: Path) -> 
         Generator.load(make_prior(tmp_path / "plain"), "cpu").sample(1, prompts="a shoe")
 
 
-def test_planned_prompts_are_those_that_are_read_whole(place: Path, tmp_path: Path, generator: Generator) -> None:
+def test_planned_prompts_are_those_that_are_read_whole(generator: Generator) -> None:
     part, long = text_of(generator.conditioning), "a small red square on a table"
     assert part.readable([long, "a square", caption(4)]) == ["a square", caption(4)]
     assert part.readable([long, "a" + long]) == ["a small red square", "aa small red"]
     for text in ("\u00e4\u00f6\u00fc\u4e00\u4e8c", " ".join(["x" * 30] * 3), "\U0001f600" * 5):
         assert [part.tokenizer.rest(each, part.length) for each in part.readable([text])] == [""]
-    (tmp_path / "plan.yaml").write_text(json.dumps({"n": 2, "prompt": [long, "a square"], "precision": "fp32"}))
-    words = ["--config", tmp_path / "plan.yaml", "--model", place / "prior", "--output", tmp_path / "out"]
-    stages.STAGES["samples"].run(parse(program.SampleConfig, list(map(str, words))))
-    assert json.loads((tmp_path / "out" / "samples.json").read_text())["conditions"]["text"] == ["a square"]
-    own = parse(program.SampleConfig, [*map(str, words[:-1]), str(tmp_path / "other"), "--prompt", long])
+    assert len(generator.sample(2, prompts=part.readable([long, "a" + long])).images) == 2
     with pytest.raises(UsageError, match=r"--prompt: .*longer"):
-        stages.STAGES["samples"].run(own)
+        generator.sample(1, prompts=[long])
 
 
 def test_holes_are_filled_by_the_prompt(generator: Generator) -> None:
