@@ -101,15 +101,16 @@ class Sequences:
         scan, everywhere = self.conditioning.scan, batch_size * world
         local = slice(rank * batch_size, (rank + 1) * batch_size)
         files: CodeRows = self.codes
-        loaded = range(0)
+        steps, drawn = range(0), list[tuple[np.ndarray, np.ndarray, np.random.Generator]]()
         for step in count(first_step):
-            if len(self) >= LARGE and step not in loaded:
-                files = self.codes  # what was loaded before is given up first
-                loaded = window_steps(len(self), step, everywhere)
-                drawn = (self._drawn(seed, each, everywhere) for each in loaded)
-                images, views = np.concatenate([(images[local], views[local]) for images, views, _ in drawn], axis=1)
-                files = self.codes.load(images, views)
-            global_batch, views, random = self._drawn(seed, step, everywhere)
+            if step not in steps:
+                steps = window_steps(len(self), step, everywhere) if len(self) >= LARGE else range(step, step + 1)
+                drawn = [self._drawn(seed, each, everywhere) for each in steps]
+                if len(self) >= LARGE:
+                    files = self.codes  # what was loaded before is given up first
+                    both = [(images[local], views[local]) for images, views, _ in drawn]
+                    files = self.codes.load(*np.concatenate(both, axis=1))
+            global_batch, views, random = drawn[step - steps.start]
             orders = np.random.default_rng(step_seed(seed, step, 2))
             scans = scan.draw(len(global_batch), progress(step), orders)[local] if scan else None
             source = self.conditioning.masked_source

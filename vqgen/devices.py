@@ -184,9 +184,17 @@ def advise_needed(address: int, size: int) -> None:
 
 
 def _advise(address: int, size: int, how: str) -> None:
-    if size and (madvise := _libc("madvise")):
+    if size and (madvise := _madvise()):
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), getattr(mmap, how))
+        madvise(start, address + size - start, getattr(mmap, how))
+
+
+@lru_cache
+def _madvise() -> Callable[..., int] | None:
+    found: Any = _libc("madvise")
+    if found:
+        found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return found
 
 
 @lru_cache

@@ -250,7 +250,8 @@ class CodeFiles:
         """
         image, view = as_indices(indices), as_indices(views)
         self._check_indices("view", view, self.views)
-        keys = np.unique(image * self.views + view)
+        keys = np.sort(image * self.views + view)
+        keys = keys[np.diff(keys, prepend=-1) > 0]
         image, view = np.divmod(keys, self.views)
         if self._large:
             for shard, rows, _ in self._located(image):

@@ -199,7 +199,8 @@ def check_range(path: Path, what: str, values: NDArray[Any], first: int, limit: 
     info, flat = np.iinfo(values.dtype), values.reshape(-1)
     for start in range(0, 0 if first <= info.min and info.max < limit else len(flat), _CHUNK):
         piece = flat[start : start + _CHUNK]
-        low, high = int(piece.min()), int(piece.max())
+        low = first if first <= info.min else int(piece.min())
+        high = limit - 1 if info.max < limit else int(piece.max())
         if low < first or high >= limit:
             found = low if low < first else high
             raise UserError(f"{path} holds the {what} {found}, {MANIFEST} has {first} to {limit - 1}; {REPAIR}")
