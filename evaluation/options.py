@@ -1,11 +1,11 @@
 """Options of the commands of vqgen-eval."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
+from vqgen.files import cache_folder
 from vqgen.options import (
     MOST_IMAGES,
     Count,
@@ -132,9 +132,7 @@ class SamplesConfig(Options):
     """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
     classifier: Path | None = None
     """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
-    cache: Path = field(
-        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vqgen" / "references"
-    )
+    cache: Path = field(default_factory=lambda: cache_folder() / "references")
     """Folder that keeps the feature statistics of real images for later evaluations; in $XDG_CACHE_HOME where it is
     set."""
     seed: Seed = 0

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vqgen.errors import UserError
-from vqgen.files import checksum, is_file, write_text
+from vqgen.files import cache_folder, checksum, is_file, write_text
 from vqgen.tokenizer.data.options import Split
 
 from .loaded import LoadedRows, as_indices
@@ -315,5 +315,4 @@ class CodeFiles:
             found = os.stat(self.folder / entry.file)
             times = found.st_size, found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns
             digest.update(repr(times).encode())
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return Path(cache) / "vqgen" / "codes" / digest.hexdigest()
+        return Path(os.path.expanduser(cache_folder())) / "codes" / digest.hexdigest()

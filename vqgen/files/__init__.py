@@ -2,7 +2,7 @@
 
 from .lock import locked
 from .read import as_record, checksum, is_file, open_regular, parse_json, read_bytes, read_json, read_record, read_text
-from .write import atomic_path, check_writable, write_json, write_text
+from .write import atomic_path, cache_folder, check_writable, write_json, write_text
 
 # The files of a model folder, see `artifact.py`.
 DESCRIPTION = "vqgen.json"
@@ -13,6 +13,7 @@ __all__ = [
     "WEIGHTS",
     "as_record",
     "atomic_path",
+    "cache_folder",
     "check_writable",
     "checksum",
     "is_file",

@@ -100,3 +100,8 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented for people."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: `vqgen` in $XDG_CACHE_HOME, by default in ~/.cache (not expanded)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vqgen"
