@@ -36,7 +36,7 @@ class ReconstructionConfig(Options):
     COMMON: ClassVar = ("tokenizer", "data", "split", "n", "output", "perceptual_weights", "extractor", "weights")
 
     tokenizer: Path
-    """Run or model folder of the tokenizer."""
+    """Run or model folder of the tokenizer, or the name of a model in the package."""
     data: str
     """Images: as for vqgen-train-tokenizer."""
     split: Split = "heldout"
@@ -208,7 +208,7 @@ class CodebookConfig(Options):
     """Options of `vqgen-eval codebook`."""
 
     tokenizer: Path
-    """Run or model folder of the tokenizer."""
+    """Run or model folder of the tokenizer, or the name of a model in the package."""
     codes: Path | None = None
     """Folder of code files made by the tokenizer, to count how often each code is used; none = codes in order of
     index."""

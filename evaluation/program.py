@@ -75,7 +75,7 @@ def receipt_path(program: str, config: Any) -> Path:
 
     Raises `UsageError` where that is a model of the package.
     """
-    from vqgen.sampling.generator import find_model
+    from vqgen.tokenizer.shipped import find_model, find_tokenizer
 
     from .measurement import is_shipped
 
@@ -84,7 +84,7 @@ def receipt_path(program: str, config: Any) -> Path:
     parts = [program, config.split] if hasattr(config, "split") else [program]
     parts += ["unconditional"] * getattr(config, "unconditional", False)
     parts += [str(config.n)] * (config.n != type(config).n) + [config.precision] * (config.precision != "fp32")
-    folder = config.tokenizer if program == "reconstruction" else find_model(config.model)
+    folder = find_tokenizer(config.tokenizer) if program == "reconstruction" else find_model(config.model)
     if is_shipped(folder):
         text = f"{folder} is in the installed package, where no receipt belongs"
         raise UsageError(f"--output: found none, but {text}; name a file")

@@ -14,6 +14,7 @@ from vqgen.config import from_dict
 from vqgen.errors import UserError
 from vqgen.files import DESCRIPTION, read_json, read_record, write_text
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.shipped import find_model
 
 from .backbone import fused
 from .backbone.config import backbone_config as backbone_config  # part of this module's interface
@@ -201,9 +202,9 @@ class Prior(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", stored: bool = False) -> "Prior":
-        """Read a model folder, in evaluation mode; `stored` as for `Prior`. Raises `UserError` where anything does not
-        fit."""
-        folder = Path(folder)
+        """Read a model folder, or that of a model of the package by its name, in evaluation mode; `stored` as for
+        `Prior`. Raises `UserError` where anything does not fit."""
+        folder = find_model(Path(folder))
         artifact, path = load_artifact(folder, "prior"), folder / DESCRIPTION
         about, known = artifact.description, read_record(path, _Description)
         config, conditioning = read_conditioning(folder)

@@ -12,7 +12,7 @@ from vqgen.devices import find_device
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION
 from vqgen.prior.model import Prior
-from vqgen.prior.shipped import DEFAULT, SHIPPED, find_model
+from vqgen.tokenizer.shipped import DEFAULT, SHIPPED, find_model
 
 from .drawing import Samples
 from .filling import Filling

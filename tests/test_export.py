@@ -20,11 +20,11 @@ from vqgen.prior.export.card import task_of
 from vqgen.prior.model import Prior
 from vqgen.prior.parts.source import MaskedSource
 from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
-from vqgen.prior.shipped import SHIPPED
 from vqgen.sampling import sample
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.shipped import SHIPPED
 
 
 def test_a_tokenizer_of_another_prior_is_not_exported(cli, tmp_path):

@@ -5,14 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import vqgen
+from vqgen.errors import UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
+from vqgen.prior.model import Prior
 from vqgen.sampling import sample
 from vqgen.sampling.generator import DEFAULT, SHIPPED
 from vqgen.sampling.settings import SamplingSettings
+from vqgen.tokenizer import encode, reconstruct
+from vqgen.tokenizer.model import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
@@ -41,6 +46,31 @@ def test_it_draws_ten_classes_without_being_named(cli, tmp_path, monkeypatch):
     # Pictures, not noise: neighbouring pixels are alike.
     pixels = images.images.float()
     assert (pixels[..., 1:] - pixels[..., :-1]).abs().mean() < 0.5 * pixels.std()
+
+
+def test_programs_know_tokenizers_and_priors_by_name(cli, tmp_path, monkeypatch):
+    """A folder of that name, as of data, is in nobody's way; a run of the user's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for number, image in enumerate(pixels):
+        path = tmp_path / "cifar10" / f"{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(path)
+    whole = vqgen.Generator.load(DEFAULT, "cpu")
+    words = ["--data", "cifar10", "--tokenizer", "cifar10", "--holdout", 0.5, "--output", "codes", "--device", "cpu"]
+    result = cli(encode.main, *words)
+    assert result.code == 0, result.err
+    assert json.loads(Path("codes/manifest.json").read_text())["tokenizer_fingerprint"] == whole.tokenizer.fingerprint
+    assert Tokenizer.load("codes/tokenizer").fingerprint == whole.tokenizer.fingerprint
+    words = ["cifar10/0", "--tokenizer", "cifar10-restorer", "--output", "pictures", "--device", "cpu"]
+    assert cli(reconstruct.main, *words).code == 0 and len(list(Path("pictures").glob("0*.png"))) == 3
+    result = cli(evaluate.main, "reconstruction", "--data", "cifar10", "--tokenizer", "cifar10")
+    assert result.code == 2 and "--output" in result.err, result.err
+    assert Prior.load("cifar10").fingerprint == whole.prior.fingerprint
+    Path("cifar10/checkpoints").mkdir()
+    for load in Tokenizer.load, Prior.load, vqgen.Generator.load:
+        with pytest.raises(UserError, match="its training has not finished"):
+            load("cifar10")
 
 
 def test_its_receipts_are_of_this_very_model():

@@ -21,7 +21,7 @@ class TokenizeConfig(Options):
     )
 
     tokenizer: Path | None = field(default=None, metadata={"needed": True})
-    """Run or model folder of the tokenizer."""
+    """Run or model folder of the tokenizer, or the name of a model in the package."""
     data: str | None = field(default=None, metadata={"needed": True})
     """Images: demo, a folder, parquet files, a save_to_disk folder, or a name that `datasets` knows; or a stream:
     tar or parquet files by pattern or URL, or stream:NAME."""

@@ -13,6 +13,7 @@ from vqgen.config import as_dict, from_dict
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.pixels import to_float, to_uint8
 from vqgen.tokenizer.quantizers.base import Quantized
+from vqgen.tokenizer.shipped import find_tokenizer
 
 from .networks import decoder_for, encoder_for
 from .options import TokenizerConfig
@@ -263,8 +264,11 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Load a model folder, in evaluation mode. Raises `UserError` for missing or damaged files."""
-        folder = Path(folder)
+        """Load a model folder, or that of a model of the package by its name, in evaluation mode.
+
+        Raises `UserError` for missing or damaged files.
+        """
+        folder = find_tokenizer(Path(folder))
         artifact = load_artifact(folder, "tokenizer")
         architecture = artifact.description.get("architecture")
         config = from_dict(TokenizerConfig, architecture, str(folder / "vqgen.json"))

@@ -24,7 +24,7 @@ class ReconstructConfig(Options):
     data: list[str] = field(metadata={"positional": "IMAGES"})
     """Image files, folders of images, parquet files, save_to_disk folders, names that `datasets` knows, or demo."""
     tokenizer: Path
-    """Run or model folder of the tokenizer."""
+    """Run or model folder of the tokenizer, or the name of a model in the package."""
     output: Path = Path("reconstructions")
     """Folder for the pictures and metrics.json; it must be new or empty."""
     overwrite: bool = False

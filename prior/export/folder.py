@@ -13,8 +13,8 @@ from vqgen.files import atomic_path, is_file, read_json, write_json, write_text
 from vqgen.files.output_folder import new_folder
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION
-from vqgen.prior.shipped import find_model
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.shipped import find_model, find_tokenizer
 
 from .card import GRID, card, measured, recommended
 from .program import ExportConfig
@@ -64,7 +64,7 @@ def _export(config: ExportConfig) -> None:
     prior, source = Prior.load(model), model / "tokenizer"
     tokenizer = prior.load_tokenizer(source)
     if config.tokenizer is not None:
-        source = config.tokenizer
+        source = find_tokenizer(config.tokenizer)
         tokenizer = _replacement(source, tokenizer)
         prior.tokenizer_fingerprint = str(tokenizer.fingerprint)
     if config.samples is not None:

@@ -31,6 +31,7 @@ from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import Split
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.shipped import find_tokenizer
 
 from .format import (
     MANIFEST,
@@ -157,7 +158,7 @@ def _prepare(job: Job) -> None:
     if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
         reopen(output)
     if not (output / MANIFEST).is_file():
-        copy_artifact(cast(Path, job.config.tokenizer), output / TOKENIZER)
+        copy_artifact(find_tokenizer(cast(Path, job.config.tokenizer)), output / TOKENIZER)
         if load_artifact(output / TOKENIZER, "tokenizer").fingerprint != job.tokenizer.fingerprint:
             raise UserError(f"--tokenizer: {job.config.tokenizer} changed while it was read; run this again")
 

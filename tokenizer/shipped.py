@@ -1,4 +1,4 @@
-"""The models in the package, and where the prior of a program is."""
+"""The models in the package, and where the prior or the tokenizer of a program is."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,22 @@ SHIPPED = {file.parent.name: file.parent for file in sorted(_PRETRAINED.glob(f"*
 DEFAULT = SHIPPED["cifar10"]
 
 
+def _named(folder: Path) -> Path | None:
+    """The model of the package of that name, where no run or model folder of the user has it."""
+    own = (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists()
+    return None if own else SHIPPED.get(str(folder))
+
+
 def find_model(model: Path | None) -> Path:
     """The given folder, or model of the package by name; else $VQGEN_MODEL, the demo's prior, or `DEFAULT`."""
     if model is None and os.environ.get("VQGEN_MODEL"):
         model = Path(os.environ["VQGEN_MODEL"])
     if model is not None:
-        return model if (model / DESCRIPTION).exists() else SHIPPED.get(str(model), model)
+        return _named(model) or model
     return DEFAULT_MODEL if (DEFAULT_MODEL / DESCRIPTION).is_file() else DEFAULT
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The given folder, or the tokenizer of a model of the package by its name."""
+    named = _named(folder)
+    return named / "tokenizer" if named else folder
