@@ -1,8 +1,8 @@
 """Filling in: images of which a part is drawn anew, given the rest.
 
 A mask of pixels becomes a mask of codes: a code is drawn where it has a pixel in the mask, and so are its neighbours,
-as the encoder has seen into the hole. What is drawn is decoded with the kept codes, and the known pixels are pasted
-back over a soft edge.
+as the encoder has seen into the hole. What is drawn is decoded with the kept codes and pasted into the known pixels,
+without a seam.
 """
 
 import dataclasses
@@ -22,6 +22,11 @@ from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.pixels import center_crop, fit
 
 from .known import Known
+
+REACH = 4
+"""Codes over which what is drawn takes on the colours of the known pixels around it."""
+SWEEPS, RELAXATION = 16, 1.8
+"""Iterations of `continued` at each scale, and the factor by which their steps are longer."""
 
 
 def fitted_masks(masks: Tensor, size: Sequence[int], mode: str) -> Tensor:
@@ -62,22 +67,44 @@ def random_cells(indices: Sequence[int], grid: Sequence[int], share: float, seed
     return masks.view(len(indices), *grid)
 
 
-def paste(drawn: Tensor, originals: Tensor, masks: Tensor, feather: int) -> Tensor:
-    """Put the known pixels of `originals` into `drawn`, both uint8 (B, C, H, W), outside of masks, bool (B, H, W).
+def _around(values: Tensor) -> Tensor:
+    """The sum of the four neighbours of each pixel; beyond the borders they are 0."""
+    padded = F.pad(values, (1, 1, 1, 1))
+    beside = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]
+    return beside + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
 
-    The two blend within `feather` pixels outside of the mask; inside all is drawn.
+
+def continued(values: Tensor, known: Tensor, reach: float) -> Tensor:
+    """Continue values (B, C, H, W) from where `known` (B, 1, H, W) is 1, which stay, smoothly to where it is 0.
+
+    There they solve the screened Poisson equation u = reach^2 laplace(u), with no flux across the image's borders: far
+    from what is known they fade to 0, over `reach` pixels by a factor of e. The solution is approximate, of smooth
+    differences to about 5 %: over-relaxation of the pixels of a chequerboard in turns (Young 1954), coarse to fine.
     """
-    hole, radius = masks[:, None].float(), 2 * (feather // 2)
-    height, width = masks.shape[1:]
-    # The blur reflects at the borders, for which a side of one code is too short.
-    down, across = (radius if side <= radius else 0 for side in (height, width))
-    padded = F.pad(hole, (across, across, down, down), mode="replicate")
-    from torchvision.transforms.v2.functional import gaussian_blur  # slow to import
+    height, width = values.shape[-2:]
+    found = torch.zeros_like(values)
+    if max(height, width) > 1:
+        share = F.avg_pool2d(known, 2, ceil_mode=True)
+        coarse = F.avg_pool2d(values * known, 2, ceil_mode=True) / share.clamp(min=0.25)
+        coarse = continued(coarse, (share > 0).float(), reach / 2)
+        found = F.interpolate(coarse, size=(height, width), mode="bilinear")
+    found, unknown = torch.where(known > 0, values, found), known == 0
+    white = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+    own = _around(torch.ones(height, width)) + 1 / reach**2
+    for here in [unknown & white, unknown & ~white] * SWEEPS:
+        found = torch.where(here, found + RELAXATION * (_around(found) / own - found), found)
+    return found
 
-    blurred = gaussian_blur(padded, [2 * radius + 1] * 2, [max(feather, 1) / 4] * 2)
-    soft = (2 * blurred[..., down : down + height, across : across + width]).clamp(0, 1)
-    share = torch.maximum(hole, soft)
-    return (share * drawn + (1 - share) * originals).round().to(torch.uint8)
+
+def paste(drawn: Tensor, originals: Tensor, masks: Tensor, reach: float) -> Tensor:
+    """Put what was drawn inside of masks, bool (B, H, W), into `originals`; both uint8 (B, C, H, W).
+
+    All other pixels stay as they are. What they differ by from `drawn` at the border of the mask is continued into it,
+    over about `reach` pixels, and added: so there is no seam (seamless cloning, Perez et al. 2003, eq. 5).
+    """
+    known, hole = (~masks)[:, None].float(), masks[:, None]
+    filled = drawn + continued((originals.float() - drawn) * known, known, reach)
+    return torch.where(hole, filled.round().clamp(0, 255).to(torch.uint8), originals)
 
 
 @dataclass(frozen=True)
@@ -151,5 +178,5 @@ class Filling:
         if self.originals is None or self.pixels is None:
             return images
         rows = [index % len(self) for index in indices]
-        feather = images.shape[-1] // self.codes.shape[2]
-        return paste(images, self.originals[rows], self.pixels[rows], feather)
+        factor = images.shape[-1] // self.codes.shape[2]
+        return paste(images, self.originals[rows], self.pixels[rows], REACH * factor)

@@ -77,7 +77,7 @@ class SampleConfig(Options):
     """Height and width of the images, when larger than those of training: they are drawn in overlapping windows."""
     paste: bool = True
     """Keep what is known exactly, with --no-paste all is decoded: of --init-image the pixels around what --mask, --box
-    and --extend draw, over a soft edge; of --source-image the luma, or the coarse structure, where the prior was
+    and --extend draw; of --source-image the luma, or the coarse structure, where the prior was
     trained on --source grey or downscale:FACTOR; if on several, those of --source."""
     source_image: list[Path] | None = None
     """Image files, or folders of them, to translate, for a prior that was trained on source codes: image i is made of
