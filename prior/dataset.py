@@ -111,12 +111,15 @@ class Sequences:
                     both = [(images[local], views[local]) for images, views, _ in drawn]
                     files = self.codes.load(*np.concatenate(both, axis=1))
             global_batch, views, random = drawn[step - steps.start]
+            indices, views = global_batch[local], views[local]
+            if files is not self.codes:  # these are images of what was loaded
+                indices, views = np.arange(batch_size) + (step - steps.start) * batch_size, np.zeros_like(views)
             orders = np.random.default_rng(step_seed(seed, step, 2))
             scans = scan.draw(len(global_batch), progress(step), orders)[local] if scan else None
             source = self.conditioning.masked_source
             if source and random.random() < source.inpainting:
                 masks = random_masks(len(global_batch), self.codes.grid, random)
-                found = self.rows(global_batch[local], views[local], masks[local], scans, files)
+                found = self.rows(indices, views, masks[local], scans, files)
                 yield Examples(found.tokens, found.layout, found.wanted, masks.float().mean().item())
             else:
-                yield self.rows(global_batch[local], views[local], scans=scans, files=files)
+                yield self.rows(indices, views, scans=scans, files=files)

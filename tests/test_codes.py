@@ -118,6 +118,19 @@ def test_gather_takes_tensors_and_refuses_what_is_not_there(tmp_path):
             files.gather([image], [view])
 
 
+def test_loaded_rows_are_what_was_asked_for(tmp_path):
+    codes = write_folder(tmp_path, [3, 2], views=2)
+    files = CodeFiles(tmp_path, "train")
+    images, views = np.array([4, 0, 3, 0, 0]), np.array([1, 0, 0, 1, 0])
+    loaded = files.load(images, views)
+    places = [3, 0, 4, 4, 1, 2]
+    assert len(loaded) == 5 and (loaded.gather(places, 0).numpy() == codes[images, views][places]).all()
+    assert (loaded.gather_labels(places) == files.labels[images][places]).all()
+    for image, view in ((5, 0), (-1, 0), (0, 1)):
+        with pytest.raises(IndexError):
+            loaded.gather([image], [view])
+
+
 @pytest.mark.parametrize("wrong", [[True, False, True], [0.9, 1.9], np.array([0.0]), ["0"]])
 def test_indices_are_integers(tmp_path, wrong):
     write_folder(tmp_path, [3, 2], views=2)

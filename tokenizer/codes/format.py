@@ -250,9 +250,8 @@ class CodeFiles:
         """
         image, view = as_indices(indices), as_indices(views)
         self._check_indices("view", view, self.views)
-        keys = np.sort(image * self.views + view)
-        keys = keys[np.diff(keys, prepend=-1) > 0]
-        image, view = np.divmod(keys, self.views)
+        order = np.argsort(image, kind="stable")
+        image, view = image[order], view[order]
         if self._large:
             for shard, rows, _ in self._located(image):
                 shard.will_need(rows)
@@ -268,7 +267,9 @@ class CodeFiles:
             labels[here] = self._labels_of(shard, rows)
             texts += [shard.captions.read(row) for row in rows.tolist()] if shard.captions else []
         assert codes is not None
-        return LoadedRows(keys, self.views, codes, labels, source, texts if self.has_captions else None)
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return LoadedRows(places, codes, labels, source, texts if self.has_captions else None)
 
     def _located(self, image: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield each shard that holds some of these images, their rows in it, and their places in `image`."""

@@ -35,36 +35,33 @@ class CodeRows(Protocol):
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Rows of some images, each in one view or more. Methods take indices in the code files, as `CodeFiles` does.
+    """What `CodeFiles.load` read: image i of it, in its only view 0, is the i-th that was asked for.
 
-    They raise `IndexError` for what was not loaded.
+    Methods raise `IndexError` for others.
     """
 
-    keys: NDArray[np.int64]
-    """image * views + view of each row, ascending, each once (n,)."""
-    views: int
-    """Of an image in the code files."""
+    rows: NDArray[np.int64]
+    """The row of each image (m,): below they are in the order of the files."""
     codes: NDArray[Any]
-    """(n, h, w[, depth])"""
+    """(m, h, w[, depth])"""
     labels: NDArray[np.int64]
-    """(n,), -1 where an image has none."""
+    """(m,), -1 where an image has none."""
     source: NDArray[Any] | None
-    """(n, h', w'[, depth])"""
+    """(m, h', w'[, depth])"""
     texts: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def has_captions(self) -> bool:
         return self.texts is not None
 
-    def _rows(self, indices: ArrayLike, views: ArrayLike | None = None) -> NDArray[np.int64]:
-        """Rows of these images in these views, by default in any."""
+    def _rows(self, indices: ArrayLike, views: ArrayLike = 0) -> NDArray[np.int64]:
         image = as_indices(indices)
-        wanted = image * self.views + (0 if views is None else as_indices(views))
-        rows = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        found = self.keys[rows]
-        if ((found // self.views != image) if views is None else (found != wanted)).any():
+        if image.size and not 0 <= image.min() <= image.max() < len(self) or as_indices(views).any():
             raise IndexError("found images or views that were not loaded")
-        return rows
+        return self.rows[image]
 
     def gather(self, indices: ArrayLike, views: ArrayLike) -> Tensor:
         return torch.from_numpy(self.codes[self._rows(indices, views)].astype(np.int64))
