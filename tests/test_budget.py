@@ -82,6 +82,32 @@ def test_a_run_keeps_to_its_time(
         assert start + (steps + 1) * step + affordable * validation >= seconds * (1 - 1e-9) or steps > 10**9
 
 
+@given(
+    start=st.floats(0, 100), step=st.floats(1e-3, 10), validation=st.floats(0, 100), seconds=st.floats(1, 1e5),
+    every=st.integers(1, 10**6),
+)  # fmt: skip
+def test_all_validations_at_a_given_interval_are_counted(
+    start: float, step: float, validation: float, seconds: float, every: int
+) -> None:
+    def taken(steps: int) -> float:
+        return start + steps * step + math.ceil(steps / every) * validation
+
+    steps, validations = Trial(start, step, validation).steps(seconds, 3, every)
+    assert steps >= 0 and validations == math.ceil(steps / every)
+    assert steps == 0 or taken(steps) <= seconds * (1 + 1e-9)
+    assert taken(steps + 1) >= seconds * (1 - 1e-9)
+
+
+def test_an_interval_of_the_command_line_counts_in_minutes(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "measured", lambda *_given: Trial(1.0, 2.9, 2.9))
+    assert cli(main, *words(tmp_path, "--minutes", 1, "--validate-every", 1)).code == 0
+    assert saved(tmp_path)["steps"] == 10 and saved(tmp_path)["validate_every"] == 1
+    assert cli(main, *words(tmp_path, "--minutes", 1, "--overwrite")).code == 0
+    assert saved(tmp_path)["steps"] == 16 and saved(tmp_path)["validate_every"] == 4
+
+
 def test_epochs_become_steps(tmp_path: Path, cli: Callable[..., Any]) -> None:
     assert cli(main, *words(tmp_path, "--epochs", 3)).code == 0
     images = 9

@@ -322,6 +322,16 @@ def test_what_only_resembles_a_checkpoint_stays(tmp_path: Path) -> None:
     assert [path.name for path in (folder / "step-00000003").iterdir()] == ["notes.txt"]
 
 
+def test_a_checkpoint_with_files_of_others_is_not_replaced(tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 2)
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {}, {"best": 1}, keep=1)
+    (path / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=path.name):
+        save_checkpoint(tmp_path, 3, {"net": net}, {}, {"best": 2}, keep=1)
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"{}", b'{"step": "'])
 @pytest.mark.parametrize("name", ["state.json", "net.safetensors", "optimizers.pt"])
 def test_a_checkpoint_file_that_is_not_what_it_should_be(tmp_path: Path, name: str, content: bytes | None) -> None:

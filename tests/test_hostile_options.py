@@ -138,7 +138,7 @@ def test_a_configuration_is_a_regular_text_file(tmp_path: Path, kind: str) -> No
         parse(Small, ["--config", str(path)])
 
 
-HUGE = str(2**70), "1e30", "-" + "9" * 30, str(2**64)
+HUGE = str(2**70), "1e30", "-" + "9" * 30, str(2**64), "9" * 309, "-" + "9" * 4300
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,15 @@ def test_numbers_are_bounded_before_any_work(config: type, option: str, values: 
     for value in values:
         with pytest.raises(UsageError, match=rf"^{option}: found") as refused:
             parse(config, [option, *value.split(), *_needed(config)])
-        assert refused.value.exit_code == 2
+        assert refused.value.exit_code == 2 and len(str(refused.value)) < 1000
+
+
+def test_an_integer_that_no_float_holds_is_shown_by_its_first_digits() -> None:
+    for value, shown in ((12 * 10**399, "12"), (-(10**5000), "-10")):
+        with pytest.raises(UsageError, match=rf"^--steps: found {shown}0+e\+[0-9]+, expected") as refused:
+            Small(steps=value)
+        digits, exponent = str(refused.value).split()[2].rstrip(",").split("e+")
+        assert int(digits) * 10 ** int(exponent) == value and len(digits) < 20
 
 
 def _needed(config: type) -> list[str]:

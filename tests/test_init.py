@@ -112,6 +112,16 @@ def test_a_bad_init_costs_no_earlier_run(source: Path, tmp_path: Path, cli, give
     assert read_files(folder) == before
 
 
+def test_an_init_that_is_a_link_to_itself_is_one_line(source: Path, tmp_path: Path, cli) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    shutil.copytree(source, folder := tmp_path / "run")
+    before = read_files(folder)
+    words = [*SIZES, *SHORT, "--codebook-size", 32, "--steps", 2, "--output", folder, "--overwrite"]
+    result = cli(main, *words, "--init", tmp_path / "loop")
+    assert result.code == 1 and str(tmp_path / "loop") in result.err.splitlines()[-1]
+    assert read_files(folder) == before
+
+
 @pytest.mark.parametrize("place", [".", "tokenizer"])
 def test_a_run_does_not_start_from_what_it_removes(source: Path, tmp_path: Path, cli, place: str) -> None:
     folder, link = tmp_path / "run", tmp_path / "link"

@@ -14,8 +14,8 @@ from vqgen.sampling.output import Names, begin, check_output, finish
 from vqgen.tokenizer.codes import plan
 from vqgen.tokenizer.comparison import METRICS, PARTIAL, open_output
 from vqgen.tokenizer.reconstruction import write_png_atomic
-from vqgen.training.checkpoint import save_checkpoint
-from vqgen.training.folder import check_folder, prepare_folder
+from vqgen.training.checkpoint import check_checkpoint, newest_checkpoint, rotate, save_checkpoint
+from vqgen.training.folder import check_folder, checkpoints, prepare_folder, step_of
 
 PICTURE = torch.zeros(1, 4, 4, dtype=torch.uint8)
 
@@ -143,3 +143,27 @@ def test_a_checkpoint_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     for step in (8, 10):
         save_checkpoint(folder / "checkpoints", step, {"net": net}, {}, {}, 2)
     assert [path.name for path in mine.parent.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_that_is_saved_again_is_there_all_the_time(tmp_path: Path, keep: int) -> None:
+    """Whenever that is killed, the run resumes from the same step, and saving it once more leaves nothing behind."""
+    net, steps = torch.nn.Linear(2, 2), [2, 4][-keep:]
+    for number in count():
+        folder = tmp_path / str(number) / "checkpoints"
+        for step in (2, 4):
+            save_checkpoint(folder, step, {"net": net}, {}, {"saved": 1}, keep)
+        with killed_at(number) as done:
+            save_checkpoint(folder, 4, {"net": net}, {}, {"saved": 2}, keep)
+        prepare_folder(folder.parent, Config(), False)
+        path, problems = newest_checkpoint(folder)
+        assert path and step_of(path) == 4 and not problems
+        saved = check_checkpoint(path).extra["saved"]
+        rotate(folder, 4, keep)
+        assert [step_of(each) for each in checkpoints(folder)] == steps
+        save_checkpoint(folder, 4, {"net": net}, {}, {"saved": 3}, keep)
+        assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in steps]
+        assert check_checkpoint(folder / "step-00000004").extra["saved"] == 3
+        if "killed" not in done:
+            break
+    assert number > 8 and saved == 2

@@ -1,8 +1,10 @@
 """What a program may take over and remove in an output folder: its own files and nothing else."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import write_images
@@ -10,6 +12,7 @@ from processes import write_images
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.files.output_folder import OutputFolder, new_folder
+from vqgen.prior.convert.program import main as convert
 from vqgen.prior.train import PriorTraining
 from vqgen.tokenizer.train import TokenizerTraining
 from vqgen.tokenizer.trainer import build
@@ -253,6 +256,38 @@ def test_a_folder_that_cannot_be_replaced_is_found_before_the_work(
             pass
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is named: who stands in it would stand in a folder that is gone."""
+    (here := tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    for name in (".", "./", "missing/..", "../here", "../link", str(here)):
+        with pytest.raises(UsageError, match=r"^--output: .*current folder"), new_folder(Path(name)):
+            pass
+    assert list(here.iterdir()) == []
+    with new_folder(Path("new")):
+        assert [path.name for path in here.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("target", ["link", "nowhere"])
+def test_a_link_that_leads_nowhere_is_found_before_the_work(tmp_path: Path, target: str) -> None:
+    (link := tmp_path / "link").symlink_to(target)
+    for path in (link, link / "new", link / ".." / "new"):
+        with pytest.raises(UsageError, match=rf"^--output: {link} is a link"), new_folder(path):
+            pass
+    assert list(tmp_path.iterdir()) == [link] and os.readlink(link) == target
+
+
+def test_a_program_refuses_such_an_output_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    for output in (".", "loop"):
+        result = cli(convert, "--input", "missing.ckpt", "--output", output)
+        assert result.code == 2 and len(result.err.splitlines()) == 1 and "--output: " in result.err
+
+
 def test_a_codebook_size_beside_levels_is_no_difference(tmp_path: Path) -> None:
     def config(*words: str) -> TokenizerTraining:
         given = ["--data", "demo", "--output", str(tmp_path), "--quantizer", "fsq", "--perceptual-weight", "0", *words]
@@ -273,3 +308,11 @@ def test_a_prior_does_not_start_from_what_it_removes_either(tmp_path: Path) -> N
     with pytest.raises(UsageError, match=r"--init.*--overwrite"):
         check_folder(config.output, config, overwrite=True)
     check_folder(config.output, config, overwrite=False)
+
+
+def test_a_link_to_itself_is_no_folder_to_start_from(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to("loop")
+    config = PriorTraining(codes=tmp_path / "codes", output=tmp_path / "run", init=loop)
+    check_folder(config.output, config, overwrite=True)
+    with pytest.raises(UsageError, match=rf"^--output: {loop}"):
+        check_folder(loop, config, overwrite=True)

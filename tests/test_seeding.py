@@ -179,6 +179,22 @@ def test_a_checkpoint_can_be_written_again(tmp_path):
     assert torch.equal(net.linear.weight, trained(seed=3)[0].linear.weight)
 
 
+def test_a_gradient_scaler_comes_and_goes(tmp_path):
+    """Where `auto` is fp16 on one machine and another precision on the next."""
+    net, optimizer, schedule = trained()
+    parts, scaler = {"o": optimizer, "s": schedule}, torch.amp.GradScaler("cpu", init_scale=8.0)
+    without = save_checkpoint(tmp_path, 3, {"net": net}, parts, {}, 2)
+    load_checkpoint(without, {"net": net}, {**parts, "scaler": scaler})
+    assert scaler.get_scale() == 8
+    scaled = save_checkpoint(tmp_path, 4, {"net": net}, {**parts, "scaler": scaler}, {}, 2)
+    load_checkpoint(scaled, {"net": net}, parts)
+    fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
+    load_checkpoint(scaled, {"net": net}, {**parts, "scaler": fresh})
+    assert fresh.get_scale() == 8
+    with pytest.raises(UserError, match=r"optimizers\.pt"):
+        load_checkpoint(scaled, {"net": net}, {**parts, "another": optimizer})
+
+
 def test_no_pickle_is_run(tmp_path):
     """A checkpoint from elsewhere holds a call in place of an optimizer: it is refused, not called."""
     path = saved(tmp_path, 5)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -109,7 +110,16 @@ class Options:
                 general = _INTEGERS if isinstance(number, int) else _NUMBERS
                 for bounds in (*ranges_of(hints[field.name]), general) if isinstance(number, (int, float)) else ():
                     if not bounds.contains(number):
-                        raise UsageError(f"{option_name(field.name)}: found {number:.15g}, expected {bounds}")
+                        raise UsageError(f"{option_name(field.name)}: found {_shown(number)}, expected {bounds}")
+
+
+def _shown(number: float) -> str:
+    """A number with 15 digits; an integer may be larger than every float."""
+    try:
+        return f"{number:.15g}"
+    except OverflowError:
+        exponent = int(int(number).bit_length() * math.log10(2)) - 15
+        return f"{int(number) // 10**exponent}e+{exponent}"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ resuming with other options, another tokenizer or other images is refused.
 import dataclasses
 import hashlib
 import itertools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -248,7 +249,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool, tokenizer: Path |
     output = codes_folder(folder)
     output.refuse_foreign()
     if overwrite or not output.recognised:
-        own = tokenizer is not None and tokenizer.resolve() == (folder / TOKENIZER).resolve()
+        own = tokenizer is not None and os.path.realpath(tokenizer) == os.path.realpath(folder / TOKENIZER)
         kept = [f"{TOKENIZER}/{name}" for name in (WEIGHTS, DESCRIPTION)] if own else []
         output.clear(keep=[PLAN, *kept])  # the plan is that by which a removal that was killed is recognised
         write_json(folder / PLAN, plan)

@@ -43,9 +43,12 @@ def is_stream(data: str) -> bool:
 
 def check_outside(output: Path, images: Path | None) -> None:
     """Raise `UsageError` where an output folder is inside of a folder of images: its previews would be data."""
-    if images is None or not os.path.isdir(images) or not output.resolve().is_relative_to(images.resolve()):
+    if images is None or not os.path.isdir(images):
         return
-    if not any(part.startswith(".") for part in output.resolve().relative_to(images.resolve()).parts):  # is not read
+    place, data = (Path(os.path.realpath(path)) for path in (output, images))  # `resolve` fails for a link to itself
+    if not place.is_relative_to(data):
+        return
+    if not any(part.startswith(".") for part in place.relative_to(data).parts):  # is not read
         raise UsageError(f"--output: {output} is inside of --data, whose images it would join; choose another")
 
 

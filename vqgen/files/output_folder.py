@@ -135,14 +135,28 @@ def new_folder(path: Path) -> Iterator[None]:
 
     Raises `UserError` where it is in use, holds anything, hidden files too, or could not be replaced.
     """
-    if os.path.ismount(path.resolve()):
-        raise UsageError(f"--output: {path} is a mount point, which cannot be replaced; name a new folder in it")
-    check_writable(path.resolve())
+    place = _replaceable(path)
+    check_writable(place)
     with locked(path):
         OutputFolder(path).refuse_foreign()
-        place = path.resolve()
         OutputFolder(place.parent, patterns=(re.escape(place.name),)).remove_leftovers()
         yield
+
+
+def _replaceable(path: Path) -> Path:
+    """The folder that a path leads to. Raises `UsageError` where no other could be renamed to it."""
+    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    if not os.path.exists(nearest):
+        raise UsageError(f"--output: {nearest} is a link that leads nowhere; remove it or choose another folder")
+    place = Path(os.path.realpath(path))
+    kind = "a mount point" if os.path.ismount(place) else "the current folder" if _is_current(place) else ""
+    if kind:
+        raise UsageError(f"--output: {path} is {kind}, which cannot be replaced; name a new folder in it")
+    return place
+
+
+def _is_current(folder: Path) -> bool:
+    return os.path.isdir(folder) and os.path.samefile(folder, os.curdir)
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:

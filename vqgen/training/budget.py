@@ -35,7 +35,7 @@ TRIAL_STEPS, TRIAL_SECONDS = 30, 20.0
 EPOCHS_VALIDATIONS = 10
 """Most validations of a run that is given epochs, whose time is not known."""
 VALIDATION = 0.2
-"""Share of the time that validations may take."""
+"""Share of the time that validations may take, where the command line does not say how often there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,19 @@ class Trial:
     step: float
     validation: float
 
-    def steps(self, seconds: float, validations: int) -> tuple[int, int]:
-        """Steps that fit into a time, and how many of at most `validations` take no more than their share of it."""
+    def steps(self, seconds: float, validations: int, every: int | None = None) -> tuple[int, int]:
+        """Steps that fit into a time, and the number of validations in it.
+
+        Args:
+            validations: most of them; no more are counted than take their share of the time.
+            every: steps between validations, where that is fixed: then all are counted, that after the last step too.
+        """
         left = seconds - self.start
+        if every is not None:
+            whole = max(0, int(left / (every * self.step + self.validation)))
+            rest = left - whole * (every * self.step + self.validation)
+            steps = whole * every + max(0, int((rest - self.validation) / self.step))
+            return steps, math.ceil(steps / every)
         affordable = max(1, min(validations, int(VALIDATION * left / max(self.validation, 1e-9))))
         return int((left - affordable * self.validation) / self.step), affordable
 
@@ -203,7 +213,8 @@ def _fitting(
     """Steps that fit into a time by a trial run, and how many validations. Raises `UsageError` where it holds none."""
     trial = measured(config, build)
     release_memory()  # the model of the trial is gone, and the run needs the same again
-    found = trial.steps(60 * minutes, validations)
+    every = config.run.validate_every if "validate_every" in config.given else None
+    found = trial.steps(60 * minutes, validations, every)
     steps, validations = on_main(lambda: found)  # that of the main process in all of them
     if steps < 1:
         times = f"{trial.start:.0f} s to start, {trial.step:.2g} s a step, {trial.validation:.0f} s a validation"

@@ -35,6 +35,8 @@ _UNREADABLE = (OSError, EOFError, SafetensorError, pickle.UnpicklingError, zipfi
 _UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
 Modules = Mapping[str, nn.Module]
 Named = Mapping[str, Any]
+SCALER = "scaler"
+"""Name of the gradient scaler among the optimizers: only runs in fp16 have one."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def _own_checksum(state: State) -> str:
 def save_checkpoint(
     folder: Path, step: int, modules: Modules, optimizers: Named, extra: Named, keep: int, write: bool = True
 ) -> Path:
-    """Write `folder/step-N` atomically, then remove all but the newest `keep`.
+    """Write `folder/step-N` atomically, in place of an earlier one, then remove all but the newest `keep`.
 
     Args:
         optimizers: anything with `state_dict` and `load_state_dict`: optimizers, schedules, the gradient scaler.
@@ -71,7 +73,6 @@ def save_checkpoint(
     states = {name: full_tensors(part.state_dict()) for name, part in optimizers.items()}
     if not write:
         return path
-    _remove([path])
     with atomic_path(path) as temporary:
         temporary.mkdir(parents=True)
         for name, tensors in weights.items():
@@ -84,6 +85,7 @@ def save_checkpoint(
         state = State(step, plain, sums, sizes)
         text = json.dumps({**vars(state), "sha256": _own_checksum(state)}, indent=2)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+        _set_aside(path)
     rotate(folder, step, keep)
     return path
 
@@ -91,22 +93,40 @@ def save_checkpoint(
 def rotate(folder: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and the damaged ones that a run has passed with `step` steps."""
     passed = [damaged for damaged in checkpoints(folder, DAMAGED) if step_of(damaged) <= step]
-    _remove([*passed, *checkpoints(folder)[:-keep]])
+    found = checkpoints(folder)
+    newest = list({step_of(path): path for path in found}.values())[-keep:]  # one of each step
+    _remove([*passed, *(path for path in found if path not in newest)])
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a checkpoint that is about to be replaced, where there is one and it holds no files of others.
+
+    Its new name is one of the same step, too, so that a kill before the replacement is in its place loses none.
+    """
+    if path in checkpoints(path.parent) and _is_own(path):
+        former = path.with_name(f"step-0{step_of(path):08d}")
+        _remove([former])  # of an earlier kill
+        path.rename(former)
 
 
 def _remove(paths: Iterable[Path]) -> None:
     """Remove checkpoints: as a whole, or their own files where others are in them. Raises `UserError`."""
     for path in paths:
-        own = OutputFolder(path, patterns=(CHECKPOINT_FILE,))
         try:
-            if {file.name for file in own.own_files()} == set(os.listdir(path)):
+            if _is_own(path):
                 remove_folder(path)
             else:
-                own.clear()
+                OutputFolder(path, patterns=(CHECKPOINT_FILE,)).clear()
         except FileNotFoundError:
             continue
         except OSError as error:
             raise UserError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a checkpoint holds its own files alone. Raises `OSError`."""
+    own = OutputFolder(path, patterns=(CHECKPOINT_FILE,))
+    return {file.name for file in own.own_files()} == set(os.listdir(path))
 
 
 def _save(states: dict[str, Any], path: Path) -> None:
@@ -167,6 +187,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str, Any]:
     """Restore modules and optimizers in place; returns `step` and `extra`. See `check_checkpoint`.
 
+    A gradient scaler that was not saved stays as it is, and one that is not asked for is left out: the precision that
+    `auto` stands for may differ between two machines.
+
     Raises `UserError` naming the file that is missing, damaged or of another model.
     """
     state = read_record(file := path / "state.json", State)
@@ -178,7 +201,8 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
         file = path / "optimizers.pt"
         saved = unpickle(file)
         for name, part in optimizers.items():
-            load_optimizer(part, saved[name])
+            if name in saved or name != SCALER:
+                load_optimizer(part, saved[name])
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         remedy = f"remove {path} to resume from an older checkpoint"

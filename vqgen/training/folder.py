@@ -1,5 +1,6 @@
 """The folder of a training run: what of it may be resumed, what --overwrite removes, and the record of its sessions."""
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -48,10 +49,10 @@ def run_folder(folder: Path) -> OutputFolder:
 
 
 def checkpoints(folder: Path, pattern: str = CHECKPOINT) -> list[Path]:
-    """Checkpoints in a folder, oldest first: exact names of real folders."""
+    """Checkpoints in a folder, oldest first, of two of one step that which is replaced: exact names of real folders."""
     found = [path for path in folder.glob("*-*") if re.fullmatch(pattern, path.name)]
     real = [path for path in found if path.is_dir() and not path.is_symlink()]
-    return sorted(real, key=step_of)
+    return sorted(real, key=lambda path: (step_of(path), -len(path.name)))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -70,7 +71,7 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
     output = run_folder(folder)
     output.refuse_foreign()
     init: Path | None = getattr(config, "init", None)
-    if overwrite and init is not None and init.resolve().is_relative_to(folder.resolve()):
+    if overwrite and init is not None and Path(os.path.realpath(init)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(f"--init: {init} is in {folder}, which --overwrite clears; choose another --output")
     if not output.recognised:
         return

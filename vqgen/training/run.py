@@ -30,7 +30,7 @@ from vqgen.progress import progress
 from vqgen.seeding import step_seed
 from vqgen.threads import oversubscription
 
-from .checkpoint import load_checkpoint, newest_checkpoint, rotate, save_checkpoint
+from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
 from .folder import CHECKPOINTS, Session, check_folder, checkpoints, finish, is_finished, prepare_folder, run_folder
 from .fsdp import configure_fsdp, full_tensors, is_sharded
@@ -77,6 +77,7 @@ class Run:
         )
         configure_fsdp(self.accelerator)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.precision = self.accelerator.mixed_precision.replace("no", "fp32")
         self.sharded = is_sharded(self.accelerator)
         if self.sharded and not shardable:
             raise UsageError("accelerate: found FSDP; only the prior trains with it, start this without --use_fsdp")
@@ -126,12 +127,13 @@ class Run:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return 0
         state = load_checkpoint(path, trainer.modules, self._optimizers(trainer))
-        sums = state["extra"].pop("sums")
+        step, extra = state["step"], state["extra"]
+        sums, saved_plan, before = extra.pop("sums"), extra.pop("plan", None), extra.pop("precision", self.precision)
         self._sums = {name: (torch.tensor(total, device=self.device), count) for name, (total, count) in sums.items()}
-        saved_plan, step = state["extra"].pop("plan", None), state["step"]
-        self.seconds = float(state["extra"].pop("seconds", 0.0))
-        self.unvalidated = state["extra"].pop("unvalidated", False)
-        trainer.extra.update(state["extra"])
+        self.seconds, self.unvalidated = float(extra.pop("seconds", 0.0)), extra.pop("unvalidated", False)
+        trainer.extra.update(extra)
+        if before != self.precision:  # of `auto`, on another machine
+            self.say(f"--precision: {self.settings.precision} was {before} up to step {step}, now {self.precision}")
         if step > self.settings.steps:
             raise UserError(f"{self.settings.length}, but {path} is further; give more")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
@@ -151,7 +153,7 @@ class Run:
     def _optimizers(self, trainer: Trainer) -> dict[str, Any]:
         """Optimizers, schedules and, under fp16, the gradient scaler."""
         scaler = self.accelerator.scaler
-        return trainer.optimizers if scaler is None else {**trainer.optimizers, "scaler": scaler}
+        return trainer.optimizers if scaler is None else {**trainer.optimizers, SCALER: scaler}
 
     def logs(self, step: int) -> bool:
         """Whether a row of training metrics follows step `step` (0 is the first)."""
@@ -170,7 +172,7 @@ class Run:
         totals = self._over_processes({name: total for name, (total, _) in self._sums.items()})
         sums = {name: [total, self._sums[name][1]] for name, total in totals.items()}
         extra = {**trainer.extra, "sums": sums, "plan": vars(self.plan), "seconds": round(self.seconds, 3)}
-        extra["unvalidated"] = self.unvalidated
+        extra |= {"unvalidated": self.unvalidated, "precision": self.precision}
         if (position := trainer.position) is not None:
             extra["positions"] = gather_object([position])
         folder, keep = self.folder / CHECKPOINTS, self.settings.keep_checkpoints
@@ -214,7 +216,7 @@ class Run:
         # A kill may have come between the last checkpoint and this.
         on_main(lambda: rotate(self.folder / CHECKPOINTS, first, self.settings.keep_checkpoints))
         if self.main:
-            about = describe(self.device, self.accelerator.mixed_precision, self.accelerator.num_processes)
+            about = describe(self.device, self.precision, self.accelerator.num_processes)
             self.session = Session(self.folder, first, about)
         if busy := oversubscription(torch.get_num_threads()) if self.device.type == "cpu" else None:
             self.say(busy)

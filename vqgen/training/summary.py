@@ -33,13 +33,12 @@ def summary(run: "Run", trainer: "Trainer") -> str:
     parts = [f"{processes} processes"] * (processes > 1) + [f"{settings.accumulate} parts"] * (settings.accumulate > 1)
     split = f" ({' x '.join(parts)})" if parts else ""
     threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-    precision = run.accelerator.mixed_precision.replace("no", "fp32")
     rows = {
         **trainer.summary(),
         "training": f"{settings.steps:,} steps of {settings.batch_size}{split}, {passes}",
         "optimizer": f"{optimizer.optimizer}, learning rate {optimizer.lr:g} after {run.plan.warmup(optimizer)} steps, "
         f"then {optimizer.lr_schedule.replace('_', ' ')}; averages of {optimizer.ema_decay:.6g}",
-        "machine": f"{run.device}{threads}, {precision}",
+        "machine": f"{run.device}{threads}, {run.precision}",
         "intervals": f"log {settings.log_every}, validation {settings.validate_every}, checkpoint "
         f"{settings.checkpoint_every} steps",
         "output": str(run.folder),
