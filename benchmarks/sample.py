@@ -4,16 +4,21 @@
 
 Both draw from the whole distribution at temperature 1. `generate` runs as it comes: its default cache and the attention
 that the model was loaded with. `guided` is vqgen with a guidance scale of 3: twice the rows. Runs alternate and the
-best of each counts, since other work on the machine only slows. On CUDA `launched` is vqgen without CUDA graphs, whose
-kernels are launched one by one.
+best of each counts, since other work on the machine only slows; the slowest shows how much. On CUDA `launched` is vqgen
+without CUDA graphs, whose kernels are launched one by one.
 
 The floor is the larger of two times: the operations of all tokens at the machine's matrix rate, and the bytes of
 weights, keys and values that each token must read at its copy bandwidth (read and written); both are measured here.
+
+The last lines are one call of `CachedTransformer.feed` with 8 tokens (or `--feed`; 0 leaves them out) and with one,
+each after 128 tokens, in turns: what drawing in parallel would pay for a step. On a CPU both are computed by one
+thread, as `generate` computes a batch.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +33,14 @@ from vqgen.prior.parts.part import Classes
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.cached_transformer import CachedTransformer
 from vqgen.sampling.decoding.generate import Contrast, generate, image_uniforms
+from vqgen.sampling.decoding.threads import one_thread
 from vqgen.sampling.settings import SamplingSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BEFORE = 128
+"""Tokens that are fed before those of which `feeding` measures the time."""
+TURNS = 10
+"""Of `feeding` for each of the repeats, as a call takes milliseconds."""
 
 
 def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> float:
@@ -54,6 +66,17 @@ def floor(shape: PriorConfig, weights: int, length: int, batch: int, size: int, 
     return max(operations / rate, length * size * (weights + cache) / bandwidth)
 
 
+def random_model(
+    shape: PriorConfig, conditioning: Conditioning, device: torch.device, precision: str, attention: str
+) -> torch.nn.Module:
+    """A model of random weights in evaluation mode."""
+    config = backbone_config(shape, conditioning)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[precision])
+    return model.eval().to(device)
+
+
 @dataclass
 class Measured:
     """What came of one number of images drawn at once."""
@@ -61,6 +84,8 @@ class Measured:
     batch: int
     seconds: dict[str, float]
     """Best seconds of each side, for all images."""
+    slowest: dict[str, float]
+    """Most seconds of each side."""
     floor: float
     """Seconds below which no decoding can be."""
 
@@ -74,19 +99,11 @@ def compared(
     repeats: int,
 ) -> Iterator[Measured]:
     """Time all sides on one random model, at each number of images drawn at once; say what the machine allows."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     conditioning = Conditioning(vocabulary, [Classes(10)])
     torch.manual_seed(0)
 
-    def model_with(attention: str) -> torch.nn.Module:
-        config = backbone_config(shape, conditioning)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model.eval().to(device)
-
-    theirs = model_with("sdpa")
-    ours = model_with("eager" if device.type == "cpu" else "sdpa")
+    made = partial(random_model, shape, conditioning, device, precision)
+    theirs, ours = made("sdpa"), made("eager" if device.type == "cpu" else "sdpa")
     ours.load_state_dict(theirs.state_dict())
     length, count = vocabulary.length, sum(p.numel() for p in ours.parameters())
     # One each: a decoder keeps the cache and the graphs of one number of rows.
@@ -123,14 +140,66 @@ def compared(
             )
 
         works = {name: partial(drawn, name) for name in decoders} | {"transformers": transformers}
-        best = dict.fromkeys(works, float("inf"))
+        taken = {name: list[float]() for name in works}
         for work in works.values() if device.type == "cuda" else []:
             work()  # warms up kernels, and captures graphs
         for _ in range(repeats):
             for name, work in works.items():
-                best[name] = min(best[name], seconds(work, device))
-        least = floor(shape, count - embedded, length, batch, dtype.itemsize, rate, bandwidth)
-        yield Measured(batch, best, least)
+                taken[name].append(seconds(work, device))
+        size = DTYPES[precision].itemsize
+        least = floor(shape, count - embedded, length, batch, size, rate, bandwidth)
+        best, slowest = ({name: of(times) for name, times in taken.items()} for of in (min, max))
+        yield Measured(batch, best, slowest, least)
+
+
+@dataclass
+class Fed:
+    """Seconds of a call of `CachedTransformer.feed`, by the number of tokens."""
+
+    batch: int
+    best: dict[int, float]
+    slowest: dict[int, float]
+
+
+@torch.inference_mode()
+def feeding(decoder: CachedTransformer, batch: int, count: int, ids: tuple[int, int], repeats: int) -> Fed:
+    """Time calls with `count` tokens and with one, in turns, each after `BEFORE` tokens of `batch` sequences."""
+    device = decoder.model.device
+    tokens = torch.randint(ids[0], ids[1], (batch, BEFORE + count), device=device)
+    decoder.start(batch)
+    decoder.feed(tokens[:, :BEFORE], ids)
+
+    def feed(size: int) -> torch.Tensor:
+        decoder._batch.fed = BEFORE  # what the call before fed is overwritten
+        return decoder.feed(tokens[:, BEFORE : BEFORE + size], ids)
+
+    took: dict[int, list[float]] = {count: [], 1: []}
+    for turn in range(1 + TURNS * repeats):
+        for size, times in took.items():
+            spent = seconds(partial(feed, size), device)
+            times += [spent] if turn else []  # the first warms up
+    return Fed(batch, {n: min(times) for n, times in took.items()}, {n: max(times) for n, times in took.items()})
+
+
+def fed(
+    shape: PriorConfig,
+    codebook_size: int,
+    device: torch.device,
+    precision: str,
+    batches: Sequence[int],
+    count: int,
+    repeats: int,
+) -> Iterator[Fed]:
+    """`feeding` of a random model at each number of sequences; on a CPU in one thread, as of `generate`."""
+    vocabulary = Vocabulary(codebook_size, 1, (1, BEFORE + count))
+    torch.manual_seed(0)
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    model = random_model(shape, Conditioning(vocabulary, [Classes(10)]), device, precision, attention)
+    decoder = CachedTransformer(model, vocabulary.length)  # type: ignore[arg-type]
+    for batch in batches:
+        with one_thread() if device.type == "cpu" else nullcontext():
+            found = feeding(decoder, batch, count, vocabulary.allowed(0), repeats)
+        yield found
 
 
 def main() -> None:
@@ -145,6 +214,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--feed", type=int, default=8, help="tokens of a call that is compared with one token; 0: none")
     arguments = parser.parse_args()
 
     device = find_device(arguments.device)
@@ -154,14 +224,22 @@ def main() -> None:
     for found in compared(shape, vocabulary, device, precision, arguments.batch_sizes, arguments.repeats):
         batch, best = found.batch, found.seconds
         for name, took in {**best, "floor": found.floor}.items():
+            most = f", slowest {found.slowest[name]:.2f} s" if name in found.slowest else ""
             print(
                 f"batch {batch:3d}  {name:12s} {took:7.2f} s {batch / took:8.2f} images/s "
-                f"{batch * vocabulary.length / took:9.0f} tokens/s  {found.floor / took:5.0%} of the floor's rate"
+                f"{batch * vocabulary.length / took:9.0f} tokens/s  {found.floor / took:5.0%} of the floor's rate{most}"
             )
         print(
             f"batch {batch:3d}  against transformers {best['transformers'] / best['vqgen']:.2f}, "
             f"guidance costs {best['guided'] / best['vqgen']:.2f}"
         )
+    if arguments.feed < 1:
+        return
+    sizes = arguments.codebook_size, device, precision, arguments.batch_sizes, arguments.feed, arguments.repeats
+    for each in fed(shape, *sizes):
+        calls = [f"{n}: {1e3 * each.best[n]:.2f} ms (slowest {1e3 * each.slowest[n]:.2f})" for n in each.best]
+        ratio = each.best[arguments.feed] / each.best[1]
+        print(f"batch {each.batch:3d}  tokens a feed after {BEFORE}: {', '.join(calls)}; {ratio:.2f} times")
 
 
 if __name__ == "__main__":

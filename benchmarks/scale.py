@@ -3,13 +3,17 @@
     python benchmarks/scale.py manifest --images 1000000000
     python benchmarks/scale.py moments --images 1000000
     python benchmarks/scale.py tokenize --images 20000 --tokenizer runs/demo/tokenizer
+    python benchmarks/scale.py tokenize --images 1000000 --tokenizer runs/demo/tokenizer --processes 2
     python benchmarks/scale.py sharded --tokenizer runs/demo/tokenizer
 
 `manifest` opens code files of that many images, which are sparse and take no room on the disk, and compares the rate of
-shuffled batches with that of 60,000 images. `moments` accumulates features and compares the result with that of all at
-once. `tokenize` encodes a stream of tar files, the demo's images again and again, with one and with two processes, and
-a quarter of them, and compares the peak memory. Times are of the processor, not of the clock. `sharded` trains a prior
-for a step, in one process and by FSDP in two, and counts the bytes a parameter that a process keeps.
+shuffled batches with that of 60,000 images; its seconds are of the processor. `moments` accumulates features and
+compares the result with that of all at once. `tokenize` encodes a stream of tar files, the demo's images again and
+again, each as it is and augmented (flipped and shifted at random): two views, or as many as `--views` says; 1 leaves
+the augmentation out. It does so with one and with two processes, or as `--processes` says, and with a quarter of the
+images, and compares the peak memory; its seconds are of the clock, from the start of the programs to their end.
+`sharded` trains a prior for a step, in one process and by FSDP in two, and counts the bytes a parameter that a process
+keeps.
 """
 
 import argparse
@@ -178,22 +182,31 @@ json.dump([code, peak_memory(torch.device("cpu"))], open(sys.argv[1], "w"))
 """
 
 
+NAMES = {1: "one", 2: "two"}
+"""Of the results, by the number of processes."""
+
+
 def tokenize(options: argparse.Namespace, scratch: Path) -> dict[str, float]:
-    """Peak memory of a process: one and two processes for all images, one for a quarter of them."""
-    found = dict[str, float]()
-    for name, images, processes in (("quarter", options.images // 4, 1), ("one", options.images, 1), ("two", 0, 2)):
-        if images:
-            write_tars(scratch / f"tars-{name}", images, options.each)
-        data = scratch / f"tars-{name if images else 'one'}"
+    """Peak memory of a process and seconds of the clock: of all images, and of a quarter of them."""
+    found, counts = dict[str, float](), list(dict.fromkeys(options.processes))
+    augmented = ["--views", str(options.views), "--flip", "--random-shift", "2"] if options.views > 1 else []
+    for name, images in (("quarter", options.images // 4), ("all", options.images)):
+        write_tars(scratch / f"tars-{name}", images, options.each)
+    for name, processes in [("quarter", counts[0]), *((NAMES[count], count) for count in counts)]:
+        data = scratch / ("tars-quarter" if name == "quarter" else "tars-all")
         words = ["--data", f"stream:{data}", "--tokenizer", str(options.tokenizer), "--output", str(scratch / name)]
         start = time.perf_counter()
-        ended = launched(TOKENIZE, words, [scratch / f"{name}-{rank}.json" for rank in range(processes)])
+        results = [scratch / f"{name}-{rank}.json" for rank in range(processes)]
+        ended = launched(TOKENIZE, [*words, *augmented], results)
         assert all(code == 0 for code, _ in ended)
         found[f"{name}_peak_gb"] = max(memory for _, memory in ended) / 1e9
-        found[f"{name}_seconds"] = time.perf_counter() - start
-    files = [sorted((scratch / name).glob("codes-*")) for name in ("one", "two")]
-    same = [a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True)]
-    return found | {"shards": len(same), "equal_shards": sum(same), "images": options.images}
+        found[f"{name}_clock_seconds"] = time.perf_counter() - start
+    found |= {"images": options.images, "views": options.views}
+    if len(counts) > 1:
+        files = [sorted((scratch / NAMES[count]).glob("codes-*")) for count in counts]
+        same = [a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True)]
+        found |= {"shards": len(same), "equal_shards": sum(same)}
+    return found
 
 
 SHARDED = """
@@ -253,6 +266,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of the batches, of which the fastest counts")
     parser.add_argument("--each", type=int, default=2000, help="images a tar file")
     parser.add_argument("--tokenizer", type=Path, help="run or model folder")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", choices=list(NAMES), default=list(NAMES), help="that encode"
+    )
+    parser.add_argument("--views", type=int, default=2, help="grids of codes an image, all but the first augmented")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = PARTS[options.what](options, Path(scratch))

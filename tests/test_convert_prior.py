@@ -205,6 +205,15 @@ def test_what_does_not_fit_is_one_line(tmp_path, cli, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_positions_are_compared_before_masks_are_made(tmp_path, cli):
+    """A mask has the square of the block size, which the YAML file may give as any."""
+    weights, _, arguments = fixture(CLASSES)
+    words = words_for(tmp_path, weights, changed(arguments, "transformer_config.params.block_size", 2**11))
+    done = cli(main, *words, "--output", tmp_path / "out")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert "transformer.pos_emb is 1x6x32" in done.err and "1x2048x32" in done.err
+
+
 def test_options_that_do_not_fit_a_prior(tmp_path, cli):
     weights, _, arguments = fixture(CLASSES)
     words = words_for(tmp_path, weights, arguments)

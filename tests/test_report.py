@@ -319,6 +319,31 @@ def test_metrics_of_other_data_are_not_called_better(show, tmp_path):
     assert "class=best" not in show(tmp_path / "a", tmp_path / "b", make_prior(tmp_path / "c")).html
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--size 16", "--channels 1", "--fit pad", "--holdout 0.1", "--validation-images 5"],
+    ids=lambda words: words,
+)
+def test_metrics_of_other_validation_images_are_not_called_better(show, tmp_path, words):
+    make_tokenizer(tmp_path / "a")
+    make_tokenizer(tmp_path / "b", psnr=26, words=words.split())
+    assert "class=best" not in show(tmp_path / "a", tmp_path / "b").html
+
+
+def test_secrets_in_urls_are_not_shown(show, tmp_path):
+    page = show(make_tokenizer(tmp_path / "run", words=["--data", "https://bob:hunter2@host/a.tar?token=letmein"]))
+    assert "https://host/a.tar" in page.text and "hunter2" not in page.html and "letmein" not in page.html
+
+
+def test_a_fifo_is_no_report(cli, tmp_path):
+    os.mkfifo(tmp_path / "page.html")
+    descriptor = os.open(tmp_path / "page.html", os.O_RDWR)  # so that what reads it does not wait for ever
+    os.write(descriptor, bytes(2000))
+    result = cli(reporting.main, make_tokenizer(tmp_path / "run"), "--output", tmp_path / "page.html")
+    os.close(descriptor)
+    assert result.code == 2 and "--output" in result.err and "not a regular file" in result.err
+
+
 def test_sessions_are_listed(show, tmp_path):
     run = make_tokenizer(tmp_path / "run")
     about = {"device": "cpu", "cpu": "An Old One", "threads": 3, "torch": "2.0"}

@@ -6,6 +6,7 @@ import tarfile
 import threading
 import time
 import weakref
+from base64 import b64encode
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -386,6 +387,14 @@ def test_a_parquet_file_that_does_not_fit(parquets: Path, tmp_path: Path) -> Non
     assert [bool(record.problem) for record in records(f"stream:{tmp_path}/path.parquet")] == [False, True]
 
 
+def test_a_caption_that_does_not_fit_is_named_by_its_row_in_the_file(tmp_path: Path) -> None:
+    rows = garments(70)
+    texts = ["short"] * 66 + ["x" * 20_000] + ["short"] * 3
+    table = {"image": [row["image"] for row in rows], "text": texts}
+    pq.write_table(pa.table(table), tmp_path / "long.parquet")
+    assert "long.parquet row 66 " in error(lambda: records(f"stream:{tmp_path}/long.parquet", "text"))
+
+
 @pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], None])
 def test_shards_with_other_names_of_classes_are_refused(names: list[str] | None, tmp_path: Path) -> None:
     import datasets
@@ -489,6 +498,7 @@ def test_pauses_double(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_waits_for_tries_after_an_interrupt(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "PAUSE", 60.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
     def interrupted(wait: Callable[[], object]) -> None:
         """`wait`, interrupted a moment after the server was asked."""
@@ -511,9 +521,16 @@ def test_nobody_waits_for_tries_after_an_interrupt(tars: Path, monkeypatch: pyte
         shards = open_shards(f"{server.url}/shard-{{0000..0003}}.tar", 0.2)["train"]
         interrupted(lambda: list(prefetch(shards.read(shards.files), 1)))
         interrupted(lambda: sizes_of(shards.files))
+    signal.signal(signal.SIGINT, before)
 
 
 def test_secrets_in_urls_are_not_shown(tars: Path, impatient: None) -> None:
+    odd = [
+        f"http://user:{odd}@host/a.tar"
+        for odd in ("secret/x", "x/secret", "x@secret", "{secret}", "secret#x", "secret*x")
+    ]
+    odd += ["http://host:port/a.tar?email=me@x.org&token=secret", "http://user:secret?x@host/a.tar"]
+    odd += ["http://user:secret@host:port/a.tar", "http://user:secret/x@host/a.tar.gz"]
     with serving(tars) as server:
         url = f"{server.url}/shard-{{0000..0001}}.tar?token=secret"
         told = [
@@ -524,8 +541,23 @@ def test_secrets_in_urls_are_not_shown(tars: Path, impatient: None) -> None:
             error(lambda: records(f"{server.url}/a b.tar?token=secret")),
             error(lambda: records(f"{server.url}/none.tar?token=secret")),
             error(lambda: records("http://user:secret@127.0.0.1:1/a.tar")),
+            error(lambda: records("https://user:secret@127.0.0.1/a.tar")),
+            *(error(lambda url=url: records(url)) for url in odd),
         ]
     assert not [text for text in told if "secret" in text]
+
+
+def test_user_and_password_of_a_url_are_sent(tars: Path, impatient: None) -> None:
+    expected = f"Basic {b64encode(b'bob:se@c:et').decode()}"
+    with serving(tars, authorization=expected) as server, serving(tars) as other:
+        host = server.url.removeprefix("http://")
+        found = records(f"http://bob:se%40c:et@{host}/shard-0000.tar")
+        assert len(found) == 25 and not any("bob" in record.name for record in found)
+        text = error(lambda: records(f"http://bob:wrong@{host}/shard-0000.tar"))
+        assert "401" in text and "wrong" not in text
+        server.elsewhere = other.url
+        assert len(records(f"http://bob:se%40c:et@{host}/shard-0000.tar")) == 25
+        assert server.given[-1] == expected and set(other.given) == {""}, "another server does not get them"
 
 
 # ---- the program ----

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vqgen.config import command
 from vqgen.errors import UsageError
-from vqgen.files import write_text
+from vqgen.files import open_regular, write_text
 from vqgen.options import Options
 
 GENERATOR = '<meta name="generator" content="vqgen-report'
@@ -40,7 +40,7 @@ def check_output(output: Path) -> None:
     if output.is_dir():
         raise UsageError(f"--output: {output} is a folder; name a file, e.g. {output / 'report.html'}")
     try:
-        with output.open("rb") as file:
+        with open_regular(output) as file:
             earlier = GENERATOR.encode() in file.read(1000)
     except (FileNotFoundError, NotADirectoryError):
         return

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vqgen.config import shown
 from vqgen.evaluation.measurement import metrics_of
 from vqgen.metric import Metric
 from vqgen.prior.selection import NATS_OF_HOLES, best_validation
@@ -63,6 +64,12 @@ LOG_SCALE = {*LOGGED[LOSSES], "mse_over_variance", "grad_norm", "discriminator_g
 ALIAS = {"train/loss": "nats_per_token", "train/inpainting_loss": NATS_OF_HOLES}
 OF_HOLES = Metric(NATS_OF_HOLES, "Negative log-likelihood of codes filled in", "nats per token", "lower")
 SIDES = {"train": "training", "heldout": "held-out"}
+# Options that say which images a validation measures, and at which size, by the kind of run.
+VALIDATED: dict[Kind, tuple[str, ...]] = {
+    "tokenizer": ("data", "size", "channels", "fit", "holdout", "validation_images"),
+    "prior": ("codes", "validation_images"),
+    "samples": (),
+}
 
 
 def logged_metrics(kind: Kind) -> dict[str, tuple[str, Metric]]:
@@ -133,8 +140,13 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
 
 def _share_of_holes(run: RunFolder) -> float:
     """The share of a prior's training steps that filled in images."""
-    share = next((value for name, value in run.options.items() if name.rpartition(".")[2] == "inpainting"), None)
+    share = _option(run, "inpainting")
     return share if isinstance(share, (int, float)) else 0.0
+
+
+def _option(run: RunFolder, own: str) -> Any:
+    """An option by its last name, which occurs once in a program: earlier versions had other sections."""
+    return next((value for name, value in run.options.items() if name.rpartition(".")[2] == own), None)
 
 
 class Cell(NamedTuple):
@@ -155,10 +167,10 @@ class Row(NamedTuple):
 def final_table(runs: Sequence[RunFolder]) -> list[Row]:
     """Final held-out metrics of runs of one kind, one column each; empty before the first validation.
 
-    The best value is marked if all runs had the same data.
+    The best value is marked if all runs were validated on the same images at the same size, see `VALIDATED`.
     """
     found, rows = [final(run) for run in runs], []
-    sources = {str(run.options.get("codes" if run.kind == "prior" else "data")) for run in runs}
+    measured = {tuple(str(_option(run, name)) for name in VALIDATED[run.kind]) for run in runs}
     names = {name for each in found if each for name in each[1]}
     if names:
         rows.append(Row("At step", "", [Cell(f"{each[0]:,}" if each else "–") for each in found]))
@@ -167,7 +179,7 @@ def final_table(runs: Sequence[RunFolder]) -> list[Row]:
         values = [each[1].get(name) if each else None for each in found]
         finite = [value for value in values if value is not None and math.isfinite(value)]
         best = None
-        if metric.better and len(set(finite)) > 1 and len(sources) == 1:
+        if metric.better and len(set(finite)) > 1 and len(measured) == 1:
             best = (max if metric.better == "higher" else min)(finite)
         cells = [Cell("–") if value is None else Cell(number(value), value == best) for value in values]
         rows.append(Row(metric.title, metric.unit, cells))
@@ -180,6 +192,8 @@ def format_value(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return shown(value)  # of a URL the page has neither query nor password
     if isinstance(value, list):
         return " ".join(format_value(item) for item in value)
     return number(value, 7) if isinstance(value, float) else str(value)

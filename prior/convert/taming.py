@@ -163,6 +163,8 @@ class _Tensors:
 def _weights(tensors: _Tensors, gpt: _Transformer, prior: Prior, start: int | None) -> dict[str, Tensor]:
     """The weights of a GPT-2, see `load_prior`; `start` is the id of the start token, None for classes."""
     dim, codes, positions = gpt.n_embd, prior.vocabulary.size, prior.backbone.config.max_position_embeddings
+    # Taken first: its shape confirms the block size, of which masks below have the square.
+    table = tensors.take(f"{GPT}pos_emb", 1, gpt.block_size, dim)[0, :positions]
     state: dict[str, Tensor] = {}
     for ours, theirs, linear in _layers(gpt.n_layer):
         hidden = {"mlp.c_fc": (4 * dim, dim), "mlp.c_proj": (dim, 4 * dim)}
@@ -171,12 +173,10 @@ def _weights(tensors: _Tensors, gpt: _Transformer, prior: Prior, start: int | No
         state[f"{ours}.weight"] = weight.t().contiguous() if linear else weight
         state[f"{ours}.bias"] = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in theirs])
     for layer in range(gpt.n_layer):
-        name, size = f"{GPT}blocks.{layer}.attn.mask", gpt.block_size
-        causal = torch.ones(1, 1, size, size).tril()
-        if name in tensors.tensors and not tensors.take(name, *causal.shape).equal(causal):
+        name, shape = f"{GPT}blocks.{layer}.attn.mask", (1, 1, gpt.block_size, gpt.block_size)
+        if name in tensors.tensors and not (mask := tensors.take(name, *shape)).equal(torch.ones_like(mask).tril()):
             raise UserError(f"{tensors.where}: {name} is not causal; only causal priors are converted")
     # The last code of an image is no input, so a block of one position less than prefix and codes has all that is read.
-    table = tensors.take(f"{GPT}pos_emb", 1, gpt.block_size, dim)[0, :positions]
     state["transformer.wpe.weight"] = torch.cat([table, table.new_zeros(positions - len(table), dim)])
     rows, head = (tensors.take(f"{GPT}{name}.weight", gpt.vocab_size, dim) for name in ("tok_emb", "head"))
     null = rows.new_zeros(1, dim) if start is None else rows[start][None]

@@ -21,6 +21,8 @@ from vqgen.files import as_record, atomic_path, parse_json, read_bytes
 MAGIC = b"VQGENRC1"
 ROWS = 64
 """Windows whose codes share a stream; both sides compute them together."""
+MAX_ARCHIVE = 2**31
+"""Most bytes of a file; a larger one is neither written nor read."""
 MAX_HEADER = 2**26
 """Most bytes of a header once inflated: a million images."""
 MAX_PIXELS = 2**27
@@ -59,7 +61,7 @@ class Header:
     probabilities: Probabilities
     rows: Annotated[int, Ge(1), Le(2**12)]
     machine: str
-    """Processor and torch of the writer, whose rounding the probabilities have."""
+    """Processor, number format, threads and libraries of the writer, whose rounding the probabilities have."""
     pictures: list[Picture]
     streams: list[Stream]
 
@@ -86,7 +88,7 @@ def file_names(pictures: list[Picture]) -> list[str]:
 
 
 def write_archive(path: Path, header: Header, streams: list[NDArray[np.uint32]]) -> int:
-    """Write the file atomically; returns its size in bytes. Raises `UserError` for too many images."""
+    """Write the file atomically; returns its size in bytes. Raises `UserError` for more than is read again."""
     text = json.dumps(asdict(header), ensure_ascii=False, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
         raise UserError(
@@ -94,10 +96,13 @@ def write_archive(path: Path, header: Header, streams: list[NDArray[np.uint32]])
         )
     text = zlib.compress(text, 9)
     parts = [MAGIC, len(text).to_bytes(4, "little"), text, *(words.astype("<u4").tobytes() for words in streams)]
+    size = sum(map(len, parts)) + 4
+    if size > MAX_ARCHIVE:
+        raise UserError(f"{path} would have {size} bytes, at most {MAX_ARCHIVE} are read; compress fewer at a time")
     data = b"".join(parts)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
-    return len(data) + 4
+    return size
 
 
 def _inflated(data: bytes) -> bytes:
@@ -115,7 +120,7 @@ def _inflated(data: bytes) -> bytes:
 def read_archive(path: Path) -> tuple[Header, list[NDArray[np.uint32]]]:
     """Read the header and the words of each stream. Raises `UserError` where the file is damaged or something else."""
     try:
-        data = read_bytes(path)
+        data = read_bytes(path, MAX_ARCHIVE)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name what vqgen-compress wrote") from error
     length = int.from_bytes(data[8:12], "little")

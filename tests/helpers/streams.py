@@ -85,6 +85,12 @@ class Server:
     status: int = 200
     ranges: bool = True
     requests: list[str] = field(default_factory=list)
+    authorization: str | None = None
+    """The header of that name without which the answer is 401."""
+    elsewhere: str = ""
+    """The server that every request is redirected to."""
+    given: list[str] = field(default_factory=list)
+    """The headers Authorization of the requests."""
     url: str = ""
 
 
@@ -106,9 +112,13 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
 
         def answer(self, body: bool) -> None:
             server.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+            server.given.append(given := self.headers.get("Authorization", ""))
             number = sum(each.startswith("GET") for each in server.requests)
             path = server.folder / self.path.lstrip("/").split("?")[0]
             status = 404 if not path.is_file() else server.status
+            if server.authorization not in (None, given):
+                status = 401
+            status = 302 if server.elsewhere else status
             data = path.read_bytes() if status == 200 else b""
             self.close_connection = True
             size, start = len(data), 0
@@ -117,6 +127,8 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
                 start, stop = int(first), min(int(last or size - 1) + 1, size)
                 data, status = data[start:stop], 206
             self.send_response(status)
+            if server.elsewhere:
+                self.send_header("Location", f"{server.elsewhere}{self.path}")
             if server.ranges:
                 self.send_header("Accept-Ranges", "bytes")
                 if status == 206:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from vqgen.config import shown
 from vqgen.errors import UserError
-from vqgen.tokenizer.data.captions import check_text_column, of_column
+from vqgen.tokenizer.data.captions import as_caption, check_text_column
 from vqgen.tokenizer.data.tables import find_columns, is_text, raw_labels, reading, value_type
 
 from .records import MAX_IMAGE, Record
@@ -68,18 +68,20 @@ def read_parquet(url: str, text_column: str | None, class_names: list[str] | Non
         start = 0
         for batch in table.iter_batches(_ROWS, columns=wanted):
             found = pa.Table.from_batches([batch])
-            (images := found.column(columns.image)).validate(full=True)
+            found.validate(full=True)  # lengths, offsets and UTF-8 of all columns
             count = len(batch)
             labels = raw_labels(found.column(columns.label), where).tolist() if columns.label else [-1] * count
-            captions = of_column(found.column(text_column), where, count) if text_column else [""] * count
+            captions = found.column(text_column).to_pylist() if text_column else [""] * count
             keys = found.column(KEY).to_pylist() if key else [None] * count
-            for row, (image, label, caption, own) in enumerate(zip(images, labels, captions, keys), start):
+            rows = zip(found.column(columns.image), labels, captions, keys)
+            for row, (image, label, caption, own) in enumerate(rows, start):
                 if columns.class_names and label >= len(columns.class_names):
                     known = f"but {len(columns.class_names)} classes have names"
                     raise UserError(f"--data: {where} row {row} has label {label}, {known}; correct its features")
                 data, problem = _bytes(image.as_py())
                 text = f"{basename(where)} {row}" if own is None else str(own)
-                yield Record(text, f"{where} row {row}", data, label, caption, problem)
+                place = f"{where} row {row}"
+                yield Record(text, place, data, label, as_caption(caption, place), problem)
             start += count
 
 

@@ -23,7 +23,7 @@ from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
 from .parquet import declared_classes, read_parquet
 from .records import Record
 from .tar import read_tar
-from .transport import size_of
+from .transport import USER, size_of
 
 MOST_FILES = 10**6
 """Most files of a stream."""
@@ -133,13 +133,16 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
 def _find(data: str) -> dict[str, list[str]]:
     """The files of a stream by split, or of "all"."""
     where = data.removeprefix(STREAM)
+    if any(re.search(r"[@{}*\[\]]", user) for user in USER.findall(where)):
+        raise _unreadable(where)
     patterns = _without_braces(where)
     for name in patterns:
+        _check_url(name)
         if shown(name).lower().endswith(COMPRESSED):
             raise UserError(f"--data: {shown(name)} is compressed, and such tar files are not read; decompress them")
     for name in patterns if patterns != [where] else ():  # a list of names, all of which are meant
         if not ("://" in name or re.search(r"[*?\[]", name) or os.path.isfile(os.path.expanduser(name))):
-            raise UserError(f"--data: {name} of {where} is no regular file; restore it, or correct the range")
+            raise UserError(f"--data: {name} of {shown(where)} is no regular file; restore it, or correct the range")
     files = sorted({file for pattern in patterns for file in _matches(pattern)})
     if files:
         groups = group_by_split(dict(zip(_relative(files), files)))
@@ -159,6 +162,27 @@ def _find(data: str) -> dict[str, list[str]]:
         found = f"{shown(left[0])} is of no split, unlike {shown(next(iter(used)))}"
         raise UserError(f"--data: {found}; name its split, or give a pattern without it")
     return splits
+
+
+def _check_url(url: str) -> None:
+    """Raise `UserError` for a URL that cannot be split; paths are not checked."""
+    if "://" not in url:
+        return
+    try:
+        _ = urlsplit(url).port if url.startswith("http") else urlsplit(url)
+    except ValueError as error:
+        if "@" in url:  # of its password, or in its query
+            raise _unreadable(url) from error
+        raise UserError(f"--data: {shown(url)} is no URL ({error}); correct it") from error
+
+
+def _unreadable(url: str) -> UserError:
+    """The error for a URL that cannot be split, perhaps at its password: neither what is before the last @ is shown nor
+    the query."""
+    scheme, rest = url.partition("://")[0], url.partition("?")[0].rpartition("@")[2]
+    rest = "…" if "://" in rest else f"…@{rest}"  # without an @ before the query, which may begin in a password
+    advice = "write signs in its user and password as %XX, e.g. %40 for @, %2F for /"
+    return UserError(f"--data: {scheme}://{rest} is no URL; {advice}, or correct its port")
 
 
 def _without_braces(pattern: str) -> list[str]:
@@ -183,10 +207,6 @@ def _without_braces(pattern: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     """The files that a path, a pattern with wildcards or a folder names; a URL without wildcards is not looked up."""
     if "://" in pattern:
-        try:
-            _ = urlsplit(pattern).port if pattern.startswith("http") else urlsplit(pattern)
-        except ValueError as error:
-            raise UserError(f"--data: {shown(pattern)} is no URL ({error}); correct it") from error
         if "*" not in pattern:
             return [pattern]
         if pattern.startswith("http"):
@@ -213,8 +233,10 @@ def _of_hub(name: str) -> dict[str, list[str]]:
 
 
 def _relative(files: Sequence[str]) -> list[str]:
-    """Files by their paths below the folder that they have in common; by host and query, too, where paths are alike."""
-    urls = [urlsplit(file) if "://" in file else None for file in files]
+    """Files by their paths below the folder that they have in common; by host and query, too, where paths are alike.
+    User and password are in no name: another password is the same data."""
+    split = [urlsplit(file) if "://" in file else None for file in files]
+    urls = [url and url._replace(netloc=url.netloc.rpartition("@")[2]) for url in split]
     paths = [os.path.abspath(file) if url is None else url.path or "/" for file, url in zip(files, urls)]
     for longer in (lambda url: f"/{url.netloc}{url.path}", lambda url: f"/{url.geturl()}"):
         if len(set(paths)) < len(paths):

@@ -2,10 +2,13 @@
 
 import io
 import os
+import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote, unquote_to_bytes
 from urllib.request import Request, urlopen
 
 from vqgen.config import shown
@@ -23,6 +26,8 @@ SILENCE = 60.0
 """Seconds without a byte after which an HTTP connection counts as broken."""
 _BUFFER = 2**20  # bytes that are read at once
 _PERMANENT = {400, 401, 403, 404, 405, 410, 416, 451}  # answers of HTTP that a second try does not change
+USER = re.compile("://([^/?#]*)@")
+"""User and password of a URL, and what they stand between."""
 
 
 @contextmanager
@@ -46,6 +51,32 @@ def size_of(url: str) -> int | None:
             raise UserError(f"--data: {url} cannot be read ({error.strerror}); restore it") from error
     with _Remote(url) as file:
         return file.size
+
+
+def _request(url: str, start: int) -> Request:
+    """Ask for the bytes of an HTTP URL from `start` on.
+
+    Its user and password become a header, which is not sent to where the server redirects to.
+    """
+    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity", "User-Agent": "vqgen"}
+    user = USER.match(url, url.index(":"))
+    if user is None:
+        return Request(url, headers=headers)
+    request = Request(f"{url[: user.start(1)]}{url[user.end() :]}", headers=headers)
+    parts = user[1].encode("utf-8", "surrogateescape").partition(b":")
+    given = b":".join(unquote_to_bytes(part) for part in (parts[0], parts[2]))
+    request.add_unredirected_header("Authorization", f"Basic {b64encode(given).decode()}")
+    return request
+
+
+def _without_secrets(text: str, url: str) -> str:
+    """A text of an error without query, user and password of a URL, which it may repeat."""
+    users = USER.findall(url)
+    passwords = [user.partition(":")[2] for user in users]
+    secrets = {url.partition("?")[2], *users, *passwords, *map(unquote, passwords)} - {""}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "…")
+    return text
 
 
 class _Remote(io.RawIOBase):
@@ -96,8 +127,7 @@ class _Remote(io.RawIOBase):
             return
         if self.url.startswith(("http://", "https://")):
             self._forget()
-            asked = {"Range": f"bytes={self.at}-", "Accept-Encoding": "identity", "User-Agent": "vqgen"}
-            self._file = answer = cast(HTTPResponse, urlopen(Request(self.url, headers=asked), timeout=SILENCE))
+            self._file = answer = cast(HTTPResponse, urlopen(_request(self.url, self.at), timeout=SILENCE))
             total = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else ""
             self.size = int(total) if total.isdigit() else answer.length if answer.status == 200 else self.size
             self._place = self.at if answer.status == 206 else 0
@@ -137,8 +167,7 @@ class _Remote(io.RawIOBase):
         else:
             reason = f"cannot be read after {TRIES} tries in {PAUSE * (2 ** (TRIES - 1) - 1):.0f} s"
             advice = "check the network and the server, then give the same command again"
-        query = self.url.partition("?")[2]
-        text = str(last).replace(query, "…") if query else str(last)
+        text = _without_secrets(str(last), self.url)
         found = f"{type(last).__name__}: {' '.join(text.split())[:150]}"
         raise DataError(f"--data: {shown(self.url)} {reason} ({found}); {advice}") from last
 
