@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from helpers.models import make_prior
 
 from vqgen.errors import UserError
-from vqgen.sampling.compression import work
+from vqgen.sampling.compression import archive, work
 from vqgen.sampling.compression.archive import (
     MAGIC,
     MAX_SIDE,
     ROWS,
     Header,
     Picture,
+    Stream,
     file_names,
     read_archive,
     write_archive,
@@ -208,10 +210,14 @@ def test_a_prior_that_always_had_a_class_tells_no_probabilities_without(cli, tmp
 def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Path, monkeypatch) -> None:
     folder = photos(tmp_path / "photos", [(8, 12)] * 6)
     assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    written = work._machine()
+    assert "float32 on one thread" in written and f"constriction {version('constriction')}" in written
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: softmax(x * 1.01, dim))
+    monkeypatch.setattr(work, "_machine", lambda: "another processor")
     result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
-    assert result.code == 1 and "CRC" in result.err and torch.__version__ in result.err
+    assert result.code == 1 and "CRC" in result.err and written in result.err and "another processor" in result.err
+    assert "--probabilities rounded" in result.err
     assert not (tmp_path / "restored").exists()
 
 
@@ -247,6 +253,21 @@ def test_names_take_few_bytes_and_too_many_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"more\.vqc"):
         write_archive(tmp_path / "more.vqc", dataclasses.replace(header, pictures=long), [])
     assert not (tmp_path / "more.vqc").exists()
+
+
+def test_what_would_be_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch) -> None:
+    words = np.arange(1000, dtype=np.uint32)
+    header = Header("0", "a", "b", "exact", ROWS, "c", [Picture("a.png", 32, 32)], [Stream(len(words), 0)])
+    size = write_archive(tmp_path / "whole.vqc", header, [words])
+    monkeypatch.setattr(archive, "MAX_ARCHIVE", size)
+    assert write_archive(tmp_path / "largest.vqc", header, [words]) == size
+    assert read_archive(tmp_path / "largest.vqc")[0] == header
+    monkeypatch.setattr(archive, "MAX_ARCHIVE", size - 1)
+    with pytest.raises(UserError, match=rf"more\.vqc.* {size} bytes, at most {size - 1}"):
+        write_archive(tmp_path / "more.vqc", header, [words])
+    assert not (tmp_path / "more.vqc").exists()
+    with pytest.raises(UserError, match=r"largest\.vqc"):
+        read_archive(tmp_path / "largest.vqc")
 
 
 def test_the_documentation_has_the_tables_of_equal_bytes() -> None:

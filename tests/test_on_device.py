@@ -1,11 +1,13 @@
 """On every device the same: quantizers, losses and drawing as on the CPU, and both stages by their programs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.fake import without_values
+from helpers.models import SIZE, make_prior, write_codes
 from helpers.quantizers import latents, quantizer_options
 from helpers.tokenizing import save_garments
 from processes import rows, steps
@@ -14,15 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqgen.prior import train as prior_program
+from vqgen.prior.conditioning import Conditioning
+from vqgen.prior.model import Prior
+from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.sampling import sample as sample_program
 from vqgen.sampling.decoding.generate import decode_one, image_uniforms
-from vqgen.sampling.generator import DEFAULT
+from vqgen.sampling.drawing import Samples
+from vqgen.sampling.generator import DEFAULT, Generator
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer import encode as tokenize_program
 from vqgen.tokenizer import train as tokenizer_program
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.losses.adversarial import adaptive_ratio, discriminator_loss
 from vqgen.tokenizer.losses.lpips_kernels import difference
+from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
 
@@ -87,6 +94,51 @@ def test_tokens_are_chosen_as_in_float64(device: str, settings: dict[str, Any]) 
     assert chosen.device.type == device and (chosen.cpu() == exact).float().mean() > 0.98
     same = chosen.cpu() == exact
     torch.testing.assert_close(nats.cpu()[same].double(), exact_nats[same], rtol=1e-4, atol=1e-4)
+
+
+PHOTOS = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+HOLE = torch.zeros(4, 6, dtype=torch.bool)
+HOLE[:2, :2] = True
+TEXTS = ["a small shoe", "a bag"]
+USES: dict[str, Callable[[Generator], Samples]] = {
+    "fill": lambda generator: generator.inpaint(PHOTOS, HOLE, n=12, source_guidance_scale=3.0),
+    "vary": lambda generator: generator.vary(PHOTOS, 0.5, n=12),
+    "extend": lambda generator: generator.extend(PHOTOS, 2, 0, 4, 2, n=6),
+    "larger": lambda generator: generator.sample(6, size=(8, 10), prompts=TEXTS),
+    "complete": lambda generator: generator.complete(PHOTOS, 1, n=12, classes="bag"),
+    "text": lambda generator: generator.sample(12, prompts=TEXTS, guidance_scale=2.0, top_p=0.9),
+    "translate": lambda generator: generator.translate(
+        PHOTOS, n=12, classes="bag", guidance_scale=2.0, source_guidance_scale=1.5, guidance_schedule="cosine"
+    ),  # three rows an image
+}
+
+
+@pytest.fixture(scope="module")
+def with_every_part(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random prior with text, a source that is degraded or has holes, and classes."""
+    folder = tmp_path_factory.mktemp("uses")
+    make_prior(folder / "of")
+    write_codes(folder / "codes", size=SIZE, source=True, captions=[TEXTS[i % 2] for i in range(9)])
+    files = CodeFiles(folder / "codes", "train")
+    conditioning = Conditioning.for_files(files, ObjectiveConfig(inpainting=0.3))
+    mark = str(Tokenizer.load(folder / "of" / "tokenizer").fingerprint)
+    torch.manual_seed(1)
+    prior = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 4, 6), mark)
+    with torch.no_grad():
+        prior.backbone.lm_head.weight.mul_(10)
+    prior.save(folder / "prior", folder / "of" / "tokenizer")
+    return folder / "prior"
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_use_draws_what_the_cpu_draws(device: str, with_every_part: Path, use: str) -> None:
+    """In float32: almost all codes, as the rounding of a logit may choose another, and the image of those."""
+    found, expected = (USES[use](Generator.load(with_every_part, each, "fp32")) for each in (device, "cpu"))
+    assert found.images.device.type == "cpu" and found.images.shape == expected.images.shape
+    assert (found.codes == expected.codes).float().mean() > 0.9 and len(expected.codes.unique()) > 3
+    same = (found.codes == expected.codes).flatten(1).all(1)
+    assert (found.images[same].int() - expected.images[same].int()).abs().float().mean() < 1
+    torch.testing.assert_close(found.nats[same], expected.nats[same], rtol=1e-3, atol=1e-2)
 
 
 def test_both_stages_by_their_programs(trained_on: str, tmp_path: Path, cli: Any) -> None:

@@ -515,6 +515,11 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
         assert json.loads(file.read("samples.json"))["settings"]["temperature"] == 0.7
         assert file.read("00003.png") == Path(pictures[3]["image"]).read_bytes()
     assert [len(each[0]) for each in job.outputs()][:4] == [0, 8, 16, 20]
+    larger = {"model": "fills", "n": 1, "width": 24, "source_guidance_scale": 3}
+    pictures, archive, _ = client.predict(**larger, api_name="/draw")
+    assert Image.open(pictures[0]["image"]).size == (24, 16)
+    with zipfile.ZipFile(archive) as file:
+        assert json.loads(file.read("samples.json"))["settings"]["source_guidance_scale"] == 3
     for values in ({"way": "fill in", "box": "4 4 8 8"}, {"way": "extend", "sides": "8 0 0 0"}, {"way": "vary"}):
         pictures, _, _ = client.predict(model="fills", image=image, n=2, api_name="/edit", **values)
         size = Image.open(pictures[0]["image"]).size

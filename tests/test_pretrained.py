@@ -12,6 +12,7 @@ import vqgen
 from vqgen.errors import UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
+from vqgen.files import DESCRIPTION
 from vqgen.prior.model import Prior
 from vqgen.sampling import sample
 from vqgen.sampling.generator import DEFAULT, SHIPPED
@@ -67,9 +68,9 @@ def test_programs_know_tokenizers_and_priors_by_name(cli, tmp_path, monkeypatch)
     result = cli(evaluate.main, "reconstruction", "--data", "cifar10", "--tokenizer", "cifar10")
     assert result.code == 2 and "--output" in result.err, result.err
     assert Prior.load("cifar10").fingerprint == whole.prior.fingerprint
-    Path("cifar10/checkpoints").mkdir()
+    Path("cifar10/machine.json").touch()  # of a run that is not finished
     for load in Tokenizer.load, Prior.load, vqgen.Generator.load:
-        with pytest.raises(UserError, match="its training has not finished"):
+        with pytest.raises(UserError, match=f"cifar10 is not a .* folder: it holds no {DESCRIPTION}"):
             load("cifar10")
 
 

@@ -13,8 +13,9 @@ DEFAULT = SHIPPED["cifar10"]
 
 
 def _named(folder: Path) -> Path | None:
-    """The model of the package of that name, where no run or model folder of the user has it."""
-    own = (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists()
+    """The model of the package of that name, where no run or model folder of the user has it, begun or finished."""
+    # The first file of a run is machine.json, of vqgen-train the folder plan; code files have neither.
+    own = any((folder / name).exists() for name in (DESCRIPTION, "machine.json", "plan"))
     return None if own else SHIPPED.get(str(folder))
 
 

@@ -28,7 +28,7 @@ def add(page: Page) -> tuple[Results, gr.Button]:
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=140)
                 gr.Button("New seed", size="md", scale=0, min_width=110).click(random_seed, None, seed, **PRIVATE)
-            settings = page.settings(without=("source_guidance_scale",))
+            settings = page.settings()
             with gr.Accordion("Larger images", open=False), gr.Row():
                 height = gr.Number(0, label="Height", info="0: as in training.", precision=0, min_width=120)
                 width = gr.Number(0, label="Width", info="0: as in training.", precision=0, min_width=120)

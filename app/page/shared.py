@@ -53,15 +53,14 @@ class Page:
         """Let a component change with the model that is chosen at the top."""
         self.followers.append((component, update))
 
-    def settings(self, without: Sequence[str] = (), follow: bool = True) -> dict[str, Any]:
+    def settings(self, follow: bool = True) -> dict[str, Any]:
         """The controls of the sampling settings, by name; they show the values that the model recommends."""
         found = {}
         with gr.Accordion("Sampling settings", open=False):
             gr.Markdown("What is left empty is as the model recommends.")
             with gr.Row():
                 for name, option in SETTINGS.items():
-                    if name not in without:
-                        found[name] = setting_control(option, defaults_of(self.first)[name])
+                    found[name] = setting_control(option, defaults_of(self.first)[name])
         for name, control in found.items() if follow else ():
             self.follow_model(control, lambda m, name=name: setting_update(defaults_of(m)[name]))
         return found

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ from .decompress import DecompressConfig
 ARCHIVE, SUMMARY = "images.vqc", "summary.json"
 
 
+OTHERWISE = {
+    "exact": "take the images there, or compress them there with --probabilities rounded",
+    "rounded": "take the images there, or compress them there with --probabilities histogram",
+    "histogram": "",
+}
+"""What to do where the machine rounds otherwise than the writer's, by the kind of the probabilities."""
+
+
 def _machine() -> str:
-    """Processor and torch, whose rounding the probabilities have."""
+    """What decides how probabilities are rounded, and how they are coded."""
     about = describe(torch.device("cpu"), "no", 1)
-    return f"{about['cpu']}, torch {about['torch']}"
+    return f"{about['cpu']}, torch {about['torch']}, float32 on one thread, constriction {version('constriction')}"
 
 
 @dataclass(frozen=True)
@@ -190,9 +199,11 @@ def restore_images(config: DecompressConfig) -> None:
         intact = [crc_of(block.numpy()) == stream.crc32 for block, stream in zip(blocks, header.streams)]
         if len(intact) < len(streams) or not all(intact):
             stream = intact.index(False) if False in intact else len(intact)
-            text = f"{path}: the codes of stream {stream} have another CRC: they are damaged, or this machine"
-            text = f"{text} ({_machine()}) rounds otherwise than that which wrote them ({header.machine})"
-            raise UserError(f"{text}; restore the archive, or the images there")
+            text = f"{path}: the codes of stream {stream} have another CRC: they are damaged"
+            if remedy := OTHERWISE[header.probabilities]:
+                text = f"{text}, or this machine ({_machine()}) rounds otherwise than that which wrote them"
+                remedy = f" ({header.machine}): {remedy}"
+            raise UserError(f"{text}{remedy}; of a damaged archive restore a copy")
         names, images = file_names(header.pictures), _images(generator, grids, blocks)
         with atomic_path(config.output) as folder:
             for picture, name, image in zip(header.pictures, names, images, strict=True):
