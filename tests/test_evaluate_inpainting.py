@@ -23,6 +23,7 @@ from vqgen.evaluation.tasks.options import InpaintingConfig
 from vqgen.evaluation.tasks.windows import owners
 from vqgen.prior.likelihood import token_nats
 from vqgen.prior.parts.source import MaskedSource
+from vqgen.sampling.filling import REACH, paste
 from vqgen.sampling.generator import Generator
 
 DATA = 12  # images
@@ -175,7 +176,10 @@ def test_pictures_are_those_of_the_generator(measured, model: Path, photos: Path
     given = {"seed": 4, "temperature": 0.5}
     filled = generator.inpaint(images, mask, classes=labels, **given).images
     before = generator.complete(images, mask=cells, classes=labels, **given).images
-    for name, shown in {"filled": filled, "before": before, "reconstruction": generator.decode(codes)}.items():
+    decoded = {"before": before, "reconstruction": generator.decode(codes)}
+    where = mask.expand(len(images), 16, 16), REACH * generator.tokenizer.factor
+    pasted = {name: paste(each, images, *where) for name, each in decoded.items()}
+    for name, shown in {"filled": filled, **pasted}.items():
         error = ((shown - images.double())[:, :, mask] / 255).square().flatten(1).mean(1)
         assert found["hole_psnr"][name] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-4)
     error = (filled.double() - images).abs().mean() / 127.5
