@@ -59,7 +59,7 @@ class LoadedRows:
 
     def _rows(self, indices: ArrayLike, views: ArrayLike = 0) -> NDArray[np.int64]:
         image = as_indices(indices)
-        if image.size and not 0 <= image.min() <= image.max() < len(self) or as_indices(views).any():
+        if (image.size and not 0 <= image.min() <= image.max() < len(self)) or as_indices(views).any():
             raise IndexError("found images or views that were not loaded")
         return self.rows[image]
 
