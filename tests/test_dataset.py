@@ -13,6 +13,7 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -919,6 +920,22 @@ def test_class_names_must_be_text(rows, tmp_path):
     pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": info}), path)
     with pytest.raises(UserError, match=r"all\.parquet.*label"):
         open_images(str(path), "train", SMALL)
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_what_only_the_first_image_takes_is_not_counted_for_all(rows, tmp_path, monkeypatch, count):
+    """As the import of what decodes, which takes seconds: a plan would have no time left for a step."""
+    write_files([f"{i:03}.png" for i in range(count)], rows[0], tmp_path)
+    dataset = open_images(str(tmp_path), "train", ImageConfig(holdout=1e-9))
+    clock, decode = [0.0], dataset._decode
+
+    def decoded(*arguments):
+        clock[0] += 100.0 if not clock[0] else 1.0
+        return decode(*arguments)
+
+    monkeypatch.setattr(dataset, "_decode", decoded)
+    monkeypatch.setattr("vqgen.tokenizer.data.dataset.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert dataset.first_read() == (1.0 if count > 2 else 0.0)
 
 
 @pytest.fixture

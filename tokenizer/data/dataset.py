@@ -171,8 +171,11 @@ class ImageDataset(Dataset[Sample]):
         """Seconds by which an image takes longer the first time, where this process keeps decoded ones; else 0."""
         if self._seen is None or self.config.workers:
             return 0.0
-        keys = [(int(index), 0) for index in np.linspace(0, len(self) - 1, min(images, len(self))).astype(int)]
-        taken = []
+        chosen = np.linspace(0, len(self) - 1, min(images + 1, len(self))).astype(int)
+        (first, *keys), taken = [(int(index), 0) for index in chosen], []
+        self.__getitems__([first])  # imports what decodes, which takes seconds
+        if not keys:
+            return 0.0
         for _ in range(2):
             began = time.perf_counter()
             self.__getitems__(keys)
