@@ -103,7 +103,7 @@ def paste(drawn: Tensor, originals: Tensor, masks: Tensor, reach: float) -> Tens
     over about `reach` pixels, and added: so there is no seam (seamless cloning, Perez et al. 2003, eq. 5).
     """
     known, hole = (~masks)[:, None].float(), masks[:, None]
-    filled = drawn + continued((originals.float() - drawn) * known, known, reach)
+    filled = drawn + continued(originals.float() - drawn, known, reach)
     return torch.where(hole, filled.round().clamp(0, 255).to(torch.uint8), originals)
 
 

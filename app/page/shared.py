@@ -55,12 +55,11 @@ class Page:
 
     def settings(self, follow: bool = True) -> dict[str, Any]:
         """The controls of the sampling settings, by name; they show the values that the model recommends."""
-        found = {}
+        usual = defaults_of(self.first)
         with gr.Accordion("Sampling settings", open=False):
             gr.Markdown("What is left empty is as the model recommends.")
             with gr.Row():
-                for name, option in SETTINGS.items():
-                    found[name] = setting_control(option, defaults_of(self.first)[name])
+                found = {name: setting_control(option, usual[name]) for name, option in SETTINGS.items()}
         for name, control in found.items() if follow else ():
             self.follow_model(control, lambda m, name=name: setting_update(defaults_of(m)[name]))
         return found
