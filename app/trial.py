@@ -3,6 +3,7 @@
 `tried` starts that process, which is `python -m vqgen.app.trial FILE`; its peak memory is that of the stage alone.
 """
 
+import math
 import re
 import signal
 import subprocess
@@ -79,6 +80,8 @@ class Measured:
     """Images that are drawn in a second; 0 for a tokenizer."""
     drawing_memory: float = 0.0
     """Peak after drawing, in bytes; 0 for a tokenizer."""
+    every: int | None = None
+    """Steps between validations, where the user has fixed them."""
 
     def after(self, kept: float) -> "Measured":
         """The same in a process in which a stage before it has kept so many bytes."""
@@ -88,13 +91,15 @@ class Measured:
         """Steps that fit into the time, less the validations of a run of that length."""
         from vqgen.training.budget import Trial
 
-        return Trial(self.start, self.step, self.validation).steps(seconds, self.validations)[0]
+        return Trial(self.start, self.step, self.validation).steps(seconds, self.validations, self.every)[0]
 
     def seconds(self, steps: int) -> float:
-        """Time that holds so many steps, a fifth of it for validations or one of them."""
+        """Time that holds so many steps and their validations: a fifth of it, or one of them, where `every` is free."""
         from vqgen.training.budget import VALIDATION
 
-        return self.start + max(steps * self.step / (1 - VALIDATION), steps * self.step + self.validation) + self.step
+        trained, validated = steps * self.step, math.ceil(steps / (self.every or steps)) * self.validation
+        most = trained / (1 - VALIDATION) if self.every is None else 0.0
+        return self.start + max(most, trained + validated) + self.step
 
 
 @dataclass
@@ -190,7 +195,9 @@ def _training(config: Any, build: Any) -> Measured:
     release_memory()
     kept = 0 if _device().type == "cuda" else max(0, process.memory_info().rss - before)
     validations = max(1, round(run.steps / run.validate_every))
-    return Measured(found.start, found.step, found.validation, run.batch_size, validations, float(memory), float(kept))
+    times = found.start, found.step, found.validation
+    every = run.validate_every if "validate_every" in config.given else None
+    return Measured(*times, run.batch_size, validations, float(memory), float(kept), every=every)
 
 
 def _device():

@@ -466,6 +466,18 @@ def test_a_trial_draws_of_captions_that_are_longer_than_what_is_read(tmp_path: P
     assert trial._prior(stage, tmp_path / "codes").drawn > 0
 
 
+def test_a_trial_counts_the_validations_that_the_user_asks_for(tmp_path: Path) -> None:
+    """All of them: a plan that has time for a fifth of them would not end in time."""
+    asked, free = (
+        trial._tokenizer(Stage([*TINY.split(), *w], [], [], [28, 2], 0, None)) for w in (["--validate-every=7"], [])
+    )
+    assert (asked.every, free.every) == (7, None)
+    found = Measured(start=1.0, step=0.1, validation=2.0, batch=4, validations=5, memory=1e9, kept=0.0, every=10)
+    assert found.steps(100.0) == 330  # 1 s to start, 33 s of steps and 33 validations
+    assert found.seconds(330) == pytest.approx(100.1)
+    assert replace(found, every=None).steps(100.0) == 890
+
+
 @pytest.mark.parametrize("source", ["--source=noise:0.2", "--source-data=partners"])
 def test_a_trial_has_the_source_that_the_encoding_gives(tmp_path: Path, source: str) -> None:
     words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
