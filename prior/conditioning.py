@@ -51,6 +51,15 @@ class Values(dict[str, list[Any]]):
         }
         return found
 
+    def crossed(self, outer: str, inner: str) -> "Values":
+        """The same with every value of one part with every one of another, which changes first."""
+        count, times = len(self[outer]), len(self[inner])
+        rows = {outer: [row for row in range(count) for _ in range(times)], inner: [*range(times)] * count}
+        found = copy.copy(self)
+        found.update({name: [self[name][row] for row in places] for name, places in rows.items()})
+        found.ids = self.ids | {name: self.ids[name][places] for name, places in rows.items()}
+        return found
+
 
 class Conditioning:
     """The parts of a prior's prefix over its vocabulary of codes: lengths, token ids and requests."""

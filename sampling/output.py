@@ -23,6 +23,7 @@ from vqgen.errors import UsageError, UserError
 from vqgen.files import checksum, read_bytes, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.files.read import MAX_TEXT
+from vqgen.prior.parts.part import is_absent
 
 from .settings import SamplingSettings
 
@@ -317,9 +318,8 @@ def _entries(names: Names, about: Mapping[str, Any], indices: range, sum_of: Cal
     images = []
     for index in indices:
         file, label = names.file(index), names.label(index)
-        own = {name: values[index % len(values)] for name, values in given.items()}
-        image = {"file": file, "label": label, "class": names.class_name(label), **own}
-        images.append({**image, "sha256": sum_of(file)})
+        own = {k: None if is_absent(value := values[index % len(values)]) else value for k, values in given.items()}
+        images.append({"file": file, "label": label, "class": names.class_name(label), **own, "sha256": sum_of(file)})
     return {**about, "grid": GRID, "images": images}
 
 

@@ -40,13 +40,13 @@ class SampleConfig(Options):
     """Run or model folder of the prior, or cifar10 or cifar10-restorer, the models in the package; by default
     $VQGEN_MODEL, then runs/demo/prior, then cifar10."""
     n: Images | None = None
-    """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts, or one for each
-    --source-image."""
+    """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts (in several
+    classes), or one for each --source-image."""
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
-    """Classes by name (in any case) or index, one or several, given to the images in turn. By default every class; with
-    --prompt none."""
+    """Classes by name (in any case) or index, one or several, given to the images in turn, each prompt in every class.
+    By default every class; with --prompt none."""
     prompt: list[str] | None = field(default=None, metadata={"repeatable": True})
     """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions; an empty
     one is none."""

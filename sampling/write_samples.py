@@ -20,6 +20,7 @@ from vqgen.config import as_dict
 from vqgen.devices import find_device, locked_by_main, on_main, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_bytes
+from vqgen.options import MOST_IMAGES
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.options import GENERATION
 from vqgen.prior.parts.part import ABSENT
@@ -42,9 +43,38 @@ GRID_IMAGES, GRID_PIXELS = 100, 2**26
 
 def chosen_conditions(config: SampleConfig, generator: Generator, sources: SourceImages | None) -> dict[str, list[Any]]:
     """The values of every part of the prefix, from the options; by default completions and translations have no other
-    condition than their image."""
-    given = {**config.conditions, "source": sources.read.codes} if sources else config.conditions
-    return generator.conditioning.conditions(given, absent=bool(config.init_image or sources))
+    condition than their image.
+
+    Of several prompts and several classes without an image every prompt is drawn in every class, the classes in turn.
+    Raises `UsageError`.
+    """
+    conditioning = generator.conditioning
+    given = {**config.conditions, "source": sources.read.codes if sources else None}
+    if given["text"] and conditioning.text is None:
+        model = find_model(config.model)
+        raise UsageError(f"--prompt: {model} was trained without text; give the --model of a prior with captions")
+    try:
+        found = conditioning.conditions(given, absent=bool(config.init_image or sources))
+    except UsageError as error:
+        if config.prompt_file and str(error).startswith("--prompt:"):
+            raise UsageError(f"--prompt-file: {config.prompt_file}:{str(error).partition(':')[2]}") from error
+        raise
+    if config.init_image or sources or min(len(found["class"]), len(found.get("text", []))) < 2:
+        return found
+    if (count := len(found["text"]) * len(found["class"])) > MOST_IMAGES:
+        raise UsageError(f"--prompt: every one in every class are {count} images, at most {MOST_IMAGES}; give fewer")
+    return found.crossed("text", "class")
+
+
+def in_turn(values: Sequence[Any]) -> int | None:
+    """How many different values a series goes through in turn; None where it does not."""
+    count = len(set(values))
+    return count if list(values) == list(values[:count]) * (len(values) // count) else None
+
+
+def _naming(generator: Generator) -> str:
+    """What to do about images without a class, where the prior has classes."""
+    return "name them with --class, or " if generator.conditioning.classes.count else ""
 
 
 def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
@@ -56,12 +86,13 @@ def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
 def write_grid(output: Path, series: "Series", n: int) -> None:
     """Write grid.png from the first images on disk of `n`: whole rows of at most `GRID_IMAGES` and `GRID_PIXELS`.
 
-    By default each condition has a column, where they are few.
+    By default each condition has a column, where they are few, else each class.
     """
     shown, columns = min(n, GRID_IMAGES, max(1, GRID_PIXELS // math.prod(series.size))), series.config.columns
     cycle, channels = series.generator.conditioning.cycle(series.conditions), series.generator.tokenizer.config.channels
     if columns is None:
-        columns = cycle if 1 < cycle <= min(shown, 20) else math.ceil(math.sqrt(shown))
+        fitting = (each for each in (cycle, in_turn(series.conditions["class"])) if each and 1 < each <= min(shown, 20))
+        columns = next(fitting, math.ceil(math.sqrt(shown)))
     if n > shown > columns:
         shown -= shown % columns
     images = []
@@ -93,12 +124,14 @@ class Series:
         conditions = chosen_conditions(config, generator, sources)
         classes = conditions["class"]
         if config.layout != "flat" and classes == [ABSENT]:
-            raise UsageError(f"--layout: {config.layout} needs classes, and these images have none; use flat")
+            text = f"{config.layout} needs classes, and these images have none"
+            raise UsageError(f"--layout: {text}; {_naming(generator)}use flat")
         if config.num_per_class and classes == [ABSENT]:
-            raise UsageError("--num-per-class: these images have no classes; use --n")
-        if config.num_per_class and len(set(classes)) < len(classes):
+            raise UsageError(f"--num-per-class: these images have no classes; {_naming(generator)}use --n")
+        if config.num_per_class and len(set(classes)) < len(config.class_ or classes):
             raise UsageError("--num-per-class: --class names a class twice; name each once")
-        n = config.count(len(classes), len(sources) if sources else max(64, len(config.prompts or [])))
+        prompted = generator.conditioning.cycle(conditions) if config.prompts and not config.init_image else 0
+        n = config.count(len(set(classes)), len(sources) if sources else max(64, prompted))
         filling = chosen_filling(config, generator, n)
         settings = generator.settings(config.given_settings, conditions, filling)
         if filling:

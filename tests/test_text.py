@@ -389,11 +389,13 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     assert more.code == 0 and "(4 were there)" in more.out
     other = cli(program.main, *words, "--prompt", "a square", "--output", tmp_path / "one")
     assert other.code == 2 and "--output" in other.err and "a square" in other.err
+    (tmp_path / "long.txt").write_text("a square\none two three four five six\n")
     for wrong, code, parts in (
         (["--prompt", "a", "--prompt-file", tmp_path / "prompts.txt"], 2, ("--prompt-file",)),
         (["--prompt-file", tmp_path / "none.txt"], 1, ("--prompt-file", "none.txt")),
         (["--prompt", "one two three four five six"], 2, ("--prompt", "tokens")),
-        (["--prompt", "a square", "--layout", "folders"], 2, ("--layout",)),
+        (["--prompt-file", tmp_path / "long.txt"], 2, ("--prompt-file", "long.txt", "tokens", "five six")),
+        (["--prompt", "a square", "--layout", "folders"], 2, ("--layout", "name them with --class")),
     ):
         found = cli(program.main, *words, *wrong, "--output", tmp_path / "two")
         assert found.code == code and all(part in found.err for part in parts), found.err
@@ -406,6 +408,46 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     plain = make_prior(tmp_path / "plain")
     found = cli(program.main, "--model", plain, "--prompt", "a shoe", "--output", tmp_path / "two")
     assert found.code == 2 and "--prompt" in found.err and not (tmp_path / "two").exists()
+    assert str(plain) in found.err and "trained without text" in found.err
+
+
+def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whatever their numbers have in common, and each is encoded once."""
+    encoded: list[str] = []
+    of_value = Text.of_value
+    monkeypatch.setattr(Text, "of_value", lambda self, value: (encoded.append(value), of_value(self, value))[1])
+    prompts = [caption(code) for code in (1, 5)]
+    words = ["--model", place / "prior", "--device", "cpu", "--precision", "fp32", "--prompt", *prompts]
+    styled = [*words, "--class", "bag", "shoe"]
+    for name, further in {
+        "counted": ["--n", 8],
+        "each": ["--num-per-class", 4],
+        "folders": ["--layout", "folders"],
+    }.items():
+        result = cli(program.main, *styled, *further, "--output", tmp_path / name)
+        assert result.code == 0, result.err
+        about = json.loads((tmp_path / name / "samples.json").read_text())
+        assert about["n"] == (64 if name == "folders" else 8)
+        pairs = [(image["text"], image["class"]) for image in about["images"]]
+        assert pairs[:4] == [(text, kind) for text in prompts for kind in ("bag", "shoe")] and pairs[4:8] == pairs[:4]
+    assert encoded == 3 * prompts
+    # By default as many as there are pairs, a prompt a row of the grid.
+    (tmp_path / "many.txt").write_text("a square\n" * 35)
+    words[-3:] = ["--prompt-file", tmp_path / "many.txt", "--class", "bag", "shoe"]
+    assert cli(program.main, *words, "--output", tmp_path / "many").code == 0
+    assert len(list((tmp_path / "many").glob("[0-9]*.png"))) == 70
+    with Image.open(tmp_path / "many" / "grid.png") as grid:
+        assert grid.size == (2 * 8 + 2, 35 * 6 + 2)
+    # An image has its own prompt and class.
+    images = [tmp_path / "counted" / f"{number:05}.png" for number in range(2)]
+    further = ["--init-image", *images, "--box", 0, 0, 2, 2, "--n", 4]
+    assert cli(program.main, *styled, *further, "--output", tmp_path / "filled").code == 0
+    about = json.loads((tmp_path / "filled" / "samples.json").read_text())
+    pairs = [(image["text"], image["class"]) for image in about["images"]]
+    assert pairs == 2 * [*zip(prompts, ("bag", "shoe"), strict=True)]
+    # Without a text there is none in the list.
+    assert cli(program.main, *words[:2], "--n", 1, "--class", "bag", "--output", tmp_path / "none").code == 0
+    assert json.loads((tmp_path / "none" / "samples.json").read_text())["images"][0]["text"] is None
 
 
 def test_likelihoods_and_reports_of_text(cli, place: Path, tmp_path: Path) -> None:
