@@ -118,7 +118,8 @@ class Configurations:
             given = settings_given(self.request.samples)
         if given:
             return "--samples gives them"
-        if self.prompts() or (survey.captions and survey.classes < 2):
+        reads = survey.captions and self.parsed("prior", "--codes", "codes").objective.text_length != 0
+        if self.prompts() or reads or (survey.captions and survey.classes < 2):
             return "samples are drawn of captions"
         if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"

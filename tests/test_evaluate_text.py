@@ -1,6 +1,7 @@
 """vqgen-eval text: ranks against a naive computation, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import vqgen.evaluation.program as evaluate
 from vqgen.evaluation.tasks import text
 from vqgen.evaluation.tasks.text import rank
+from vqgen.prior.parts.part import ABSENT
 from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.dataset import open_images
@@ -70,8 +72,12 @@ def test_ranks_count_ties_half() -> None:
     assert rank(scores, torch.tensor([1, 0, 0])).tolist() == [3, 2, 1.5]
 
 
-def test_ranks_are_those_of_a_naive_computation(cli, measured, tmp_path: Path, model: Path, photos: Path) -> None:
-    result = measured("--n", 6, "--per-prompt", 2, "--seed", 5, "--batch-size", 4)
+@pytest.mark.parametrize("words", [[], ["--unconditional"]])
+def test_ranks_are_those_of_a_naive_computation(
+    cli, measured, tmp_path: Path, model: Path, photos: Path, words: list[str]
+) -> None:
+    """Images have the captions and, unless it is left out, the class of their folder."""
+    result = measured("--n", 6, "--per-prompt", 2, "--seed", 5, "--batch-size", 4, *words)
     assert result.code == 0 and "Mean reciprocal rank" in result.out, result.err
     found = json.loads((tmp_path / "receipt.json").read_text())
     assert found["counts"] == {"captions": 6, "images drawn": 12}
@@ -83,11 +89,15 @@ def test_ranks_are_those_of_a_naive_computation(cli, measured, tmp_path: Path, m
     captions = [data.captions[index] for index in chosen]
     assert len({caption.lower() for caption in captions}) == 6 and all(len(caption) < 20 for caption in captions)
     images = torch.stack([data[index].image for index in chosen])
+    labels = [ABSENT if words else data[index].label for index in chosen]
+    assert len(set(labels)) == (1 if words else 3)
     likelihood = []
     for own, image in enumerate(images):
-        nats = [-generator.log_likelihood(image, conditions={"text": [caption]}).item() for caption in captions]
+        given = [{"text": [caption], "class": [labels[own]]} for caption in captions]
+        nats = [-generator.log_likelihood(image, conditions=each).item() for each in given]
         likelihood.append(1 + sum(each < nats[own] for each in nats))
-    drawn = generator.draw(range(12), generator.conditioning.conditions({"text": captions}, absent=True), seed=5).images
+    series = generator.conditioning.conditions({"text": captions, "class": labels}, absent=True)
+    drawn = generator.draw(range(12), series, seed=5).images
     features, _ = Colours()(images)
     centre, by_features = features.mean(0), []
     for place, image in enumerate(drawn):
@@ -109,9 +119,19 @@ def test_ranks_are_those_of_a_naive_computation(cli, measured, tmp_path: Path, m
     assert set(found["metrics"]["first"]) == {"likelihood", "chance"} and found["counts"]["images drawn"] == 0
 
 
+def test_settings_are_not_searched_by_samples_without_their_captions(cli, tmp_path: Path, model: Path, photos: Path):
+    words = ["--model", model, "--data", photos, "--output", tmp_path / "settings.json", "--device", "cpu"]
+    result = cli(evaluate.main, "settings", *words, "--n", 24)
+    assert result.code == 2 and "images with captions" in result.err, result.err
+
+
 def test_what_does_not_fit_is_named(measured, tmp_path: Path, photos: Path) -> None:
     plain = make_square_prior(tmp_path / "plain")
+    (tmp_path / "unlabelled").mkdir()
+    for path in (photos / "test").rglob("*.*"):
+        shutil.copy(path, tmp_path / "unlabelled" / path.name)
     for words, code, named in (
+        (["--data", tmp_path / "unlabelled", "--split", "train"], 1, "has the classes none, the prior has"),
         (["--n", 7], 2, "--n: found 7"),
         (["--n", 1], 2, "--n: found 1"),
         (["--model", plain], 2, "--model: "),

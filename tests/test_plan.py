@@ -317,6 +317,10 @@ def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stag
     for own in ("--prompt-file=my.txt", "--class=cat"):
         plan(tmp_path, 600, replace(REQUEST, text_column="text", samples=[own]), survey)
         assert parse(SampleConfig, file).prompts is None
+    # Settings are not searched by samples without captions, but for a prior that reads none.
+    small = replace(REQUEST, text_column="text", size=[32, 32], samples=["--class=cat"])
+    assert "settings" not in plan(tmp_path, 600, small, survey)
+    assert "settings" in plan(tmp_path, 600, replace(small, prior=["--text-length=0"]), survey)
 
 
 def test_a_survey_counts_classes_with_enough_heldout_images(tmp_path: Path) -> None:

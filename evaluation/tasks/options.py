@@ -51,6 +51,8 @@ class TaskConfig(Options):
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them, and the NLL changes by about 0.1 %."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    unconditional: bool = False
+    """Leave out the class of every image."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
 
@@ -58,8 +60,6 @@ class TaskConfig(Options):
 class PicturesConfig(TaskConfig):
     """Options of every measurement that compares images that are drawn with those of --data."""
 
-    unconditional: bool = False
-    """Leave out the class of every image."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     """Backbone of LPIPS."""
     perceptual_weights: str | None = None

@@ -217,6 +217,9 @@ def _judge(
 ) -> Judge:
     """What samples are judged by, of data with classes of these names. Raises `UserError`, `UsageError`."""
     classes = generator.conditioning.classes
+    if classes.count > 1 and generator.conditioning.text:
+        text = f"{config.model} is for images with captions, and the search draws them without"
+        raise UsageError(f"--model: {text}; compare settings by `vqgen-eval text`")
     if classes.count < 2:
         if others := [part.option for part in generator.conditioning.parts if isinstance(part, (Text, PairedSource))]:
             text = f"{config.model} is for images with {' and '.join(others)}"

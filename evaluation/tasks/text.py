@@ -1,7 +1,5 @@
 """Text: whether captions are told apart, by images that are drawn of them and by the likelihood."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,9 +7,11 @@ from torch import Tensor
 from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.extractors import Extractor, extract, extractor_for
-from vqgen.evaluation.measurement import Measurement, SetHash, held_out, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, check_classes, held_out, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
+from vqgen.prior.conditioning import Values
+from vqgen.prior.parts.part import ABSENT
 from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
@@ -69,17 +69,22 @@ def measure_text(config: TextConfig) -> Measurement:
     reading.workers = config.workers
     dataset = open_images(config.data, config.split, reading, text_column=config.text_column)
     dataset.broken.report = warn
-    images, prompts, pixels = [], [], SetHash()
+    check_classes(generator.prior, dataset.class_names, config.unconditional, f"--data: {config.data}")
+    classed = generator.conditioning.classes.count and not config.unconditional
+    images, prompts, labels, pixels = [], list[str](), list[int](), SetHash()
     for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, reading):
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
+        labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)
         pixels.add_images(batch.images, torch.full((len(batch.images),), -1))
     if len(prompts) < 2:
         raise UserError(f"--data: {config.data} has fewer than 2 images to measure; give more")
     true, ranks = torch.cat(images), Columns()
-    _rank_by_likelihood(config, generator, true, prompts, ranks)
+    given = generator.conditioning.conditions({"text": prompts, "class": labels}, absent=True)
+    generator.check(config.sampling, given)
+    _rank_by_likelihood(config, generator, true, given, ranks)
     if extractor:
-        _rank_by_features(config, generator, true, prompts, extractor, ranks)
+        _rank_by_features(config, generator, true, given, extractor, ranks)
     found, n = ranks.all(), len(prompts)
     chance = {"reciprocal_rank": sum(1 / place for place in range(1, n + 1)) / n, "median_rank": (n + 1) / 2}
     metrics: dict[str, dict[str, float]] = {name: {} for name in METRICS}
@@ -102,35 +107,32 @@ def measure_text(config: TextConfig) -> Measurement:
     )
 
 
-def _rank_by_likelihood(
-    config: TextConfig, generator: Generator, true: Tensor, prompts: list[str], ranks: Columns
-) -> None:
-    """Rank the own caption of each of this process's share of the images among all captions."""
-    codes, count = generator.encode(true), len(prompts)
-    conditions = generator.conditioning.conditions({"text": prompts}, absent=True)
+def _rank_by_likelihood(config: TextConfig, generator: Generator, true: Tensor, given: Values, ranks: Columns) -> None:
+    """Rank the own caption of each of this process's share of the images among all captions, with its class."""
+    codes, count = generator.encode(true), len(true)
     with progress(count, "likelihood", "img", rank_and_world()[0] == 0) as bar:
         for row in shares(count):
             repeated = codes[row : row + 1].expand(count, *codes.shape[1:])
-            nats = generator.nats(repeated, conditions, config.batch_size).sum(1)
+            own = given.having({"class": [given["class"][row]]})
+            nats = generator.nats(repeated, own, config.batch_size).sum(1)
             ranks.add("likelihood", rank(-nats[None], torch.tensor([row])))
             bar.update(rank_and_world()[1])
 
 
 def _rank_by_features(
-    config: TextConfig, generator: Generator, true: Tensor, prompts: list[str], extractor: Extractor, ranks: Columns
+    config: TextConfig, generator: Generator, true: Tensor, given: Values, extractor: Extractor, ranks: Columns
 ) -> None:
     """Rank the own image of each of this process's share of drawn images among all true ones."""
 
     def features(images: Tensor) -> Tensor:
         return torch.cat([extract(extractor, part, generator.device)[0] for part in images.split(config.batch_size)])
 
-    real, indices = features(true), list(shares(len(prompts) * config.per_prompt))
+    real, indices = features(true), list(shares(len(true) * config.per_prompt))
     centre = real.mean(0)
-    given: dict[str, Any] = generator.conditioning.conditions({"text": prompts}, absent=True)
     with progress(len(indices), "drawing", "img", rank_and_world()[0] == 0) as bar:
         for first in range(0, len(indices), config.batch_size):
             part = indices[first : first + config.batch_size]
             drawn = generator.draw(part, given, config.sampling, config.seed, config.batch_size)
             scores = F.normalize(features(drawn.images) - centre, dim=1) @ F.normalize(real - centre, dim=1).T
-            ranks.add("features", rank(scores, torch.tensor(part) % len(prompts)))
+            ranks.add("features", rank(scores, torch.tensor(part) % len(true)))
             bar.update(len(part))
