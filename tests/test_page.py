@@ -27,6 +27,7 @@ from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.parts.source import MaskedSource, PairedSource
+from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord
@@ -69,12 +70,22 @@ def test_a_rate_is_that_of_conditions_that_the_prior_has_learned(fills: Loaded, 
         return Generator.load(path, "cpu", "fp32")
 
     strict = generator("strict", label_dropout=0.0)
-    with pytest.raises(UsageError, match=r"--class.*choose one"):
+    with pytest.raises(UsageError, match=r"--class.*give one"):
         bits_of(strict, codes, "")
     for one, name in ((strict, "bag"), (fills.generator, "")):
         bits = bits_of(one, codes, name)
         assert bits is not None and bits.shape == (8, 8, 1) and bits.min() > 0
     assert bits_of(generator("sourced"), codes, "bag") is None
+    tokenizer = TextTokenizer.trained(["a red bag"] * 3, 300)
+    about = {"length": 9, "ids": len(tokenizer) + 1, "dropout": 0.0, "uncaptioned": False}
+    part = Text.from_description({"text": {**about, "fingerprint": tokenizer.fingerprint}})
+    assert part is not None
+    part.tokenizer = tokenizer
+    captioned = Generator.load(make_square_prior(tmp_path / "captioned", part), "cpu", "fp32")
+    with pytest.raises(UsageError, match=r"--prompt.*give one"):
+        bits_of(captioned, codes, "bag")
+    told = [bits_of(captioned, codes, name, text) for name, text in (("bag", "red"), ("bag", "a bag"), ("", "red"))]
+    assert len({float(bits.sum()) for bits in told if bits is not None}) == 3
     assert "bits" not in code_map(codes[0, ..., None], None)
 
 
@@ -484,7 +495,7 @@ def test_no_function_takes_a_file_that_was_not_uploaded(page: Any, tmp_path: Pat
                         asyncio.run(page.preprocess_data(function, inputs, None))
     Image.new("RGB", (4, 4)).save(folder / "up" / "a.png")
     reconstruct = next(function for function in page.fns.values() if function.api_name == "reconstruct")
-    inputs = ["fills", {"path": str(folder / "up" / "a.png"), "meta": {"_type": "gradio.FileData"}}, ""]
+    inputs = ["fills", {"path": str(folder / "up" / "a.png"), "meta": {"_type": "gradio.FileData"}}, "", ""]
     assert str(folder / "up" / "a.png") in asyncio.run(page.preprocess_data(reconstruct, inputs, None))
 
 

@@ -565,7 +565,7 @@ def test_no_other_file_and_no_other_server_is_read(server: Server, photo: bytes,
         address = f"http://127.0.0.1:{trap.getsockname()[1]}/a.png"
         for place in (str(secret), "/etc/passwd", address):
             file = {"path": place, "url": place, "meta": {"_type": "gradio.FileData"}}
-            answer = called(server, "reconstruct", ["fills", file, ""])
+            answer = called(server, "reconstruct", ["fills", file, "", ""])
             assert "event: error" in answer and "bits" not in answer, place
         with pytest.raises(BlockingIOError):
             trap.accept()

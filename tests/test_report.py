@@ -98,7 +98,8 @@ def make_demo(folder: Path) -> Path:
     make_codes(folder / "codes", folder / "tokenizer")
     make_prior(folder / "prior")
     picture(folder / "samples/grid.png", 200)
-    about = {"n": 20, "class_names": ["cat", "dog"], "settings": {"temperature": 0.5, "min_p": 0.1}}
+    about = {"n": 20, "class_names": ["cat", "dog", "cow"], "settings": {"temperature": 0.5, "min_p": 0.1}}
+    about["images"] = [{"class": ["cat", None, "dog"][i % 3], "text": f"no {i}" if i % 3 else None} for i in range(20)]
     (folder / "samples/samples.json").write_text(json.dumps(about))
     return folder
 
@@ -216,7 +217,13 @@ def test_a_demo_is_shown_as_a_whole_with_its_samples_first(show, tmp_path):
     page = show(make_demo(tmp_path / "demo"))
     order = [page.text.index(text) for text in ("20 generated images", "Last validation", "Samples over time")]
     assert order == sorted(order)
-    for text in ("cat, dog", "temperature 0.5, min p 0.1", "codes in use"):
+    assert "cow" not in page.text, "no image is of it"
+    prompts = ", ".join(f"“no {i}”" for i in range(15) if i % 3)
+    for text in (
+        f"images; drawn of {prompts} and 3 more; classes cat, dog.",
+        "temperature 0.5, min p 0.1",
+        "codes in use",
+    ):
         assert text in page.text
     assert (page.named("img")[0]["alt"] or "").startswith("A grid of 20")
 
@@ -397,7 +404,7 @@ def test_numbers_that_no_run_writes_are_left_out(show, tmp_path):
     (run / "machine.json").write_text(json.dumps({"sessions": [session, {"began": 3}]}))
     samples = tmp_path / "samples"
     picture(samples / "grid.png", 1)
-    for odd in ({"settings": [1]}, {"class_names": 3}, {"n": {}}):
+    for odd in ({"settings": [1]}, {"class_names": 3}, {"n": {}}, {"images": 3}, {"images": [3, {"text": [1]}]}):
         (samples / "samples.json").write_text(json.dumps({"settings": {}, "n": 1, **odd}))
         assert "4 lines of metrics.jsonl" in show(run).text and show(samples).named("img")
 

@@ -17,7 +17,7 @@ def add(page: Page) -> tuple[Results, gr.Button]:
             classes = gr.Dropdown(
                 loaded.classes, value=[], multiselect=True, allow_custom_value=True, label="Classes",
                 visible=bool(loaded.classes),
-                info="Given to the images in turn; none chosen: every class.",
+                info="In turn, each prompt in every class. None chosen: every class, with a prompt none.",
             )  # fmt: skip
             prompts = gr.Textbox(
                 "",

@@ -14,7 +14,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .controls import Results, answer, image_file, settings_of, words_of
 from .models import Loaded
-from .shared import PRIVATE, QUEUED, Page, lines_of, prompt_update
+from .shared import PRIVATE, QUEUED, Page, lines_of
 from .uploads import png_url, read_mask, read_upload
 
 WAYS = FILL, EXTEND, VARY, LOWER = "fill in", "extend", "vary", "lower part"
@@ -59,7 +59,7 @@ def add(page: Page) -> gr.Image:
             with gr.Column(visible=first == LOWER) as lower:
                 rows = gr.Number(0, label="Rows of codes that are kept", info="0: half of them.", precision=0)
             one = page.one_class()
-            prompt = gr.Textbox("", label="Prompt", visible=loaded.takes_text, max_length=limits.prompt_characters)
+            prompt = page.one_prompt()
             with gr.Row():
                 n = gr.Slider(1, limits.most_images, value=min(8, limits.most_images), step=1, label="Variations")
                 seed = gr.Number(0, label="Seed", precision=0)
@@ -138,5 +138,4 @@ def add(page: Page) -> gr.Image:
     )  # fmt: skip
     page.follow_model(about, note)
     page.follow_model(way, lambda m: gr.Radio(value=first_way(m), visible=m.inpaints))
-    page.follow_model(prompt, prompt_update)
     return image

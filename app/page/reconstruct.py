@@ -20,20 +20,22 @@ LABELLED = 16
 """Largest number of rows and columns of codes whose numbers are written on the map."""
 
 
-def bits_of(generator: Generator, codes: Tensor, name: str) -> Tensor | None:
-    """Bits of the codes (1, h, w[, depth]) of an image of the class `name`, "" for none: (h, w, depth).
+def bits_of(generator: Generator, codes: Tensor, name: str, prompt: str = "") -> Tensor | None:
+    """Bits of the codes (1, h, w[, depth]) of an image of the class `name` and a text, "" for none: (h, w, depth).
 
     None where the prior never had an image without something that an upload does not have. Raises `UsageError` where
     that is the class.
     """
     conditioning = generator.conditioning
-    needed = [part for part in conditioning.parts if part.required and not (name and part.name == "class")]
-    if conditioning.classes in needed:
-        text = f"the prior was trained with {conditioning.classes.undropped}, always with a class"
-        raise UsageError(f"--class: {text}; choose one")
+    given = {key: [value] for key, value in (("class", name), ("text", prompt.strip())) if value}
+    needed = [part for part in conditioning.parts if part.required and part.name not in given]
+    for part in (conditioning.classes, conditioning.text):
+        if part in needed:
+            text = f"the prior was trained with {part.undropped}, always with its {part.name}"
+            raise UsageError(f"{part.flag()}: {text}; give one")
     if needed:
         return None
-    conditions = conditioning.conditions({"class": [name]} if name else None, absent=True)
+    conditions = conditioning.conditions(given, absent=True)
     nats = generator.nats(codes, conditions)
     return generator.vocabulary.to_grid(nats)[0].reshape(*generator.tokenizer.grid, -1) / math.log(2)
 
@@ -69,6 +71,7 @@ def add(page: Page) -> None:
         with gr.Column(scale=2, min_width=320):
             image = image_file()
             one = page.one_class("That the prior is told, for the rate of the codes.")
+            prompt = page.one_prompt("That the prior is told, too.")
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3, min_width=320):
             summary = gr.Markdown("", label="Summary", elem_classes="status")
@@ -85,7 +88,7 @@ def add(page: Page) -> None:
             fitted = generator.fitted(image[None])
             codes = generator.encode(fitted)
             again = generator.decode(codes)
-            bits = bits_of(generator, codes, values["class_name"])
+            bits = bits_of(generator, codes, values["class_name"], values["prompt"] or "")
         found = {"psnr": float(psnr(fitted, again))}
         text, numbers = f"PSNR {found['psnr']:.2f} dB", dict[str, Any](codes=codes[0].tolist())
         if bits is not None:
@@ -101,5 +104,5 @@ def add(page: Page) -> None:
         grid = codes[0].reshape(*generator.tokenizer.grid, -1)
         return [text, pictures, code_map(grid, bits), {**found, **numbers}]
 
-    inputs = {"model": page.model, "image": image, "class_name": one}
+    inputs = {"model": page.model, "image": image, "class_name": one, "prompt": prompt}
     page.runs(button, answer(reconstruct, inputs), inputs, [summary, images, shown, numbers], "reconstruct")

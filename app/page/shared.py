@@ -71,6 +71,13 @@ class Page:
         self.follow_model(found, lambda m: gr.Dropdown(["", *m.classes], value="", visible=bool(m.classes)))
         return found
 
+    def one_prompt(self, info: str = "") -> gr.Textbox:
+        """A text, or none."""
+        about: dict[str, Any] = {"label": "Prompt", "info": info or None, "visible": self.first.takes_text}
+        found = gr.Textbox("", max_length=self.limits.prompt_characters, **about)
+        self.follow_model(found, prompt_update)
+        return found
+
     def buttons(self, label: str) -> tuple[gr.Button, gr.Button]:
         """A button that begins, and one that stops."""
         with gr.Row():

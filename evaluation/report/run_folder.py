@@ -24,6 +24,8 @@ from vqgen.training.folder import FINISHED, read_sessions
 from vqgen.training.trackers import read_rows
 
 Kind = Literal["tokenizer", "prior", "samples"]
+MOST_PROMPTS = 10
+"""Prompts that are named of a folder of samples."""
 LARGEST = 1e15  # bound of the numbers shown; no axis has room for larger ones
 
 
@@ -90,6 +92,21 @@ class RunFolder:
     def steps(self) -> int:
         """Steps done, as far as known."""
         return max([*(row["step"] for row in self.rows), self.ended or 0])
+
+    @property
+    def drawn_of(self) -> str:
+        """Of a folder of samples the classes of the images, and their first prompts; empty where they have neither."""
+        images, found = self.description.get("images"), dict[str, list[str]]()
+        for name in ("class", "text"):
+            values = (
+                [image.get(name) for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+            )
+            found[name] = list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        classes, prompts = found.values()
+        more = f" and {len(prompts) - MOST_PROMPTS} more" if len(prompts) > MOST_PROMPTS else ""
+        of_text = f"drawn of {', '.join(f'“{text}”' for text in prompts[:MOST_PROMPTS])}{more}" if prompts else ""
+        of_class = f"{'classes' if len(classes) > 1 else 'class'} {', '.join(classes)}" if classes else ""
+        return "; ".join(filter(None, (of_text, of_class)))
 
     @property
     def findings(self) -> list[dict[str, Any]]:
