@@ -23,7 +23,7 @@ from vqgen.files import read_bytes
 from vqgen.options import MOST_IMAGES
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.options import GENERATION
-from vqgen.prior.parts.part import ABSENT
+from vqgen.prior.parts.part import ABSENT, is_absent
 from vqgen.progress import progress
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.pixels import image_grid
@@ -251,6 +251,8 @@ def write_samples(config: SampleConfig) -> PartialState:
         if state.is_main_process and config.model is None:
             print(f"drawing from {about['model']}")
         if state.is_main_process:
+            if all(map(is_absent, series.conditions.get("text", [""]))):
+                print("the model reads text, and there is no --prompt: the images have none")
             print(_stated(series.settings, config, generator))
         on_main(lambda: _begin(output, about, found))
         _draw(series, about, state)

@@ -15,6 +15,7 @@ from vqgen.config import parse
 from vqgen.config_layers import find_preset
 from vqgen.errors import UsageError
 from vqgen.options import options
+from vqgen.tokenizer.shipped import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
@@ -195,7 +196,9 @@ def test_the_recipe_for_the_weights_of_vgg16_makes_a_file_that_loads(
 def test_no_command_line_writes_a_receipt_into_the_package(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     evaluations = [line for line in [*command_lines(text), *spans(text)] if line.startswith("vqgen-eval ")]
-    into = [line for line in evaluations if re.search("--(model|tokenizer) (sampling/pretrained|cifar10)", line)]
+    names = "|".join(map(re.escape, SHIPPED))
+    package = re.compile(rf"--(model|tokenizer) (sampling/pretrained|({names})(?![\w-]))")
+    into = [line for line in evaluations if package.search(line)]
     assert [line for line in into if "--output" not in line] == []
 
 

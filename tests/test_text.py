@@ -425,7 +425,7 @@ def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, 
         "folders": ["--layout", "folders"],
     }.items():
         result = cli(program.main, *styled, *further, "--output", tmp_path / name)
-        assert result.code == 0, result.err
+        assert result.code == 0 and "no --prompt" not in result.out, result.err
         about = json.loads((tmp_path / name / "samples.json").read_text())
         assert about["n"] == (64 if name == "folders" else 8)
         pairs = [(image["text"], image["class"]) for image in about["images"]]
@@ -446,7 +446,8 @@ def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, 
     pairs = [(image["text"], image["class"]) for image in about["images"]]
     assert pairs == 2 * [*zip(prompts, ("bag", "shoe"), strict=True)]
     # Without a text there is none in the list.
-    assert cli(program.main, *words[:2], "--n", 1, "--class", "bag", "--output", tmp_path / "none").code == 0
+    result = cli(program.main, *words[:2], "--n", 1, "--class", "bag", "--output", tmp_path / "none")
+    assert result.code == 0 and "there is no --prompt" in result.out
     assert json.loads((tmp_path / "none" / "samples.json").read_text())["images"][0]["text"] is None
 
 
