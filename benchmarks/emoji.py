@@ -1,15 +1,16 @@
 """How well a prior of emoji draws the right one in the right style: from its text, and from another style.
 
+    python benchmarks/plain_emoji.py EMOJI DATA
     vqgen-eval classifier --data DATA/train.parquet --size 64 --output CLASSIFIER
     python benchmarks/emoji.py --model MODEL --data DATA --classifier CLASSIFIER --output emoji.json
 
 DATA has train, heldout and novel.parquet of `image`, `text`, `label` (the style) and `key` (the emoji). Of each
-drawing of `heldout` (its emoji is in `train`, in another style) and `novel` (in no style), the model draws the same
-from its text and style, with its recommended settings, and, if it was trained on pairs, from a drawing in another
-style. Each is compared with all drawings of that style in the
-three files, by the features of a network less their mean, by cosine: `first` and `five` are the shares whose nearest,
-or five nearest, include the right emoji. `style` is the share that the classifier assigns to the style. The
-reconstructions of the drawings say what the tokenizer leaves to reach.
+drawing of `heldout` (its emoji is in `train`, in another style) and `novel` (in no style), and of some of `train`, the
+model draws the same from its text and style, with its recommended settings, and, if it was trained on pairs, from a
+drawing in another style. Each is compared with all drawings of that style in the three files, by the features of a
+network less their mean, by cosine: `first` and `five` are the shares whose nearest, or five nearest, include the right
+emoji. `style` is the share that the classifier assigns to the style. The reconstructions of the drawings say what the
+tokenizer leaves to reach.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from vqgen.sampling.generator import Generator
 from vqgen.seeding import hash64
 
 SPLITS = "train", "heldout", "novel"
+MOST_TRAINED = 300
+"""Drawings of `train` that are drawn again, by default."""
 CPU = torch.device("cpu")
 
 
@@ -141,6 +144,8 @@ def main() -> None:
     classifier = Classifier.load(args.classifier, CPU)
     judge, metrics = Judge(drawings, extractor, classifier), {}
     names = generator.conditioning.classes.names or []
+    if names != classifier.config.class_names:
+        raise SystemExit(f"{args.classifier} is of {classifier.config.class_names}, {args.model} of {names}")
 
     def put(name: str, rows: list[int], images: Tensor) -> None:
         metrics[name] = judge(rows, images)
@@ -152,8 +157,8 @@ def main() -> None:
             text = "\n".join(f"{names[drawings.styles[row]]}: {drawings.texts[row]}" for row in rows[:200])
             (args.pictures / f"{name.replace(' ', '-')}.txt").write_text(text + "\n")
 
-    for split in ("heldout", "novel"):
-        rows = drawings.of(split)[: args.n]
+    for split in SPLITS:
+        rows = drawings.of(split)[: MOST_TRAINED if split == "train" and args.n is None else args.n]
         codes = torch.cat([generator.encode(part) for part in drawings.images[rows].split(64)])
         put(f"{split} reconstructed", rows, torch.cat([generator.decode(part) for part in codes.split(64)]))
         given = {
@@ -172,6 +177,7 @@ def main() -> None:
         "tokenizer": generator.tokenizer.fingerprint,
         "classifier": classifier.fingerprint,
         "extractor": [args.extractor, extractor.fingerprint],
+        "settings": dict(generator.recommended),
         "seed": args.seed,
         "environment": environment(CPU, generator.precision, 1),
         "metrics": metrics,

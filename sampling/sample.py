@@ -37,7 +37,7 @@ class SampleConfig(Options):
     )  # fmt: skip
 
     model: Path | None = None
-    """Run or model folder of the prior, or cifar10 or cifar10-restorer, the models in the package; by default
+    """Run or model folder of the prior, or cifar10, cifar10-restorer or emoji, the models in the package; by default
     $VQGEN_MODEL, then runs/demo/prior, then cifar10."""
     n: Images | None = None
     """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts (in several

@@ -12,17 +12,19 @@ import vqgen
 from vqgen.errors import UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.receipt import read_receipt
-from vqgen.files import DESCRIPTION
+from vqgen.files import DESCRIPTION, read_bytes, read_json
 from vqgen.prior.model import Prior
 from vqgen.sampling import sample
 from vqgen.sampling.generator import DEFAULT, SHIPPED
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer import encode, reconstruct
+from vqgen.tokenizer.data.decoding import decode
 from vqgen.tokenizer.model import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
 REAL = Path("~/.cache/vqgen-realdata").expanduser()
+STYLES = ["fluent-3d", "fluent-flat", "noto", "twemoji"]
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -83,6 +85,34 @@ def test_its_receipts_are_of_this_very_model():
         assert marks & set(found["fingerprints"].values()), name
     chosen = read_receipt(RECEIPTS / "settings.json")["details"]["chosen"]
     assert generator.settings({}) == SamplingSettings(**chosen)
+
+
+def test_emoji_are_drawn_by_name_in_the_style(cli, tmp_path):
+    """Hearts of the colour of the prompt, four styles of each."""
+    colours = {"red heart": 0, "green heart": 1, "blue heart": 2}
+    words = ["--model", "emoji", "--prompt", *colours, "--class", *STYLES, "--n", 12, "--device", "cpu"]
+    result = cli(sample.main, *words, "--output", tmp_path / "hearts")
+    assert result.code == 0, result.err
+    drawn = json.loads((tmp_path / "hearts" / "samples.json").read_text())["images"]
+    assert [(image["text"], image["class"]) for image in drawn] == [(t, style) for t in colours for style in STYLES]
+    right = 0
+    for image in drawn:
+        pixels = decode(read_bytes(tmp_path / "hearts" / image["file"]), 3).float()
+        assert pixels.shape == (3, 64, 64)
+        right += int(pixels[:, 24:40, 24:40].mean((1, 2)).argmax()) == colours[image["text"]]
+        assert pixels[:, :6, :6].mean() > 200, "the corner is white"
+    assert right >= 10
+
+
+def test_the_receipts_of_emoji_are_of_this_very_model():
+    generator = vqgen.Generator.load("emoji", "cpu")
+    marks = {"prior": generator.prior.fingerprint, "tokenizer": generator.tokenizer.fingerprint}
+    for name in ("reconstruction", "likelihood", "text"):
+        found = read_receipt(RECEIPTS.parents[1] / "emoji" / f"{name}.json")["fingerprints"]
+        assert marks.items() & found.items() and all(found.get(key, mark) == mark for key, mark in marks.items()), name
+    found = read_json(ROOT / "benchmarks" / "results" / "uses" / "emoji.json")
+    assert (found["model"], found["tokenizer"]) == (marks["prior"], marks["tokenizer"])
+    assert found["settings"] == generator.recommended
 
 
 @pytest.mark.slow
