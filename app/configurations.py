@@ -119,8 +119,10 @@ class Configurations:
         if given:
             return "--samples gives them"
         reads = survey.captions and self.parsed("prior", "--codes", "codes").objective.text_length != 0
-        if self.prompts() or reads or (survey.captions and survey.classes < 2):
+        if self.prompts() or (survey.captions and survey.classes < 2):
             return "samples are drawn of captions"
+        if reads:
+            return "the prior reads captions, and the search draws without them"
         if survey.classes < 2 and survey.heldout < (least := rules.LEAST_HELDOUT * PARTS):
             return f"there are {survey.heldout} held-out images, fewer than {least}"
         if survey.classes > 1 and survey.judged < least_classes(survey.classes):

@@ -45,8 +45,8 @@ class SampleConfig(Options):
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None
-    """Classes by name (in any case) or index, one or several, given to the images in turn, each prompt in every class.
-    By default every class; with --prompt none."""
+    """Classes by name (in any case) or index, one or several, given to the images in turn; of several prompts each is
+    drawn in every class, unless images are given. By default every class; with --prompt none."""
     prompt: list[str] | None = field(default=None, metadata={"repeatable": True})
     """Texts, each in quotes, given to the images in turn, for a prior that was trained with captions; an empty
     one is none."""

@@ -62,7 +62,9 @@ def chosen_conditions(config: SampleConfig, generator: Generator, sources: Sourc
     if config.init_image or sources or min(len(found["class"]), len(found.get("text", []))) < 2:
         return found
     if (count := len(found["text"]) * len(found["class"])) > MOST_IMAGES:
-        raise UsageError(f"--prompt: every one in every class are {count} images, at most {MOST_IMAGES}; give fewer")
+        raise UsageError(
+            f"--prompt: each of them in every class makes {count} images, at most {MOST_IMAGES}; give fewer"
+        )
     return found.crossed("text", "class")
 
 
@@ -130,7 +132,12 @@ class Series:
             raise UsageError(f"--num-per-class: these images have no classes; {_naming(generator)}use --n")
         if config.num_per_class and len(set(classes)) < len(config.class_ or classes):
             raise UsageError("--num-per-class: --class names a class twice; name each once")
-        prompted = generator.conditioning.cycle(conditions) if config.prompts and not config.init_image else 0
+        given = len(config.prompts or [])
+        crossed = given > 1 and len(set(classes)) > 1 and not (config.init_image or sources)
+        if crossed and config.num_per_class and config.num_per_class < given:
+            text = f"found {config.num_per_class}, but each of {given} prompts is drawn in every class"
+            raise UsageError(f"--num-per-class: {text}; give {given} or more, or --n")
+        prompted = len(classes) if crossed else given
         n = config.count(len(set(classes)), len(sources) if sources else max(64, prompted))
         filling = chosen_filling(config, generator, n)
         settings = generator.settings(config.given_settings, conditions, filling)
@@ -252,7 +259,7 @@ def write_samples(config: SampleConfig) -> PartialState:
             print(f"drawing from {about['model']}")
         if state.is_main_process:
             if all(map(is_absent, series.conditions.get("text", [""]))):
-                print("the model reads text, and there is no --prompt: the images have none")
+                print("the model reads text, and these images are drawn without a --prompt")
             print(_stated(series.settings, config, generator))
         on_main(lambda: _begin(output, about, found))
         _draw(series, about, state)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqgen.app import planner, rules, trial
+from vqgen.app.configurations import Configurations
 from vqgen.app.machine import Machine
 from vqgen.app.plan import MOST_SECONDS, TRIAL, Expected, Plan, Request, Row, saved_plan
 from vqgen.app.planner import Planner
@@ -320,6 +321,7 @@ def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stag
     # Settings are not searched by samples without captions, but for a prior that reads none.
     small = replace(REQUEST, text_column="text", size=[32, 32], samples=["--class=cat"])
     assert "settings" not in plan(tmp_path, 600, small, survey)
+    assert "reads captions" in Configurations(small, survey, CPU, tmp_path).unsearched()
     assert "settings" in plan(tmp_path, 600, replace(small, prior=["--text-length=0"]), survey)
 
 

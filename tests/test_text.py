@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import NAMES, SIZE, make_prior, write_codes
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from processes import SAMPLE, run_two
@@ -90,6 +90,7 @@ CORPUS = ["a photo of a sneaker", "a photo of a Shirt", "ein Foto, schön: 3 Äp
 
 
 @given(st.text(max_size=40))
+@example("\u00d9\u1df7")  # a letter with a mark that Unicode knows since version 14
 def test_every_text_has_ids_and_case_and_composition_do_not_matter(text: str) -> None:
     import unicodedata
 
@@ -97,7 +98,7 @@ def test_every_text_has_ids_and_case_and_composition_do_not_matter(text: str) ->
     normal = unicodedata.normalize("NFC", text)
     ids = found.encode(text)
     assert all(0 <= each < len(found) <= 300 for each in ids)
-    assert found.bpe.decode(ids).removeprefix(" ") == found.bpe.normalizer.normalize_str(text).removeprefix(" ")
+    assert found.bpe.decode(ids).removeprefix(" ") == found.bpe.normalizer.normalize_str(normal).removeprefix(" ")
     assert ids == found.encode(normal) == found.encode(unicodedata.normalize("NFD", text))
     assert found.encode("SNEAKER Schön") == found.encode("sneaker scho\u0308n")
 
@@ -425,7 +426,7 @@ def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, 
         "folders": ["--layout", "folders"],
     }.items():
         result = cli(program.main, *styled, *further, "--output", tmp_path / name)
-        assert result.code == 0 and "no --prompt" not in result.out, result.err
+        assert result.code == 0 and "without a --prompt" not in result.out, result.err
         about = json.loads((tmp_path / name / "samples.json").read_text())
         assert about["n"] == (64 if name == "folders" else 8)
         pairs = [(image["text"], image["class"]) for image in about["images"]]
@@ -438,6 +439,8 @@ def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, 
     assert len(list((tmp_path / "many").glob("[0-9]*.png"))) == 70
     with Image.open(tmp_path / "many" / "grid.png") as grid:
         assert grid.size == (2 * 8 + 2, 35 * 6 + 2)
+    few = cli(program.main, *words, "--num-per-class", 34, "--output", tmp_path / "few")
+    assert few.code == 2 and "--num-per-class: found 34, but each of 35 prompts" in few.err
     # An image has its own prompt and class.
     images = [tmp_path / "counted" / f"{number:05}.png" for number in range(2)]
     further = ["--init-image", *images, "--box", 0, 0, 2, 2, "--n", 4]
@@ -445,9 +448,15 @@ def test_every_prompt_is_drawn_in_every_class(cli, place: Path, tmp_path: Path, 
     about = json.loads((tmp_path / "filled" / "samples.json").read_text())
     pairs = [(image["text"], image["class"]) for image in about["images"]]
     assert pairs == 2 * [*zip(prompts, ("bag", "shoe"), strict=True)]
+    (tmp_path / "more.txt").write_text("a square\n" * 66)
+    further = ["--prompt-file", tmp_path / "more.txt", "--init-image", *images, "--box", 0, 0, 2, 2]
+    assert (
+        cli(program.main, *words[:2], *further, "--class", "bag", "shoe", "--output", tmp_path / "each-once").code == 0
+    )
+    assert len(list((tmp_path / "each-once").glob("[0-9]*.png"))) == 66
     # Without a text there is none in the list.
     result = cli(program.main, *words[:2], "--n", 1, "--class", "bag", "--output", tmp_path / "none")
-    assert result.code == 0 and "there is no --prompt" in result.out
+    assert result.code == 0 and "without a --prompt" in result.out
     assert json.loads((tmp_path / "none" / "samples.json").read_text())["images"][0]["text"] is None
 
 

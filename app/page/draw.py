@@ -17,7 +17,7 @@ def add(page: Page) -> tuple[Results, gr.Button]:
             classes = gr.Dropdown(
                 loaded.classes, value=[], multiselect=True, allow_custom_value=True, label="Classes",
                 visible=bool(loaded.classes),
-                info="In turn, each prompt in every class. None chosen: every class, with a prompt none.",
+                info="In turn, each prompt in every one. If none is chosen: every class, or with a prompt no class.",
             )  # fmt: skip
             prompts = gr.Textbox(
                 "",

@@ -134,6 +134,8 @@ def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, set
     }
     if (found := sum(map(len, given.get("prompt") or []))) > limits.prompt_characters:
         raise UsageError(f"--prompt: found {found} characters, at most {limits.prompt_characters} are read")
+    if (found := len(given.get("class") or [])) > limits.most_images:
+        raise UsageError(f"--class: found {found} classes, at most {limits.most_images} are drawn at once")
     for side in [*(given.get("size") or []), *(given.get("extend") or [])]:
         if side**2 > 1e6 * limits.most_megapixels:
             raise UsageError(f"--size: found {side} pixels; one request draws at most {limits.most_megapixels:g} MP")

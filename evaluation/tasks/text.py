@@ -76,7 +76,7 @@ def measure_text(config: TextConfig) -> Measurement:
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
         labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)
-        pixels.add_images(batch.images, torch.full((len(batch.images),), -1))
+        pixels.add_images(batch.images, torch.tensor(labels[-len(batch.images) :]))
     if len(prompts) < 2:
         raise UserError(f"--data: {config.data} has fewer than 2 images to measure; give more")
     true, ranks = torch.cat(images), Columns()

@@ -5,6 +5,7 @@ has a fixed length, filled up with null on the left, so that its end stands next
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -94,7 +95,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, from 0 on."""
-        return self.bpe.encode(text).ids
+        # Composed by Python first: its tables of Unicode have marks that those of the library lack.
+        return self.bpe.encode(unicodedata.normalize("NFC", text)).ids
 
     def rest(self, text: str, length: int) -> str:
         """What of a text comes after its first `length` tokens."""
