@@ -51,7 +51,7 @@ def chosen_conditions(config: SampleConfig, generator: Generator, sources: Sourc
     conditioning = generator.conditioning
     given = {**config.conditions, "source": sources.read.codes if sources else None}
     if given["text"] and conditioning.text is None:
-        model = find_model(config.model)
+        model = config.model or find_model(None)  # as it was named: the page shows it
         raise UsageError(f"--prompt: {model} was trained without text; give the --model of a prior with captions")
     try:
         found = conditioning.conditions(given, absent=bool(config.init_image or sources))

@@ -281,6 +281,8 @@ def test_requests_beyond_the_limits_are_refused(
 def test_images_are_counted_where_their_number_is_not_given_and_with_the_candidates(fills: Loaded) -> None:
     with pytest.raises(UsageError, match="--n"):
         series_of(fills, {"n": None}, LimitConfig(most_images=10), {})  # as many as vqgen-sample draws
+    with pytest.raises(UsageError, match=r"^--prompt: fills was trained without text"):
+        series_of(fills, {"n": 1, "prompt": ["a bag"]}, LimitConfig(), {})
     with pytest.raises(UsageError, match="--class: found 11 classes, at most 10"):
         series_of(fills, {"n": 1, "class": ["bag"] * 11}, LimitConfig(most_images=10), {})
     asked: tuple[Any, ...] = ({"n": 16, "class": ["bag"]}, LimitConfig(most_images=32), {"oversample": 2.0})
