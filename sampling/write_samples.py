@@ -132,13 +132,11 @@ class Series:
             raise UsageError(f"--num-per-class: these images have no classes; {_naming(generator)}use --n")
         if config.num_per_class and len(set(classes)) < len(config.class_ or classes):
             raise UsageError("--num-per-class: --class names a class twice; name each once")
-        given = len(config.prompts or [])
-        crossed = given > 1 and len(set(classes)) > 1 and not (config.init_image or sources)
-        if crossed and config.num_per_class and config.num_per_class < given:
+        given, pairs = len(config.prompts or [""]), len(conditions.get("text", [""]))
+        if config.num_per_class and config.num_per_class < given < pairs:
             text = f"found {config.num_per_class}, but each of {given} prompts is drawn in every class"
             raise UsageError(f"--num-per-class: {text}; give {given} or more, or --n")
-        prompted = len(classes) if crossed else given
-        n = config.count(len(set(classes)), len(sources) if sources else max(64, prompted))
+        n = config.count(len(set(classes)), len(sources) if sources else max(64, pairs))
         filling = chosen_filling(config, generator, n)
         settings = generator.settings(config.given_settings, conditions, filling)
         if filling:
