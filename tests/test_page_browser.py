@@ -334,6 +334,8 @@ def test_a_drawn_image_is_taken_on_to_the_editor(visit: Visit) -> None:
     visit.page.locator(".pictures:visible button[aria-label^=Thumbnail]").nth(1).click()
     taken.click()
     canvas = visit.page.locator("mask-painter canvas")
+    its_class = visit.page.get_by_label("Class", exact=True).locator("visible=true")
+    playwright.expect(its_class).to_have_value("shirt")
     playwright.expect(canvas).to_have_attribute("width", "512")
     shown = visit.page.locator("mask-painter").get_attribute("image")
     canvas.click()

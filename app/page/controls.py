@@ -191,13 +191,15 @@ def gallery(label: str, columns: int, size: str = "pictures") -> gr.Gallery:
 
 
 class Results:
-    """Where a drawing appears: a line of text, the images, and the archive."""
+    """Where a drawing appears: a line of text, the images with what each was drawn of, and the archive."""
 
     def __init__(self, label: str) -> None:
         self.status = gr.Markdown("", label="Status", elem_classes="status")
         self.gallery = gallery(label, 8)
         self.archive = gr.DownloadButton("Download as zip", size="sm", interactive=False)
-        self.outputs = [self.gallery, self.archive, self.status]
+        self.conditions = gr.State([])
+        """Class and prompt of each image that is shown, "" where it has none."""
+        self.outputs = [self.gallery, self.archive, self.status, self.conditions]
 
     @property
     def folder(self) -> Path:
@@ -208,19 +210,25 @@ class Results:
         """Values of `outputs` while a series is drawn."""
         with tempfile.TemporaryDirectory(dir=self.folder) as place, jobs.job(session) as job:
             pictures: list[Picture] = []
-            yield [[], None, f"Drawing {series.n} images …"]
+            yield [[], None, f"Drawing {series.n} images …", []]
             for pictures in draw(series, Path(place), jobs, job):
-                yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images"]
+                yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images", conditions(pictures)]
             late = f" after {jobs.most_seconds:g} s, the longest a drawing may take" if job.late else ""
             if not pictures:
-                yield [[], None, f"Stopped{late}."]
+                yield [[], None, f"Stopped{late}.", []]
                 return
             stopped = f"Stopped{late}: " if len(pictures) < series.n else ""
             mean = sum(picture.nats for picture in pictures) / len(pictures)
             text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
-            yield [captioned(pictures), str(pack(series, Path(place), pictures, given)), text]
+            packed = str(pack(series, Path(place), pictures, given))
+            yield [captioned(pictures), packed, text, conditions(pictures)]
 
 
 def captioned(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """Pictures as a gallery takes them."""
     return [(str(picture.path), picture.caption) for picture in pictures]
+
+
+def conditions(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Class and prompt of pictures."""
+    return [(picture.class_name, picture.prompt) for picture in pictures]

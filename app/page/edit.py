@@ -37,8 +37,8 @@ def painter(url: str | None, cell: int) -> str:
     return f'<mask-painter image="{url}" cell="{cell}"></mask-painter>' if url else ""
 
 
-def add(page: Page) -> gr.Image:
-    """Build the tab; returns its upload."""
+def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
+    """Build the tab; returns its upload, class and prompt."""
     loaded, limits = page.first, page.limits
     first = first_way(loaded)
     about = gr.Markdown(note(loaded))
@@ -138,4 +138,4 @@ def add(page: Page) -> gr.Image:
     )  # fmt: skip
     page.follow_model(about, note)
     page.follow_model(way, lambda m: gr.Radio(value=first_way(m), visible=m.inpaints))
-    return image
+    return image, one, prompt

@@ -42,23 +42,25 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
             with gr.Tab("Draw", id="draw"):
                 drawn, onward = draw.add(shared)
             with gr.Tab("Edit", id="edit"):
-                upload = edit.add(shared)
+                edited = edit.add(shared)
             with gr.Tab("Translate", id="translate"):
                 translate.add(shared)
             with gr.Tab("Reconstruct", id="reconstruct"):
                 reconstruct.add(shared)
             with gr.Tab("Codebook", id="codebook"):
                 codebook.add(shared)
-        chosen = gr.State("")
+        chosen = gr.State(0)
 
-        def choose(pictures: list[tuple[str, str]], event: gr.SelectData) -> tuple[str, Any]:
-            return pictures[event.index][0], gr.Button(interactive=True)
+        def choose(event: gr.SelectData) -> tuple[int, Any]:
+            return event.index, gr.Button(interactive=True)
 
-        def take(path: str) -> tuple[str, Any]:
-            return path, gr.Tabs(selected="edit")
+        def take(index: int, pictures: list[tuple[str, str]], conditions: list[tuple[str, str]]) -> tuple[Any, ...]:
+            """Put a drawn image into the editor, with its class and prompt where the model has not changed since."""
+            known = conditions[index] if conditions else ("", "")
+            return pictures[index][0], *known, gr.Tabs(selected="edit")
 
-        drawn.gallery.select(choose, drawn.gallery, [chosen, onward], **PRIVATE)
-        onward.click(take, chosen, [upload, tabs], **PRIVATE)
+        drawn.gallery.select(choose, None, [chosen, onward], **PRIVATE)
+        onward.click(take, [chosen, drawn.gallery, drawn.conditions], [*edited, tabs], **PRIVATE)
 
         def follow(values: dict[str, Any], session: str) -> list[Any]:
             found = models.load(values["model"])
