@@ -95,7 +95,7 @@ def options_of_prior(setup: Setup, steps: int) -> list[Any]:
 
 
 def prior(setup: Setup, precision: str) -> dict[str, Any]:
-    """Width and depth of prior-base over 512 codes (86 M weights), 64 codes an image, 256 images a step."""
+    """Width and depth of prior-base over 512 codes (86 M parameters), 64 codes an image, 256 images a step."""
     words = options_of_prior(setup, 100)
     return _both(setup, prior_program.main, [*words, "--preview-images", 0], precision)
 

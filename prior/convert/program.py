@@ -36,7 +36,7 @@ def run(config: ConvertConfig) -> None:
         print(f"left out {len(left_out)} tensor{plural} used only in training: {', '.join(groups)}")
     (height, width), (rows, columns) = tokenizer.config.image_size, tokenizer.grid
     print(
-        f"{output}: from {kind} to {config.to}, {weights / 1e6:.1f} million weights, "
+        f"{output}: from {kind} to {config.to}, {weights / 1e6:.1f} million parameters, "
         f"images of {height}x{width} as {rows}x{columns} codes of {tokenizer.codebook_size}{what}"
     )
 

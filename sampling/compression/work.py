@@ -138,7 +138,7 @@ def compress_images(config: CompressConfig) -> None:
             write_json(folder / SUMMARY, found)
     print(
         f"{len(pictures)} image{'s' * (len(pictures) > 1)} in {size} bytes, {found['bits_per_pixel']:.4f} bits a pixel "
-        f"({found['nats_per_code']:.3f} nats a code): {config.output / ARCHIVE}"
+        f"({found['nats_per_code']:.3f} nats per token): {config.output / ARCHIVE}"
     )
 
 
