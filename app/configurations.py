@@ -90,12 +90,17 @@ class Configurations:
             values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
         if self.request.text_column:
             values["text_column"] = self.request.text_column
+        if (most := self.value("tokenizer", "max_broken")) is not None:  # the same images are read
+            values.setdefault("images", {})["max_broken"] = most
         return values
 
     def prompts(self) -> list[str]:
-        """Captions that samples are drawn of; none where the user says what they are drawn of."""
+        """Captions that samples are drawn of; none where the user says what they are drawn of, or the prior reads
+        none."""
         other = ("prompt", "prompt-file", "class", "num-per-class", "init-image", "source-image")
-        return [] if self.given("samples", *other) else list(self.survey.prompts)
+        if self.given("samples", *other) or self.value("prior", "text_length") == 0:
+            return []
+        return list(self.survey.prompts)
 
     def guided(self) -> bool:
         """Whether samples have classes or captions that the prior learns to do without."""

@@ -100,7 +100,7 @@ def codebook_size(tokens: int) -> int:
 def prior_weights(tokens: int) -> float:
     """Weights of a prior for so many different training tokens: 11 million for 3.2 million tokens, to the power 0.7.
 
-    A line through priors that worked: a former demo (3.5 million parameters, 0.54 million tokens), CIFAR-10 (11, 3.2) and
+    A line through priors that worked: a former demo (3.5 million, 0.54 million tokens), CIFAR-10 (11, 3.2) and
     LlamaGen-B to -L on ImageNet (111 to 343, 328; Sun et al. 2024, table 1).
     """
     return 11e6 * (tokens / 3.2e6) ** 0.7
@@ -146,7 +146,7 @@ MOST_DROPOUT = 0.3
 def dropout(passes: float) -> float:
     """Dropout of a prior that passes over the images so often.
 
-    In four passes over the demo's images 0.1 costs 0.04 nats per token, in eight over CIFAR-10 a prior with 0.1 overfits,
+    In four passes over the demo's images 0.1 costs 0.04 nats per token, in eight over CIFAR-10 one with 0.1 overfits,
     in 64 over 3,239 photographs in 8 views one with 0.3 does not.
     """
     return next(share for share, most in ((0.0, 6), (0.1, 12), (0.2, 40), (MOST_DROPOUT, math.inf)) if passes < most)

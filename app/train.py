@@ -228,7 +228,7 @@ def adapted(plan: "Plan", config: TrainConfig, begun: Sequence[str]) -> "Plan":
 
 def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "Plan":
     """Make a plan, after which the stages `replaced` of an earlier run are removed. Raises `UserError`, and then an
-    earlier plan is left as it was."""
+    earlier plan is left as it was; so is that of a run that has begun with --plan."""
     from .machine import machine
     from .plan import Plan, written
     from .planner import Planner
@@ -242,20 +242,25 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
     allowed = any(word.startswith("--max-broken") for word in request.tokenizer)
     if survey.unreadable * survey.train > most * every and not allowed:
         share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
-        raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=… and --codes max-broken=…")
+        raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=…")
     with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as name:
         made = Path(name)
         rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, made).plan()
         spent = {"plan": time.perf_counter() - began}
         plan = Plan(request, config.minutes, None, rows, expected, spent, replaced, written(made))
         check_stages(plan, made)
-        plan.install(made, config.output)
+        if config.plan and replaced:
+            told = f"not saved, as a run in {config.output} has begun; without --plan it is replaced by this"
+            print(told, file=sys.stderr)
+        else:
+            plan.install(made, config.output)
     return plan
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Add to an error about an option of a stage how it is set here."""
+def explained(name: str, output: Path | None = None) -> Iterator[None]:
+    """Add to an error about an option of a stage how it is set here; of one that runs in `output`, whose options cannot
+    be changed before what it has written is removed."""
     from .stages import STAGES
 
     try:
@@ -265,7 +270,8 @@ def explained(name: str) -> Iterator[None]:
         option = next((key for key in re.findall(r"--([a-z][a-z0-9-]*)", str(error)) if key in known), None)
         if name not in GIVEN or option is None:
             raise
-        raise type(error)(f"{error} (in vqgen-train: --{name} {option}=...)") from error
+        removed = f"remove {output / name}, then " if output and (output / name).exists() else ""
+        raise type(error)(f"{error} (in vqgen-train: {removed}--{name} {option}=...)") from error
 
 
 @contextmanager
@@ -306,7 +312,7 @@ def train(config: TrainConfig) -> None:
                 plan.save(output)  # a killed run keeps its steps
             plan.forget_removed(output, name)
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))
-            with recorded(plan, output, name), explained(name):
+            with recorded(plan, output, name), explained(name, output):
                 STAGES[name](words_of(plan, output, name, remove), f"{number}/{len(plan.stages)}")
         page = write_page(output)
     print(f"\n{outcome(plan)}\nLook at {output / 'samples' / 'grid.png'}, and at all of it in {page}")

@@ -81,6 +81,16 @@ def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
     return seen.over_processes().hexdigest()
 
 
+def _conditions(codes: CodeFiles, conditioning: Conditioning, chosen: Sequence[int]) -> dict[str, str]:
+    """Fingerprint of images with all that stands in front of their codes, where that is more than a class."""
+    if len(conditioning.plain.parts) == 1:
+        return {}
+    seen = SetHash()
+    for batch in Sequences(codes, conditioning).ordered(chosen, 1000):
+        seen.add_images(batch.tokens, torch.full((len(batch),), -1))
+    return {"sequences": seen.over_processes().hexdigest()}
+
+
 def measure_likelihood(config: LikelihoodConfig) -> Measurement:
     """Negative log-likelihood, perplexity and rate of code files under a prior. Raises `UserError`."""
     if heat := config.map:
@@ -117,6 +127,7 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
             "tokenizer": prior.tokenizer_fingerprint,
             "data": codes.manifest.data_fingerprint,
             "codes": _fingerprint(codes, chosen),
+            **({} if config.unconditional else _conditions(codes, conditioning, chosen)),
         },
         {"images": count},
         {

@@ -1,6 +1,7 @@
 """Training of a prior."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -94,7 +95,8 @@ class PriorTrainer:
             attend_unmasked(prior.backbone)
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
-        self.fingerprints = {"tokenizer": train.tokenizer_fingerprint, "data": train.data_fingerprint}
+        self.fingerprints: dict[str, Any] = {"tokenizer": train.tokenizer_fingerprint, "data": train.data_fingerprint}
+        self.fingerprints["source"] = dataclasses.asdict(train.source) if train.source else None
         self.extra: dict[str, Any] = {"best": math.inf, "stale": 0, "codes": self.fingerprints}
         self.examples, self.position = len(train), None
         self.validated = min(config.validation_images or len(heldout), len(heldout))
@@ -141,14 +143,20 @@ class PriorTrainer:
     def _check_codes(self) -> None:
         """Compare the codes with those that the resumed run began with, where its checkpoint says which.
 
-        Raises `UserError` for those of another tokenizer; of other images the best validation begins anew.
+        Raises `UserError` for those of another tokenizer, or with other sources; of other images the best validation
+        begins anew.
         """
-        began, now = self.extra.get("codes", self.fingerprints), self.fingerprints
+        now = self.fingerprints
+        began = {**now, **self.extra.get("codes", {})}  # earlier versions did not say what the sources were
         if began["tokenizer"] != now["tokenizer"]:
             found = f"{self.config.codes} has codes of tokenizer {now['tokenizer'][:12]}, {self.run.folder} began with"
             remedy = "use those, --overwrite to start anew, or another --output"
             raise UserError(f"--codes: {found} codes of {began['tokenizer'][:12]}; {remedy}")
-        if began["data"] != now["data"]:
+        before, found = (_task(each["source"]) for each in (began, now))
+        if before != found:
+            what = f"{self.config.codes} has codes of sources ({found}), {self.run.folder} began with {before}"
+            raise UserError(f"--codes: {what}; use those, --overwrite to start anew, or another --output")
+        if (began["data"], began["source"]) != (now["data"], now["source"]):
             self.run.say(
                 f"{self.config.codes} has codes of other images than the run began with; it goes on with these"
             )
@@ -254,6 +262,11 @@ class PriorTrainer:
 
     def save(self) -> None:
         self.best.save(self.run.folder, self.tokenizer_folder)
+
+
+def _task(source: Mapping[str, Any] | None) -> str:
+    """What the sources of code files are, as text."""
+    return " ".join(source["degradations"]) or source["description"] if source else "none"
 
 
 def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:

@@ -18,6 +18,7 @@ from processes import weights
 
 from vqgen.config import parse
 from vqgen.config_layers import MARK
+from vqgen.errors import UsageError
 from vqgen.files.yaml_text import read_yaml
 from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining, main
@@ -222,6 +223,21 @@ def test_steps_of_the_command_line_come_before_a_budget_in_a_file(tmp_path: Path
     assert result.code == 0, result.err
     found = saved(tmp_path)
     assert (found["steps"], found["epochs"], found["lr_warmup"]) == (3, None, 7)
+
+
+def test_a_budget_takes_the_place_of_another_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run: {epochs: null, minutes: 50}")
+    config = parse(TokenizerTraining, ["--data", "demo", "--config", str(file), "--epochs", "5"])
+    assert (config.run.minutes, config.run.epochs) == (None, 5)
+    (tmp_path / "later.yaml").write_text("run: {epochs: 3, minutes: null}")
+    config = parse(
+        TokenizerTraining, ["--data", "demo", "--config", str(file), "--config", str(tmp_path / "later.yaml")]
+    )
+    assert (config.run.minutes, config.run.epochs) == (None, 3)
+    for words in (["--epochs", "5", "--minutes", "1"], ["--config", str(file), "--epochs", "5", "--minutes", "1"]):
+        with pytest.raises(UsageError, match="give one of them"):
+            parse(TokenizerTraining, ["--data", "demo", *words])
 
 
 def test_all_processes_end_a_trial_by_the_clock_of_the_main_one(

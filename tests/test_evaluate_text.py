@@ -80,7 +80,7 @@ def test_ranks_are_those_of_a_naive_computation(
     result = measured("--n", 6, "--per-prompt", 2, "--seed", 5, "--batch-size", 4, *words)
     assert result.code == 0 and "Mean reciprocal rank" in result.out, result.err
     found = json.loads((tmp_path / "receipt.json").read_text())
-    assert found["counts"] == {"captions": 6, "images drawn": 12}
+    assert found["counts"] == {"captions": 6, "images drawn": 12} and len(found["fingerprints"]["captions"]) == 64
     generator = Generator.load(model, "cpu", "fp32")
     data = open_images(str(photos), "test", ImageConfig([16, 16]), text_column="txt")
     assert data.captions is not None

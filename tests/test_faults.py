@@ -332,6 +332,17 @@ def test_a_checkpoint_with_files_of_others_is_not_replaced(tmp_path: Path) -> No
     assert tree(tmp_path) == before
 
 
+def test_too_little_memory_is_no_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    net = torch.nn.Linear(2, 2)
+    path = save_checkpoint(tmp_path, 3, {"net": net}, {}, {}, keep=2)
+    monkeypatch.setattr("vqgen.training.checkpoint.load_module", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_checkpoint(path, {"net": net}, {})
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"{}", b'{"step": "'])
 @pytest.mark.parametrize("name", ["state.json", "net.safetensors", "optimizers.pt"])
 def test_a_checkpoint_file_that_is_not_what_it_should_be(tmp_path: Path, name: str, content: bytes | None) -> None:

@@ -18,6 +18,7 @@ from vqgen.evaluation.likelihood import heat_map
 from vqgen.evaluation.measurement import check_classes
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
+from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.parts.source import PairedSource
 from vqgen.prior.vocabulary import Vocabulary
@@ -175,3 +176,35 @@ def test_a_map_replaces_no_picture_of_others(cli, tmp_path):
     result = cli(evaluate.main, *words)
     assert result.code == 2 and "--map" in result.err and str(tmp_path / "positions.png") in result.err
     assert (tmp_path / "positions.png").read_bytes() == foreign != picture
+
+
+def test_sources_are_measured_and_in_the_receipt(cli, tmp_path):
+    """Two folders of the same codes with other sources differ, and without any there is an NLL without a source."""
+    codes, sources = CodeFiles(codes_for(tmp_path / "plain", make_prior(tmp_path / "plainly")), "train"), []
+    about = SourceRecord("degraded", [2, 3], "d" * 64, ["grey"])
+    prior = Prior.load(tmp_path / "plainly")
+    conditioning = Conditioning(prior.vocabulary, [PairedSource(about, 0.1), Classes(3, NAMES)])
+    torch.manual_seed(0)
+    model = Prior(PriorConfig(dim=16, layers=2, heads=2), conditioning, (3, 4, 6), prior.tokenizer_fingerprint)
+    model.save(tmp_path / "model", tmp_path / "plainly" / "tokenizer")
+    for name, shift in (("one", 1), ("two", 2)):
+        drawn = (np.arange(9 * 6).reshape(9, 1, 2, 3) + shift) % SIZE
+        sources.append(codes_for(tmp_path / name, tmp_path / "model", source=drawn))
+
+    def measured(folder: Path, *words: str) -> dict[str, Any]:
+        words = ("--codes", str(folder), "--split", "train", "--output", str(tmp_path / "receipt.json"), *words)
+        result = cli(evaluate.main, "likelihood", "--model", tmp_path / "model", *words)
+        assert result.code == 0, result.err
+        (tmp_path / "receipt.json").replace(tmp_path / "kept.json")
+        return json.loads((tmp_path / "kept.json").read_text())
+
+    one, two = (measured(folder) for folder in sources)
+    assert one["fingerprints"]["codes"] == two["fingerprints"]["codes"]
+    assert one["fingerprints"]["sequences"] != two["fingerprints"]["sequences"]
+    assert one["metrics"]["nats_per_token"] != two["metrics"]["nats_per_token"]
+    without = [measured(folder, "--unconditional")["metrics"] for folder in (*sources, codes.folder)]
+    assert without[0] == without[1] == without[2]
+    result = cli(
+        evaluate.main, "likelihood", "--model", tmp_path / "model", "--codes", codes.folder, "--split", "train"
+    )
+    assert result.code == 1 and "no source codes" in result.err and "--unconditional" in result.err

@@ -413,6 +413,45 @@ def test_a_prior_goes_on_with_codes_of_its_own_tokenizer_alone(tmp_path: Path, o
     assert weights(tmp_path / "prior") == trained
 
 
+def test_a_prior_that_is_shortened_to_its_checkpoint_is_validated(tmp_path: Path, codes: Path, two: Path) -> None:
+    """Otherwise what is saved would be the weights before training."""
+    words = [
+        *STAGE_TWO,
+        "--codes",
+        codes,
+        "--output",
+        tmp_path / "run",
+        "--lr",
+        0.01,
+        "--validate-every",
+        50,
+        "--steps",
+    ]
+    assert run(PRIOR, *words, 60, hook=at_row(6)).code == -signal.SIGKILL
+    assert steps(tmp_path / "run") == [4] and not [row for row in rows(tmp_path / "run") if "heldout/gap" in row]
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    run(PRIOR, *words, 3).refused(1, "--steps", "further")
+    assert (tmp_path / "run" / "config.yaml").read_text() == config, "what is refused changes nothing"
+    run(PRIOR, *words, 4).ok()
+    assert [row["step"] for row in rows(tmp_path / "run") if "heldout/gap" in row] == [4]
+    average = load_file(tmp_path / "run/checkpoints/step-00000004/average.safetensors")
+    saved = load_file(tmp_path / "run/model.safetensors")
+    name = "model.norm.weight"
+    (trained,) = (tensor for key, tensor in average.items() if key.endswith(name))
+    assert torch.equal(saved[name], trained)
+    assert weights(tmp_path / "run") != weights(two)
+
+
+def test_a_tokenizer_says_that_its_images_are_others(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 60)
+    words = ["--data", tmp_path / "images", *STAGE_ONE[2:], "--holdout", 0.2, "--output", tmp_path / "run", "--steps"]
+    run(TOKENIZER, *words, 2).ok()
+    assert "other images" not in run(TOKENIZER, *words, 3).ok().err
+    write_images(tmp_path / "images", 80)
+    assert "other images" in run(TOKENIZER, *words, 4).ok().err
+    assert "other images" not in run(TOKENIZER, *words, 5).ok().err
+
+
 def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path) -> None:
     """Each of its options changes the first steps' loss, or adds a term of its own."""
     found = {}

@@ -217,6 +217,10 @@ def test_the_options_of_text(tmp_path: Path) -> None:
     assert plain.describe() == Conditioning.for_files(without).describe() and [p.name for p in plain.parts] == ["class"]
     with pytest.raises(UsageError, match="--text-length"):
         Conditioning.for_files(without, ObjectiveConfig(text_length=8))
+    with pytest.raises(UsageError, match=r"--text-dropout: found 0\.3"):
+        Conditioning.for_files(without, ObjectiveConfig(text_dropout=0.3))
+    with pytest.raises(UsageError, match="--text-vocabulary: found 500"):
+        Conditioning.for_files(without, ObjectiveConfig(text_vocabulary=500))
     with pytest.raises(UserError, match="--text-length 0"):
         squares(tmp_path / "e", [""] * 4)
 

@@ -127,6 +127,11 @@ def test_samples_are_drawn_of_captions(tmp_path: Path, cli: Callable[..., Any], 
     assert len(captions) == 3 and all(text.endswith(" of 60 reds") for text in captions)
     assert [image["text"] for image in drawn["images"]] == [*captions, captions[0]]
     assert drawn["settings"]["guidance_scale"] == 2
+    # Nor of captions where the prior is to read none.
+    given += ["--prior", "text-length=0"]
+    result = cli(main, *words(tmp_path / "without"), *given)
+    assert result.code == 0, result.err
+    assert "prompt" not in yaml.safe_load((tmp_path / "without" / "plan" / "samples.yaml").read_text())
 
 
 def test_given_settings_are_not_searched_again(
@@ -248,6 +253,10 @@ def test_broken_images_are_found_before_training(tmp_path: Path, cli: Callable[.
         (tmp_path / f"broken{index}.png").unlink()
     result = cli(main, "--data", tmp_path, "--output", output, "--minutes", 20, "--plan")
     assert result.code == 0, "one of a hundred"
+    result = cli(
+        main, "--data", tmp_path, "--output", output, "--minutes", 20, "--plan", "--tokenizer", "max-broken=0.2"
+    )
+    assert result.code == 0 and "max_broken: 0.2" in (output / "plan" / "codes.yaml").read_text()
 
 
 def test_the_search_skips_as_many_broken_images_as_the_encoding(
@@ -474,9 +483,14 @@ def test_a_plan_that_cannot_be_made_leaves_the_former_one(
     # Nor one that a stage cannot read.
     result = cli(main, *words(tmp_path, "--plan", "--overwrite", "--samples", "n=0"))
     assert result.code == 2 and "--n" in result.err and tree(tmp_path / "plan") == before
+    # Nor one that is only looked at, while the folder holds a run.
+    result = cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite"))
+    assert result.code == 0 and "64" in result.out and "not saved" in result.err
+    assert tree(tmp_path / "plan") == before and (tmp_path / "tokenizer").is_dir()
+    (tmp_path / "tokenizer").rmdir()
     assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0
     made = saved_plan(tmp_path) or pytest.fail()
-    assert made.request.size == [64, 64] and made.replaced == ["tokenizer"]
+    assert made.request.size == [64, 64] and made.replaced == []
 
 
 def test_an_error_of_a_stage_says_how_to_set_its_option(
@@ -493,7 +507,10 @@ def test_an_error_of_a_stage_says_how_to_set_its_option(
     file.write_text(file.read_text().replace("patience: -5", "patience: 5"))
     monkeypatch.setitem(stages.STAGES, "tokenizer", dataclasses.replace(stages.STAGES["tokenizer"], run=failing))
     result = cli(main, *words(tmp_path))
-    assert result.code == 1 and "--tokenizer validation-images=" in result.err
+    assert result.code == 1 and "vqgen-train: --tokenizer validation-images=" in result.err
+    (tmp_path / "tokenizer").mkdir()  # a run that has begun keeps its options
+    result = cli(main, *words(tmp_path))
+    assert result.code == 1 and f"remove {tmp_path / 'tokenizer'}, then --tokenizer validation-images=" in result.err
 
 
 def test_a_budget_is_left_to_who_gives_another(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
 import vqgen.tokenizer.codes.degrade as degrade_module
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.dataset import Sequences
 from vqgen.prior.export.program import main as export
@@ -163,9 +163,27 @@ def test_options_that_do_not_fit_the_codes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--source-dropout: found 0.3, .*without"):
         Conditioning.for_files(plain, ObjectiveConfig(source_dropout=0.3))
     assert Conditioning.for_files(plain).paired_source is None
-    sequences = Sequences(plain, Conditioning.for_files(both))
-    with pytest.raises(UserError, match="without has no source"):
-        next(sequences.ordered([0], 1))
+    trained = Conditioning.for_files(both)
+    part = trained.paired_source
+    assert part is not None and not part.misfit(both) and "no source codes" in part.misfit(plain)
+    absent = next(Sequences(plain, trained).ordered([0], 1))  # what NLL without a source is measured on
+    assert (absent.layout.part(absent.tokens, "source") == torch.tensor(part.absent)).all()
+    others = PairedSource(SourceRecord("paired", [2, 3], "d" * 64, description="other by name"))
+    assert "degraded" in others.misfit(both)
+
+
+def test_a_prior_goes_on_with_sources_of_its_own_task_alone(cli, tmp_path: Path) -> None:
+    prior = make_prior(tmp_path / "prior")
+    write_shifted(tmp_path / "codes", Prior.load(prior).tokenizer_fingerprint, prior / "tokenizer")
+    words = ["--codes", tmp_path / "codes", "--output", tmp_path / "run", "--dim", 16, "--layers", 1, "--heads", 2]
+    words += ["--batch-size", 8, "--precision", "fp32", "--preview-images", 0, "--checkpoint-every", 2, "--steps"]
+    assert cli(train, *words, 2).code == 0
+    file = tmp_path / "codes" / "manifest.json"
+    file.write_text(file.read_text().replace('"grey"', '"blur:2"'))
+    result = cli(train, *words, 4)
+    assert result.code == 1 and "--codes" in result.err and "blur:2" in result.err and "grey" in result.err
+    file.write_text(file.read_text().replace('"blur:2"', '"grey"'))
+    assert cli(train, *words, 4).code == 0
 
 
 # Training

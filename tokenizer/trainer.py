@@ -145,7 +145,17 @@ class TokenizerTrainer:
                 if isinstance(self.train_images, StreamImages):
                     self.train_images.position = Position()
         self.extra.setdefault("weight_norm", float(self._weight_norm()))
+        self._check_images()
         self.batches = batches(first_step)
+
+    def _check_images(self) -> None:
+        """Say where the run began with other images; streams say so themselves."""
+        if not isinstance(self.train_images, StreamImages) and not isinstance(self.heldout_images, StreamImages):
+            now = [self.train_images.fingerprint, self.heldout_images.fingerprint]
+            if self.extra.get("images", now) != now:
+                found = f"{shown(self.config.data)} has other images than the run began with"
+                self.run.say(f"{found}, and others of them may be held out; it goes on with these")
+            self.extra["images"] = now
 
     def _weight_norm(self) -> Tensor:
         """Norm of all weights of encoder and decoder; its growth shows whether the learning rate is too high."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from . import __version__
 from .config_layers import merged, read_arguments, read_file, was_removed
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, lacks_memory
 from .files import write_text
 from .files.yaml_text import dump_yaml
 from .option_types import type_name
@@ -196,7 +196,7 @@ def _ended(
             denied = one_line(f"{error.filename}: {error.strerror}")
             print(f"{program}: {denied}; change its permissions or name another place", file=sys.stderr)
             return 1
-        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        if lacks_memory(error):
             print(f"{program}: not enough memory ({one_line(str(error))[:300]}); ask for less", file=sys.stderr)
             return 1
         traceback.print_exc()

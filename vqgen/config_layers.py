@@ -29,6 +29,8 @@ REMOVED: dict[str, tuple[Any, ...] | None] = {
     "gan_plateau_steps": None,
     "keep_share": (None,),
 }
+# Options that stand for each other: one that a later layer gives takes the place of the other.
+INSTEAD = {"minutes": "epochs", "epochs": "minutes"}
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -178,6 +180,12 @@ def merged(config: type, layers: Sequence[Layer]) -> dict[str, Any]:
             option = known[-1][name]
             if option.available:
                 values[name] = _typed(option, value, where)
+                if (
+                    (other := INSTEAD.get(name))
+                    and values[name] is not None
+                    and layer.values.get(other, (None,))[0] is None
+                ):
+                    values.pop(other, None)
             elif then[name].available:
                 _typed(then[name], value, where)
             elif not layer.written_by_us:

@@ -1,10 +1,17 @@
 """Errors that a user can cause. The message names the file or option, what was found, and what to do."""
 
+import re
+
 
 class UserError(Exception):
     """An error that the user can fix; the command line prints its message as one line, without a traceback."""
 
     exit_code = 1
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is not enough memory, of the machine or of a GPU."""
+    return isinstance(error, MemoryError) or bool(re.search("can't allocate memory|out of memory", str(error)))
 
 
 class UsageError(UserError):

@@ -1,5 +1,7 @@
 """Text: whether captions are told apart, by images that are drawn of them and by the likelihood."""
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,12 +73,13 @@ def measure_text(config: TextConfig) -> Measurement:
     dataset.broken.report = warn
     check_classes(generator.prior, dataset.class_names, config.unconditional, f"--data: {config.data}")
     classed = generator.conditioning.classes.count and not config.unconditional
-    images, prompts, labels, pixels = [], list[str](), list[int](), SetHash()
+    images, prompts, labels, pixels, texts = [], list[str](), list[int](), SetHash(), hashlib.sha256()
     for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, reading):
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
         labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)
         pixels.add_images(batch.images, torch.tensor(labels[-len(batch.images) :]))
+        texts.update(repr(prompts[-len(batch.images) :]).encode())
     if len(prompts) < 2:
         raise UserError(f"--data: {config.data} has fewer than 2 images to measure; give more")
     true, ranks = torch.cat(images), Columns()
@@ -99,6 +102,7 @@ def measure_text(config: TextConfig) -> Measurement:
             "prior": generator.prior.fingerprint,
             "tokenizer": generator.tokenizer.fingerprint,
             "data": pixels.hexdigest(),
+            "captions": texts.hexdigest(),
             "extractor": extractor.fingerprint if extractor else None,
         },
         {"captions": n, "images drawn": n * config.per_prompt if extractor else 0},

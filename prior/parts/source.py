@@ -210,9 +210,19 @@ class PairedSource(Source):
         found = {"source": {**dataclasses.asdict(self.about), "dropout": self.dropout}}
         return {**found, "inpainting": self.inpainting} if self.inpainting else found
 
+    def misfit(self, files: CodeFiles) -> str:
+        if not files.source:
+            return "has no source codes, the prior was trained with some"
+        (kind, *grid), own = ((about.kind, *about.grid) for about in (files.source, self.about))
+        if (kind, *grid) != own:
+            return f"has {kind} sources of {grid} codes, the prior was trained with {own[0]} ones of {list(own[1:])}"
+        return ""
+
     def of_rows(self, rows: Rows) -> Tensor:
         if rows.unknown is not None:
             return self.of_codes(masked(rows.codes, rows.unknown))
+        if not rows.files.has_source:
+            return torch.tensor(self.absent).expand(len(rows.codes), -1)
         codes = rows.files.gather_source(rows.indices, rows.views)
         return self.of_codes(codes if rows.scans is None else scanned(codes, rows.scans))
 

@@ -97,7 +97,7 @@ class CodeFiles:
         image_size, channels: height and width in pixels, and channels of the encoded images.
         codebook_size, class_names, tokenizer_fingerprint, data_fingerprint: as in the manifest.
         source: what the source codes are, None where there are none.
-        has_captions: whether there are captions.
+        has_source, has_captions: whether there are source codes, and captions.
 
     Raises `UserError` naming the file where the folder is unfinished, a shard is missing or truncated, or its header
     differs from the manifest. What the shards hold is checked by `check` and `verify`.
@@ -116,6 +116,7 @@ class CodeFiles:
         self.channels, self.class_names = manifest.channels, manifest.class_names
         self.tokenizer_fingerprint, self.data_fingerprint = manifest.tokenizer_fingerprint, manifest.data_fingerprint
         self.source, self.has_captions = manifest.source, manifest.captions
+        self.has_source = self.source is not None
         row, shards = (self.views, *code_shape(self.grid, self.depth)), self._entry.shards
         source = (self.views, *code_shape(self.source.grid, self.depth)) if self.source else None
         self._rows = row, source

@@ -24,6 +24,9 @@ class CodeRows(Protocol):
     @property
     def has_captions(self) -> bool: ...
 
+    @property
+    def has_source(self) -> bool: ...
+
     def gather(self, indices: ArrayLike, views: ArrayLike) -> Tensor: ...
 
     def gather_source(self, indices: ArrayLike, views: ArrayLike) -> Tensor: ...
@@ -56,6 +59,10 @@ class LoadedRows:
     @property
     def has_captions(self) -> bool:
         return self.texts is not None
+
+    @property
+    def has_source(self) -> bool:
+        return self.source is not None
 
     def _rows(self, indices: ArrayLike, views: ArrayLike = 0) -> NDArray[np.int64]:
         image = as_indices(indices)

@@ -26,7 +26,7 @@ class Files:
         return len(self.names)
 
     def key(self, item: int) -> str:
-        """Text that decides the split of an item, so that new files do not move the others."""
+        """Text that decides the split of an item, wherever it stands among the others."""
         return self.names[item]
 
     def name(self, item: int) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqgen.artifact import unpickle
-from vqgen.errors import UserError
+from vqgen.errors import UserError, lacks_memory
 from vqgen.files import atomic_path, checksum, open_regular, read_record
 from vqgen.files.output_folder import OutputFolder
 from vqgen.files.write import remove_folder
@@ -204,6 +204,8 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
             if name in saved or name != SCALER:
                 load_optimizer(part, saved[name])
     except _UNREADABLE as error:
+        if lacks_memory(error):  # a RuntimeError, too
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         remedy = f"remove {path} to resume from an older checkpoint"
         raise UserError(f"{file} is damaged or from another run ({reason}); {remedy}") from error

@@ -95,8 +95,11 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
 
 
 def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """Remove what is not to be resumed, and write the configuration."""
-    output = run_folder(folder)
+    """Remove what is not to be resumed, and write the configuration. Raises `UserError` where the run is to be resumed
+    and is already longer."""
+    output, run = run_folder(folder), getattr(config, "run", None)
+    if run and not overwrite and (found := checkpoints(folder / CHECKPOINTS)) and step_of(found[-1]) > run.steps:
+        raise UserError(f"{run.length}, but {found[-1]} is further; give more")
     if overwrite:
         output.clear(keep=[CONFIG])  # by which a removal that was killed is recognised
     else:

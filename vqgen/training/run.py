@@ -38,7 +38,7 @@ from .health import Row
 from .options import RunConfig
 from .schedule import Plan
 from .summary import changes, expectation, extent, summary
-from .trackers import JsonlTracker, further_trackers, read_history
+from .trackers import JsonlTracker, further_trackers, read_history, validated
 from .trainer import Trainer
 
 SHOWN = ("loss", "inpainting_loss", "reconstruction", "perceptual", "adversarial", "lr", "peak_memory_gb")
@@ -134,8 +134,6 @@ class Run:
         trainer.extra.update(extra)
         if before != self.precision:  # of `auto`, on another machine
             self.say(f"--precision: {self.settings.precision} was {before} up to step {step}, now {self.precision}")
-        if step > self.settings.steps:
-            raise UserError(f"{self.settings.length}, but {path} is further; give more")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
         if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)
@@ -251,7 +249,8 @@ class Run:
         settings, sums, seconds = self.settings, self._sums, 0.0
         logged, began = self.done, time.perf_counter() - self.seconds
         first, entered, told = self.done, time.perf_counter(), False
-        if self.unvalidated:
+        # The last step of a shorter run may be one that was not to be validated.
+        if self.unvalidated or (self.done == settings.steps and not validated(self.rows, self.done)):
             self._validate(trainer)
         with progress(settings.steps, self.folder.name, "step", self.main, self.done) as bar:
             while self.done < settings.steps and not trainer.finished():

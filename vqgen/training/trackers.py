@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,3 +82,8 @@ def read_history(path: Path, last: int) -> tuple[list[dict[str, Any]], int]:
     """Rows of `metrics.jsonl` up to step `last`, and the number of lines that were skipped; see `read_rows`."""
     rows, damaged = read_rows(path)
     return [row for row in rows if row["step"] <= last], damaged
+
+
+def validated(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether rows of metrics have the validation of a step."""
+    return any(row["step"] == step and any(name.startswith("heldout/") for name in row) for row in rows)
