@@ -4,12 +4,8 @@ A finished run has samples.json, an unfinished one samples.partial.json. Either 
 is continued where it was interrupted, and no other file is ever replaced or removed.
 """
 
-import hashlib
-import io
 import json
 import re
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
-from PIL import Image
 
 from vqgen.errors import UsageError, UserError
-from vqgen.files import checksum, read_bytes, read_json, read_record, write_json
+from vqgen.files import checksum, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
+from vqgen.files.png import png_state
 from vqgen.files.read import MAX_TEXT
 from vqgen.prior.parts.part import is_absent
 
@@ -43,7 +39,6 @@ _OWN = (
     r"grid\.png",
 )
 _INDEX = re.compile(r"(?:images/.+/)?([0-9]{5,})(?:-.+)?\.png")
-_LARGEST = 2**28  # bytes of an image that is verified
 
 
 def path_word(name: str, otherwise: str) -> str:
@@ -198,42 +193,6 @@ def _short(value: object) -> str:
     return text if len(text) < 200 else f"{text[:200]}..."
 
 
-def _state(path: Path, sha256: str | None, size: tuple[int, int] | None) -> Literal["ours", "damaged", "other"]:
-    """Whether a file is the image that was drawn; "other" is a whole PNG of another checksum or (width, height)."""
-    try:
-        data = read_bytes(path, _LARGEST)
-        if sha256 is not None and hashlib.sha256(data).hexdigest() == sha256:
-            return "ours"
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            found = image.size
-            image.verify()  # the CRC of every chunk; IndexError where none holds pixels
-        if sha256 is None and not _has_all_pixels(data):
-            return "damaged"
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
-        return "damaged"
-    return "ours" if sha256 is None and size in (None, found) else "other"
-
-
-def _has_all_pixels(data: bytes) -> bool:
-    """Whether the compressed pixels of an intact PNG of 8 bits, grey or colour, are as many as its header says.
-
-    Decoders do not tell: they fill up what is missing, and leave out the rest.
-    """
-    width, height, depth, colours = struct.unpack_from(">IIBB", data, 16)
-    at, stream = 8, b""
-    while at < len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        stream += data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
-        at += 12 + length
-    wanted = height * (1 + width * {0: 1, 2: 3}.get(colours, 0))
-    inflater = zlib.decompressobj()
-    try:
-        found = inflater.decompress(stream, wanted + 1)
-    except zlib.error:
-        return False
-    return depth == 8 and len(found) == wanted and inflater.eof
-
-
 @dataclass(frozen=True)
 class Found:
     """What an output folder holds of a run."""
@@ -282,7 +241,7 @@ def check_output(
         differs = f"n {run.n}, now {n}"
     n, damaged = max(n, run.n), []
     for name in [] if differs or foreign else sorted(own - {FINISHED, UNFINISHED}):
-        state = _state(output / name, run.sums.get(name), None if name == GRID else size)
+        state = png_state(output / name, run.sums.get(name), None if name == GRID else size)
         (damaged if state == "damaged" else foreign if state == "other" else []).append(name)
     if differs or foreign:
         what = "a run that did not end" if unfinished else "another run"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from processes import tree
 
 import vqgen.sampling.sample as program
@@ -103,11 +104,21 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def unfinish(folder: Path) -> None:
+    """Make the run one that was interrupted before its first image."""
+    about = json.loads((folder / "samples.json").read_text())
+    del about["images"], about["grid"]  # and with them the checksums
+    (folder / "samples.partial.json").write_text(json.dumps(about))
+    (folder / "samples.json").unlink()
+    (folder / "00000.png").unlink()
+
+
 def damage(path: Path, kind: str) -> None:
     data = bytearray(path.read_bytes())
     if kind == "flipped":
         data[len(data) // 2] ^= 4
     kinds = {"emptied": b"", "cut off": data[: len(data) // 2], "text": b"no image", "flipped": data}
+    kinds["longer"] = data + b"more"  # behind its last chunk
     kinds["no pixels"] = data[:33] + data[-12:]  # signature and IHDR, then IEND
     for name, count in (("too few", 9), ("too many", 10**6)):
         pixels = b"IDAT" + zlib.compress(bytes(count))
@@ -116,15 +127,14 @@ def damage(path: Path, kind: str) -> None:
     path.write_bytes(kinds[kind])
 
 
-@pytest.mark.parametrize("kind", ["emptied", "cut off", "text", "flipped", "no pixels", "too few", "too many"])
+DAMAGES = ["emptied", "cut off", "text", "flipped", "no pixels", "too few", "too many", "longer"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "partial"])
 def test_damaged_images_are_drawn_again(sample, folder: Path, drawn: Path, kind: str, finished: bool) -> None:
     if not finished:
-        about = json.loads((folder / "samples.json").read_text())
-        del about["images"], about["grid"]  # and with them the checksums
-        (folder / "samples.partial.json").write_text(json.dumps(about))
-        (folder / "samples.json").unlink()
-        (folder / "00000.png").unlink()
+        unfinish(folder)
     elif kind in ("too few", "too many"):
         pytest.skip("a whole image of another checksum is not ours to replace")
     for name in ("00001.png", "grid.png"):
@@ -157,6 +167,16 @@ def test_another_image_in_the_place_of_a_sample_is_nobodys_to_replace(sample, fo
         assert "holds these 4 images already" in sample("--n", 4).out
         side = 20
     write_png_atomic(folder / "00002.png", torch.full((1, side, side), 7, dtype=torch.uint8))
+    before = tree(folder)
+    ended = sample("--n", 4)
+    assert ended.code == 2 and "00002.png" in ended.err and "--overwrite" in ended.err and tree(folder) == before
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "I;16"])
+def test_a_picture_of_another_kind_in_an_unfinished_run_is_not_ours(sample, folder: Path, mode: str) -> None:
+    """Of the size of the samples, but vqgen writes grey and colour of 8 bits alone."""
+    unfinish(folder)
+    Image.new(mode, (16, 16)).save(folder / "00002.png")
     before = tree(folder)
     ended = sample("--n", 4)
     assert ended.code == 2 and "00002.png" in ended.err and "--overwrite" in ended.err and tree(folder) == before
