@@ -159,6 +159,14 @@ class Filling:
         return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks)).hexdigest()
 
     @property
+    def pasted_fingerprint(self) -> str | None:
+        """sha256 of the known pixels that are pasted back; codes do not tell them."""
+        if self.originals is None or self.pixels is None:
+            return None
+        known = self.originals.masked_fill(self.pixels[:, None], 0)
+        return hashlib.sha256(known.numpy().tobytes()).hexdigest()
+
+    @property
     def kept(self) -> Tensor:
         """The codes that are kept of all rows, one after another; on the prior's grid as tokens, in drawing order. Of
         `given` images all codes, as any may be kept."""

@@ -30,6 +30,8 @@ PARTS = ("mask", "box", "vary", "extend", "keep_rows")
 _OF_PARTS = ("kept_codes", "kept_fingerprint", "code_grid", "mask_fingerprint")
 # Settings that may differ between a run and the one that continues it.
 MAY_DIFFER = ("n", "former", "version", "model", "init_images", "source_images", "images", "grid", *PARTS)
+# Settings that lists did not always have: what they do not say may be the same.
+_LATER = ("pasted_fingerprint",)
 # All names that files of a run can have, in order of removal: the finished list must not outlive an image.
 _OWN = (
     r"samples\.json",
@@ -172,7 +174,7 @@ def _difference(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first setting in which two runs differ, as text; empty where one can continue the other."""
     for key in [*wanted, *(key for key in former if key not in wanted)]:
         before, now = former.get(key), wanted.get(key)
-        if key in MAY_DIFFER or before == now:
+        if key in MAY_DIFFER or before == now or (key in _LATER and key not in former):
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             return _difference(before, now)

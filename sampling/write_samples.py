@@ -218,6 +218,8 @@ class Series:
             if filling.sourced:
                 about["mask_fingerprint"] = filling.fingerprint
                 about["paste"] = filling.originals is not None
+                if pasted := filling.pasted_fingerprint:
+                    about["pasted_fingerprint"] = pasted
         if self.sources:
             about["source_images"] = [str(path) for path in self.sources.paths]
             if config.source:

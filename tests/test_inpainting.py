@@ -466,6 +466,25 @@ def test_the_program_varies_and_takes_several_boxes(sample, with_source: Path, t
     assert torch.equal(drawn_images(tmp_path / "out"), ours.images)
 
 
+def test_known_pixels_tell_runs_apart(sample, with_source: Path, tmp_path: Path) -> None:
+    """Where every code is drawn, the codes of two photographs are alike, but what is pasted back is not."""
+    words = "--box", 2, 0, 2, 4, "--n", 2
+    assert sample(*words).code == 0
+    path, pixels = tmp_path / "out" / "samples.json", photos(1)[0]
+    about = json.loads(path.read_text())
+    assert about["kept_codes"] == 0 and len(about["pasted_fingerprint"]) == 64
+    drawn_over = pixels.clone()
+    drawn_over[:, :, 2:4] ^= 1
+    write_png_atomic(tmp_path / "photo.png", drawn_over)
+    assert "holds these 2 images" in sample(*words).out, "in the box its pixels have no part"
+    write_png_atomic(tmp_path / "photo.png", pixels ^ 1)
+    refused = sample(*words)
+    assert refused.code == 2 and "--output" in refused.err and "pasted fingerprint" in refused.err
+    del about["pasted_fingerprint"]  # as an earlier version wrote it
+    path.write_text(json.dumps(about))
+    assert "holds these 2 images" in sample(*words).out
+
+
 def test_a_variation_depends_on_its_own_index(cli, with_source: Path, tmp_path: Path) -> None:
     """Neither on how many there are nor on how that number was given: image i is of the i-th photograph in turn."""
     images, output = photos(3), tmp_path / "out"
