@@ -42,6 +42,13 @@ def image_files(paths: list[Path], option: str = "--init-image") -> list[Path]:
     return found
 
 
+def given_files(config: SampleConfig) -> dict[str, list[Path]]:
+    """The image files that are read, by the option that gives them. Raises `UserError`."""
+    given = {"--init-image": config.init_image, "--source-image": config.source_image}
+    found = {option: image_files(paths, option) for option, paths in given.items() if paths}
+    return {**found, "--mask": config.mask} if config.mask else found
+
+
 def pixel_mask(config: SampleConfig, index: int, path: Path, image: Tensor) -> Tensor:
     """The pixels of an image (C, H, W) that are drawn, bool (H, W), by --mask and --box. Raises `UserError`."""
     height, width = image.shape[1:]

@@ -5,6 +5,7 @@ is continued where it was interrupted, and no other file is ever replaced or rem
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -215,12 +216,27 @@ def own_folder(output: Path) -> OutputFolder:
     return folder
 
 
-def check_output(
-    output: Path, names: Names, about: Mapping[str, Any], overwrite: bool, size: tuple[int, int] | None = None
-) -> Found:
-    """Return what `output` holds of the run that `about` describes; `size` is (width, height) of its images.
+def _refuse_given(folder: OutputFolder, given: Mapping[str, Sequence[Path]]) -> None:
+    """Raise `UsageError` where a file that is read is one that a new run removes."""
+    own = {os.path.realpath(path) for path in folder.own_files()}
+    for option, paths in given.items():
+        if inside := next((path for path in paths if os.path.realpath(path) in own), None):
+            text = f"{inside} is a file of the former run in {folder.path}, which is removed"
+            raise UsageError(f"{option}: {text}; copy it or choose another --output")
 
-    Raises `UsageError` where the folder holds files of something else or of another run.
+
+def check_output(
+    output: Path,
+    names: Names,
+    about: Mapping[str, Any],
+    overwrite: bool,
+    size: tuple[int, int],
+    given: Mapping[str, Sequence[Path]],
+) -> Found:
+    """Return what `output` holds of the run that `about` describes.
+
+    `size` is (width, height) of its images, `given` the files that are read for them, by option. Raises `UsageError`
+    where the folder holds files of something else or of another run, or one of `given` that is to be removed.
     """
     folder, lists, n = own_folder(output), _lists(output), about["n"]
     if not folder.present:
@@ -232,12 +248,14 @@ def check_output(
     if overwrite:
         if foreign:
             raise UsageError(f"--output: {output} holds {foreign[0]}, no sample of a former run; choose another folder")
+        _refuse_given(folder, given)
         return Found("new", n)
     former, unfinished, run = read_json(lists[0]), lists[0].name == UNFINISHED, _read_list(lists[0])
     if isinstance(settings := former.get("settings"), dict):  # an earlier version knew fewer
         former["settings"] = {**vars(SamplingSettings()), **settings}
     differs = _difference(former, json.loads(json.dumps(about)))  # JSON turns tuples into lists
     if run.former and not differs:
+        _refuse_given(folder, given)
         return Found("new", n)  # it was killed while it removed the images of an earlier run
     if not differs and unfinished and run.n > n:
         differs = f"n {run.n}, now {n}"

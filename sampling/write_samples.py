@@ -31,7 +31,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .filling import Filling
 from .generator import Generator, find_model
-from .init_images import SourceImages, chosen_filling, chosen_sources
+from .init_images import SourceImages, chosen_filling, chosen_sources, given_files
 from .output import GRID, PARTS, UNFINISHED, Found, Names, begin, check_list, check_output, finish, samples_folder
 from .oversample import batches, with_candidates
 from .sample import SampleConfig
@@ -244,7 +244,8 @@ def write_samples(config: SampleConfig) -> PartialState:
     names, about = series.names, series.describe()
     check_list(names, about)
     with locked_by_main(output):
-        found = on_main(lambda: check_output(output, names, about, config.overwrite, series.size))
+        given = given_files(config)
+        found = on_main(lambda: check_output(output, names, about, config.overwrite, series.size, given))
         if found.status == "done":
             if state.is_main_process:
                 samples_folder(output).remove_leftovers()

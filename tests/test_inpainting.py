@@ -485,6 +485,28 @@ def test_known_pixels_tell_runs_apart(sample, with_source: Path, tmp_path: Path)
     assert "holds these 2 images" in sample(*words).out
 
 
+def test_images_that_overwriting_would_remove_are_refused(cli, sample, with_source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert sample("--vary", 0.5, "--n", 4).code == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    (tmp_path / "link.png").symlink_to(output / "00003.png")
+    words = ["--model", with_source, "--output", output, "--device", "cpu", "--overwrite"]
+    photo = tmp_path / "photo.png"
+    for option, further in (
+        ("--init-image", ["--init-image", photo, output / "00003.png", "--vary", 0.3]),
+        ("--init-image", ["--init-image", output / ".." / "out", "--vary", 0.3]),
+        ("--init-image", ["--init-image", tmp_path / "link.png"]),
+        ("--mask", ["--init-image", photo, "--mask", output / "00001.png"]),
+    ):
+        result = cli(program.main, *words, *further)
+        assert result.code == 2 and f"{option}: " in result.err and result.err.count("\n") == 1, result.err
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    # A picture in the folder that is no sample of its run stays, and can be given.
+    write_png_atomic(output / "mine.png", photos(1)[0])
+    result = cli(program.main, *words, "--init-image", output / "mine.png", "--vary", 0.3, "--n", 2)
+    assert result.code == 0 and len(list(output.glob("0*.png"))) == 2, result.err
+
+
 def test_a_variation_depends_on_its_own_index(cli, with_source: Path, tmp_path: Path) -> None:
     """Neither on how many there are nor on how that number was given: image i is of the i-th photograph in turn."""
     images, output = photos(3), tmp_path / "out"

@@ -529,6 +529,13 @@ def test_pixels_of_a_source_that_are_kept_tell_runs_apart(sample, folder: Path, 
     assert refused.code == 2 and "source fingerprint" in refused.err
 
 
+def test_sources_that_overwriting_would_remove_are_refused(sample, folder: Path, tmp_path: Path) -> None:
+    assert sample("--source-image", folder).code == 0
+    before = files(tmp_path / "out")
+    refused = sample("--source-image", tmp_path / "out" / "translated", "--overwrite")
+    assert refused.code == 2 and "--source-image: " in refused.err and files(tmp_path / "out") == before
+
+
 def test_sources_are_degraded_by_the_seed_and_their_place(sample, folder: Path, tmp_path: Path, generator) -> None:
     assert sample("--source-image", folder, "--source", "noise:0.2", "--seed", 4).code == 0
     images = torch.stack([decode(path.read_bytes(), 3) for path in sorted(folder.iterdir())])
