@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from vqgen.config import command
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_text
+from vqgen.option_types import problem_of
 from vqgen.options import MOST_IMAGES, CountOrZero, Images, Options, Range, Seed, Size
 
 from .settings import SamplingOptions
@@ -137,15 +138,20 @@ class SampleConfig(Options):
 
     @property
     def prompts(self) -> list[str] | None:
-        """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`."""
+        """The texts of --prompt, or the lines of --prompt-file that are not empty. Raises `UserError`, also for
+        lines that --prompt would not take: no list of samples could hold them."""
         if self.prompt_file is None:
             return self.prompt
         try:
             text = read_text(self.prompt_file, MAX_PROMPTS).removeprefix("\ufeff")
         except UserError as error:
             raise UserError(f"--prompt-file: {error}") from error
-        found = [line for line in text.splitlines() if line.strip()]
-        if not found:
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
+            if problem := problem_of(line):
+                shown = f"{self.prompt_file} line {number}: found {line[:80]!r}, {problem}"
+                raise UserError(f"--prompt-file: {shown}; remove it")
+        if not (found := [line for line in lines if line.strip()]):
             raise UserError(f"--prompt-file: {self.prompt_file} holds no text; write one prompt a line")
         return found
 

@@ -124,6 +124,19 @@ def test_text_that_no_file_can_hold_is_refused(tmp_path: Path, text: str) -> Non
             parse(Small, ["--config", str(tmp_path / "c.yaml")])
 
 
+@pytest.mark.parametrize("text", ["a\0b", "a\x1b[31m", "a\x7f"])
+def test_a_prompt_of_a_file_is_checked_as_one_of_the_command_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="--prompt: "):
+        parse(SampleConfig, [f"--prompt={text}"])
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a shoe\n\n{text}\na bag\n")
+    config = parse(SampleConfig, ["--prompt-file", str(path)])
+    with pytest.raises(UserError, match=r"--prompt-file: .*prompts\.txt line 3"):
+        _ = config.prompts
+    path.write_text("a\tshoe\n\x0ca bag\n")
+    assert parse(SampleConfig, ["--prompt-file", str(path)]).prompts == ["a\tshoe", "a bag"]
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "d/" + "x" * 256 + "/y", "d/" * 2100])
 def test_names_of_files_are_bounded(name: str) -> None:
     for option in ("--file", "--config"):

@@ -113,7 +113,7 @@ def _converted(hint: Any, value: Any) -> Any:
     raise ValueError
 
 
-def _problem(value: Any) -> str:
+def problem_of(value: Any) -> str:
     """Why a text cannot be used anywhere, or a path not be a file's; empty where it can."""
     text = str(value)
     if re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
@@ -134,6 +134,6 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         shown = value if isinstance(value, str) and value.strip() else repr(value)
         raise UsageError(f"{where}: found {shown[:200]}, expected {type_name(hint)}") from None
     for each in found if isinstance(found, list) else [found]:
-        if isinstance(each, (str, Path)) and (problem := _problem(each)):
+        if isinstance(each, (str, Path)) and (problem := problem_of(each)):
             raise UsageError(f"{where}: found {str(each)[:200]!r}, {problem}")
     return found
