@@ -124,13 +124,13 @@ class Series:
         """Read the given images and check everything. Raises `UserError`, `UsageError`."""
         sources = chosen_sources(config, generator)
         conditions = chosen_conditions(config, generator, sources)
-        classes = conditions["class"]
+        classes, named = conditions["class"], generator.conditioning.classes.parse(config.class_ or [])
         if config.layout != "flat" and classes == [ABSENT]:
             text = f"{config.layout} needs classes, and these images have none"
             raise UsageError(f"--layout: {text}; {_naming(generator)}use flat")
         if config.num_per_class and classes == [ABSENT]:
             raise UsageError(f"--num-per-class: these images have no classes; {_naming(generator)}use --n")
-        if config.num_per_class and len(set(classes)) < len(config.class_ or classes):
+        if config.num_per_class and len(set(named)) < len(named):
             raise UsageError("--num-per-class: --class names a class twice; name each once")
         given, pairs = len(config.prompts or [""]), len(conditions.get("text", [""]))
         if config.num_per_class and config.num_per_class < given < pairs:

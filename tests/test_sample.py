@@ -340,6 +340,11 @@ def test_images_without_a_class_in_training_do_for_label_dropout(cli, tmp_path):
     assert Generator.load(model).sample(2, classes=[-1, 0]).codes.shape == (2, 2, 3)
 
 
+def test_classes_with_commas_have_as_many_images_each(sample, tmp_path):
+    assert sample("--class", "shoe,bag", "--num-per-class", 2).code == 0
+    assert [image["class"] for image in about(tmp_path / "samples")["images"]] == ["shoe", "bag"] * 2
+
+
 def test_a_folder_with_files_is_refused_unless_overwritten(sample, tmp_path):
     folder = tmp_path / "samples"
     assert sample("--n", 9).code == 0
@@ -535,6 +540,7 @@ def test_class_folders_are_a_labelled_dataset(sample, tmp_path):
         (["--init-image", "IMAGE", "--layout", "folders"], "--layout: folders needs classes"),
         (["--init-image", "IMAGE", "--num-per-class", "2"], "--num-per-class: these images have no classes"),
         (["--class", "bag", "2", "--num-per-class", "2"], "--num-per-class: --class names a class twice"),
+        (["--class", "shoe,shoe,bag", "--num-per-class", "2"], "--num-per-class: --class names a class twice"),
         (["--init-image", "nowhere.png"], "--init-image: nowhere.png cannot be read (No such file"),
         (["--init-image", "TEXT"], "cannot be read (no known image format)"),
         (["--init-image", "EMPTY"], "holds no images"),
