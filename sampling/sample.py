@@ -41,8 +41,8 @@ class SampleConfig(Options):
     """Run or model folder of the prior, or cifar10, cifar10-restorer or emoji, the models in the package; by default
     $VQGEN_MODEL, then runs/demo/prior, then cifar10."""
     n: Images | None = None
-    """Number of images; 64 unless --num-per-class says otherwise, more where there are more prompts (in several
-    classes), or one for each --source-image."""
+    """Number of images; by default, without --num-per-class, 64, or one for each --source-image, and more where there
+    are more --init-image, prompts (in several classes) or named classes."""
     num_per_class: Images | None = None
     """Number of images of each class, in place of --n."""
     class_: list[str] | None = None

@@ -136,7 +136,9 @@ class Series:
         if config.num_per_class and config.num_per_class < given < pairs:
             text = f"found {config.num_per_class}, but each of {given} prompts is drawn in every class"
             raise UsageError(f"--num-per-class: {text}; give {given} or more, or --n")
-        n = config.count(len(set(classes)), len(sources) if sources else max(64, pairs))
+        stated = [len(conditions[name]) for name, values in config.conditions.items() if values]
+        files = map(len, given_files(config).values())
+        n = config.count(len(set(classes)), max([0 if sources else 64, *stated, *files]))
         filling = chosen_filling(config, generator, n)
         settings = generator.settings(config.given_settings, conditions, filling)
         if filling:

@@ -340,6 +340,15 @@ def test_images_without_a_class_in_training_do_for_label_dropout(cli, tmp_path):
     assert Generator.load(model).sample(2, classes=[-1, 0]).codes.shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("option", ["class", "init-image"])
+def test_by_default_nothing_that_is_given_is_left_out(sample, tmp_path, option):
+    path = tmp_path / "IMAGE.png"
+    write_png_atomic(path, torch.zeros(3, 4, 6, dtype=torch.uint8))
+    given = [index % 3 for index in range(66)] if option == "class" else [path] * 66
+    assert sample(f"--{option}", *given).code == 0
+    assert about(tmp_path / "samples")["n"] == 66
+
+
 def test_classes_with_commas_have_as_many_images_each(sample, tmp_path):
     assert sample("--class", "shoe,bag", "--num-per-class", 2).code == 0
     assert [image["class"] for image in about(tmp_path / "samples")["images"]] == ["shoe", "bag"] * 2

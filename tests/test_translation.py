@@ -529,6 +529,17 @@ def test_pixels_of_a_source_that_are_kept_tell_runs_apart(sample, folder: Path, 
     assert refused.code == 2 and "source fingerprint" in refused.err
 
 
+def test_all_classes_of_a_source_are_drawn(sample, folder: Path, tmp_path: Path) -> None:
+    result = sample("--source-image", folder / "a.png", "--class", "bag", "shoe", "shirt")
+    assert result.code == 0, result.err
+    listed = json.loads((tmp_path / "out" / "samples.json").read_text())["images"]
+    assert [(each["file"], each["class"]) for each in listed] == [
+        ("00000.png", "bag"),
+        ("00001.png", "shoe"),
+        ("00002.png", "shirt"),
+    ]
+
+
 def test_sources_that_overwriting_would_remove_are_refused(sample, folder: Path, tmp_path: Path) -> None:
     assert sample("--source-image", folder).code == 0
     before = files(tmp_path / "out")
