@@ -138,7 +138,7 @@ class Filling:
     @cached_property
     def known(self) -> Known:
         """The codes that are kept."""
-        return Known(self.codes, ~self.cells, self.vocabulary)
+        return Known(self.codes, ~self.cells, self.vocabulary, own=self.given is not None)
 
     @classmethod
     def joined(cls, parts: Sequence["Filling"]) -> "Filling":

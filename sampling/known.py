@@ -21,6 +21,8 @@ class Known:
     mask: Tensor
     """bool (m, h, w), True where the codes are known."""
     vocabulary: Vocabulary
+    own: bool = False
+    """Whether each image of the series has a row of its own, so that there are as many as images are drawn."""
 
     def __len__(self) -> int:
         """Number of rows m."""
@@ -35,8 +37,8 @@ class Known:
 
     @cached_property
     def leading(self) -> int:
-        """Number of first tokens that are known in every row."""
-        return int((self.tokens >= 0).all(0).long().cumprod(0).sum())
+        """Number of first tokens that are known in every row of a series, however many images it has."""
+        return 0 if self.own else int((self.tokens >= 0).all(0).long().cumprod(0).sum())
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Tokens (B, length) of images of the series."""

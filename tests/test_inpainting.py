@@ -366,6 +366,11 @@ def test_a_variation_draws_a_share_of_the_codes(tmp_path: Path) -> None:
     assert changed.sum(1).max() <= 3 and changed.float().mean() > 0.3
     assert changed.any(0).all(), "every place varies in some"
     assert torch.equal(generator.vary(images, 0.5, n=10, seed=2).codes, found.codes[:10])
+    # Codes are fed alike, one by one, however many there are: in one pass their last bits would be others.
+    assert {generator.tokens_of(generator.variation(images, 0.2, n, seed=2)) for n in (1, 2, 40)} == {6}
+    assert torch.equal(
+        generator.vary(images, 0.2, n=2, seed=2).nats, generator.vary(images, 0.2, n=40, seed=2).nats[:2]
+    )
 
 
 WHOLE, OUTSIDE = torch.ones(4, 6, dtype=torch.bool), torch.arange(9)[:, None].expand(9, 6) < 1
