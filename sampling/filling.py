@@ -33,7 +33,8 @@ def fitted_masks(masks: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Masks bool (B, H, W) resized and cropped as images are in training: (B, height, width), True where any was."""
     if masks.shape[-2:] == torch.Size(size):
         return masks
-    found = [center_crop(fit(255 * mask[None].to(torch.uint8), size, mode), size)[0] > 0 for mask in masks]  # type: ignore[arg-type]
+    # As floats: a pixel of a large mask is less than half of 1 of 255 in a small one.
+    found = [center_crop(fit(mask[None].float(), size, mode), size)[0] > 0 for mask in masks]  # type: ignore[arg-type]
     return torch.stack(found)
 
 

@@ -29,7 +29,7 @@ from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.generate import image_uniforms
 from vqgen.sampling.decoding.logits import choose
-from vqgen.sampling.filling import cells_of, continued, paste
+from vqgen.sampling.filling import cells_of, continued, fitted_masks, paste
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.sampling.windows import windows
@@ -262,6 +262,16 @@ def test_a_hole_of_pixels_is_a_hole_of_codes_and_their_neighbours() -> None:
     assert grown[0:3, 2:5].all() and grown.sum() == 9
     pixels[0, 0, 0] = True
     assert cells_of(pixels, 4)[0].sum() == 13 and cells_of(pixels, 4)[0, :2, :2].all()
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("place", [(0, 0), (200, 300), (333, 457), (399, 599)])
+def test_a_pixel_of_a_large_mask_is_drawn(mode: str, place: tuple[int, int]) -> None:
+    mask = torch.zeros(1, 400, 600, dtype=torch.bool)
+    assert not fitted_masks(mask, (4, 6), mode).any()
+    mask[0][place] = True
+    found = fitted_masks(mask, (4, 6), mode)
+    assert found[0, place[0] // 100, place[1] // 100] and found.sum() <= 4
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -21,7 +21,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def fit(image: Tensor, size: Sequence[int], mode: Literal["crop", "pad"]) -> Tensor:
-    """Resize uint8 (C, h, w) with antialiasing, keeping its aspect ratio.
+    """Resize uint8 or float (C, h, w) with antialiasing, keeping its aspect ratio.
 
     "pad": to exactly `size`, centred on black. "crop": to at least `size`, one side equal; the crop itself is left to
     `center_crop` or a random crop.
