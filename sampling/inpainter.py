@@ -119,6 +119,12 @@ class Inpainter(Drawer):
                 raise UsageError(f"--source-image: {text}")
             if filling.grid != self.vocabulary.grid:
                 raise UsageError("--size: a source image tells one window alone; images in windows take none")
+        elif (source := self.conditioning.paired_source) and source.required:
+            option, way = (
+                ("--size", "draw larger images") if filling.cells.all() else ("--init-image", "complete images")
+            )
+            trained = f"the prior was trained with {source.undropped}, always with a source image"
+            raise UsageError(f"{option}: {trained}, and cannot {way}; use --source-image, or another prior")
         self.check(settings, self.seen(conditions, filling))
 
     def draw_filling(

@@ -416,6 +416,8 @@ def test_what_a_prior_cannot_do_is_one_line(tmp_path: Path, generator: Generator
     )
     with pytest.raises(UsageError, match="--source-dropout 0"):
         always.sample(1)
+    with pytest.raises(UsageError, match=r"^--size: .*--source-dropout 0"):
+        always.sample(1, size=(8, 12))
     with pytest.raises(UsageError, match=r"--source-guidance-scale: .*--source-dropout 0"):
         always.translate(photos(), source_guidance_scale=2.0)
     assert len(always.translate(photos()).codes) == 3
@@ -527,6 +529,20 @@ def test_pixels_of_a_source_that_are_kept_tell_runs_apart(sample, folder: Path, 
     write_png_atomic(folder / "a.png", other)
     refused = sample("--source-image", folder / "a.png")
     assert refused.code == 2 and "source fingerprint" in refused.err
+
+
+def test_a_prior_that_needs_a_source_completes_nothing(cli, folder: Path, tmp_path: Path) -> None:
+    """It says so, and does not ask for --source-image beside options that refuse it."""
+    words = [
+        "--model",
+        model_with(tmp_path / "always", [PairedSource(GREY, 0.0), Classes(3, NAMES)]),
+        "--device",
+        "cpu",
+    ]
+    for given in (["--init-image", folder / "a.png", "--keep-rows", 1], ["--init-image", folder], ["--size", 8, 12]):
+        result = cli(program.main, *words, "--output", tmp_path / "out", *given)
+        assert result.code == 2 and result.err.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert f"{given[0]}: " in result.err and "--source-dropout 0" in result.err, result.err
 
 
 def test_all_classes_of_a_source_are_drawn(sample, folder: Path, tmp_path: Path) -> None:
