@@ -7,9 +7,11 @@ is continued where it was interrupted, and no other file is ever replaced or rem
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,8 +223,8 @@ def _refuse_given(folder: OutputFolder, given: Mapping[str, Sequence[Path]]) -> 
     own = {os.path.realpath(path) for path in folder.own_files()}
     for option, paths in given.items():
         if inside := next((path for path in paths if os.path.realpath(path) in own), None):
-            text = f"{inside} is a file of the former run in {folder.path}, which is removed"
-            raise UsageError(f"{option}: {text}; copy it or choose another --output")
+            found = f"{inside} is a file of the former run, which is removed"
+            raise UsageError(f"{option}: {found}; copy it or choose another --output")
 
 
 def check_output(
@@ -291,7 +293,9 @@ def begin(output: Path, about: Mapping[str, Any], found: Found) -> None:
         write_json(output / UNFINISHED, dict(about))
 
 
-def _entries(names: Names, about: Mapping[str, Any], indices: range, sum_of: Callable[[str], str]) -> dict[str, Any]:
+def _entries(
+    names: Names, about: Mapping[str, Any], indices: Sequence[int], sum_of: Callable[[str], str]
+) -> dict[str, Any]:
     """The list of a run with the entries of some images; `sum_of` gives the checksum of a file."""
     given = {name: values for name, values in about.get("conditions", {}).items() if isinstance(values, list)}
     images = []
@@ -304,20 +308,37 @@ def _entries(names: Names, about: Mapping[str, Any], indices: range, sum_of: Cal
 
 def check_list(names: Names, about: Mapping[str, Any]) -> None:
     """Raise `UsageError` where samples.json would be larger than it may be when it is read."""
-    n = about["n"]
-    last = range(max(0, n - 1000), n)  # entries differ in the lengths of names and conditions alone
-    whole, none = (
-        len(
-            json.dumps(_entries(names, about, some, lambda file: "0" * 64), indent=2, ensure_ascii=False).encode(
-                errors="replace"
-            )
-        )
-        for some in (last, range(0))
-    )
-    one = (whole - none) / len(last)
-    if none + n * one > MAX_TEXT:
-        most = max(0, int((MAX_TEXT - none) / one))
+    n, size = about["n"], _size_of_list(names, about)
+    if size(n) > MAX_TEXT:
+        most = max(0, bisect_right(range(n + 1), MAX_TEXT, key=size) - 1)
         raise UsageError(f"--n: {FINISHED} of {n} such images has more than {MAX_TEXT} bytes; draw {most} at most")
+
+
+def _size_of_list(names: Names, about: Mapping[str, Any]) -> Callable[[int], int]:
+    """The bytes of samples.json by the number of images, all numbers in the names of files as long as the last one.
+
+    An entry has values that the series goes through in turn, and besides as many bytes as every other.
+    """
+    n, given = about["n"], about.get("conditions", {}).values()
+
+    def size_of(value: Any) -> int:
+        return len(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="replace"))
+
+    def of_first(count: int) -> int:
+        return size_of(_entries(names, about, [0] * count, lambda file: "0" * 64)) + 1  # the line break at the end
+
+    files = [names.file(index) for index in range(min(n, len(names.stems or names.labels)))]
+    own = [[None if is_absent(value) else value for value in each[:n]] for each in given if isinstance(each, list)]
+    values = files, names.labels[:n], map(names.class_name, names.labels[:n]), *own
+    sums = [list(accumulate(map(size_of, each), initial=0)) for each in values]
+    one, two = of_first(1), of_first(2)
+    fixed = two - one - sum(each[1] for each in sums) + len(names.file(n - 1)) - len(files[(n - 1) % len(files)])
+
+    def of_images(count: int) -> int:
+        in_turn = (count // (len(each) - 1) * each[-1] + each[count % (len(each) - 1)] for each in sums)
+        return 2 * one - two + count * fixed + sum(in_turn)
+
+    return of_images
 
 
 def finish(output: Path, names: Names, about: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from processes import tree
 
 import vqgen.sampling.sample as program
+from vqgen.errors import UsageError
 from vqgen.sampling import output
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
@@ -51,6 +52,41 @@ def test_more_images_than_a_list_is_read_of_are_refused(sample, tmp_path: Path, 
     assert sample("--n", most, "--output", tmp_path / "many").code == 0
     size = (tmp_path / "many" / "samples.json").stat().st_size
     assert 4000 - size / most < size <= 4000
+
+
+@pytest.mark.parametrize("layout", ["flat", "folders"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_size_of_a_list_is_that_of_all_its_texts(tmp_path: Path, monkeypatch, layout: Any, order: int) -> None:
+    """Whether the long ones come first or last."""
+    texts = [["a" * 200, "é\n" * 100, *"bcdef", -1][place] for place in range(8)][::order]
+    labels, n = [0, 2, -1], 30
+    names = output.Names(layout, labels, ["x", "y", "a long name"][::order])
+    kept = {"labels": labels, "class_names": ["x", "y", "a long name"][::order]}
+    about = {"n": n, "layout": layout, **kept, "conditions": {"text": texts, "source": "0" * 64}}
+    for index in range(n):
+        (tmp_path / names.file(index)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / names.file(index)).touch()
+
+    def written(count: int) -> int:
+        output.finish(tmp_path, names, {**about, "n": count})
+        return (tmp_path / "samples.json").stat().st_size
+
+    for count in (1, 2, 5, 8, 17, n):
+        monkeypatch.setattr(output, "MAX_TEXT", written(count))
+        output.check_list(names, {**about, "n": count})
+        monkeypatch.setattr(output, "MAX_TEXT", written(count) - 1)
+        with pytest.raises(UsageError, match=f"--n: .* of {count} .*; draw {count - 1} at most"):
+            output.check_list(names, {**about, "n": count})
+
+
+def test_long_prompts_at_the_beginning_count(monkeypatch) -> None:
+    """The list has them twice, as conditions and with their images: a million bytes each time."""
+    names = output.Names("flat", [-1], None)
+    texts = ["a" * 1000] * 1000 + ["b"] * 1000
+    about = {"n": 2000, "layout": "flat", "labels": [-1], "class_names": None, "conditions": {"text": texts}}
+    monkeypatch.setattr(output, "MAX_TEXT", 2_000_000)
+    with pytest.raises(UsageError, match="--n: "):
+        output.check_list(names, about)
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
