@@ -124,7 +124,7 @@ class Configurations:
         if given:
             return "--samples gives them"
         reads = survey.captions and self.parsed("prior", "--codes", "codes").objective.text_length != 0
-        if self.prompts() or (survey.captions and survey.classes < 2):
+        if self.prompts() or (reads and survey.classes < 2):
             return "samples are drawn of captions"
         if reads:
             return "the prior reads captions, and the search draws without them"

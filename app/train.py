@@ -19,6 +19,7 @@ from vqgen.config import command, options
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_text, write_text
+from vqgen.files.yaml_text import parse_yaml
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
@@ -113,9 +114,15 @@ def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> 
         "tokenizer": plan.expected["tokenizer"].minutes,
         "prior": plan.prior_minutes or plan.expected["prior"].minutes,
     }
-    if name in budget and not has_steps(given):
+    if name in budget and not has_steps(given) and not has_epochs(file_of(output, name)):
         words += ["--minutes", f"{budget[name]:.4g}"]
     return [*words, *given]
+
+
+def has_epochs(file: Path) -> bool:
+    """Whether a user has put --epochs into a configuration of the plan."""
+    run = (parse_yaml(read_text(file)) or {}).get("run") if file.is_file() else None
+    return isinstance(run, dict) and run.get("epochs") is not None
 
 
 def check_words(config: type, name: str, words: Sequence[str]) -> dict[str, Any]:
@@ -300,7 +307,8 @@ def train(config: TrainConfig) -> None:
     check_places(config)
     with locked(output):
         plan = made_or_found(config)
-        print(text_of(plan, {name: words_of(plan, output, name) for name in plan.stages}), flush=True)
+        shown = [] if config.plan and config.overwrite and plan.replaced else plan.stages  # no files of one not saved
+        print(text_of(plan, {name: words_of(plan, output, name) for name in shown}), flush=True)
         if config.plan:
             return
         for number, name in enumerate(plan.stages, 1):

@@ -29,12 +29,6 @@ Holdout = Annotated[float, Range(above=0, below=1)]
 UNUSED_WEIGHTS = "--weights: found with --extractor none, which has none; name the extractor they are for"
 
 
-def check_perceptual(net: str, weights: str | None) -> None:
-    """Raise `UsageError` where a backbone of LPIPS is named without its weights."""
-    if net != "vgg" and not weights:
-        raise UsageError(f"--perceptual-net: found {net} and no --perceptual-weights; name them")
-
-
 @dataclass
 class ReconstructionConfig(Options):
     """Options of `vqgen-eval reconstruction`."""
@@ -75,7 +69,8 @@ class ReconstructionConfig(Options):
         super().__post_init__()
         if self.extractor == "none" and self.weights:
             raise UsageError(UNUSED_WEIGHTS)
-        check_perceptual(self.perceptual_net, self.perceptual_weights)
+        if self.perceptual_net != "vgg" and not self.perceptual_weights:
+            raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
 
 
 @dataclass

@@ -95,12 +95,12 @@ def without_classifier(part: Mapping[str, Any]) -> dict[str, Any]:
 def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> list[str]:
     """Describe what differs: counts and fingerprints must be equal, metrics of `former` within a relative `tolerance`.
 
-    Metrics that `former` lacks are no difference: a later version added them.
+    Metrics and fingerprints that `former` lacks are no difference: a later version added them.
     """
     found = []
     for part in COMPARED:
         old, new = dict(flatten(former[part])), dict(flatten(now[part]))
-        for key in old if part == "metrics" else dict.fromkeys([*old, *new]):
+        for key in dict.fromkeys([*old, *new]) if part == "counts" else old:
             one, two = old.get(key), new.get(key)
             same = one == two or one != one  # earlier versions wrote NaN for classes without images
             if part == "metrics" and isinstance(one, (int, float)) and isinstance(two, (int, float)):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from vqgen.devices import compile_module, matrix_rate, to_device
 from vqgen.errors import UsageError, UserError
+from vqgen.options import option_name
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.pixels import image_grid, to_uint8
 from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.checkpoint import checkpoints
-from vqgen.training.folder import CHECKPOINTS
+from vqgen.training.folder import CHECKPOINTS, has_trained
 from vqgen.training.fsdp import full_tensors, reshard, shard, units
 from vqgen.training.health import Finding, Row, non_finite_origin, overfitting
 from vqgen.training.optimizer import averaged, optimizer_for, update_average
@@ -152,8 +153,8 @@ class PriorTrainer:
             found = f"{self.config.codes} has codes of tokenizer {now['tokenizer'][:12]}, {self.run.folder} began with"
             remedy = "use those, --overwrite to start anew, or another --output"
             raise UserError(f"--codes: {found} codes of {began['tokenizer'][:12]}; {remedy}")
-        before, found = (_task(each["source"]) for each in (began, now))
-        if before != found:
+        if not _same_task(began["source"], now["source"]):
+            before, found = (_task(each["source"]) for each in (began, now))
             what = f"{self.config.codes} has codes of sources ({found}), {self.run.folder} began with {before}"
             raise UserError(f"--codes: {what}; use those, --overwrite to start anew, or another --output")
         if (began["data"], began["source"]) != (now["data"], now["source"]):
@@ -269,6 +270,25 @@ def _task(source: Mapping[str, Any] | None) -> str:
     return " ".join(source["degradations"]) or source["description"] if source else "none"
 
 
+def _same_task(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two sources are of one task: the same degradations, or partners of the same images or data."""
+    if one is None or other is None or one["kind"] != other["kind"] or list(one["grid"]) != list(other["grid"]):
+        return one is other
+    return _task(one) == _task(other) or (
+        one["kind"] == "paired" and one["data_fingerprint"] == other["data_fingerprint"]
+    )
+
+
+def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:
+    """Raise `UsageError` for an option of the command line that has no effect on a prior without text."""
+    if files.has_captions and config.objective.text_length != 0:
+        return
+    for name in ("text_dropout", "text_vocabulary"):
+        if name in config.given:
+            text = f"found {getattr(config.objective, name):g}, but the prior has no text"
+            raise UsageError(f"{option_name(name)}: {text}; take codes of --text-column, or leave the option out")
+
+
 def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
     """Return the run and its trainer, or None where the folder already holds the finished run."""
     run = Run(config.output, config, config.run, config.overwrite, shardable=True)
@@ -281,6 +301,8 @@ def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
     train, heldout = (CodeFiles(config.codes, split) for split in ("train", "heldout"))
     if not len(heldout):
         raise UserError(f"{config.codes} holds no held-out codes; tokenize again with --holdout above 0")
+    if config.overwrite or not has_trained(config.output):  # runs of earlier versions resume
+        refuse_unused(config, train)
     if run.main:
         train.check()
         heldout.check()

@@ -775,11 +775,11 @@ def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, dra
         result = cli(evaluate.main, "replay", tmp_path / "changed.json")
         assert result.code == 1 and part in result.err and "does not come out the same" in result.err
         assert len(result.err.strip().splitlines()) == 1
-    # A metric that the receipt lacks came later; one that is measured no more is a difference.
+    # A metric or fingerprint that the receipt lacks came later; one that is measured no more is a difference.
     for drop in (True, False):
         found = receipt(path)
         if drop:
-            del found["metrics"]["kd-vgg16"]
+            del found["metrics"]["kd-vgg16"], found["fingerprints"]["extractor"]
         else:
             found["metrics"]["former"] = 1.0
         (tmp_path / "changed.json").write_text(json.dumps(found))

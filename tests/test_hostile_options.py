@@ -16,7 +16,6 @@ import yaml
 from vqgen.config import command, parse
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.options import ClassifierTraining, SamplesConfig
-from vqgen.evaluation.tasks.options import InpaintingConfig, SettingsConfig, TranslationConfig
 from vqgen.files.yaml_text import MAX_YAML, dump_yaml, parse_yaml, read_yaml
 from vqgen.options import Options
 from vqgen.prior.train import PriorTraining
@@ -24,12 +23,6 @@ from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
-UNUSED = [
-    (TokenizerTraining, "--data images --shuffle-buffer 64", "--shuffle-buffer"),
-    (SettingsConfig, "--model run --data images --classifier judge --classifier-steps 50", "--classifier-steps"),
-    (InpaintingConfig, "--model run --data images --perceptual-net alex", "--perceptual-net"),
-    (TranslationConfig, "--model run --data images --source grey --perceptual-net alex", "--perceptual-net"),
-]
 BOMB = "a0: &a0 [x, x]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 64))
 MERGED = "a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 40))
 
@@ -260,9 +253,3 @@ def test_images_of_all_classes_together_are_bounded() -> None:
     assert config.count(10) == 10**7
     with pytest.raises(UsageError, match="--num-per-class"):
         config.count(11)
-
-
-@pytest.mark.parametrize("config, words, option", UNUSED)
-def test_an_option_that_has_no_effect_beside_the_others_is_refused(config: type, words: str, option: str) -> None:
-    with pytest.raises(UsageError, match=f"{option}: found"):
-        parse(config, words.split())

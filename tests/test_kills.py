@@ -75,14 +75,14 @@ class Samples:
     def fill(self, folder: Path) -> None:
         about = {"n": 3, "layout": "folders", "labels": [0, 1], "class_names": ["cat", "dog"], "seed": 1}
         names = Names("folders", [0, 1], ["cat", "dog"])
-        begin(folder, about, check_output(folder, names, about, False))
+        begin(folder, about, check_output(folder, names, about, False, (4, 4), {}))
         for name in (*map(names.file, range(3)), "grid.png"):
             write_png_atomic(folder / name, PICTURE)
         finish(folder, names, about)
 
     def overwrite(self, folder: Path) -> None:
         about = {"n": 2, "layout": "flat", "labels": [-1], "class_names": None, "seed": 2}
-        begin(folder, about, check_output(folder, Names("flat", [-1], None), about, True))
+        begin(folder, about, check_output(folder, Names("flat", [-1], None), about, True, (4, 4), {}))
         assert not json.loads((folder / "samples.partial.json").read_text()).get("former")
 
 

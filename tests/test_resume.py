@@ -434,6 +434,9 @@ def test_a_prior_that_is_shortened_to_its_checkpoint_is_validated(tmp_path: Path
     assert (tmp_path / "run" / "config.yaml").read_text() == config, "what is refused changes nothing"
     run(PRIOR, *words, 4).ok()
     assert [row["step"] for row in rows(tmp_path / "run") if "heldout/gap" in row] == [4]
+    # Killed before it was finished it ends alike.
+    state = json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())
+    assert state["extra"]["best"] < math.inf
     average = load_file(tmp_path / "run/checkpoints/step-00000004/average.safetensors")
     saved = load_file(tmp_path / "run/model.safetensors")
     name = "model.norm.weight"

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
+from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation import program as evaluate
 from vqgen.evaluation.report import program as report
@@ -31,6 +32,8 @@ from vqgen.prior.export.program import main as export
 from vqgen.prior.model import Prior
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts.text import FILE, Text, TextTokenizer
+from vqgen.prior.train import PriorTraining
+from vqgen.prior.trainer import refuse_unused
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.format import CodeFiles, Manifest, ShardEntry, SplitEntry, checksum, shard_name, write_shard
 
@@ -217,10 +220,10 @@ def test_the_options_of_text(tmp_path: Path) -> None:
     assert plain.describe() == Conditioning.for_files(without).describe() and [p.name for p in plain.parts] == ["class"]
     with pytest.raises(UsageError, match="--text-length"):
         Conditioning.for_files(without, ObjectiveConfig(text_length=8))
-    with pytest.raises(UsageError, match=r"--text-dropout: found 0\.3"):
-        Conditioning.for_files(without, ObjectiveConfig(text_dropout=0.3))
-    with pytest.raises(UsageError, match="--text-vocabulary: found 500"):
-        Conditioning.for_files(without, ObjectiveConfig(text_vocabulary=500))
+    for option, value in (("--text-dropout", "0.3"), ("--text-vocabulary", "500")):
+        with pytest.raises(UsageError, match=f"{option}: found {value}"):
+            refuse_unused(parse(PriorTraining, ["--codes", "codes", option, value]), without)
+    refuse_unused(parse(PriorTraining, ["--codes", "codes", "--config", "emoji-prior"]), without)  # a preset may
     with pytest.raises(UserError, match="--text-length 0"):
         squares(tmp_path / "e", [""] * 4)
 

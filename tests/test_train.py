@@ -486,6 +486,7 @@ def test_a_plan_that_cannot_be_made_leaves_the_former_one(
     # Nor one that is only looked at, while the folder holds a run.
     result = cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite"))
     assert result.code == 0 and "64" in result.out and "not saved" in result.err
+    assert ".yaml" not in result.out, "its command lines would be of the files of the other plan"
     assert tree(tmp_path / "plan") == before and (tmp_path / "tokenizer").is_dir()
     (tmp_path / "tokenizer").rmdir()
     assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0

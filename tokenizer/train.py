@@ -70,9 +70,6 @@ class TokenizerTraining(Options):
                 raise UsageError("--epochs: a stream has no known number of images; give --steps or --minutes")
             if not self.validation_images:
                 raise UsageError("--validation-images: found 0, but a stream has no known number of them; give one")
-        elif self.shuffle_buffer != type(self).shuffle_buffer:
-            text = f"found {self.shuffle_buffer}, but {self.data} is no stream, and all of it is shuffled"
-            raise UsageError(f"--shuffle-buffer: {text}; leave it out")
         self.architecture()  # checks that the sizes fit together
         if self.decoder_only and self.init is None:
             raise UsageError("--decoder-only: the codes stay those of a tokenizer, but --init names none; add it")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqgen.config import shown
 from vqgen.devices import compile_module, to_device
+from vqgen.errors import UsageError
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
 from vqgen.tokenizer.data.options import check_outside, is_stream
@@ -291,7 +292,10 @@ def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
         return run, TokenizerTrainer(run, config, *open_stream(config.data, config.images, config.validation_images))
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
-    if config.overwrite or not has_trained(config.output):
+    if config.overwrite or not has_trained(config.output):  # runs of earlier versions resume
+        if "shuffle_buffer" in config.given:
+            text = f"found {config.shuffle_buffer}, but {shown(config.data)} is no stream, and all of it is shuffled"
+            raise UsageError(f"--shuffle-buffer: {text}; leave it out")
         for dataset in train, heldout:
             check_outside(config.output, dataset.source.folder)
     return run, TokenizerTrainer(run, config, train, heldout)

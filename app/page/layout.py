@@ -49,18 +49,21 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
                 reconstruct.add(shared)
             with gr.Tab("Codebook", id="codebook"):
                 codebook.add(shared)
-        chosen = gr.State(0)
+        chosen = gr.State(("", "", ""))
 
-        def choose(event: gr.SelectData) -> tuple[int, Any]:
-            return event.index, gr.Button(interactive=True)
+        def choose(
+            pictures: list[tuple[str, str]], conditions: list[tuple[str, str]], event: gr.SelectData
+        ) -> tuple[tuple[str, ...], Any]:
+            known = conditions[event.index] if conditions else ("", "")
+            return (pictures[event.index][0], *known), gr.Button(interactive=True)
 
-        def take(index: int, pictures: list[tuple[str, str]], conditions: list[tuple[str, str]]) -> tuple[Any, ...]:
+        def take(picture: tuple[str, ...], conditions: list[tuple[str, str]]) -> tuple[Any, ...]:
             """Put a drawn image into the editor, with its class and prompt where the model has not changed since."""
-            known = conditions[index] if conditions else ("", "")
-            return pictures[index][0], *known, gr.Tabs(selected="edit")
+            path, *known = picture
+            return path, *(known if conditions else ("", "")), gr.Tabs(selected="edit")
 
-        drawn.gallery.select(choose, None, [chosen, onward], **PRIVATE)
-        onward.click(take, [chosen, drawn.gallery, drawn.conditions], [*edited, tabs], **PRIVATE)
+        drawn.gallery.select(choose, [drawn.gallery, drawn.conditions], [chosen, onward], **PRIVATE)
+        onward.click(take, [chosen, drawn.conditions], [*edited, tabs], **PRIVATE)
 
         def follow(values: dict[str, Any], session: str) -> list[Any]:
             found = models.load(values["model"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision, check_perceptual
+from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision
 from vqgen.options import (
     MOST_IMAGES,
     Count,
@@ -64,10 +64,6 @@ class PicturesConfig(TaskConfig):
     """Backbone of LPIPS."""
     perceptual_weights: str | None = None
     """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_perceptual(self.perceptual_net, self.perceptual_weights)
 
 
 @dataclass
@@ -286,9 +282,3 @@ class SettingsConfig(Options):
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.classifier and self.classifier_steps != type(self).classifier_steps:
-            text = f"found {self.classifier_steps} with --classifier, which is trained"
-            raise UsageError(f"--classifier-steps: {text}; leave one of them out")

@@ -73,13 +73,12 @@ def measure_text(config: TextConfig) -> Measurement:
     dataset.broken.report = warn
     check_classes(generator.prior, dataset.class_names, config.unconditional, f"--data: {config.data}")
     classed = generator.conditioning.classes.count and not config.unconditional
-    images, prompts, labels, pixels, texts = [], list[str](), list[int](), SetHash(), hashlib.sha256()
+    images, prompts, labels, pixels = [], list[str](), list[int](), SetHash()
     for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, reading):
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
         labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)
         pixels.add_images(batch.images, torch.tensor(labels[-len(batch.images) :]))
-        texts.update(repr(prompts[-len(batch.images) :]).encode())
     if len(prompts) < 2:
         raise UserError(f"--data: {config.data} has fewer than 2 images to measure; give more")
     true, ranks = torch.cat(images), Columns()
@@ -102,7 +101,7 @@ def measure_text(config: TextConfig) -> Measurement:
             "prior": generator.prior.fingerprint,
             "tokenizer": generator.tokenizer.fingerprint,
             "data": pixels.hexdigest(),
-            "captions": texts.hexdigest(),
+            "captions": hashlib.sha256(repr(prompts).encode()).hexdigest(),
             "extractor": extractor.fingerprint if extractor else None,
         },
         {"captions": n, "images drawn": n * config.per_prompt if extractor else 0},

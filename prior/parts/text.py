@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import as_record, parse_json, read_text
-from vqgen.options import option_name
 from vqgen.prior.options import MAX_TEXT_IDS, MAX_TEXT_LENGTH, ObjectiveConfig
 from vqgen.tokenizer.codes.format import CodeFiles
 
@@ -162,10 +161,6 @@ class Text(Part):
         if not files.has_captions and wanted:
             text = f"{files.folder} has no captions; tokenize with --text-column, or leave the option out"
             raise UsageError(f"--text-length: {text}")
-        for name in ("text_dropout", "text_vocabulary"):
-            if not files.has_captions and getattr(options, name) != getattr(ObjectiveConfig, name):
-                text = f"found {getattr(options, name):g}, but {files.folder} has no captions"
-                raise UsageError(f"{option_name(name)}: {text}; tokenize with --text-column, or leave the option out")
         if not files.has_captions or wanted == 0:
             return None
         captions = Counter(captions_of(files))

@@ -95,16 +95,19 @@ def check_folder(folder: Path, config: Any, overwrite: bool) -> None:
 
 
 def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
-    """Remove what is not to be resumed, and write the configuration. Raises `UserError` where the run is to be resumed
-    and is already longer."""
-    output, run = run_folder(folder), getattr(config, "run", None)
-    if run and not overwrite and (found := checkpoints(folder / CHECKPOINTS)) and step_of(found[-1]) > run.steps:
-        raise UserError(f"{run.length}, but {found[-1]} is further; give more")
+    """Remove what is not to be resumed, and write the configuration of a run that begins."""
+    output = run_folder(folder)
     if overwrite:
         output.clear(keep=[CONFIG])  # by which a removal that was killed is recognised
     else:
         output.remove_leftovers()
-    configuration.save(replace(config, overwrite=False), folder / CONFIG, MARK)  # it resumes what is begun now
+    if not checkpoints(folder / CHECKPOINTS):
+        save_options(folder, config)
+
+
+def save_options(folder: Path, config: Any) -> None:
+    """Write the configuration of a run, with which it is resumed."""
+    configuration.save(replace(config, overwrite=False), folder / CONFIG, MARK)
 
 
 def _is_marked(saved: Path) -> bool:
@@ -136,6 +139,14 @@ def is_finished(folder: Path, steps: int, patience: int) -> bool:
         return False
     ended = read_record(folder / FINISHED, Finished)
     return ended.steps >= steps or 0 < patience <= ended.stale
+
+
+def completed(folder: Path, steps: int, patience: int, main: bool) -> bool:
+    """`is_finished`; then the main process removes what a kill at the very end left in the folder."""
+    done = is_finished(folder, steps, patience)
+    if done and main:
+        run_folder(folder).remove_leftovers()
+    return done
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from vqgen.threads import oversubscription
 
 from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
-from .folder import CHECKPOINTS, Session, check_folder, checkpoints, finish, is_finished, prepare_folder, run_folder
+from .folder import CHECKPOINTS, Session, check_folder, checkpoints, completed, finish, prepare_folder, save_options
 from .fsdp import configure_fsdp, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
@@ -109,10 +109,7 @@ class Run:
         Then what a kill at the very end left in it is removed.
         """
         patience = getattr(self.config, "patience", 0)  # of a prior
-        done = not self.overwrite and is_finished(self.folder, self.settings.steps, patience)
-        if done and self.main:
-            run_folder(self.folder).remove_leftovers()
-        return done
+        return not self.overwrite and completed(self.folder, self.settings.steps, patience, self.main)
 
     def _restore(self, trainer: Trainer) -> int:
         """Load the newest checkpoint, cut the history back to it, and return the number of steps done."""
@@ -134,6 +131,8 @@ class Run:
         trainer.extra.update(extra)
         if before != self.precision:  # of `auto`, on another machine
             self.say(f"--precision: {self.settings.precision} was {before} up to step {step}, now {self.precision}")
+        if step > self.settings.steps:
+            raise UserError(f"{self.settings.length}, but {path} is further; give more")
         schedule = next(part for part in trainer.optimizers.values() if isinstance(part, LambdaLR))
         if changed := self.plan.resume(step, saved_plan, schedule):
             self.say(changed)
@@ -211,6 +210,7 @@ class Run:
         on_main(lambda: prepare_folder(self.folder, self.config, self.overwrite))
         self.accelerator.init_trackers("vqgen", config={})
         self.done = first = self._restore(trainer)
+        on_main(lambda: save_options(self.folder, self.config))  # what is refused leaves the former one
         # A kill may have come between the last checkpoint and this.
         on_main(lambda: rotate(self.folder / CHECKPOINTS, first, self.settings.keep_checkpoints))
         if self.main:
@@ -219,10 +219,9 @@ class Run:
         if busy := oversubscription(torch.get_num_threads()) if self.device.type == "cpu" else None:
             self.say(busy)
         self.say(summary(self, trainer))
-        optimizer = self.config.optimizer
-        if not first and (warmup := self.plan.warmup(optimizer)) < optimizer.lr_warmup:
-            steps = self.settings.steps
-            self.say(f"--lr-warmup: {optimizer.lr_warmup} is more than half of {steps} steps; {warmup} are used")
+        asked = self.config.optimizer.lr_warmup
+        if not first and (warmup := self.plan.warmup(self.config.optimizer)) < asked:
+            self.say(f"--lr-warmup: {asked} is more than half of {self.settings.steps} steps; {warmup} are used")
         if not first:
             self._diagnose(trainer, 0)  # problems that are known before the first step
         trainer.begin(first)
@@ -230,8 +229,8 @@ class Run:
         try:
             self._loop(trainer)
         except NonFinite as error:
-            found = checkpoints(self.folder / CHECKPOINTS)
-            last = f"last good checkpoint: {found[-1]}" if found else "no checkpoint was saved yet"
+            saved = checkpoints(self.folder / CHECKPOINTS)[-1:]
+            last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was saved yet"
             text = f"not finite: {error}; it began in {trainer.origin()}"
             self.log({"health": "not finite", "message": text}, self.done)
             remedy = "Start again (--overwrite) with a lower --lr, a longer --lr-warmup or --precision fp32"
@@ -246,12 +245,12 @@ class Run:
         self.accelerator.end_training()
 
     def _loop(self, trainer: Trainer) -> None:
-        settings, sums, seconds = self.settings, self._sums, 0.0
-        logged, began = self.done, time.perf_counter() - self.seconds
-        first, entered, told = self.done, time.perf_counter(), False
-        # The last step of a shorter run may be one that was not to be validated.
+        settings, sums, seconds, told = self.settings, self._sums, 0.0, False
+        logged = first = self.done
+        entered, began = time.perf_counter(), time.perf_counter() - self.seconds
         if self.unvalidated or (self.done == settings.steps and not validated(self.rows, self.done)):
             self._validate(trainer)
+            self.checkpoint(trainer)
         with progress(settings.steps, self.folder.name, "step", self.main, self.done) as bar:
             while self.done < settings.steps and not trainer.finished():
                 torch.manual_seed(step_seed(settings.seed, self.done, self.accelerator.process_index))

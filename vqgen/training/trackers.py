@@ -85,5 +85,5 @@ def read_history(path: Path, last: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def validated(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
-    """Whether rows of metrics have the validation of a step."""
+    """Whether rows of metrics have the validation of a step; the last one of a run that was shortened may lack it."""
     return any(row["step"] == step and any(name.startswith("heldout/") for name in row) for row in rows)
