@@ -19,7 +19,7 @@ from vqgen.config import command, options
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_text, write_text
-from vqgen.files.yaml_text import parse_yaml
+from vqgen.files.yaml_text import read_yaml
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
@@ -120,8 +120,9 @@ def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> 
 
 
 def has_epochs(file: Path) -> bool:
-    """Whether a user has put --epochs into a configuration of the plan."""
-    run = (parse_yaml(read_text(file)) or {}).get("run") if file.is_file() else None
+    """Whether a user has put --epochs into a configuration of the plan. Raises `UserError`."""
+    found = read_yaml(file) if file.is_file() else None
+    run = found.get("run") if isinstance(found, dict) else None
     return isinstance(run, dict) and run.get("epochs") is not None
 
 

@@ -453,8 +453,13 @@ def test_a_file_of_the_plan_may_be_edited_before_its_stage(
     file = tmp_path / "plan" / "prior.yaml"
     file.write_text(file.read_text().replace("patience: 5", "patience: 3"))
     assert stages.STAGES["prior"].parsed(words_of(plan, tmp_path, "prior")).patience == 3
-    # Another request would replace it.
     edited, count = file.read_text(), len(trials)
+    for text in ("run: [", "- run"):
+        file.write_text(text)
+        result = cli(main, *words(tmp_path, "--plan"))
+        assert result.code and result.err.count("\n") == 1 and str(file) in result.err
+    file.write_text(edited)
+    # Another request would replace it.
     for further in (["--size", 64], ["--minutes", 30]):
         result = cli(main, *words(tmp_path, "--plan", *further))
         assert (result.code, result.err.count("\n")) == (2, 1)
@@ -463,6 +468,20 @@ def test_a_file_of_the_plan_may_be_edited_before_its_stage(
     assert file.read_text() == edited and len(trials) == count
     assert cli(main, *words(tmp_path, "--plan", "--size", 64, "--overwrite")).code == 0
     assert "patience: 5" in file.read_text()
+
+
+def test_epochs_in_a_file_of_the_plan_take_the_place_of_its_minutes(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]
+) -> None:
+    given = [word for word in words(tmp_path, "--plan") if not str(word).startswith("steps=")]
+    assert cli(main, *given).code == 0
+    plan: Plan = saved_plan(tmp_path) or pytest.fail()
+    prior = tmp_path / "plan" / "prior.yaml"
+    assert "--minutes" in words_of(plan, tmp_path, "prior")
+    tree = yaml.safe_load(prior.read_text())
+    tree.setdefault("run", {})["epochs"] = 2
+    prior.write_text(yaml.safe_dump(tree))
+    assert stages.STAGES["prior"].parsed(words_of(plan, tmp_path, "prior")).run.epochs == 2
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_former_one(
