@@ -1,16 +1,19 @@
 """Images that a task is measured on, their codes, and per-image metrics over all processes."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqgen.devices import rank_and_world
-from vqgen.errors import UserError
+from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, held_out, warn
 from vqgen.prior.parts.part import ABSENT
+from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice, fixed_subset
@@ -34,9 +37,21 @@ class Encoded:
     """Class of each image for the prior, or -1."""
     fingerprint: str
     """Of the pixels and labels."""
+    texts: list[str] = field(default_factory=list)
+    """Caption of each image, as far as the prior reads it; none without --text-column."""
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def given(self, rows: Sequence[int]) -> dict[str, Any]:
+        """What the prior is told of the images of some rows."""
+        found: dict[str, Any] = {"class": [self.labels[row] for row in rows]}
+        return {**found, "text": [self.texts[row] for row in rows]} if self.texts else found
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """Fingerprint of the captions, for a receipt; none without them."""
+        return {"captions": hashlib.sha256(repr(self.texts).encode()).hexdigest()} if self.texts else {}
 
     @cached_property
     def others(self) -> Tensor:
@@ -53,6 +68,10 @@ class TaskImages:
     def __init__(self, config: PicturesConfig, generator: Generator) -> None:
         about = generator.tokenizer.config
         self.config, self.generator = config, generator
+        self.text = next((part for part in generator.conditioning.parts if isinstance(part, Text)), None)
+        if config.text_column is not None and self.text is None:
+            text = f"found {config.text_column}, but {config.model} was trained without text"
+            raise UsageError(f"--text-column: {text}; leave it out")
         self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config))
         self.reading.workers = config.workers
         self.dataset = self.opened()
@@ -64,7 +83,7 @@ class TaskImages:
 
     def opened(self) -> ImageDataset:
         """The split of --data, not yet limited to `--n` images."""
-        return open_images(self.config.data, self.config.split, self.reading)
+        return open_images(self.config.data, self.config.split, self.reading, text_column=self.config.text_column)
 
     def encoded(self, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Encoded:
         """Encode all images, each process its share. Raises `UserError` where fewer than 2 can be read.
@@ -85,7 +104,10 @@ class TaskImages:
         indices, codes, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
         order = indices.argsort()
         given = labels[order].tolist() if self.classes else [ABSENT] * len(order)
-        return Encoded(indices[order], codes[order], given, pixels.over_processes().hexdigest())
+        found, texts = indices[order], list[str]()
+        if self.text and self.dataset.captions:
+            texts = [self.text.readable([self.dataset.captions[index]])[0] for index in found.tolist()]
+        return Encoded(found, codes[order], given, pixels.over_processes().hexdigest(), texts)
 
     def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The images of this process's rows, its `shares` of `encoded`: rows (B,), uint8 images (B, C, H, W), indices

@@ -117,7 +117,7 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     if plain:
         _check_plain(config, plain, generator, images)
     encoded = images.encoded()
-    whole = generator.conditioning.conditions({"class": encoded.labels}, absent=True)
+    whole = generator.conditioning.conditions(encoded.given(range(len(encoded))), absent=True)
     generator.check(config.sampling, generator.seen(whole, hole.filling(encoded.codes, generator, True)))
     metrics, details = likelihoods(config, generator, plain, hole, encoded)
     metrics |= pictures(config, generator, hole, images, encoded, perceptual)
@@ -128,6 +128,7 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
             "plain": plain.prior.fingerprint if plain else None,
             "tokenizer": generator.tokenizer.fingerprint,
             "data": encoded.fingerprint,
+            **encoded.captions,
             "perceptual": fingerprint(perceptual.distance.state_dict()) if perceptual else None,
         },
         {"images": len(encoded), "codes of the hole": int(hole.cells.sum()), "codes drawn": int(hole.drawn.sum())},
@@ -161,15 +162,14 @@ def likelihoods(
         for first in range(0, len(rows), config.batch_size):
             part = rows[first : first + config.batch_size]
             codes, others = encoded.codes[part], encoded.codes[encoded.others[part]]
-            labels = [encoded.labels[row] for row in part]
+            given = encoded.given(part)
             nats = {
-                "surroundings": hole_nats(generator, labels, codes, codes, unknown),
-                "before": hole_nats(generator, labels, codes),
-                "shuffled": hole_nats(generator, labels, codes, others, unknown),
+                "surroundings": hole_nats(generator, given, codes, codes, unknown),
+                "before": hole_nats(generator, given, codes),
+                "shuffled": hole_nats(generator, given, codes, others, unknown),
             }
             if plain:
-                known = labels if plain.conditioning.classes.count else [ABSENT] * len(labels)
-                nats["plain"] = hole_nats(plain, known, codes)
+                nats["plain"] = hole_nats(plain, _known(plain, given), codes)
             for name, values in nats.items():
                 for where, cells in places.items():
                     found.add(f"{where} {name}", values[:, cells].mean(1))
@@ -187,18 +187,26 @@ def likelihoods(
     return metrics, {"standard_errors": errors}
 
 
+def _known(plain: Generator, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of given conditions the plain prior can be told."""
+    parts = {part.name for part in plain.conditioning.parts}
+    known = {name: values for name, values in given.items() if name in parts}
+    return known if plain.conditioning.classes.count else {**known, "class": [ABSENT] * len(given["class"])}
+
+
 def hole_nats(
     generator: Generator,
-    labels: list[int],
+    given: Mapping[str, Any],
     codes: Tensor,
     source: Tensor | None = None,
     unknown: Tensor | None = None,
 ) -> Tensor:
     """NLL of each cell's codes (B, h, w[, depth]), mean over the depths: float64 (B, h, w).
 
-    With `source`, other codes of that shape, the prior is given those outside of `unknown`, bool (h, w).
+    The prior is `given` classes and captions, and with `source`, other codes of that shape, those outside of
+    `unknown`, bool (h, w).
     """
-    conditions: dict[str, Any] = {"class": labels}
+    conditions = dict(given)
     if source is not None and unknown is not None:
         cells = unknown.expand(len(codes), -1, -1)
         conditions |= Filling(source, cells, generator.vocabulary, True).conditions
@@ -216,7 +224,7 @@ def pictures(
     perceptual: PerceptualDistance | None,
 ) -> dict[str, Any]:
     """PSNR, LPIPS and seams of images filled in each way."""
-    rows, conditions, (rank, world) = shares(len(encoded)), {"class": encoded.labels}, rank_and_world()
+    rows, conditions, (rank, world) = shares(len(encoded)), encoded.given(range(len(encoded))), rank_and_world()
     codes = {"reconstruction": encoded.codes}
     for name, sourced in {"filled": True, "before": False}.items():
         filling, drawn = hole.filling(encoded.codes, generator, sourced), encoded.codes.clone()
@@ -274,7 +282,7 @@ def diversity(
 ) -> Mapping[str, float]:
     """How much several fillings of one image differ."""
     rows, found = shares(min(config.diverse, len(encoded))), Columns()
-    whole = generator.conditioning.conditions({"class": encoded.labels}, absent=True)
+    whole = generator.conditioning.conditions(encoded.given(range(len(encoded))), absent=True)
     filling = hole.filling(encoded.codes, generator, True)
     with progress(len(rows), "diversity", "img", rank_and_world()[0] == 0) as bar:
         for row in rows:

@@ -64,6 +64,8 @@ class PicturesConfig(TaskConfig):
     """Backbone of LPIPS."""
     perceptual_weights: str | None = None
     """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+    text_column: str | None = None
+    """Where the captions of --data are, as for vqgen-tokenize, for a prior that reads text; none = it is given none."""
 
 
 @dataclass

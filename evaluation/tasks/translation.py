@@ -51,7 +51,7 @@ class PairedImages(TaskImages):
 
     def opened(self) -> ImageDataset:
         config, split = self.config, self.config.split
-        source, data = open_source(config.data, split, held_out(config)), str(config.source_data)
+        source, data = open_source(config.data, split, held_out(config), config.text_column), str(config.source_data)
         self.pairs, kept = pair({split: source}, data, config.pair_by, config.unpaired, self.reading)
         return ImageDataset(kept[split], self.reading)
 
@@ -106,6 +106,7 @@ def measure_translation(config: TranslationConfig) -> Measurement:
             "tokenizer": generator.tokenizer.fingerprint,
             "data": truth.fingerprint,
             "sources": sources.fingerprint,
+            **truth.captions,
             "perceptual": fingerprint(perceptual.distance.state_dict()) if perceptual else None,
         },
         {"images": len(truth)},
@@ -119,8 +120,7 @@ def measure_translation(config: TranslationConfig) -> Measurement:
 
 
 def _conditions(generator: Generator, truth: Encoded, rows: Any, source: Tensor | None) -> dict[str, Any]:
-    given: dict[str, Any] = {"class": [truth.labels[row] for row in rows]}
-    given |= {} if source is None else {"source": list(source[list(rows)])}
+    given = truth.given(rows) | ({} if source is None else {"source": list(source[list(rows)])})
     return generator.conditioning.conditions(given, absent=True)
 
 
