@@ -3,7 +3,6 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.config import read_saved
 from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file, read_json
@@ -24,10 +22,10 @@ from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining
 from vqgen.sampling.generator import SHIPPED, find_model
 from vqgen.sampling.output import FINISHED
+from vqgen.tokenizer.data.holdout import check_held_out, reading_of, saved_options
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
-from vqgen.training.folder import CONFIG
 
 from .receipt import MEASUREMENTS
 
@@ -111,17 +109,15 @@ def held_out(config: Any) -> float:
 def settle_holdout(config: Any) -> str:
     """Set the share of images held out where none is given, so that a receipt has it; return what is to be said of it.
 
-    Raises `UsageError` where the one given is larger than that of the run on the same images.
+    Raises `UsageError` where images that the run was trained on would count as held out, see `check_held_out`.
     """
     if not hasattr(config, "holdout"):
         return ""
     given, found = config.holdout, _of_run(config)
     config.holdout = held_out(config)
     judged = getattr(config, "split", "heldout") == "heldout"
-    same = found is not None and Path(str(found["data"])).name == Path(config.data).name
-    if found and same and judged and config.holdout > found["holdout"]:
-        text = f"found {given:g}, but the run held out {found['holdout']:g} and was trained on the others"
-        raise UsageError(f"--holdout: {text}; leave it out, or give at most that")
+    if found and judged:
+        check_held_out(config.data, config.holdout, found)
     if found or given is not None or not judged:
         return ""
     return f"--holdout {config.holdout:g} of images without a validation split, as no run of the model records another"
@@ -137,20 +133,12 @@ def _of_run(config: Any) -> dict[str, Any] | None:
         model = read_json(samples / FINISHED).get("model")
     if model is None:
         tokenizer = getattr(config, "tokenizer", None)
-        return tokenizer and _saved(tokenizer, TokenizerTraining)
+        return tokenizer and reading_of(tokenizer, TokenizerTraining)
     folder = find_model(Path(str(model)))
-    if (prior := _saved(folder, PriorTraining)) is None:
+    if not (prior := saved_options(folder, PriorTraining)) or "codes" not in prior:
         return None
     codes = Path(prior["codes"])
-    return _saved(codes, TokenizeConfig) or _saved(folder.parent / codes.name, TokenizeConfig)
-
-
-def _saved(folder: Path, config: type) -> dict[str, Any] | None:
-    """Options in the config.yaml of a folder of ours."""
-    with suppress(UserError):
-        found = read_saved(folder / CONFIG, config)
-        return found if {"data", "holdout"} <= found.keys() or "codes" in found else None
-    return None
+    return reading_of(codes, TokenizeConfig) or reading_of(folder.parent / codes.name, TokenizeConfig)
 
 
 def is_shipped(folder: Path) -> bool:

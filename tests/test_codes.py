@@ -27,7 +27,7 @@ from processes import TOKENIZE, run_two
 from safetensors.torch import load_file
 
 from vqgen import artifact
-from vqgen.config import values_of
+from vqgen.config import save, values_of
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import encode
 from vqgen.tokenizer.codes import writer
@@ -53,6 +53,7 @@ from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.data.views import flips
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
+from vqgen.tokenizer.train import TokenizerTraining
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:
@@ -387,6 +388,14 @@ def test_codes_are_those_of_the_images_in_order(reference, tokenizer, images):
         (16, 16),
         1,
     )
+
+
+def test_another_share_than_the_tokenizer_held_out_is_said(make, tokenizer, images, tmp_path, capsys):
+    model = shutil.copytree(tokenizer, tmp_path / "model")
+    for data, share, said in ((images, 0.1, True), (images, 0.3, False), (tmp_path, 0.1, False)):
+        save(TokenizerTraining(str(data), images=ImageConfig(holdout=share)), model / "config.yaml")
+        tokenize(make(tmp_path / "codes", tokenizer=model))
+        assert ("--holdout: found 0.3" in capsys.readouterr().out) == said
 
 
 def test_further_views_are_augmented_by_seed_image_and_view_alone(make, reference, tmp_path):

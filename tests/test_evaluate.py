@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from helpers.models import codes_for, make_prior
+from helpers.streams import write_parquets
 from processes import run_two
 from safetensors.torch import save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -942,6 +943,36 @@ def test_as_many_images_are_held_out_as_in_the_run(cli, tmp_path, no_measuring, 
             assert result.code == 2 and "--holdout: found 0.04" in result.err and "0.01" in result.err
         assert cli(evaluate.main, *words, "--holdout", 0.005).code == 0
         assert cli(evaluate.main, *words, "--holdout", 0.04, "--data", "others").code == 0
+
+
+def test_a_larger_share_is_refused_wherever_the_images_are_named_from(cli, tmp_path, no_measuring, monkeypatch):
+    for folder in ("photos", "others/photos", "moved"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos")
+    save(TokenizerTraining(str(tmp_path / "photos"), images=ImageConfig(holdout=0.01)), tmp_path / "run/config.yaml")
+    words = ["reconstruction", "--tokenizer", tmp_path / "run", "--output", tmp_path / "r.json", "--holdout", 0.3]
+    monkeypatch.chdir(tmp_path / "photos")
+    for data in (".", "../photos/", "../link", tmp_path / "photos"):
+        result = cli(evaluate.main, *words, "--data", data)
+        assert result.code == 2 and "--holdout: found 0.3" in result.err and "0.01" in result.err
+    for data in ("../others/photos", "../moved", "demo"):
+        assert cli(evaluate.main, *words, "--data", data).code == 0
+
+
+def test_a_table_is_not_held_out_as_the_stream_of_a_run_was(cli, tmp_path, no_measuring, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(TokenizerTraining("stream:shards"), Path("tokenizer/config.yaml"))
+    save(TokenizeConfig(data="stream:shards"), Path("codes/config.yaml"))
+    save(PriorTraining(Path("codes")), Path("prior/config.yaml"))
+    write_parquets(Path("shards"), 2, 10)
+    write_parquets(Path("parted/train"), 1, 10)
+    write_parquets(Path("parted/val"), 1, 10)
+    for model in ("reconstruction --tokenizer tokenizer", "inpainting --model prior", "text --model prior"):
+        words = [*model.split(), "--output", "found.json", "--data"]
+        result = cli(evaluate.main, *words, "shards")
+        assert result.code == 2 and "--data: shards" in result.err and "stream:shards" in result.err
+        assert cli(evaluate.main, *words, "parted").code == 0
+    assert cli(evaluate.main, "text", "--model", "prior", "--data", "shards", "--split", "train").code == 0
 
 
 def test_a_classifier_mirrors_as_asked_and_says_that_it_diverged(cli, tmp_path, photos, monkeypatch):

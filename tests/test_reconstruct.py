@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.io import decode_image, read_image, write_png
 
+from vqgen.config import save as save_config
 from vqgen.errors import UserError
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer import comparison
@@ -31,6 +33,7 @@ from vqgen.tokenizer.quantizers.options import ResidualConfig, VQConfig
 from vqgen.tokenizer.reconstruct import ReconstructConfig, main
 from vqgen.tokenizer.reconstruct_inputs import batches_of_one_size, find_images, read_images
 from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison
+from vqgen.tokenizer.train import TokenizerTraining
 
 REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 ALEX = REALDATA / "weights" / "alexnet_features.safetensors"
@@ -331,6 +334,25 @@ def test_a_held_out_split_of_its_own_is_taken(tmp_path, cli, grey):
     assert cli(main, *words, "--output", tmp_path / "some").code == 0
     held = open_images(str(tmp_path / "in" / "val"), "heldout", ImageConfig(holdout=0.4))
     assert [e["image"] for e in content(tmp_path / "some")["pictures"]] == [held.source.item_name(0)]
+
+
+def test_as_many_images_are_held_out_as_in_the_run(tmp_path, cli, grey):
+    folder, model = tmp_path / "in", tmp_path / "run"
+    for i in range(20):
+        save(folder / f"{i:02d}.png", pixels(1, 24, 16, seed=i))
+    shutil.copytree(grey, model)
+    save_config(TokenizerTraining(str(folder), images=ImageConfig(holdout=0.1)), model / "config.yaml")
+    words = [folder, "--tokenizer", model, "--pictures", 0, "--output"]
+    for split, count in (("heldout", 2), ("train", 18)):
+        assert cli(main, *words, tmp_path / split, "--split", split).code == 0
+        assert content(tmp_path / split)["images"] == count
+    result = cli(main, *words, tmp_path / "more", "--split", "heldout", "--holdout", 0.3)
+    assert result.code == 2 and "--holdout: found 0.3" in result.err and "0.1" in result.err
+    assert cli(main, *words, tmp_path / "less", "--split", "heldout", "--holdout", 0.05).code == 0
+    save_config(TokenizerTraining("stream:shards"), model / "config.yaml")
+    result = cli(main, *words, tmp_path / "stream", "--split", "heldout")
+    assert result.code == 2 and "--data" in result.err and "stream:shards" in result.err
+    assert cli(main, *words, tmp_path / "stream").code == 0
 
 
 def test_images_keep_their_size_but_for_the_edges(tmp_path, cli, grey):

@@ -32,8 +32,9 @@ class ReconstructConfig(Options):
     split: Literal["auto", "train", "heldout", "test"] = "auto"
     """Which images of a source. auto: its validation split, else its test split, else all images. train and heldout:
     the same images as in training. test: its test split."""
-    holdout: Annotated[float, Range(above=0, below=1)] = 0.05
-    """Share of the images held out in training where the source has no validation split; for --split train, heldout."""
+    holdout: Annotated[float, Range(above=0, below=1)] | None = None
+    """Share of the images held out in training where the source has no validation split, for --split train, heldout;
+    by default that of the run, where it is recorded, else 0.05."""
     n: CountOrZero = 0
     """Number of images, the first ones; 0 = all."""
     resize: bool = False

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from vqgen.config import one_line
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
+from vqgen.tokenizer.data.holdout import check_held_out, reading_of
 from vqgen.tokenizer.data.items import Files, Items
-from vqgen.tokenizer.data.options import SUFFIXES, check_outside
+from vqgen.tokenizer.data.options import SUFFIXES, ImageConfig, check_outside
 from vqgen.tokenizer.data.pixels import center_crop, fit
 from vqgen.tokenizer.data.sources import find_splits, open_source
 from vqgen.tokenizer.losses.options import check_size
@@ -22,6 +23,7 @@ from vqgen.tokenizer.losses.options import check_size
 from .metrics import SMALLEST
 from .model import Tokenizer
 from .reconstruct import ReconstructConfig
+from .train import TokenizerTraining
 
 Location = tuple[Items, int]  # the items of a source, and the index of one of them
 Change = Literal["", "resized", "shrunk", "cropped"]
@@ -40,8 +42,10 @@ class InputImage:
 
 def find_images(config: ReconstructConfig) -> list[Location]:
     """List every image that `config` names, in order. Raises `UserError` where there is nothing to read, or the
-    output folder is inside of a folder of images."""
-    found: list[Location] = []
+    output folder is inside of a folder of images, or where images that the tokenizer was trained on would count as
+    held out."""
+    run, found = reading_of(config.tokenizer, TokenizerTraining), list[Location]()
+    holdout = config.holdout or (run or {}).get("holdout", ImageConfig.holdout)
     for word in config.data:
         path = Path(os.path.expanduser(word))
         if os.path.isfile(path) and path.suffix.lower() != ".parquet":
@@ -54,7 +58,9 @@ def find_images(config: ReconstructConfig) -> list[Location]:
                 items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
                 rows = range(len(items))
             else:
-                source = open_source(word, config.split, config.holdout)
+                if run and config.split == "heldout":
+                    check_held_out(word, holdout, run)
+                source = open_source(word, config.split, holdout)
                 items, rows = source.items, source.rows.tolist()
             if isinstance(items, Files):
                 check_outside(config.output, items.root)

@@ -27,11 +27,14 @@ from vqgen.config import one_line, save, shown
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
 from vqgen.progress import progress
+from vqgen.tokenizer.data.holdout import is_same_data, reading_of
 from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import Split
+from vqgen.tokenizer.data.sources import find_splits
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.shipped import find_tokenizer
+from vqgen.tokenizer.train import TokenizerTraining
 
 from .format import (
     MANIFEST,
@@ -244,6 +247,8 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
         print(f"--source-data {config.source_data}: {job.pairs}")
     if main and (note := next((each.source.note for each in job.indexed.values()), "")):
         print(f"--data: {note}")
+    if main and (note := _other_holdout(job)):
+        print(note)
     on_main(lambda: _prepare(job))
     if (output / MANIFEST).is_file():
         finished = Manifest.read(output)
@@ -272,6 +277,17 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
         _print_summary(job, manifest, usage, done / seconds)
     state.wait_for_everyone()
     return Manifest.read(output)
+
+
+def _other_holdout(job: Job) -> str:
+    """A line where the tokenizer's run held out another share of the same images, "" otherwise."""
+    data, share = str(job.config.data), job.config.images.holdout
+    run = reading_of(cast(Path, job.config.tokenizer), TokenizerTraining)
+    if run is None or run["holdout"] == share or not is_same_data(shown(data), shown(str(run["data"]))):
+        return ""
+    own = job.streams["heldout"].shards.holdout is None if job.streams else "heldout" in find_splits(data)
+    text = f"found {share:g}, but the tokenizer's run held out {run['holdout']:g} of these images"
+    return "" if own else f"--holdout: {text}; with another share it was trained on some that validate the prior"
 
 
 def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> None:
