@@ -123,8 +123,8 @@ class SamplesConfig(Options):
     """How real images are brought to the size of --samples, by default crop. With --model the tokenizer decides."""
     at: list[Annotated[int, Range(least=2)]] = field(default_factory=list)
     """Also report the metrics of the first N samples, for each N: distances depend on the number of samples."""
-    output: Path = Path("receipt.json")
-    """Receipt to write; an earlier receipt is replaced."""
+    output: Path | None = None
+    """Receipt to write or replace; by default receipt.json in the current folder."""
     extractor: Literal["none"] | Network = "inception"
     """Network whose features are compared: inception for FID, fd-vgg16, fd-efficientnet-lite0,
     or none to use --classifier alone."""
@@ -224,6 +224,11 @@ class CodebookConfig(Options):
 class ReplayConfig(Options):
     """Options of `vqgen-eval replay`: receipts, and where this machine keeps what they were measured on."""
 
+    COMMON: ClassVar = (
+        "receipts", "tolerance", "data", "tokenizer", "samples", "model", "codes", "classifier", "weights",
+        "perceptual_weights", "device", "without_classifier",
+    )  # fmt: skip
+
     receipts: list[Path] = field(metadata={"positional": "RECEIPT"})
     """Receipts to measure again."""
     tolerance: NotNegative = 1e-3
@@ -240,6 +245,8 @@ class ReplayConfig(Options):
     """Run or model folder of the prior."""
     plain: Path | None = None
     """Run or model folder of the plain prior beside it."""
+    source_data: str | None = None
+    """Data of the partners of the images."""
     codes: Path | None = None
     """Folder of code files."""
     classifier: Path | None = None

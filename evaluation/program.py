@@ -38,7 +38,7 @@ def _measure_with_receipt(program: str, config: Any, write: "Callable[[Any, Meas
     if path.exists():
         former = read_receipt(path)  # raises: only a receipt may be replaced
         if config.output is None and not write:  # what is written besides replaces the former in any case
-            _refuse_other(path, former["options"], config)
+            _refuse_other(path, program, former, config)
     found = measure(program, config)
     if rank_and_world()[0] == 0:
         for name, value in flatten(found.metrics):
@@ -52,28 +52,36 @@ def _measure_with_receipt(program: str, config: Any, write: "Callable[[Any, Meas
     processes().destroy_process_group()
 
 
-OPERATIONAL = {"output", "device", "batch_size", "workers", "map"}
+IN_CURRENT_FOLDER = ("samples", "accuracy")
+"""Commands whose receipt is by default `receipt.json` in the current folder."""
+OPERATIONAL = {"output", "device", "batch_size", "workers", "map", "cache"}
 """Options that do not change what is measured."""
 
 
-def _refuse_other(path: Path, former: Mapping[str, Any], config: Any) -> None:
-    """Raise `UsageError` where a receipt that has its name by default is of other options: it is kept."""
+def _refuse_other(path: Path, program: str, former: Mapping[str, Any], config: Any) -> None:
+    """Raise `UsageError` where a receipt that has its name by default is of another command or of other options: it is
+    kept."""
+    advice = "name another file, or remove that one"
+    if former["program"] != program:
+        raise UsageError(f"--output: found none, but {path} is of vqgen-eval {former['program']}; {advice}")
 
     def plain(value: Any) -> Any:
         return os.path.realpath(value) if isinstance(value, (str, Path)) and os.path.exists(value) else value
 
     defaults = {option.name: option.default for option in known_options(type(config))}
+    own = None if program in IN_CURRENT_FOLDER else os.path.realpath(path.parent)  # the model's, which may have moved
     for name, value in values_of(config).items():
-        before = former.get(name, defaults[name])
-        if name not in OPERATIONAL and plain(before) != plain(value) and plain(value) != os.path.realpath(path.parent):
+        before = former["options"].get(name, defaults[name])
+        if name not in OPERATIONAL and plain(before) != plain(value) and plain(value) != own:
             text = f"{path} was measured with {option_name(name)} {before}, now {value}"
-            raise UsageError(f"--output: found none, but {text}; name another file, or remove that one")
+            raise UsageError(f"--output: found none, but {text}; {advice}")
 
 
 def receipt_path(program: str, config: Any) -> Path:
     """Path of the receipt: --output, or by default a file in the folder of the model that is measured.
 
-    Raises `UsageError` where that is a model of the package.
+    Of samples, which may be of no model, it is by default in the current folder. Raises `UsageError` where the model is
+    one of the package.
     """
     from vqgen.tokenizer.shipped import find_model, find_tokenizer
 
@@ -81,6 +89,8 @@ def receipt_path(program: str, config: Any) -> Path:
 
     if config.output is not None:
         return config.output
+    if program in IN_CURRENT_FOLDER:
+        return Path("receipt.json")
     parts = [program, config.split] if hasattr(config, "split") else [program]
     parts += ["unconditional"] * getattr(config, "unconditional", False)
     parts += [str(config.n)] * (config.n != type(config).n) + [config.precision] * (config.precision != "fp32")

@@ -7,7 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -42,10 +42,11 @@ from vqgen.evaluation.extractors import Inception, Vgg16, extract, extractor_for
 from vqgen.evaluation.features import FeatureSets, InceptionScore, Statistics
 from vqgen.evaluation.measurement import Measurement, SetHash
 from vqgen.evaluation.options import ReconstructionConfig, ReplayConfig, SamplesConfig
+from vqgen.evaluation.receipt import MEASUREMENTS, flatten, read_receipt
 from vqgen.evaluation.receipt import _options as repetition
-from vqgen.evaluation.receipt import flatten, read_receipt
 from vqgen.evaluation.tasks.options import InpaintingConfig, SettingsConfig, TextConfig, WindowsConfig
 from vqgen.evaluation.tasks.settings import check_folder
+from vqgen.options import options
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
@@ -561,7 +562,7 @@ def test_the_reference_is_made_once(evaluated, tmp_path, photos, drawn, monkeypa
     assert not read
     assert receipt(tmp_path / "receipt.json") == first
     assert load_artifact(kept, "reference").description["count"] == 40
-    evaluated(*words, "--reference-n", 30)
+    evaluated(*words, "--reference-n", 30, "--output", "fewer.json")
     assert len(references()) == 2
     file = kept / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
@@ -660,12 +661,13 @@ def test_samples_are_grey_only_where_all_are(evaluated, tmp_path, photos):
     squares(tmp_path / "some", 6, 0)
     grey = torch.full((1, 16, 16), 90, dtype=torch.uint8)
     write_png(grey, str(tmp_path / "some" / "00.png"))
-    assert evaluated("--samples", "some", "--data", photos).code == 0
+    out = ["--data", photos, "--output", "receipt.json"]
+    assert evaluated("--samples", "some", *out).code == 0
     colour = receipt(tmp_path / "receipt.json")["fingerprints"]["data"]
     squares(tmp_path / "grey", 6, 0, channels=1)
-    assert evaluated("--samples", "grey", "--data", photos).code == 0
+    assert evaluated("--samples", "grey", *out).code == 0
     assert receipt(tmp_path / "receipt.json")["fingerprints"]["data"] != colour
-    assert evaluated("--samples", squares(tmp_path / "all", 6, 1), "--data", photos).code == 0
+    assert evaluated("--samples", squares(tmp_path / "all", 6, 1), *out).code == 0
     assert receipt(tmp_path / "receipt.json")["fingerprints"]["data"] == colour
 
 
@@ -809,6 +811,14 @@ def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, dra
     assert result.code == 2 and "--tokenizer: a receipt of samples has no such option" in result.err
 
 
+def test_every_place_in_a_receipt_can_be_named_anew():
+    """Every path, and every text but those that name no place."""
+    named = {option.name for option in options(ReplayConfig)}
+    for program, config in MEASUREMENTS.items():
+        places = {o.name for o in options(config) if {str, Path} & {o.type, *get_args(o.type)}}
+        assert places - {"output", "map", "device", "text_column", "pair_by", "source"} <= named, program
+
+
 def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, drawn, vgg16):
     (tmp_path / "empty").mkdir()
     for name, sizes in {"one": [16], "mixed": [16, 16, 20], "broken": [16, 16]}.items():
@@ -902,6 +912,29 @@ def test_a_receipt_of_other_options_is_not_replaced_by_default(cli, tmp_path, no
     result = cli(evaluate.main, *words, 8)
     assert result.code == 2 and "--output" in result.err and "--box" in result.err and path.read_text() == before
     assert cli(evaluate.main, *words, 8, "--output", path).code == 0
+
+
+def test_a_receipt_of_samples_is_not_replaced_by_default(cli, tmp_path, no_measuring, monkeypatch):
+    """Neither by other options nor by another command, whose receipt has the same name by default."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--samples", ".", "--data", "demo"]
+    for command in ("samples", "accuracy"):
+        assert cli(evaluate.main, command, *words).code == 0
+        assert cli(evaluate.main, command, *words, "--batch-size", 7).code == 0
+        before = (path := tmp_path / "receipt.json").read_text()
+        other = "accuracy" if command == "samples" else "samples"
+        for changed, part in (
+            ([command, *words, "--n", 7], "--n"),
+            ([command, "--samples", "..", "--data", "demo"], "--samples"),
+            ([other, *words], f"vqgen-eval {command}"),
+        ):
+            result = cli(evaluate.main, *changed)
+            assert result.code == 2 and "--output" in result.err and part in result.err and path.read_text() == before
+        assert cli(evaluate.main, other, *words, "--output", path).code == 0
+        path.unlink()
+    (tmp_path / "others").mkdir()
+    assert cli(evaluate.main, "samples", "--samples", "others", "--data", "demo").code == 0
+    assert cli(evaluate.main, "samples", *words).code == 2, "the folder of the receipt is no model that has moved"
 
 
 def test_a_search_that_is_killed_has_no_receipt(cli, tmp_path, no_measuring, monkeypatch):

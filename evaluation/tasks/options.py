@@ -190,8 +190,8 @@ class AccuracyConfig(Options):
     """Images in each training set: the first samples, and as many real ones; 0 = all samples."""
     tokenizer: Path | None = None
     """Run or model folder of a tokenizer, whose reconstructions of the real images are a third training set."""
-    output: Path = Path("receipt.json")
-    """Receipt to write; an earlier receipt is replaced."""
+    output: Path | None = None
+    """Receipt to write or replace; by default receipt.json in the current folder."""
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """One classifier of each training set is trained with each of these seeds; accuracies are means over them."""
     steps: Count = 1500
