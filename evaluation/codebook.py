@@ -86,14 +86,15 @@ def tiles(tokenizer: Tokenizer, indices: Tensor, common: Tensor, side: int) -> T
 
 @torch.no_grad()
 def code_vectors(tokenizer: Tokenizer) -> Tensor:
-    """Contribution of each code to the latent that the decoder gets: float32 (depth, K, D), for any quantizer."""
-    depth, size = tokenizer.depth, tokenizer.codebook_size
+    """Contribution of each code to the latent that the decoder gets: float32 (depth, K, D) on the CPU, for any
+    quantizer on any device."""
+    depth, size, device = tokenizer.depth, tokenizer.codebook_size, next(tokenizer.parameters()).device
     found = []
     for which in range(depth):
-        codes = torch.zeros(size, 1, 1, depth, dtype=torch.long)
-        codes[:, 0, 0, which] = torch.arange(size)
+        codes = torch.zeros(size, 1, 1, depth, dtype=torch.long, device=device)
+        codes[:, 0, 0, which] = torch.arange(size, device=device)
         found.append(tokenizer.quantizer.decode(codes if depth > 1 else codes[..., 0]).flatten(1))
-    return torch.stack(found)
+    return torch.stack(found).cpu()
 
 
 def nearest_codes(vectors: Tensor, index: int, k: int) -> list[tuple[int, float]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vqgen.evaluation.codebook import code_vectors, nearest_codes, tiles
 from vqgen.prior import train as prior_program
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
@@ -31,6 +32,8 @@ from vqgen.tokenizer.losses.adversarial import adaptive_ratio, discriminator_los
 from vqgen.tokenizer.losses.lpips_kernels import difference
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.networks.options import VQGANConfig
+from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers import QUANTIZERS, quantizer_for
 
 PRECISIONS = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}
@@ -179,6 +182,31 @@ def test_codes_are_those_of_the_cpu(trained_on: str, tmp_path: Path, cli: Any) -
         files = CodeFiles(output, "train")
         found.append(files.gather(range(len(files)), [0] * len(files)))
     assert (found[0] == found[1]).float().mean() > 0.95
+
+
+def small_tokenizer(kind: str) -> Tokenizer:
+    torch.manual_seed(0)
+    model = VQGANConfig(width=8, multipliers=[1, 1], blocks=1, latent_dim=8, groups=4)
+    return Tokenizer(TokenizerConfig([8, 8], 3, model, quantizer_options(kind, code_dim=4))).eval()
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_codes_are_compared_and_shown_on_every_device(device: str, kind: str) -> None:
+    tokenizer = small_tokenizer(kind)
+    expected, common = code_vectors(tokenizer), torch.zeros(tokenizer.depth, dtype=torch.long)
+    found = code_vectors(tokenizer.to(device))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-3)
+    assert len(nearest_codes(found, 1, 3)) == 3 and tiles(tokenizer, torch.arange(3), common, 2).device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_codes_are_compared_beside_the_cpu(kind: str) -> None:
+    """On a device without values."""
+    tokenizer = small_tokenizer(kind)
+    shape = code_vectors(tokenizer).shape
+    with FakeTensorMode():
+        found = code_vectors(without_values(tokenizer))
+    assert found.shape == shape and found.device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
