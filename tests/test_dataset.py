@@ -420,6 +420,9 @@ def test_folder_layouts(rows, tmp_path):
     assert dataset.class_names == ["cat", "train"] and len(dataset) == 5
     lone = write_files([f"train/{c}/{i}.png" for c in "ab" for i in range(3)], some, tmp_path / "lone")
     assert open_images(str(lone), "train", SMALL).class_names == ["a", "b"]
+    write_files(["preview.png"], some, lone)  # beside train/, and so of no class
+    dataset = open_images(str(lone), "train", SMALL)
+    assert dataset.class_names == ["a", "b"] and len(dataset) == 5 and "preview.png" in dataset.source.note
     plain = open_images(str(flat(rows, tmp_path / "flat", 5)), "train", SMALL)
     assert plain.class_names is None and plain.labels.tolist() == [-1] * 4
     (cat / "loop").symlink_to(cat)
