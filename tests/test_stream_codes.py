@@ -151,7 +151,20 @@ def test_splits_by_name_and_broken_images(tokenizer: Path, tmp_path: Path, cli: 
     assert "bad" in cli(main, *strict).err
 
 
-@pytest.mark.parametrize("option", ["--shard-size 10", "--source-data demo"])
+def test_captions_that_are_all_empty_are_refused(tokenizer: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    rows = garments(20)
+    given = [[(f"{n:02d}.png", rows[n]["image"]), (f"{n:02d}.txt", b" \n")] for n in range(20)]
+    write_tar(tmp_path / "in.tar", [member for each in given for member in each])
+    command = words(str(tmp_path / "in.tar"), tokenizer, tmp_path / "out")
+    for _ in range(2):
+        ended = cli(main, *command)
+        assert ended.code == 1 and "--text-column txt" in ended.err and "in.tar" in ended.err
+    given[7][1] = ("07.txt", b"a shoe")
+    write_tar(tmp_path / "in.tar", [member for each in given for member in each])
+    assert cli(main, *command, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize("option", ["--shard-size 10", "--source-data demo", "--text-column cls"])
 def test_options_that_need_an_index_are_refused(
     option: str, tars: Path, tokenizer: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:

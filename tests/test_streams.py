@@ -342,6 +342,27 @@ def test_a_damaged_tar_is_one_line(damage: str, tars: Path, tmp_path: Path) -> N
     assert "x.tar" in error(lambda: records(tmp_path / "x.tar"))
 
 
+@pytest.mark.parametrize("damage", ["sparse", "extended", "long names", "behind an image"])
+def test_headers_that_tarfile_fails_on_are_one_line(damage: str, tmp_path: Path) -> None:
+    sparse = bytearray(header("a.png", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    sparse[482] = 1  # more of it follows, but the file ends
+    sparse[148:156] = b" " * 8
+    sparse[148:156] = b"%06o\0 " % sum(sparse)
+    kind = tarfile.GNUTYPE_LONGNAME if damage == "long names" else tarfile.XHDTYPE
+    body = b"a.png" if damage == "long names" else b"14 path=a.png\n"
+    nested = 1000 * (header("x", kind, len(body)).tobuf(tarfile.GNU_FORMAT) + body.ljust(512, b"\0"))
+    data = bytes(sparse) if damage in ("sparse", "behind an image") else nested
+    image = (write_tar(tmp_path / "whole.tar", sample("00001", garments(1)[0]))).read_bytes().rstrip(b"\0")
+    before = image + bytes(-len(image) % 512) if damage == "behind an image" else b""
+    (tmp_path / "x.tar").write_bytes(before + data)
+    assert "x.tar" in error(lambda: records(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("column", ["cls", "jpg", "png"])
+def test_a_text_column_that_is_no_caption_is_refused(column: str, tars: Path) -> None:
+    assert f"--text-column: found {column}" in error(lambda: records(tars / "shard-0000.tar", column))
+
+
 def test_padding_of_a_tar_is_no_damage(tars: Path, tmp_path: Path) -> None:
     data = (tars / "shard-0000.tar").read_bytes()
     for count in (0, 512, 10_240, 2**19):

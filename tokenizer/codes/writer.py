@@ -187,13 +187,17 @@ def _finish(job: Job) -> tuple[Manifest, float]:
     tokenizer, config = job.tokenizer, job.config
     used = np.zeros((tokenizer.depth, tokenizer.codebook_size), dtype=bool)
     entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
-    highest = -1
+    highest, captioned = -1, False
     for planned in job.shards:
         shard = job.open(planned)
         _check_labels(job, planned, shard)
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
         highest = max(highest, int(shard.labels.max(initial=-1)))
+        captioned |= shard.captions is not None and len(shard.captions.data) > 0
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
+    if config.text_column is not None and not captioned:
+        found = f"{shown(str(config.data))} has no captions, all of them are empty"
+        raise UserError(f"--text-column {config.text_column}: {found}; correct them, or leave the option out")
     skip, splits = config.images.broken == "skip", dict[Split, SplitEntry]()
     for split in job.datasets:
         found = sum(shard.count for shard in entries[split])

@@ -22,7 +22,7 @@ from vqgen.tokenizer.data.tables import group_by_split, quiet_hub, reading
 
 from .parquet import declared_classes, read_parquet
 from .records import Record
-from .tar import read_tar
+from .tar import check_captions, read_tar
 from .transport import USER, size_of
 
 MOST_FILES = 10**6
@@ -120,6 +120,8 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
     found, data = _find(data), shown(data)
     divided = "heldout" not in found
     train = found["train" if "train" in found else "all"]
+    if _ending(train[0]) == ".tar":
+        check_captions(text_column)
     share = holdout if divided else None
     splits: dict[Split, Shards] = {
         "train": Shards(data, "train", train, train[0], share, text_column),

@@ -4,13 +4,16 @@ They are read in one pass and never extracted. `datasets` reads them, too, but t
 first five, decodes every member by its ending, whatever its size, and ends silently at a damaged header.
 """
 
+import struct
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # pyright: ignore[reportAttributeAccessIssue]
+from typing import BinaryIO
 
 from vqgen.config import shown
-from vqgen.errors import UserError
+from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer.data.captions import as_caption
 from vqgen.tokenizer.data.options import MAX_CAPTION, SUFFIXES
 
@@ -21,6 +24,8 @@ MAX_HEADER = 2**20
 """Largest header that extends another (long names and the like), in bytes."""
 MAX_PADDING = 2**20
 """Most zeros behind the marker that ends a file, in bytes: writers fill their last block, of 10 KiB as a rule."""
+CLASS = "cls"
+"""Ending of the members that are classes."""
 MOST_ENDINGS = 100
 """Endings of members that are remembered for a message."""
 _EXTENDING = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -47,6 +52,28 @@ class _Member(tarfile.TarInfo):
             raise ReadError(f"{error} at byte {tarfile.offset}") from error
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn what `tarfile` itself raises on damaged data into a `ReadError`; elsewhere the same errors are defects."""
+    try:
+        yield
+    except (LookupError, AttributeError, RecursionError, struct.error) as error:
+        raise ReadError(f"{type(error).__name__} at a damaged header") from error
+
+
+def _open(file: BinaryIO) -> TarFile:
+    """Open a stream, which reads its first header."""
+    with _reading():
+        return tarfile.open(fileobj=file, mode="r|", tarinfo=_Member)
+
+
+def check_captions(text_column: str | None) -> None:
+    """Raise `UsageError` where captions are to be members that are classes or images."""
+    if text_column == CLASS or f".{text_column}" in SUFFIXES:
+        text = f"found {text_column}, the ending of {'classes' if text_column == CLASS else 'images'} in tar files"
+        raise UsageError(f"--text-column: {text}; give that of the captions, e.g. txt")
+
+
 def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
     """Yield the records of a tar file: `KEY.jpg` or another image, and `KEY.cls` with its class, if there is one.
 
@@ -58,7 +85,7 @@ def read_tar(url: str, text_column: str | None) -> Iterator[Record]:
     """
     where, endings = shown(url), dict[str, None]()
     try:
-        with opened(url) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+        with opened(url) as file, _open(file) as tar:
             for key, members in groupby(_members(tar, endings, text_column), key=lambda member: member[0]):
                 yield _record(tar, key, (member[1:] for member in members), where, text_column)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # what `tarfile` raises on damaged data
@@ -74,7 +101,7 @@ def _members(tar: TarFile, endings: dict[str, None], wanted: str | None) -> Iter
 
     `endings` gets the first of theirs, and `wanted` wherever it is.
     """
-    while (member := tar.next()) is not None:
+    while (member := _next(tar)) is not None:
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else they stay in memory
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
@@ -83,6 +110,11 @@ def _members(tar: TarFile, endings: dict[str, None], wanted: str | None) -> Iter
                 endings.setdefault(ending.lower())
             yield f"{folder}/{stem}" if folder else stem, ending.lower(), member
     _check_end(tar)
+
+
+def _next(tar: TarFile) -> tarfile.TarInfo | None:
+    with _reading():
+        return tar.next()
 
 
 def _check_end(tar: TarFile) -> None:
@@ -117,21 +149,22 @@ def _record(
                 problem = f"{member.size} bytes, at most {MAX_IMAGE} are read"
             else:
                 data = _bytes(tar, member)
-        elif ending == "cls":
+        elif ending == CLASS:
             label = as_label(_text(tar, member, where), f"{where}: {member.name}")
         elif ending == text_column:
             caption = as_caption(_text(tar, member, where).removeprefix("\ufeff"), f"{where}: {member.name}")
         else:
             others.append(ending)
     if not name:
-        problem = f"no image among its endings {', '.join(others)[:80] or 'cls'}"
+        problem = f"no image among its endings {', '.join(others)[:80] or CLASS}"
     return Record(key, f"{where}: {name or key}", data, label, caption, problem)
 
 
 def _bytes(tar: TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # it is a regular file
-    return file.read()
+    with _reading():
+        file = tar.extractfile(member)
+        assert file is not None  # it is a regular file
+        return file.read()
 
 
 def _text(tar: TarFile, member: tarfile.TarInfo, where: str) -> str:
