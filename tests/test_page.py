@@ -146,6 +146,31 @@ def test_tasks_are_those_of_models_with_a_source(models: Path) -> None:
     assert "night" in task_of({"description": "day to night"})
 
 
+def test_a_description_that_vanishes_or_is_malformed_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = SourceRecord("degraded", [8, 8], "d" * 64, ["grey", "or", "blur:2", "jpeg:10"])
+    for name in ("good", "number", "text", "word", "unknown"):
+        make_square_prior(tmp_path / name, PairedSource(record))
+    about = json.loads((tmp_path / "good" / "vqgen.json").read_text())
+    wrong = {
+        "number": {"degradations": 5},
+        "text": {"degradations": [5]},
+        "word": "grey",
+        "unknown": {"degradations": ["x"]},
+    }
+    for name, source in wrong.items():
+        (tmp_path / name / "vqgen.json").write_text(json.dumps({**about, "source": source}))
+    models = Models(tmp_path, "cpu", "fp32")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(wrong) and all(any(f"{name}/vqgen.json" in line for line in said) for name in wrong)
+    assert set(models.names) >= {"good", *wrong} and list(models.tasks.values()) == ["good", "cifar10-restorer"]
+    for name in ("good", "number"):
+        (tmp_path / name / "vqgen.json").unlink()
+    assert models.degradations_of("good") == ["grey", "blur:2 jpeg:10"] and models.degradations_of("run") == []
+    assert "grey" in models.degradations_of("cifar10-restorer") and "good" in models.tasks.values()
+
+
 # ---- uploads ----
 
 

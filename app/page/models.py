@@ -3,16 +3,17 @@
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from vqgen.config import one_line
-from vqgen.errors import UserError
+from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION, read_json
 from vqgen.sampling.generator import SHIPPED, Generator
-from vqgen.tokenizer.codes.degrade import alternatives
+from vqgen.tokenizer.codes.degrade import alternatives, parse_degradations
 
 KEPT = 3
 """Models that stay in memory."""
@@ -44,6 +45,35 @@ def find_models(folder: Path | None) -> dict[str, Path]:
         if not found:
             raise UserError(f"--models: no sub-folder of {folder} is a prior ({DESCRIPTION}); name a folder of models")
     return found | {name if name not in found else f"{name} (package)": path for name, path in SHIPPED.items()}
+
+
+def sources_of(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Name -> what its description says of source images, of the models that were trained on them.
+
+    Those whose description cannot be read, or is malformed, are left out with a line on standard error.
+    """
+    found: dict[str, Any] = {}
+    for name, folder in folders.items():
+        try:
+            about = read_json(folder / DESCRIPTION)
+            if "source" in about:
+                _check_source(about["source"], folder / DESCRIPTION)
+                found[name] = about["source"]
+        except UserError as error:
+            print(f"vqgen-app: left out of the tab Translate: {one_line(str(error))}", file=sys.stderr)
+    return found
+
+
+def _check_source(source: Any, where: Path) -> None:
+    """Raise `UserError` for a key `source` that describes no degradations and no pairs."""
+    specs = source.get("degradations") or [] if isinstance(source, dict) else None
+    if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
+        raise UserError(f"{where}: found {str(source)[:80]!r} as its source, expected degradations or pairs")
+    if specs:
+        try:
+            parse_degradations(specs)
+        except UsageError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 def chains_of(source: Any) -> list[list[str]]:
@@ -106,6 +136,7 @@ class Models:
     def __init__(self, folder: Path | None, device: str, precision: str) -> None:
         """Find the models. Raises `UserError`."""
         self.folders = find_models(folder)
+        self.sources = sources_of(self.folders)
         self._device, self._precision = device, precision
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = Lock()
@@ -113,12 +144,6 @@ class Models:
     @property
     def names(self) -> list[str]:
         return list(self.folders)
-
-    @property
-    def sources(self) -> dict[str, Any]:
-        """Name -> what its description says of source images, of the models that were trained on them."""
-        about = {name: read_json(folder / DESCRIPTION) for name, folder in self.folders.items()}
-        return {name: each["source"] for name, each in about.items() if "source" in each}
 
     @property
     def tasks(self) -> dict[str, str]:
