@@ -267,6 +267,14 @@ def test_an_edit_can_be_made_again_from_its_zip(models: Path, fills: Loaded, tmp
     assert str(tmp_path) not in listed
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar10 (package)", "fills"])
+def test_the_zip_names_the_model_as_the_page_does(name: str, fills: Loaded, tmp_path: Path) -> None:
+    """Also where the visitor's model is called as one of the package."""
+    series = series_of(Loaded(name, fills.generator), {"n": 1}, LIMITS, {})
+    listed = json.loads((folder_of(series, tmp_path / "page")[1] / "samples.json").read_text())
+    assert listed["model"] == name and str(SHIPPED["cifar10"]) not in str(listed)
+
+
 def test_settings_that_are_not_given_are_as_the_model_recommends(models: Path) -> None:
     loaded = Generator.load(models / "fills", "cpu", "fp32")
     loaded.recommended = {"temperature": 0.5, "guidance_scale": 2.0}

@@ -220,7 +220,9 @@ def pack(series: Series, folder: Path, pictures: list[Picture], given: Mapping[s
     count = next((i for i in range(series.n) if folder / series.names.file(i) not in ready), series.n)
     if not count:
         raise UserError("no image was finished before the drawing was stopped")
-    about = {**series.describe(), "n": count, **({"stems": series.names.stems[:count]} if series.names.stems else {})}
+    # By the name that the page offers: `describe` takes each such name for that of the package, and has its path.
+    about = {**series.describe(), "model": str(series.config.model), "n": count}
+    about |= {"stems": series.names.stems[:count]} if series.names.stems else {}
     named = {str(path): name for name, path in given.items()}
     about |= {
         key: [named[path] for path in about[key]] for key in ("init_images", "source_images", "mask") if key in about
