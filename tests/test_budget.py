@@ -25,6 +25,7 @@ from vqgen.prior.train import PriorTraining, main
 from vqgen.prior.trainer import PriorTrainer
 from vqgen.tokenizer.codes.format import Manifest
 from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.tokenizer.train import main as train_tokenizer
 from vqgen.training import budget
 from vqgen.training.budget import Trial, scaled
 
@@ -67,6 +68,21 @@ def test_a_preset_is_scaled_and_a_share_stays() -> None:
     found = scaled(config, 600, validations=1)
     assert (found.run.steps, found.optimizer.lr_warmup, found.run.validate_every) == (600, 60, 600)
     assert found.gan.gan_start == 0.5 and found.optimizer.ema_decay == config.optimizer.ema_decay
+
+
+@pytest.mark.parametrize("length", ["--epochs", "--minutes", "--steps"])
+def test_options_that_nothing_reads_are_refused_beside_a_length(
+    length: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """Also by the trial that minutes begin with, and by a number of steps on the command line."""
+    small = "--size 16 --channels 1 --width 8 --multipliers 1 2 --blocks 1 --groups 4 --latent-dim 8".split()
+    data = ["--data", "demo", *small, "--output", tmp_path / "tokenizer"]
+    for program, base, option in (
+        (train_tokenizer, data, ("--shuffle-buffer", 99)),
+        (main, words(tmp_path), ("--text-dropout", 0.5)),
+    ):
+        result = cli(program, *base, *option, length, 1)
+        assert result.code == 2 and option[0] in result.err, result.err
 
 
 @given(

@@ -14,9 +14,11 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 
 from .errors import UsageError
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ class Options:
                 for bounds in (*ranges_of(hints[field.name]), general) if isinstance(number, (int, float)) else ():
                     if not bounds.contains(number):
                         raise UsageError(f"{option_name(field.name)}: found {_shown(number)}, expected {bounds}")
+
+
+def changed(config: C, **values: Any) -> C:
+    """The configuration, or a section of it, with other values of its fields; keeps `given`, `stated` and `chosen`."""
+    found = dataclasses.replace(typing.cast(Any, config), **values)
+    vars(found).update({name: vars(config)[name] for name in ("given", "stated", "chosen") if name in vars(config)})
+    return found
 
 
 def _shown(number: float) -> str:

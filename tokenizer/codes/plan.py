@@ -19,6 +19,7 @@ from vqgen.devices import find_device, on_main, precision_of
 from vqgen.errors import UsageError, UserError
 from vqgen.files import DESCRIPTION, WEIGHTS, read_json, write_json
 from vqgen.files.output_folder import OutputFolder
+from vqgen.options import changed
 from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.options import ImageConfig, Split, is_stream
 from vqgen.tokenizer.data.sources import Source, open_source
@@ -187,7 +188,7 @@ def _with_image_size(config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizeCo
         given = asked != getattr(default, name) if config.stated is None else name in config.stated
         if given and asked != value:
             raise UsageError(f"--{name}: found {asked}, but {config.tokenizer} takes {value}; leave the option out")
-    return dataclasses.replace(config, images=dataclasses.replace(config.images, **required))
+    return changed(config, images=changed(config.images, **required))
 
 
 def build_job(config: TokenizeConfig, default_device: torch.device) -> Job:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from vqgen.config import read_saved
 from vqgen.devices import keep_memory, on_main, release_memory
 from vqgen.errors import UsageError, UserError
-from vqgen.options import key_of
+from vqgen.options import changed, key_of
 
 from .folder import CONFIG, has_trained, run_folder
 from .options import RunConfig
@@ -70,7 +70,7 @@ def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
 
     def of(section: Any) -> Any:
         values = {field.name: (key_of(field), getattr(section, field.name)) for field in dataclasses.fields(section)}
-        return dataclasses.replace(
+        return changed(
             section,
             **{
                 field: of(value) if dataclasses.is_dataclass(value) else value if name in given else change(name, value)
@@ -118,7 +118,7 @@ def measured(
     with tempfile.TemporaryDirectory(prefix="vqgen-trial-") as folder:
         # With the discriminator from the first step: the run is no slower than this.
         parts = {"gan": dataclasses.replace(config.gan, gan_start=0, gan_warmup=0)} if hasattr(config, "gan") else {}
-        built = build(dataclasses.replace(config, output=Path(folder), overwrite=False, **parts))
+        built = build(changed(config, output=Path(folder), overwrite=False, **parts))
         assert built is not None, "a new folder holds no finished run"
         run, trainer = built
         run.quiet = True
@@ -162,12 +162,12 @@ def _by_steps(config: C) -> C:
 
     A run that was begun with a budget and is resumed keeps what followed from it, and has as much more of it.
     """
-    changed: dict[str, Any] = dict.fromkeys(BUDGETS)
+    others: dict[str, Any] = dict.fromkeys(BUDGETS)
     output, steps = config.output, config.run.steps  # type: ignore[attr-defined]
     before = on_main(lambda: _before(config) if has_trained(output) else None) or {}
     if name := next((name for name in BUDGETS if before.get(name)), None):
-        changed |= _derived(before) | {name: before[name] * steps / before["steps"]}
-    found = _changed(config, lambda key, value: changed.get(key, value))
+        others |= _derived(before) | {name: before[name] * steps / before["steps"]}
+    found = _changed(config, lambda key, value: others.get(key, value))
     vars(found.run).update(given=config.given)  # type: ignore[attr-defined]  # for `length`
     return found
 
