@@ -281,6 +281,25 @@ def test_heldout_images_are_fixed_and_few(tars: Path) -> None:
     assert "--holdout" in error(lambda: open_stream(f"stream:{tars}", ImageConfig(holdout=1e-9), 8))
 
 
+def test_files_that_hold_more_fill_up_the_heldout_images(tmp_path: Path) -> None:
+    """Of files of 2, 9, 3 and 12 images."""
+    rows, sizes = garments(26), (2, 9, 3, 12)
+    for file, size in enumerate(sizes):
+        members = [member for n in range(size) for member in sample(f"{file}{n:02d}", rows[n])]
+        write_tar(tmp_path / f"val-{file}.tar", members)
+    write_tars(tmp_path, 1, 3, "train")
+    shards = open_shards(f"{tmp_path}/*.tar", 0.2)["heldout"]
+
+    def taken(count: int) -> list[str]:
+        dataset = read_heldout(shards, CONFIG, count)
+        return [dataset.source.item_name(index) for index in range(len(dataset))]
+
+    assert [len(set(taken(count))) for count in (1, 8, 16, 20, 25, 26, 40)] == [1, 8, 16, 20, 25, 26, 26]
+    few, more = taken(16), taken(20)
+    assert few == taken(16) and {name.split(":")[0] for name in few} == {name.split(":")[0] for name in more}
+    assert all(sum(f"val-{file}.tar" in name for name in few) >= min(size, 4) for file, size in enumerate(sizes))
+
+
 # ---- damage ----
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import islice
 
 import numpy as np
 
@@ -35,13 +36,19 @@ def read_heldout(shards: Shards, config: ImageConfig, count: int) -> ImageDatase
 
 
 def _records(shards: Shards, count: int) -> list[Record]:
-    """The first held-out images of several files in a fixed order."""
+    """The first held-out images of several files in a fixed order, as many of each; where all files together then hold
+    too few, the rest is from those that hold more."""
     files = sorted(shards.files, key=lambda file: hash64("heldout", shown(file).rpartition("/")[2]))
-    share, found = math.ceil(count / min(FILES, len(files))), list[Record]()
+    share, found, larger = math.ceil(count / min(FILES, len(files))), list[Record](), list[str]()
     for file in files:
-        most = min(share, count - len(found))
-        for _, record in zip(range(most), shards.read([file])):
-            found.append(record)
+        taken = list(islice(shards.read([file]), min(share, count - len(found))))
+        found += taken
+        if len(found) == count:
+            return found
+        if len(taken) == share:
+            larger.append(file)
+    for file in larger:  # read again, as files are not kept open
+        found += islice(shards.read([file]), share, share + count - len(found))
         if len(found) == count:
             break
     return found
