@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vqgen import config_layers
 from vqgen.config_layers import find_preset
 from vqgen.evaluation.tasks.options import PARTS, least_classes
 from vqgen.files import read_text, write_text
@@ -16,7 +15,7 @@ from .machine import Machine
 from .plan import HEADING, Plan, Request, file_of, unedited, written
 from .stages import STAGES, settings_given
 from .survey import Survey
-from .train import explained
+from .train import explained, given_options
 
 CACHE_MB = 2048
 """Decoded images that are kept in memory."""
@@ -79,9 +78,7 @@ class Configurations:
 
     def value(self, stage: str, name: str) -> Any:
         """The value that the user has set for an option of a stage; None where there is none."""
-        config = STAGES[stage].config
-        given, _ = config_layers.read_arguments(config, getattr(self.request, stage))
-        return config_layers.merged(config, [given]).get(name)
+        return given_options(self.request, stage).get(name)
 
     def codes(self, views: int) -> dict[str, Any]:
         """Of the encoding."""

@@ -45,9 +45,11 @@ class Survey:
     """The first captions of held-out images, as samples are drawn of them."""
 
 
-def look(data: str, text_column: str | None) -> Survey:
-    """Survey a source. Raises `UserError` where it has no images that can be read."""
-    holdout = ImageConfig().holdout
+def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdout) -> Survey:
+    """Survey a source; the share `holdout` is held out where it has no validation split.
+
+    Raises `UserError` where it has no images that can be read.
+    """
     train = open_source(data, "train", holdout, text_column)
     heldout = open_source(data, "heldout", holdout, text_column)
     sizes, looked_at = _sizes(train), len(_spread(train, HEADERS))

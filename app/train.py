@@ -126,13 +126,23 @@ def has_epochs(file: Path) -> bool:
     return isinstance(run, dict) and run.get("epochs") is not None
 
 
-def check_words(config: type, name: str, words: Sequence[str]) -> dict[str, Any]:
-    """Option -> value of the words given to a stage. Raises `UsageError` where they are none of its options, or have
-    values of another type."""
+def given_options(request: "Request", name: str) -> dict[str, Any]:
+    """Option -> value of what is given to a stage. Raises `UsageError` for what is no option of it, and for values of
+    another type."""
+    from .stages import STAGES
+
+    config = STAGES[name].config
     try:
-        return merged(config, [read_arguments(config, words)[0]])
+        return merged(config, [read_arguments(config, getattr(request, name))[0]])
     except UsageError as error:
         raise UsageError(f"--{name}: {error}") from error
+
+
+def holdout_of(request: "Request") -> float:
+    """The share of the images that is held out where there is no validation split. Raises `UsageError`."""
+    share = given_options(request, "tokenizer").get("holdout", ImageConfig.holdout)
+    with explained("tokenizer"):
+        return ImageConfig(holdout=share).holdout  # checks the range
 
 
 def check_places(config: TrainConfig) -> None:
@@ -154,7 +164,7 @@ def made_or_found(config: TrainConfig) -> "Plan":
     from .stages import STAGES
 
     output, request = config.output, config.request()
-    given = {name: check_words(STAGES[name].config, name, getattr(request, name)) for name in GIVEN}
+    given = {name: given_options(request, name) for name in GIVEN}
     found = None if config.overwrite else saved_plan(output)
     begun = [name for name in STAGES if (output / name).exists()]
     ours, theirs = (given[name].get("holdout", ImageConfig.holdout) for name in ("tokenizer", "codes"))
@@ -219,7 +229,7 @@ def adapted(plan: "Plan", config: TrainConfig, begun: Sequence[str]) -> "Plan":
     from .plan import FOLDER, file_of
     from .survey import look
 
-    survey, before = look(config.data, config.text_column), plan.written
+    survey, before = look(config.data, config.text_column, holdout_of(plan.request)), plan.written
     with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as name:
         made = Path(name)
         shutil.copytree(config.output / FOLDER, made / FOLDER)
@@ -244,10 +254,10 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
 
     began = time.perf_counter()
     print("planning: the images are looked at, and some steps of each training are timed", file=sys.stderr)
-    survey = look(config.data, config.text_column)
-    most = ImageConfig().max_broken
+    survey = look(config.data, config.text_column, holdout_of(request))
+    most = ImageConfig.max_broken
     every = survey.train + survey.heldout + survey.test  # as --max-broken counts them
-    allowed = any(word.startswith("--max-broken") for word in request.tokenizer)
+    allowed = "max_broken" in given_options(request, "tokenizer")
     if survey.unreadable * survey.train > most * every and not allowed:
         share = f"{survey.unreadable:.1%} of the images that were looked at cannot be read, at most {most:.0%} may"
         raise UserError(f"--data: {share}; remove them, or set --tokenizer max-broken=…")

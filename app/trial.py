@@ -285,7 +285,7 @@ def _write_codes(stage: Stage, folder: Path) -> None:
         captions = None
         if stage.text_column:
             found = open_source(config.data, split, config.images.holdout, stage.text_column).captions or [""]
-            captions = [found[row % len(found)] for row in range(count)]  # another holdout than in the survey
+            captions = [found[row % len(found)] for row in range(count)]
         sources = random.permutation(codes) if source else None
         write_shard(path, codes, labels, model.codebook_size, sources, captions)
         splits[split] = SplitEntry(1, count, [ShardEntry(path.name, count, checksum(path))])

@@ -20,6 +20,7 @@ from vqgen.app.train import main, words_of
 from vqgen.app.trial import Measured, Stage
 from vqgen.errors import UserError
 from vqgen.sampling.settings import read_recommended
+from vqgen.tokenizer.data.sources import open_source
 
 TOKENIZER = "steps=3 width=8 groups=4 latent-dim=8 no-attention codebook-size=16 batch-size=8".split()
 TOKENIZER += ["validation-images=16"]
@@ -253,10 +254,12 @@ def test_broken_images_are_found_before_training(tmp_path: Path, cli: Callable[.
         (tmp_path / f"broken{index}.png").unlink()
     result = cli(main, "--data", tmp_path, "--output", output, "--minutes", 20, "--plan")
     assert result.code == 0, "one of a hundred"
-    result = cli(
-        main, "--data", tmp_path, "--output", output, "--minutes", 20, "--plan", "--tokenizer", "max-broken=0.2"
-    )
-    assert result.code == 0 and "max_broken: 0.2" in (output / "plan" / "codes.yaml").read_text()
+    for index in range(1, 5):
+        (tmp_path / f"broken{index}.png").write_bytes(b"no image")
+    for allowed in ("max-broken=0.2", "max_broken=0.3"):
+        given = ["--data", tmp_path, "--output", output, "--minutes", 20, "--plan", "--tokenizer", allowed]
+        assert cli(main, *given).code == 0
+        assert allowed.replace("-", "_").replace("=", ": ") in (output / "plan" / "codes.yaml").read_text()
 
 
 def test_the_search_skips_as_many_broken_images_as_the_encoding(
@@ -426,6 +429,31 @@ def test_both_stages_hold_out_the_same_images(tmp_path: Path, cli: Callable[...,
     assert (result.code, result.err.count("\n")) == (2, 1) and "--codes" in result.err and "0.01" in result.err
     assert not trials
     assert cli(main, *given, "--codes", *CODES, "holdout=0.01").code == 0
+
+
+def test_what_is_given_to_hold_out_is_surveyed(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data := tmp_path / "data").mkdir()
+    for index in range(60):
+        Image.new("RGB", (32, 32), (4 * index, 0, 0)).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text(f"{index} of 60 reds")
+    output, holdout = tmp_path / "run", ["holdout=0.3"]
+    given = [*words(output, "--data", data, "--text-column", "txt"), "--tokenizer", *TOKENIZER, *holdout]
+    result = cli(main, *given, "--codes", *CODES, *holdout, "--plan")
+    heldout = open_source(str(data), "heldout", 0.3).labels.size
+    assert 10 < heldout < 30 and f"{60 - heldout} to train on, {heldout} held out" in result.out
+
+    def prompts() -> list[str]:
+        return yaml.safe_load((output / "plan" / "samples.yaml").read_text())["prompt"]
+
+    # Also where options of later stages change the files of a run that has begun.
+    assert len(prompts()) == heldout
+    (output / "tokenizer").mkdir()
+    assert cli(main, *given, "--codes", "views=2", *holdout).code == 130
+    assert len(prompts()) == heldout
+    result = cli(main, *words(output), "--overwrite", "--tokenizer", "holdout=2", "--codes", "holdout=2")
+    assert result.code == 2 and "--tokenizer holdout=" in result.err
 
 
 def test_a_plan_is_printed_with_command_lines_and_nothing_else_is_done(
