@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import parse
-from vqgen.errors import UsageError
+from vqgen.errors import OtherRun, UsageError
 from vqgen.evaluation.tasks.options import SettingsConfig
 from vqgen.files import is_file, read_json
 from vqgen.options import Options
@@ -89,6 +89,7 @@ def settings_given(words: Sequence[str]) -> bool:
 
 def _draw(config: SampleConfig) -> None:
     from vqgen.prior.model import Prior
+    from vqgen.sampling.output import UNFINISHED
     from vqgen.sampling.write_samples import write_samples
 
     if config.model is not None and samples_are_drawn(config.output, config.model):
@@ -101,6 +102,15 @@ def _draw(config: SampleConfig) -> None:
         if own and config.prompt and "prompt" not in config.given:  # planned before it was known how much is read
             part = Prior.load(config.model).conditioning.text
             config.prompt = part.readable(config.prompt) if part else config.prompt
+    try:
+        write_samples(config)
+        return
+    except OtherRun:
+        if not is_file(config.output / UNFINISHED):
+            raise
+    text = f"{config.output} holds some images of a run with other weights or settings, which are replaced"
+    print(text, file=sys.stderr)
+    config.overwrite = True
     write_samples(config)
 
 

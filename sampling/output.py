@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import OtherRun, UsageError, UserError
 from vqgen.files import checksum, read_json, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
 from vqgen.files.png import png_state
@@ -237,8 +237,8 @@ def check_output(
 ) -> Found:
     """Return what `output` holds of the run that `about` describes.
 
-    `size` is (width, height) of its images, `given` the files that are read for them, by option. Raises `UsageError`
-    where the folder holds files of something else or of another run, or one of `given` that is to be removed.
+    `size` is (width, height) of its images, `given` the files that are read for them, by option. Raises `OtherRun`
+    where the folder holds another run, `UsageError` where it holds other files or one of `given` is to be removed.
     """
     folder, lists, n = own_folder(output), _lists(output), about["n"]
     if not folder.present:
@@ -269,7 +269,7 @@ def check_output(
         what = "a run that did not end" if unfinished else "another run"
         reason = f"({differs})" if differs else f"and {foreign[0]}, which is not of that run"
         text = f"{output} holds the samples of {what} {reason}"
-        raise UsageError(f"--output: {text}; choose another folder or add --overwrite")
+        raise (UsageError if foreign else OtherRun)(f"--output: {text}; choose another folder or add --overwrite")
     whole = not damaged and all(name in own for name in (GRID, *map(names.file, range(n))))
     return Found("on" if unfinished or not whole else "done", n, tuple(damaged))
 

@@ -83,6 +83,32 @@ def test_the_whole_path_from_images_to_images(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_images_of_an_interrupted_drawing_are_replaced_where_they_are_others(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other weights, as of a prior that was then trained for longer, or of other settings."""
+    samples, record = tmp_path / "samples", tmp_path / "samples" / "samples.partial.json"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vqgen.sampling.write_samples.write_grid", interrupted)
+        assert cli(main, *words(tmp_path)).code == 130
+        begun = json.loads(record.read_text())
+        record.write_text(json.dumps(begun | {"prior_fingerprint": "0" * 64}))
+        assert cli(main, *words(tmp_path)).code == 130
+    assert json.loads(record.read_text())["prior_fingerprint"] == begun["prior_fingerprint"]
+    result = cli(main, *words(tmp_path), "--samples", "n=3", "seed=1")
+    assert result.code == 0, result.err
+    drawn = json.loads((samples / "samples.json").read_text())
+    assert (drawn["seed"], len(list(samples.glob("0*.png")))) == (1, 3)
+    # Finished ones are kept.
+    before = tree(samples)
+    assert cli(main, *words(tmp_path), "--samples", "n=3", "seed=2").code == 2
+    assert tree(samples) == before
+
+
 def test_settings_are_searched_and_drawn_with(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,5 +20,9 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class OtherRun(UsageError):
+    """An output folder with another run of the same program, all of whose files may be removed by --overwrite."""
+
+
 class DataError(UserError):
     """Training data that cannot be read any more, found before a step computed anything: what is done can be saved."""
