@@ -101,11 +101,16 @@ class Configurations:
 
     def guided(self) -> bool:
         """Whether samples have classes or captions that the prior learns to do without."""
-        if self.given("samples", "source-image", "init-image") and not self.given("samples", "class", "prompt"):
-            return False  # such samples have no other condition than their image
         objective = self.parsed("prior", "--codes", "codes").objective
-        dropout = objective.text_dropout if self.prompts() else objective.label_dropout
-        return dropout > 0 and bool(self.prompts() or self.survey.classes)
+        told = bool(self.prompts()) or self.given("samples", "prompt", "prompt-file")
+        # By default images have classes, unless they have prompts, or are made of another image.
+        classed = self.given("samples", "class") or not (told or self.given("samples", "source-image", "init-image"))
+        by_text = told and self.reads_captions() and objective.text_dropout > 0
+        return by_text or (classed and self.survey.classes > 0 and objective.label_dropout > 0)
+
+    def reads_captions(self) -> bool:
+        """Whether the prior is trained on captions."""
+        return self.survey.captions > 0 and self.parsed("prior", "--codes", "codes").objective.text_length != 0
 
     def samples(self) -> dict[str, Any]:
         """Of drawing, where no settings are searched."""
@@ -120,7 +125,7 @@ class Configurations:
             given = settings_given(self.request.samples)
         if given:
             return "--samples gives them"
-        reads = survey.captions and self.parsed("prior", "--codes", "codes").objective.text_length != 0
+        reads = self.reads_captions()
         if self.prompts() or (reads and survey.classes < 2):
             return "samples are drawn of captions"
         if reads:

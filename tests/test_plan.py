@@ -310,6 +310,30 @@ def test_guidance_is_planned_where_images_of_a_class_are_drawn(tmp_path: Path, t
     assert min(found[:2]) > 1 and found[2:] == [1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("classes", "samples", "prior", "guided"),
+    [
+        (0, ["--prompt=a red apple"], [], True),
+        (0, ["--prompt-file=my.txt"], [], True),
+        (0, ["--prompt=a red apple"], ["--text-dropout=0"], False),
+        (3, ["--prompt=a red apple"], ["--label-dropout=0"], True),
+        (3, ["--prompt=a red apple"], ["--text-dropout=0"], False),  # its images have no class
+        (3, ["--prompt=a red apple", "--class=cat"], ["--text-dropout=0"], True),
+        (3, ["--prompt=a red apple"], ["--text-length=0"], False),
+        (3, ["--init-image=a.png", "--prompt-file=my.txt"], [], True),
+        (3, ["--init-image=a.png"], [], False),
+        (3, ["--num-per-class=2"], ["--text-dropout=0"], True),
+    ],
+)
+def test_guidance_is_planned_by_what_the_images_have(
+    tmp_path: Path, trials: list[Stage], classes: int, samples: list[str], prior: list[str], guided: bool
+) -> None:
+    survey = replace(PHOTOS, classes=classes, captions=900, prompts=("a shirt", "no"))
+    plan(tmp_path, 60, replace(REQUEST, text_column="text", samples=samples, prior=prior), survey)
+    file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
+    assert parse(SampleConfig, file).sampling.guidance_scale == (2 if guided else 1)
+
+
 def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stage]) -> None:
     survey = replace(PHOTOS, classes=3, judged=3, captions=900, prompts=("a shirt", "no", "3", "*: 'a'"))
     file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
