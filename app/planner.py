@@ -181,7 +181,7 @@ class Planner:
     def _codes(self, size: list[int], factor: int) -> tuple[int, int]:
         """Positions of codes in an image of this size, and codes a position, with what the user has set."""
         self.stages.write("tokenizer", self.stages.tokenizer(size, factor, 1))
-        config = parse(TokenizerTraining, self.stages.words("tokenizer"))
+        config = self.stages.parsed("tokenizer")
         return size[0] * size[1] // config.model.factor**2, getattr(config.quantizer, "depth", 1)
 
     def _enough(

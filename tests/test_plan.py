@@ -421,6 +421,20 @@ def test_a_size_that_fits_no_grid_is_refused(tmp_path: Path, trials: list[Stage]
     assert not trials
 
 
+@pytest.mark.parametrize(("side", "factor"), [(72, 8), (88, 8), (104, 8), (120, 8), (36, 4)])
+def test_a_size_that_fits_one_grid_alone_is_planned_with_it(
+    tmp_path: Path, trials: list[Stage], side: int, factor: int
+) -> None:
+    assert plan(tmp_path, 4, replace(REQUEST, size=[side, side]), replace(PHOTOS, train=5000))
+    tokenizer, _, _ = read(tmp_path)
+    assert (tokenizer.images.size, tokenizer.model.factor) == ([side, side], factor)
+
+
+def test_an_option_of_the_tokenizer_that_fits_no_size_is_named(tmp_path: Path, trials: list[Stage]) -> None:
+    with pytest.raises(UsageError, match=r"--size: 64x64 .*--tokenizer (patch|multipliers)="):
+        plan(tmp_path, 20, replace(REQUEST, size=[64, 64], tokenizer=["--patch=3"]))
+
+
 def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:
     expected = {n: Expected(s, 0.0, 0) for n, s in {"tokenizer": 500, "codes": 50, "prior": 500, "samples": 60}.items()}
     made = Plan(REQUEST, 20, None, [Row("size", "64", "")], expected, {"plan": 60.0, "tokenizer": 500.0, "codes": 50.0})
