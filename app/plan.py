@@ -85,6 +85,8 @@ class Plan:
     """Stage -> sha256 of its configuration as it was planned; none in plans of former versions."""
     removing: dict[str, float] = field(default_factory=dict)
     """Stage of `replaced` -> when its removal began, in seconds of the clock."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Training -> steps in its configuration as it was planned; none in plans of former versions."""
     unsearched: str = ""
     """Why the planned search of settings is left out, where options that were given later say so."""
 

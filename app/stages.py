@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqgen.config import parse
+from vqgen.config_layers import merged, read_arguments, read_file
 from vqgen.errors import OtherRun, UsageError
 from vqgen.evaluation.tasks.options import SettingsConfig
 from vqgen.files import is_file, read_json
@@ -17,7 +18,7 @@ from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
-from .plan import saved_plan, unedited
+from .plan import Plan, file_of, saved_plan, unedited
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ STAGES = {
     "samples": Stage("draw new images", "vqgen-sample", SampleConfig, _draw),
 }
 """In order; each writes the folder of its name, `settings` into that of the prior, and reads those before it."""
+TRAININGS = ("tokenizer", "prior")
 RECEIPT = "settings.json"
 """Receipt of the search in the prior's folder."""
 
@@ -166,6 +168,46 @@ def folders(output: Path, name: str, overwrite: bool) -> list[str]:
         option, folder = reads[name]
         words = [option, str(output / folder), *words]
     return words
+
+
+def has_steps(words: Sequence[str]) -> bool:
+    """Whether words given to a training say how long it is."""
+    return bool({"--steps", "--epochs"} & {word.partition("=")[0] for word in words})
+
+
+def planned_lengths(folder: Path) -> dict[str, int]:
+    """Training -> steps in its configuration in the folder of a new plan, to which its intervals are in proportion."""
+    files = {name: read_file(STAGES[name].config, str(file_of(folder, name))) for name in TRAININGS}
+    return {name: file.values["steps"][0] for name, file in files.items()}
+
+
+def length_set(plan: Plan, output: Path, name: str) -> str:
+    """The option, or the file that was edited, that says how long a training is, in place of its share of the time;
+    empty where there is none.
+
+    Files of plans of former versions say so by `epochs` alone: runs have begun without regard to the rest of them.
+    Raises `UserError`.
+    """
+    config, given, file = STAGES[name].config, getattr(plan.request, name), file_of(output, name)
+    if has_steps(given):
+        return f"--{name}"
+    if not is_file(file):
+        return ""
+    found = merged(config, [read_file(config, str(file)), read_arguments(config, given)[0]])
+    planned = plan.lengths.get(name)
+    edited = planned is not None and (found.get("steps", planned) != planned or found.get("minutes") is not None)
+    return str(file) if edited or found.get("epochs") is not None else ""
+
+
+def words_of(plan: Plan, output: Path, name: str, overwrite: bool = False) -> list[str]:
+    """The command line of a stage, without its program. Raises `UserError`."""
+    words = ["--config", str(file_of(output, name)), *folders(output, name, overwrite)]
+    if name in TRAININGS and not length_set(plan, output, name):
+        budget = plan.expected[name].minutes
+        if name == "prior" and plan.prior_minutes:
+            budget = plan.prior_minutes
+        words += ["--minutes", f"{budget:.4g}"]
+    return [*words, *getattr(plan.request, name, ())]
 
 
 def check_folders(output: Path) -> None:

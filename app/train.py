@@ -19,7 +19,6 @@ from vqgen.config import command, options
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_text, write_text
-from vqgen.files.yaml_text import read_yaml
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
@@ -98,34 +97,6 @@ class TrainConfig(Options):
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
-def has_steps(words: Sequence[str]) -> bool:
-    """Whether words given to a training say how long it is."""
-    return bool({"--steps", "--epochs"} & {word.partition("=")[0] for word in words})
-
-
-def words_of(plan: "Plan", output: Path, name: str, overwrite: bool = False) -> list[str]:
-    """The command line of a stage, without its program."""
-    from .plan import file_of
-    from .stages import folders
-
-    given: list[str] = getattr(plan.request, name) if name in GIVEN else []
-    words = ["--config", str(file_of(output, name)), *folders(output, name, overwrite)]
-    budget = {
-        "tokenizer": plan.expected["tokenizer"].minutes,
-        "prior": plan.prior_minutes or plan.expected["prior"].minutes,
-    }
-    if name in budget and not has_steps(given) and not has_epochs(file_of(output, name)):
-        words += ["--minutes", f"{budget[name]:.4g}"]
-    return [*words, *given]
-
-
-def has_epochs(file: Path) -> bool:
-    """Whether a user has put --epochs into a configuration of the plan. Raises `UserError`."""
-    found = read_yaml(file) if file.is_file() else None
-    run = found.get("run") if isinstance(found, dict) else None
-    return isinstance(run, dict) and run.get("epochs") is not None
-
-
 def given_options(request: "Request", name: str) -> dict[str, Any]:
     """Option -> value of what is given to a stage. Raises `UsageError` for what is no option of it, and for values of
     another type."""
@@ -183,7 +154,7 @@ def made_or_found(config: TrainConfig) -> "Plan":
 
 def check_stages(plan: "Plan", folder: Path) -> None:
     """Raise `UsageError` where a configuration of the plan in `folder`, with what is given, is none of its stage."""
-    from .stages import STAGES
+    from .stages import STAGES, words_of
 
     for name in plan.stages:
         with explained(name):
@@ -195,6 +166,8 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
 
     Raises `UsageError`.
     """
+    from .stages import length_set
+
     later = {name: getattr(request, name) for name in GIVEN if name not in begun}
     if not (config.output / "samples" / "samples.json").exists():
         later["samples"] = request.samples
@@ -207,8 +180,8 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
     if config.minutes < found.minutes:
         what = f"found {config.minutes:g}, the run in {config.output} has {found.minutes:g}"
         raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")
-    if config.minutes > found.minutes and has_steps(request.prior):
-        text = f"found {config.minutes:g}, but --prior gives its steps, so that more time trains nothing more"
+    if config.minutes > found.minutes and (setter := length_set(plan, config.output, "prior")):
+        text = f"found {config.minutes:g}, but {setter} sets the prior's length, so that more time trains nothing more"
         raise UsageError(f"--minutes: {text}; give {found.minutes:g} as before")
     if plan.request == found.request:
         check_stages(plan, config.output)  # its files may have been edited
@@ -250,6 +223,7 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
     from .machine import machine
     from .plan import Plan, written
     from .planner import Planner
+    from .stages import planned_lengths
     from .survey import look
 
     began = time.perf_counter()
@@ -266,6 +240,7 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
         rows, expected = Planner(request, survey, machine(), began + 60 * config.minutes, made).plan()
         spent = {"plan": time.perf_counter() - began}
         plan = Plan(request, config.minutes, None, rows, expected, spent, replaced, written(made))
+        plan = replace(plan, lengths=planned_lengths(made))
         check_stages(plan, made)
         if config.plan and replaced:
             told = f"not saved, as a run in {config.output} has begun; without --plan it is replaced by this"
@@ -312,7 +287,7 @@ def train(config: TrainConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("accelerate: vqgen-train is one process; launch the command lines that --plan prints")
     from .show import outcome, text_of
-    from .stages import STAGES, outdated, settings_given, write_page
+    from .stages import STAGES, outdated, settings_given, words_of, write_page
 
     output = config.output
     check_places(config)

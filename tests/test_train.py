@@ -16,7 +16,8 @@ from processes import tree, weights
 from vqgen.app import planner, stages
 from vqgen.app.demo import main as demo
 from vqgen.app.plan import Plan, saved_plan, written
-from vqgen.app.train import main, words_of
+from vqgen.app.stages import words_of
+from vqgen.app.train import main
 from vqgen.app.trial import Measured, Stage
 from vqgen.errors import UserError
 from vqgen.sampling.settings import read_recommended
@@ -536,6 +537,33 @@ def test_epochs_in_a_file_of_the_plan_take_the_place_of_its_minutes(
     tree.setdefault("run", {})["epochs"] = 2
     prior.write_text(yaml.safe_dump(tree))
     assert stages.STAGES["prior"].parsed(words_of(plan, tmp_path, "prior")).run.epochs == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 1000), ("minutes", 7.0), ("epochs", 2)])
+def test_a_length_in_a_file_of_the_plan_takes_the_place_of_its_minutes(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None, option: str, value: float
+) -> None:
+    given = [word for word in words(tmp_path) if not str(word).startswith("steps=")]
+    assert cli(main, *given, "--plan").code == 0
+    plan = saved_plan(tmp_path) or pytest.fail()
+    for name in ("tokenizer", "prior"):
+        file = tmp_path / "plan" / f"{name}.yaml"
+        assert "--minutes" in words_of(plan, tmp_path, name)
+        tree = yaml.safe_load(file.read_text())
+        tree["run"][option] = value
+        file.write_text(file.read_text().splitlines()[0] + "\n" + yaml.safe_dump(tree))
+        found = stages.STAGES[name].parsed(words_of(plan, tmp_path, name))
+        assert getattr(found.run, option) == value and "minutes" not in found.given
+        # Former versions did not tell which steps were planned, and gave the minutes of the plan.
+        former = words_of(dataclasses.replace(plan, lengths={}), tmp_path, name)
+        assert ("--minutes" in former) == (option != "epochs")
+    assert cli(main, *given).code == 130
+    result = cli(main, *given, "--minutes", 30)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "--minutes: found 30" in result.err and str(tmp_path / "plan" / "prior.yaml") in result.err
+    # Another edited option leaves the minutes of the plan.
+    file.write_text(file.read_text().replace(f"{option}: {value}", "").replace("patience: 5", "patience: 3"))
+    assert "--minutes" in words_of(plan, tmp_path, "prior")
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_former_one(
