@@ -286,4 +286,4 @@ class Planner:
             self.stages.write("samples", self.stages.samples())
             prior, samples, codes = (self.stages.words(name) for name in ("prior", "samples", "codes"))
         words = self.stages.words("tokenizer")
-        return Stage(words, prior, samples, images, survey.classes, request.text_column, codes)
+        return Stage(words, prior, samples, images, survey.classes, request.text_column, codes, survey.unlabelled)

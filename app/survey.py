@@ -43,6 +43,8 @@ class Survey:
     """Share of the images that were looked at that are none."""
     prompts: tuple[str, ...] = ()
     """The first captions of held-out images, as samples are drawn of them."""
+    unlabelled: bool = False
+    """Whether some training images have no class, where others have one."""
 
 
 def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdout) -> Survey:
@@ -70,6 +72,7 @@ def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdou
         channels=1 if _all_grey(train) else 3,
         unreadable=(looked_at - len(sizes)) / looked_at,
         prompts=_prompts(heldout),
+        unlabelled=bool(train.class_names) and bool((train.labels < 0).any()),
     )
 
 

@@ -21,11 +21,12 @@ from vqgen.config import command, parse
 from vqgen.files import read_record, write_json
 from vqgen.options import Options
 from vqgen.sampling.sample import SampleConfig
-from vqgen.tokenizer.encode import TokenizeConfig
+
+from .made_up import conditions_of, write_codes
+from .train import explained
 
 if TYPE_CHECKING:
     from vqgen.prior.train import PriorTraining
-    from vqgen.tokenizer.codes.format import SourceRecord
     from vqgen.tokenizer.train import TokenizerTraining
 
 STEPS, SECONDS = 12, 8.0
@@ -34,8 +35,6 @@ OUT_OF_MEMORY = 77
 """Exit code of a trial that needed more memory than there is."""
 SMALLEST = 16
 """Shorter side of the images that the classifier takes."""
-MOST_IMAGES = 4096
-"""Most images of made-up codes that a prior is tried on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Stage:
     text_column: str | None
     codes: list[str] = field(default_factory=list)
     """Of the encoding, which may give the prior a source."""
+    unlabelled: bool = False
+    """Whether some training images have no class, where others have one."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _prior(stage: Stage, codes: Path) -> Measured:
     from vqgen.prior.train import PriorTraining
     from vqgen.prior.trainer import build
 
-    _write_codes(stage, codes)
+    write_codes(stage, codes)
     config = parse(PriorTraining, [*stage.prior, "--codes", str(codes)])
     found = _training(config, build)
     drawn = _drawing_rate(config, parse(SampleConfig, stage.samples))
@@ -255,55 +256,12 @@ def _drawing_rate(config: "PriorTraining", samples: SampleConfig) -> float:
     conditioning = Conditioning.for_files(files, config.objective, config.model.order)
     prior = Prior(config.model, conditioning, (files.channels, *files.image_size), files.tokenizer_fingerprint)
     generator = Generator(prior, Tokenizer.load(config.codes / "tokenizer"), _device(), samples.precision)
-    prompts, part = samples.prompts, generator.conditioning.text
-    conditions = generator.conditioning.conditions({"text": part.readable(prompts) if part and prompts else prompts})
-    if files.source:
-        conditions = conditions.having({"source": list(files.gather_source([0], [0]))})
-    settings = generator.settings(samples.given_settings, conditions)
-    count, began = min(samples.count(1), samples.batch_size), time.perf_counter()
+    count = min(samples.count(1), samples.batch_size)
+    with explained("samples"):
+        conditions, settings = conditions_of(generator, samples, config.codes / "given.png")
+    began = time.perf_counter()
     generator.draw(range(count), conditions, settings, samples.seed, samples.batch_size)
     return count / (time.perf_counter() - began)
-
-
-def _write_codes(stage: Stage, folder: Path) -> None:
-    """Write code files of random codes, as those of this tokenizer on these images would be, and the tokenizer."""
-    import numpy as np
-
-    from vqgen.tokenizer.codes.format import Manifest, ShardEntry, SplitEntry, checksum, code_shape, write_shard
-    from vqgen.tokenizer.data.sources import open_source
-    from vqgen.tokenizer.model import Tokenizer
-    from vqgen.tokenizer.train import TokenizerTraining
-
-    config = parse(TokenizerTraining, stage.tokenizer)
-    model, random = Tokenizer(config.architecture()), np.random.default_rng(0)
-    mark, shape = model.save(folder / "tokenizer"), code_shape(model.grid, model.depth)
-    splits, source = {}, _source_of(stage, list(model.grid))
-    for split, images in zip(("train", "heldout"), stage.images):
-        count, path = min(images, MOST_IMAGES), folder / f"{split}.safetensors"
-        codes = random.integers(model.codebook_size, size=(count, 1, *shape))
-        labels = random.integers(stage.classes, size=count) if stage.classes else np.full(count, -1)
-        captions = None
-        if stage.text_column:
-            found = open_source(config.data, split, config.images.holdout, stage.text_column).captions or [""]
-            captions = [found[row % len(found)] for row in range(count)]
-        sources = random.permutation(codes) if source else None
-        write_shard(path, codes, labels, model.codebook_size, sources, captions)
-        splits[split] = SplitEntry(1, count, [ShardEntry(path.name, count, checksum(path))])
-    names = [str(index) for index in range(stage.classes)] or None
-    Manifest(
-        model.codebook_size, list(model.grid), model.depth, config.images.size, config.images.channels, names, mark,
-        "0" * 64, "fp32", "", splits, captions=stage.text_column is not None, source=source,
-    ).write(folder)  # fmt: skip
-
-
-def _source_of(stage: Stage, grid: list[int]) -> "SourceRecord | None":
-    """What the source codes are, by the options of the encoding; None where there are none."""
-    from vqgen.tokenizer.codes.format import SourceRecord
-
-    config = parse(TokenizeConfig, stage.codes)
-    if config.source_data is not None:
-        return SourceRecord("paired", grid, "0" * 64, description="made up")
-    return SourceRecord("degraded", grid, "0" * 64, config.source) if config.source else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

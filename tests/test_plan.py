@@ -19,6 +19,7 @@ from PIL import Image
 from vqgen.app import planner, rules, trial
 from vqgen.app.configurations import Configurations
 from vqgen.app.machine import Machine
+from vqgen.app.made_up import write_codes
 from vqgen.app.plan import MOST_SECONDS, TRIAL, Expected, Plan, Request, Row, saved_plan
 from vqgen.app.planner import Planner
 from vqgen.app.survey import Survey, look
@@ -526,12 +527,70 @@ def test_a_trial_counts_the_validations_that_the_user_asks_for(tmp_path: Path) -
 def test_a_trial_has_the_source_that_the_encoding_gives(tmp_path: Path, source: str) -> None:
     words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
     prior = [*words, "--source-dropout=0", "--steps=4"]
-    stage = Stage(TINY.split(), prior, ["--n=3", "--guidance-scale=2"], [100, 16], 10, None, [source])
+    samples = ["--n=3", "--guidance-scale=2", "--class=cat", "--source-image=a.png"]
+    stage = Stage(TINY.split(), prior, samples, [100, 16], 10, None, [source])
     found = trial._prior(stage, tmp_path / "codes")
     assert found.step > 0 and found.drawn > 0
     files = CodeFiles(tmp_path / "codes", "train")
     assert Conditioning.for_files(files).length == 64 + 1
     assert not torch.equal(files.gather([0], [0]).long(), files.gather_source([0], [0]))
+
+
+def drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: str, prior: str, codes: str, **stage: Any) -> float:
+    """Images a second in a trial with these words."""
+    monkeypatch.setattr(trial, "_training", lambda config, build: Measured(1, 1, 1, 4, 1, 1, 1))
+    words = f"--dim 16 --layers 1 --heads 2 {prior}".split()
+    found = Stage(TINY.split(), words, ["--batch-size=2", *samples.split()], [28, 4], 3, None, codes.split(), **stage)
+    return trial._prior(found, folder / "codes").drawn
+
+
+@pytest.mark.parametrize(
+    ("samples", "prior", "codes"),
+    [
+        ("--init-image=a.png --box=8,8,8,8 --source-guidance-scale=1.5", "--inpainting=0.3", ""),
+        ("--init-image=a.png --mask=b.png --class=cat --guidance-scale=2", "--inpainting=0.3", ""),
+        ("--init-image=a.png --vary=0.5 --source-guidance-scale=2", "--inpainting=0.3", "--source=grey"),
+        ("--init-image=a.png --extend=4,0,0,2 --source-guidance-scale=2", "--inpainting=0.3", ""),
+        ("--size=20,24 --source-guidance-scale=2", "--inpainting=0.3", ""),
+        ("--init-image=a.png --keep-rows=3", "", "--source=grey"),
+        ("--source-image=a.png,b.png --source-guidance-scale=2", "--label-dropout=0.2", "--source=grey"),
+        ("--class=cat,dog --num-per-class=1 --layout=folders --guidance-scale=2", "", ""),
+    ],
+)
+def test_a_trial_draws_what_vqgen_sample_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: str, prior: str, codes: str
+) -> None:
+    assert drawn(tmp_path, monkeypatch, samples, prior, codes) > 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "prior", "codes", "named"),
+    [
+        ("", "--source-dropout=0", "--source=grey", "--source-image: .*--samples source-image="),
+        ("--init-image=a.png", "--source-dropout=0", "--source=grey", "--init-image: "),
+        ("--init-image=a.png", "--label-dropout=0", "", "--class: .*--label-dropout 0"),
+        ("--init-image=a.png --guidance-scale=2", "", "", "--guidance-scale: "),
+        ("--source-guidance-scale=2", "", "--source=grey", "--source-guidance-scale: "),
+        ("--source-image=a.png", "", "", "--source-image: "),
+        ("--init-image=a.png --vary=0.5", "", "", "--inpainting"),
+        ("--init-image=a.png --extend=3,0,0,0", "--inpainting=0.3", "", "--extend: "),
+        ("--prompt=cat", "", "", "--prompt: .*--text-column"),
+    ],
+)
+def test_a_trial_refuses_what_vqgen_sample_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: str, prior: str, codes: str, named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        drawn(tmp_path, monkeypatch, samples, prior, codes)
+
+
+def test_a_trial_has_images_without_a_class_where_the_data_have(tmp_path: Path, monkeypatch) -> None:
+    for index in range(9):
+        folders = tmp_path / "data" / "train", tmp_path / "data" / "train" / "ab"[index % 2], tmp_path / "data" / "val"
+        for folder in folders:
+            save(folder / f"{index}.png", Image.new("RGB", (16, 16), (index, 0, 0)))
+    assert look(str(tmp_path / "data"), None).unlabelled
+    assert drawn(tmp_path, monkeypatch, "--init-image=a.png", "--label-dropout=0", "", unlabelled=True) > 0
 
 
 @pytest.mark.parametrize("holdout", ["0.01", "0.3"])
@@ -541,7 +600,7 @@ def test_a_trial_has_captions_whatever_is_held_out(tmp_path: Path, holdout: str)
         Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
         (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
     words = [*TINY.split(), "--data", str(tmp_path / "images"), "--channels", "3", "--holdout", holdout]
-    trial._write_codes(Stage(words, [], [], [28, 2], 0, "txt"), tmp_path / "codes")
+    write_codes(Stage(words, [], [], [28, 2], 0, "txt"), tmp_path / "codes")
     assert CodeFiles(tmp_path / "codes", "train").captions([27])[0].startswith("number ")
 
 
