@@ -112,11 +112,14 @@ class Configurations:
         """Whether the prior is trained on captions."""
         return self.survey.captions > 0 and self.parsed("prior", "--codes", "codes").objective.text_length != 0
 
-    def samples(self) -> dict[str, Any]:
-        """Of drawing, where no settings are searched."""
-        sampling = {"min_p": 0.05, **({"guidance_scale": 2.0} if self.guided() else {})}
-        prompts = self.prompts()
-        return {"n": 64, **({"prompt": prompts} if prompts else {}), "sampling": sampling}
+    def samples(self, searched: bool = False) -> dict[str, Any]:
+        """Of drawing, where settings are searched or where they are not."""
+        values: dict[str, Any] = {} if self.given("samples", "num-per-class") else {"n": 64}
+        if searched:
+            return values
+        if prompts := self.prompts():
+            values["prompt"] = prompts
+        return values | {"sampling": {"min_p": 0.05, **({"guidance_scale": 2.0} if self.guided() else {})}}
 
     def unsearched(self) -> str:
         """Why settings of sampling are not searched; nothing where they are, if there is time."""
@@ -157,7 +160,7 @@ class Configurations:
         if "settings" in expected:
             unsearched = self.unsearched()
         if "samples" in own:
-            self.write("samples", {"n": 64} if "settings" in expected and not unsearched else self.samples())
+            self.write("samples", self.samples(searched="settings" in expected and not unsearched))
         if "settings" in own:
             found = planned["settings"]
             search = rules.Search(expected["settings"].seconds, found["n"], found["classifier_steps"])

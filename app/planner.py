@@ -175,7 +175,7 @@ class Planner:
         self.stages.write("prior", prior.values)
         if search:
             self.stages.write("settings", self.stages.settings(search))
-            self.stages.write("samples", {"n": 64})
+            self.stages.write("samples", self.stages.samples(searched=True))
         return Draft(size, shares, tokenizer, prior, search, why, reason)
 
     def _codes(self, size: list[int], factor: int) -> tuple[int, int]:

@@ -335,6 +335,19 @@ def test_guidance_is_planned_by_what_the_images_have(
     assert parse(SampleConfig, file).sampling.guidance_scale == (2 if guided else 1)
 
 
+@pytest.mark.parametrize("minutes", [12, 60])
+def test_a_number_for_each_class_takes_the_place_of_that_of_all(
+    tmp_path: Path, trials: list[Stage], minutes: float
+) -> None:
+    survey = replace(PHOTOS, classes=3, heldout=60, judged=3)
+    for samples, numbers in (([], (64, None)), (["--num-per-class=9"], (None, 9))):
+        (output := tmp_path / str(len(samples))).mkdir()
+        expected = plan(output, minutes, replace(REQUEST, size=[32, 32], samples=samples), survey)
+        assert ("settings" in expected) == (minutes > 12)
+        found = parse(SampleConfig, ["--config", str(output / "plan" / "samples.yaml"), *samples])
+        assert (found.n, found.num_per_class) == numbers
+
+
 def test_samples_are_drawn_of_heldout_captions(tmp_path: Path, trials: list[Stage]) -> None:
     survey = replace(PHOTOS, classes=3, judged=3, captions=900, prompts=("a shirt", "no", "3", "*: 'a'"))
     file = ["--config", str(tmp_path / "plan" / "samples.yaml")]
