@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import SIZE, make_prior
+from helpers.models import SIZE, make_prior, text_part
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 import vqgen.prior.export.program as exporting
@@ -16,7 +16,7 @@ from vqgen.prior.export.logits_processor import CodesOnly
 from vqgen.prior.model import Prior
 from vqgen.prior.parts.part import Classes, Part
 from vqgen.prior.parts.source import MaskedSource, PairedSource
-from vqgen.prior.parts.text import Text, TextTokenizer
+from vqgen.prior.parts.text import Text
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
@@ -26,12 +26,7 @@ PROMPTS = ["a red shoe", "a bag", ""]
 
 
 def text() -> Text:
-    tokenizer = TextTokenizer.trained(PROMPTS * 3, 300)
-    about = {"length": 5, "ids": len(tokenizer) + 1, "dropout": 0.1, "fingerprint": tokenizer.fingerprint}
-    part = Text.from_description({"text": about})
-    assert part is not None
-    part.tokenizer = tokenizer
-    return part
+    return text_part(PROMPTS * 3, 5)
 
 
 def with_parts(folder: Path, backbone: str, depth: int, *parts: Part) -> Path:

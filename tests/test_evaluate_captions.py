@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import make_photos, make_square_prior
+from helpers.models import make_photos, make_square_prior, text_part
 
 import vqgen.evaluation.program as evaluate
 from vqgen.prior.parts.source import PairedSource
-from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.degrade import degrade, parse_degradations
 from vqgen.tokenizer.codes.format import SourceRecord
@@ -24,13 +23,8 @@ CAPTIONS = ["a red square", "a green square", "a blue square", "a red square on 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prior of text and a source that is a grey image, or the image itself in part."""
-    tokenizer = TextTokenizer.trained(CAPTIONS * 3, 300)
-    about = {"length": 4, "ids": len(tokenizer) + 1, "dropout": 0.1, "fingerprint": tokenizer.fingerprint}
-    text = Text.from_description({"text": about})
-    assert text is not None
-    text.tokenizer = tokenizer
     source = PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"]), 0.1, 0.2)
-    return make_square_prior(tmp_path_factory.mktemp("model"), source, text)
+    return make_square_prior(tmp_path_factory.mktemp("model"), source, text_part(CAPTIONS * 3, 4))
 
 
 @pytest.fixture(scope="module")

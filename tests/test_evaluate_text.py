@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import make_photos, make_square_prior
+from helpers.models import make_photos, make_square_prior, text_part
 from torch import Tensor
 
 import vqgen.evaluation.program as evaluate
 from vqgen.evaluation.tasks import text
 from vqgen.evaluation.tasks.text import rank
 from vqgen.prior.parts.part import ABSENT
-from vqgen.prior.parts.text import Text, TextTokenizer
+from vqgen.prior.parts.text import Text
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.data.dataset import open_images
 from vqgen.tokenizer.data.options import ImageConfig
@@ -24,12 +24,7 @@ WORDS = ["red", "green", "blue", "dark", "light", "grey"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = TextTokenizer.trained([f"a {word} square" for word in WORDS], 300)
-    about = {"length": 9, "ids": len(tokenizer) + 1, "dropout": 0.1, "fingerprint": tokenizer.fingerprint}
-    part = Text.from_description({"text": about})
-    assert part is not None
-    part.tokenizer = tokenizer
-    return make_square_prior(tmp_path_factory.mktemp("model"), part)
+    return make_square_prior(tmp_path_factory.mktemp("model"), text_part([f"a {word} square" for word in WORDS]))
 
 
 @pytest.fixture(scope="module")

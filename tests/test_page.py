@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import make_prior, make_square_prior
+from helpers.models import make_prior, make_square_prior, text_part
 from PIL import Image
 
 from vqgen.app.page.drawing import BATCH, Jobs, Session, Stopped, candidates, draw, pack, series_of
@@ -27,7 +27,6 @@ from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.parts.source import MaskedSource, PairedSource
-from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord
@@ -76,11 +75,7 @@ def test_a_rate_is_that_of_conditions_that_the_prior_has_learned(fills: Loaded, 
         bits = bits_of(one, codes, name)
         assert bits is not None and bits.shape == (8, 8, 1) and bits.min() > 0
     assert bits_of(generator("sourced"), codes, "bag") is None
-    tokenizer = TextTokenizer.trained(["a red bag"] * 3, 300)
-    about = {"length": 9, "ids": len(tokenizer) + 1, "dropout": 0.0, "uncaptioned": False}
-    part = Text.from_description({"text": {**about, "fingerprint": tokenizer.fingerprint}})
-    assert part is not None
-    part.tokenizer = tokenizer
+    part = text_part(["a red bag"] * 3, dropout=0.0, uncaptioned=False)
     captioned = Generator.load(make_square_prior(tmp_path / "captioned", part), "cpu", "fp32")
     with pytest.raises(UsageError, match=r"--prompt.*give one"):
         bits_of(captioned, codes, "bag")

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import make_prior, make_square_prior
+from helpers.models import make_prior, make_square_prior, text_part
 from PIL import Image
 from processes import free_port
 
@@ -59,7 +59,8 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     make_square_prior(folder / "fills", MaskedSource(0.5))
-    make_square_prior(folder / "restores", PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"])))
+    source = PairedSource(SourceRecord("degraded", [8, 8], "d" * 64, ["grey"]))
+    make_square_prior(folder / "restores", source, text_part(["a red bag"] * 3))
     make_prior(folder / "plain")
     log = (folder / "log.txt").open("w+")
     temporary = tmp_path_factory.mktemp("temporary")
@@ -361,8 +362,10 @@ def test_translate_and_compare(visit: Visit, photo: bytes) -> None:
     visit.tab("Translate")
     visit.upload("photo.png", photo)
     visit.set("Results", 2)
+    visit.page.get_by_label("trained with captions").locator("visible=true").fill("a red bag")
     visit.press("Translate")
     visit.status("^2 of 2 images")
+    playwright.expect(visit.page.locator(".pictures:visible").get_by_text("a red bag").first).to_be_visible()
     slider = visit.page.locator("before-after input")
     slider.wait_for()
     slider.focus()
@@ -533,7 +536,13 @@ def test_the_api_has_the_same_functions(server: Server, photo: bytes, tmp_path: 
         with pytest.raises(gradio_client.exceptions.AppError) as refused:
             client.predict(model="restores", image=image, degraded=wrong, n=1, api_name="/translate")
         assert "defect" not in str(refused.value)
-    assert len(client.predict(model="restores", image=image, degraded=None, n=1, api_name="/translate")[0]) == 1
+    asked = {"model": "restores", "image": image, "degraded": None, "prompt": "a red bag", "n": 1}
+    pictures, archive, _ = client.predict(**asked, api_name="/translate")
+    assert len(pictures) == 1
+    with zipfile.ZipFile(archive) as file:
+        assert json.loads(file.read("samples.json"))["images"][0]["text"] == "a red bag"
+    with pytest.raises(gradio_client.exceptions.AppError, match="trained without text"):
+        client.predict(**{**asked, "model": "cifar10-restorer"}, api_name="/translate")
     numbers = client.predict(model="fills", image=image, api_name="/reconstruct")[3]
     assert sum(map(sum, numbers["bits_of_codes"])) == pytest.approx(numbers["bits"]) and len(numbers["codes"]) == 8
     assert Path(client.predict(model="fills", first=0, api_name="/codebook")).is_file()

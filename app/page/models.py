@@ -47,8 +47,8 @@ def find_models(folder: Path | None) -> dict[str, Path]:
     return found | {name if name not in found else f"{name} (package)": path for name, path in SHIPPED.items()}
 
 
-def sources_of(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Name -> what its description says of source images, of the models that were trained on them.
+def translators_of(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Name -> description of the models that were trained on source images.
 
     Those whose description cannot be read, or is malformed, are left out with a line on standard error.
     """
@@ -58,7 +58,7 @@ def sources_of(folders: Mapping[str, Path]) -> dict[str, Any]:
             about = read_json(folder / DESCRIPTION)
             if "source" in about:
                 _check_source(about["source"], folder / DESCRIPTION)
-                found[name] = about["source"]
+                found[name] = about
         except UserError as error:
             print(f"vqgen-app: left out of the tab Translate: {one_line(str(error))}", file=sys.stderr)
     return found
@@ -136,7 +136,7 @@ class Models:
     def __init__(self, folder: Path | None, device: str, precision: str) -> None:
         """Find the models. Raises `UserError`."""
         self.folders = find_models(folder)
-        self.sources = sources_of(self.folders)
+        self.translators = translators_of(self.folders)
         self._device, self._precision = device, precision
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = Lock()
@@ -148,16 +148,21 @@ class Models:
     @property
     def tasks(self) -> dict[str, str]:
         """What a model was trained to do with source images, with its name -> its name."""
-        return {f"{task_of(source)} ({name})": name for name, source in self.sources.items()}
+        return {f"{task_of(about['source'])} ({name})": name for name, about in self.translators.items()}
+
+    @property
+    def translate_text(self) -> bool:
+        """Whether one of those that translate reads a text, too."""
+        return any("text" in about for about in self.translators.values())
 
     @property
     def degradations(self) -> list[str]:
         """Every chain of degradations that one of the models was trained to undo, as `grey jpeg:10`."""
-        return list(dict.fromkeys(chain for name in self.sources for chain in self.degradations_of(name)))
+        return list(dict.fromkeys(chain for name in self.translators for chain in self.degradations_of(name)))
 
     def degradations_of(self, name: str) -> list[str]:
         """Those of one model."""
-        return [" ".join(chain) for chain in chains_of(self.sources.get(name))]
+        return [" ".join(chain) for chain in chains_of(self.translators.get(name, {}).get("source"))]
 
     def first(self) -> Loaded:
         """The first model that can be read. Raises the first `UserError` where none can."""

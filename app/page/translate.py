@@ -12,7 +12,7 @@ from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_se
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .controls import Results, answer, image_file, settings_of
-from .shared import PRIVATE, Page
+from .shared import PRIVATE, Page, lines_of
 from .uploads import as_url, png_url, read_upload
 
 NONE = "No model here was trained to translate; train one on codes of `vqgen-tokenize --source`, and start with it."
@@ -61,6 +61,13 @@ def add(page: Page) -> None:
                 n = gr.Slider(1, limits.most_images, value=min(4, limits.most_images), step=1, label="Results")
                 seed = gr.Number(0, label="Seed", precision=0)
             one = gr.Textbox("", label="Class", info="Its name, where it is known; the result follows it.")
+            prompt = gr.Textbox(
+                "",
+                label="Prompt",
+                info="For a model that was trained with captions.",
+                max_length=limits.prompt_characters,
+                visible=page.models.translate_text,
+            )
             settings = page.settings(follow=False)
             buttons = page.buttons("Translate")
         with gr.Column(scale=3, min_width=320):
@@ -80,6 +87,7 @@ def add(page: Page) -> None:
             "n": values["n"],
             "seed": values["seed"],
             "class": [values["class_name"]] if values["class_name"] else None,
+            "prompt": lines_of(values["prompt"]),
             "source": specs or None,
         }
         with tempfile.TemporaryDirectory(dir=results.folder) as place:
@@ -106,7 +114,8 @@ def add(page: Page) -> None:
     def chosen(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData) -> str:
         return compare(pictures, url, event)
 
-    inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "n": n, "seed": seed, **settings}
+    inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "prompt": prompt}
+    inputs |= {"n": n, "seed": seed, **settings}
     run = page.draws(buttons, answer(translate, inputs), inputs, results, "translate", [before])
     run.then(first, [results.gallery, before], compared, **PRIVATE)
     results.gallery.select(chosen, [results.gallery, before], compared, **PRIVATE)

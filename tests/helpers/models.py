@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import Prior
 from vqgen.prior.options import PriorConfig
 from vqgen.prior.parts.part import Classes, Part
+from vqgen.prior.parts.text import Text, TextTokenizer
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.tokenizer.codes.format import (
     Manifest,
@@ -97,6 +99,16 @@ def make_square_prior(folder: Path, *parts: Part, names: list[str] | None = NAME
         prior.backbone.lm_head.weight.mul_(10)
     prior.save(folder, folder / "made-of")
     return folder
+
+
+def text_part(captions: list[str], length: int = 9, **about: Any) -> Text:
+    """A text part, with a tokenizer trained on these captions, for `make_square_prior`."""
+    tokenizer = TextTokenizer.trained(captions, 300)
+    usual = {"length": length, "ids": len(tokenizer) + 1, "dropout": 0.1, "fingerprint": tokenizer.fingerprint}
+    part = Text.from_description({"text": usual | about})
+    assert part is not None
+    part.tokenizer = tokenizer
+    return part
 
 
 def make_photos(folder: Path, count: int) -> Path:
