@@ -1,7 +1,6 @@
 """Training of a prior."""
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -34,6 +33,7 @@ from .likelihood import likelihood
 from .model import Prior
 from .objective import accuracy, corrupted, objective
 from .parts.source import random_masks
+from .resumed import check_codes, describe_codes, listed, other_images
 from .selection import NATS, NATS_OF_HOLES, selected_by
 from .train import PriorTraining
 
@@ -96,9 +96,8 @@ class PriorTrainer:
             attend_unmasked(prior.backbone)
         self.average = averaged(prior)
         self.best = cast(Prior, copy.deepcopy(self.average.module).cpu())
-        self.fingerprints: dict[str, Any] = {"tokenizer": train.tokenizer_fingerprint, "data": train.data_fingerprint}
-        self.fingerprints["source"] = dataclasses.asdict(train.source) if train.source else None
-        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0, "codes": self.fingerprints}
+        self.codes = describe_codes(train, self.conditioning)
+        self.extra: dict[str, Any] = {"best": math.inf, "stale": 0, "codes": self.codes}
         self.examples, self.position = len(train), None
         self.validated = min(config.validation_images or len(heldout), len(heldout))
         optimizer, self.schedule = optimizer_for(prior, config.optimizer, run.plan)
@@ -117,23 +116,24 @@ class PriorTrainer:
         config, files, count = self.config, self.train_codes.codes, len(self.heldout_codes)
         rows, columns = files.grid
         views = f" in {files.views} views" if files.views > 1 else ""
-        parts = [f"{part.name}, {part.length} token{'s' * (part.length > 1)}" for part in self.conditioning.parts]
         model, weights = config.model, millions(self.prior.parameters())
         return {
             "codes": f"{config.codes}: {self.examples:,} images{views} to train on, {count:,} held out "
             f"({self.validated:,} measured); {rows}x{columns} codes of "
             f"{files.codebook_size}{f' x {files.depth}' * (files.depth > 1)}",
-            "prefix": "; ".join(parts),
+            "prefix": listed(self.codes["prefix"]),
             "parameters": f"{model.backbone}, {model.dim} wide, {model.layers} layers: {weights}",
         }
 
     def loading(self) -> float:
         return 0.0
 
+    def check(self, extra: Mapping[str, Any]) -> None:
+        check_codes(self.codes, extra.get("codes", {}), self.config.codes, self.run.folder, self.conditioning)
+
     def begin(self, first_step: int) -> None:
         if first_step:
-            self.conditioning.check_files(self.run.folder)
-            self._check_codes()
+            self._note_images()
         elif self.run.main:
             self.conditioning.write_files(self.run.folder)
         share = self.run.micro_batch * self.config.run.accumulate
@@ -141,28 +141,14 @@ class PriorTrainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.batches = self.train_codes.training(share, seed, first_step, rank, world, self.run.plan.progress)
 
-    def _check_codes(self) -> None:
-        """Compare the codes with those that the resumed run began with, where its checkpoint says which.
-
-        Raises `UserError` for those of another tokenizer, or with other sources; of other images the best validation
-        begins anew.
-        """
-        now = self.fingerprints
-        began = {**now, **self.extra.get("codes", {})}  # earlier versions did not say what the sources were
-        if began["tokenizer"] != now["tokenizer"]:
-            found = f"{self.config.codes} has codes of tokenizer {now['tokenizer'][:12]}, {self.run.folder} began with"
-            remedy = "use those, --overwrite to start anew, or another --output"
-            raise UserError(f"--codes: {found} codes of {began['tokenizer'][:12]}; {remedy}")
-        if not _same_task(began["source"], now["source"]):
-            before, found = (_task(each["source"]) for each in (began, now))
-            what = f"{self.config.codes} has codes of sources ({found}), {self.run.folder} began with {before}"
-            raise UserError(f"--codes: {what}; use those, --overwrite to start anew, or another --output")
-        if (began["data"], began["source"]) != (now["data"], now["source"]):
+    def _note_images(self) -> None:
+        """Say where the codes are of other images than the run began with; then its best validation begins anew."""
+        if other_images(self.codes, self.extra.get("codes", {})):
             self.run.say(
                 f"{self.config.codes} has codes of other images than the run began with; it goes on with these"
             )
             self.extra.update(best=math.inf, stale=0)
-        self.extra["codes"] = now
+        self.extra["codes"] = self.codes
 
     def step(self, step: int) -> dict[str, Tensor]:
         batch, settings = next_batch(self.batches), self.config.objective
@@ -263,20 +249,6 @@ class PriorTrainer:
 
     def save(self) -> None:
         self.best.save(self.run.folder, self.tokenizer_folder)
-
-
-def _task(source: Mapping[str, Any] | None) -> str:
-    """What the sources of code files are, as text."""
-    return " ".join(source["degradations"]) or source["description"] if source else "none"
-
-
-def _same_task(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether two sources are of one task: the same degradations, or partners of the same images or data."""
-    if one is None or other is None or one["kind"] != other["kind"] or list(one["grid"]) != list(other["grid"]):
-        return one is other
-    return _task(one) == _task(other) or (
-        one["kind"] == "paired" and one["data_fingerprint"] == other["data_fingerprint"]
-    )
 
 
 def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:

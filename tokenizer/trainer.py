@@ -1,6 +1,6 @@
 """Training of a tokenizer: losses, optimizer step, validation and checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -115,6 +115,9 @@ class TokenizerTrainer:
     @property
     def position(self) -> dict[str, Any] | None:
         return self.train_images.place() if isinstance(self.train_images, StreamImages) else None
+
+    def check(self, extra: Mapping[str, Any]) -> None:
+        """Accept any images: only options, which the run folder has, decide the sizes of a tokenizer."""
 
     def begin(self, first_step: int) -> None:
         accelerator, seed = self.run.accelerator, self.config.run.seed

@@ -138,13 +138,17 @@ def _save(states: dict[str, Any], path: Path) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def read_state(path: Path) -> State:
+    """Read the `state.json` of a checkpoint. Raises `UserError`."""
+    return read_record(path / "state.json", State)
+
+
 def check_checkpoint(path: Path) -> State:
     """Compare every file of a checkpoint with its checksum; those of earlier versions have none.
 
     Raises `UserError` naming the file that is missing or damaged.
     """
-    file = path / "state.json"
-    state = read_record(file, State)
+    file, state = path / "state.json", read_state(path)
     if state.files is None and state.sha256 is None:
         return state
     if state.files is None or state.sha256 != _own_checksum(state):
@@ -192,12 +196,12 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
 
     Raises `UserError` naming the file that is missing, damaged or of another model.
     """
-    state = read_record(file := path / "state.json", State)
+    state, file = read_state(path), path
     try:
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
             open_regular(file).close()
-            load_module(module, load_file(file))
+            _load(module, load_file(file), file)
         file = path / "optimizers.pt"
         saved = unpickle(file)
         for name, part in optimizers.items():
@@ -210,3 +214,15 @@ def load_checkpoint(path: Path, modules: Modules, optimizers: Named) -> dict[str
         remedy = f"remove {path} to resume from an older checkpoint"
         raise UserError(f"{file} is damaged or from another run ({reason}); {remedy}") from error
     return {"step": state.step, "extra": state.extra}
+
+
+def _load(module: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Load the tensors of a file into a module. Raises `UserError` where it has others: no older file would fit."""
+    try:
+        load_module(module, tensors)
+    except RuntimeError as error:
+        if lacks_memory(error):
+            raise
+        reason = " ".join(str(error).split("\n", 1)[-1].split())[:200]  # the first line has no details
+        remedy = "give the options and data that the run began with, --overwrite to start anew, or another --output"
+        raise UserError(f"{file} is of another model ({reason}); {remedy}") from error

@@ -30,7 +30,7 @@ from vqgen.progress import progress
 from vqgen.seeding import step_seed
 from vqgen.threads import oversubscription
 
-from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, rotate, save_checkpoint
+from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, read_state, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
 from .folder import CHECKPOINTS, Session, check_folder, checkpoints, completed, finish, prepare_folder, save_options
 from .fsdp import configure_fsdp, full_tensors, is_sharded
@@ -123,6 +123,7 @@ class Run:
             if self.main:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return 0
+        trainer.check(read_state(path).extra)
         state = load_checkpoint(path, trainer.modules, self._optimizers(trainer))
         step, extra = state["step"], state["extra"]
         sums, saved_plan, before = extra.pop("sums"), extra.pop("plan", None), extra.pop("precision", self.precision)

@@ -1,6 +1,6 @@
 """Interface between a stage (tokenizer or prior) and the training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Trainer(Protocol):
 
     # What is trained on what, by name of the line, for the beginning of a run.
     def summary(self) -> dict[str, str]: ...
+    # Compare the data with the `extra` of a checkpoint, before its weights are loaded. May raise `UserError`.
+    def check(self, extra: Mapping[str, Any]) -> None: ...
     # Prepare training from step `first_step` (0 is the first); called once, after a checkpoint is restored.
     def begin(self, first_step: int) -> None: ...
     # Seconds by which an image takes longer the first time it is read, measured on a few; 0 where all times are alike.

@@ -1,0 +1,111 @@
+"""A prior that goes on with other codes than those it began with: refused by what differs, or trained on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.models import NAMES, codes_for, make_prior
+from processes import steps, tree
+
+from vqgen.files import read_json
+from vqgen.prior import train
+from vqgen.prior.model import Prior
+from vqgen.tokenizer.codes.format import MANIFEST
+
+WORDS = "--dim 16 --layers 1 --heads 2 --batch-size 2 --lr-warmup 1 --preview-images 0 --precision fp32"
+WORDS += " --log-every 1 --validate-every 2 --checkpoint-every 2"
+CAPTIONS = ["a red shoe", "a bag", "a shirt"] * 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prior whose tokenizer the codes are of."""
+    return make_prior(tmp_path_factory.mktemp("model"))
+
+
+def write(folder: Path, model: Path, **options: Any) -> Path:
+    """Code files in place of others, with the training images held out as well."""
+    shutil.rmtree(folder, ignore_errors=True)
+    codes_for(folder, model, **options)
+    manifest = read_json(folder / MANIFEST)
+    manifest["splits"]["heldout"] = manifest["splits"]["train"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    shutil.copytree(model / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def change(codes: Path, **values: Any) -> None:
+    """Change keys of the manifest."""
+    path = codes / MANIFEST
+    path.write_text(json.dumps(read_json(path) | values))
+
+
+def rewrite_state(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the `extra` of all checkpoints, as if an earlier version without checksums had written them."""
+    for path in run.glob("checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        change(state["extra"])
+        path.write_text(json.dumps({"step": state["step"], "extra": state["extra"]}))
+
+
+def words(codes: Path, run: Path, count: int) -> list[Any]:
+    return [*WORDS.split(), "--codes", codes, "--output", run, "--steps", count]
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "found"),
+    [
+        ({"names": ["cat", "dog", "horse"]}, {"names": ["ape", "dog", "horse"]}, ["'ape'", "'cat'"]),
+        ({"names": ["cat", "dog", "horse"]}, {"names": ["dog", "cat", "horse"]}, ["class 0", "'dog'", "'cat'"]),
+        ({}, {"names": [*NAMES, "hat"]}, ["4 classes", "3 classes"]),
+        ({"names": None, "labels": np.full(9, -1)}, {}, ["3 classes", "0 classes"]),
+        ({"captions": CAPTIONS}, {"captions": ["a blue boot in the rain"] * 9}, ["text_tokenizer.json", "captions"]),
+        ({"captions": CAPTIONS}, {}, ["text, "]),
+        ({}, {"captions": CAPTIONS}, ["text, "]),
+        ({}, {"source": True}, ["sources"]),
+    ],
+    ids=["renamed", "reordered", "more", "labelled", "captions", "uncaptioned", "captioned", "sources"],
+)
+def test_codes_of_another_kind_are_refused_before_a_checkpoint_is_read(cli, model, tmp_path, began, now, found) -> None:
+    codes, run = write(tmp_path / "codes", model, **began), tmp_path / "run"
+    assert cli(train.main, *words(codes, run, 2)).code == 0
+    before = {name: content for name, (_, content) in tree(run).items()}
+    write(codes, model, **now)
+    change(codes, data_fingerprint="e" * 64)
+    result = cli(train.main, *words(codes, run, 4))
+    assert result.code == 1 and "Traceback" not in result.err
+    line = result.err.splitlines()[-1]
+    assert all(part in line for part in [*found, "--overwrite"]) and "remove" not in line and "damaged" not in line
+    assert {name: content for name, (_, content) in tree(run).items()} == before
+
+
+def test_a_tokenizer_with_another_codebook_is_named(cli, model, tmp_path) -> None:
+    codes, run = write(tmp_path / "codes", model), tmp_path / "run"
+    assert cli(train.main, *words(codes, run, 2)).code == 0
+    other = make_prior(tmp_path / "other", depth=2)
+    write(codes, other, depth=2)
+    result = cli(train.main, *words(codes, run, 4))
+    mark = str(Prior.load(other).tokenizer_fingerprint)[:12]
+    assert result.code == 1 and "--codes" in result.err and mark in result.err and "damaged" not in result.err
+
+
+def test_the_checkpoint_of_an_earlier_version_is_of_another_model_and_stays(cli, model, tmp_path) -> None:
+    """It does not say what its codes were; with codes of the same sizes the run goes on."""
+    codes, run = write(tmp_path / "codes", model), tmp_path / "run"
+    assert cli(train.main, *words(codes, run, 4)).code == 0
+    rewrite_state(run, lambda extra: extra.pop("codes"))
+    write(codes, model, names=[*NAMES, "hat"])
+    result = cli(train.main, *words(codes, run, 6))
+    assert result.code == 1 and "size mismatch" in result.err and "remove" not in result.err
+    assert steps(run) == [2, 4]
+    write(codes, model, names=["ape", "dog", "horse"])
+    assert cli(train.main, *words(codes, run, 6)).code == 0
+    # Those since then do not say what the classes were.
+    rewrite_state(run, lambda extra: [extra.get("codes", {}).pop(name, None) for name in ("class_names", "prefix")])
+    write(codes, model)
+    result = cli(train.main, *words(codes, run, 8))
+    assert result.code == 0 and "other images" not in result.err, result.err
