@@ -34,7 +34,7 @@ from .model import Prior
 from .objective import accuracy, corrupted, objective
 from .parts.source import random_masks
 from .resumed import check_codes, describe_codes, listed, other_images
-from .selection import NATS, NATS_OF_HOLES, selected_by
+from .selection import BEST, NATS, NATS_OF_HOLES, selected_by
 from .train import PriorTraining
 
 
@@ -200,7 +200,8 @@ class PriorTrainer:
         losses = [row["train/loss"] for row in self.run.rows if "train/loss" in row]
         if losses:
             found["gap"] = found[NATS] - losses[-1]
-        if mean < self.extra["best"]:
+        better = mean < self.extra["best"]
+        if better:
             self.extra.update(best=mean, stale=0)
             self.best.load_state_dict(full_tensors(average.state_dict()))
         else:
@@ -208,6 +209,8 @@ class PriorTrainer:
         if self.config.preview_images and (self.run.main or self.run.sharded):
             self._preview(step, average)
         reshard(average)
+        if better:
+            self.run.log({BEST: mean}, step)
         return found
 
     def _preview(self, step: int, prior: Prior) -> None:

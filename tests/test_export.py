@@ -19,7 +19,7 @@ import vqgen.prior.export.program as exporting
 from vqgen.prior.export.card import task_of
 from vqgen.prior.model import Prior
 from vqgen.prior.parts.source import MaskedSource
-from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
+from vqgen.prior.selection import BEST, NATS, NATS_OF_HOLES, best_validation
 from vqgen.sampling import sample
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
@@ -193,6 +193,38 @@ def test_metrics_are_those_of_these_weights(cli, tmp_path):
     assert "17.75" not in text and "float16" in text.split("## Metrics")[1].split("##")[0]
 
 
+LINES = [
+    "[" * 100_000,
+    '{"step": 3, "heldout/nats_per_token": ' + "9" * 400 + "}",
+    '{"step": 3, "heldout/nats_per_token": true}',
+    '{"heldout/nats_per_token": 1.0}',
+    "[1]",
+    '{"step": 4, "heldout/na',
+]
+
+
+@pytest.mark.parametrize("value", ["null", '"nan"', '"x"', "true", "1e300", "[1]"])
+def test_lines_of_a_history_that_are_no_metrics_are_left_out(cli, tmp_path, value):
+    model = make_prior(tmp_path / "model")
+    rows = [f'{{"step": 5, "heldout/{NATS}": 3.25, "heldout/bits_per_dimension": {value}}}', *LINES]
+    if value in ("[1]", "1e300"):  # then the row is none
+        rows.append(f'{{"step": 5, "heldout/{NATS}": 3.25}}')
+    (model / "metrics.jsonl").write_text("\n".join(rows))
+    (model / "finished.json").write_text('{"steps": 5}')
+    _, text, _ = exported(cli, model, tmp_path / "export")
+    assert f"| {NATS} | 3.25 | validation images, step 5 |" in text and "| bits_per_dimension |" not in text
+
+
+def test_metrics_of_a_receipt_that_are_no_numbers_are_left_out(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    receipt = {"kind": "vqgen receipt", "program": "likelihood", "options": {}, "counts": {}}
+    receipt["fingerprints"] = {"prior": Prior.load(model).fingerprint}
+    receipt["metrics"] = {"perplexity": 26.25, "psnr": math.nan, "ssim": "x", "lpips": True}
+    (model / "likelihood.json").write_text(json.dumps(receipt))
+    _, text, _ = exported(cli, model, tmp_path / "export")
+    assert "| perplexity | 26.25 |" in text and not re.search(r"\| (psnr|ssim|lpips) \|", text)
+
+
 def test_the_validation_is_the_one_whose_weights_an_inpainting_run_saves(cli, tmp_path):
     model = make_square_prior(tmp_path / "model", MaskedSource(0.5))
     found = {1: (5.0, 6.0), 2: (5.1, 5.0), 3: (5.1, 5.0)}
@@ -200,6 +232,9 @@ def test_the_validation_is_the_one_whose_weights_an_inpainting_run_saves(cli, tm
     rows = [{"step": step, **dict(zip(names, values))} for step, values in found.items()]
     assert (best_validation(rows, 0.5) or {})["step"] == 2 and (best_validation(rows, 0.05) or {})["step"] == 1
     assert best_validation([{"step": 1}, {names[0]: math.nan}], 0.5) is None
+    # What a run says that it saved counts, as where it went on with other images after step 1.
+    told = [rows[0], {"step": 2, BEST: 5.1}, rows[1], {"step": 3, BEST: 5.05}, rows[2], {"step": 4, BEST: 1.0}]
+    assert (best_validation([{"step": 1, BEST: 5.0}, *told], 0.05) or {})["step"] == 3
     (model / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (model / "finished.json").write_text('{"steps": 3}')
     _, text, _ = exported(cli, model, tmp_path / "export")

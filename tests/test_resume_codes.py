@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.models import NAMES, codes_for, make_prior
-from processes import steps, tree
+from helpers.models import NAMES, SIZE, codes_for, make_prior
+from processes import rows, steps, tree
 
+from vqgen.evaluation.report.run_folder import open_folder
+from vqgen.evaluation.report.series import final
 from vqgen.files import read_json
 from vqgen.prior import train
+from vqgen.prior.export.card import measured
 from vqgen.prior.model import Prior
-from vqgen.tokenizer.codes.format import MANIFEST
+from vqgen.prior.selection import BEST, NATS
+from vqgen.tokenizer.codes.format import MANIFEST, checksum, write_shard
 
 WORDS = "--dim 16 --layers 1 --heads 2 --batch-size 2 --lr-warmup 1 --preview-images 0 --precision fp32"
 WORDS += " --log-every 1 --validate-every 2 --checkpoint-every 2"
@@ -109,3 +113,32 @@ def test_the_checkpoint_of_an_earlier_version_is_of_another_model_and_stays(cli,
     write(codes, model)
     result = cli(train.main, *words(codes, run, 8))
     assert result.code == 0 and "other images" not in result.err, result.err
+
+
+def test_card_and_report_have_the_validation_whose_weights_are_saved(cli, model, tmp_path) -> None:
+    """Of a run that went on with images of another kind, whose codes are harder to predict."""
+    easy, hard = np.zeros((9, 1, 2, 3), dtype=int), np.random.default_rng(0).integers(SIZE, size=(9, 1, 2, 3))
+    codes, run = write(tmp_path / "codes", model), tmp_path / "run"
+
+    def fill(values: np.ndarray, mark: str) -> None:
+        entries, start = read_json(codes / MANIFEST)["splits"]["train"], 0
+        for shard in entries["shards"]:
+            part = slice(start, start + shard["count"])
+            write_shard(codes / shard["file"], values[part], np.arange(9)[part] % 3, SIZE)
+            shard["sha256"], start = checksum(codes / shard["file"]), part.stop
+        change(codes, data_fingerprint=mark * 64, splits={"train": entries, "heldout": {**entries, "views": 1}})
+
+    fill(easy, "a")
+    options = ["--lr", 0.03, "--ema-decay", 0.0, "--patience", 0]
+    assert cli(train.main, *words(codes, run, 8), *options).code == 0
+    fill(hard, "b")
+    result = cli(train.main, *words(codes, run, 12), *options)
+    assert result.code == 0 and "other images" in result.err
+    found = {row["step"]: row[f"heldout/{NATS}"] for row in rows(run) if f"heldout/{NATS}" in row}
+    since = {step: nats for step, nats in found.items() if step > 8}
+    best = min(since, key=lambda step: since[step])
+    assert min(found.values()) < since[best] and [row for row in rows(run) if BEST in row][-1]["step"] == best
+    (opened,) = open_folder(run).runs
+    assert (final(opened) or (0,))[0] == best
+    (row,) = [row for row in measured(run, Prior.load(run)) if row.name == NATS]
+    assert row.value == since[best] and f"step {best}" in row.source

@@ -128,9 +128,9 @@ def final(run: RunFolder) -> tuple[int, dict[str, float]] | None:
 
     None if the run has not been validated.
     """
-    rows = [row for row in run.rows if any(name.startswith("heldout/") for name in row)]
+    rows: list[Mapping[str, Any]] = [row for row in run.rows if any(name.startswith("heldout/") for name in row)]
     if run.kind == "prior":
-        best = best_validation(rows, _share_of_holes(run))
+        best = best_validation(run.rows, _share_of_holes(run))
         rows = [best] if best else []
     if not rows:
         return None

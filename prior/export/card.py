@@ -1,6 +1,5 @@
 """The model card of vqgen-export: README.md with the hub's front matter. It states what files say, and nothing else."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import yaml
 
 from vqgen import __version__
 from vqgen.errors import UserError
-from vqgen.files import is_file, read_json, read_text
+from vqgen.files import is_file, read_json
 from vqgen.prior.model import Prior
 from vqgen.prior.options import GENERATION, RECOMMENDED, SHARED
-from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation
+from vqgen.prior.selection import NATS, NATS_OF_HOLES, best_validation, finite
 from vqgen.training.folder import FINISHED
+from vqgen.training.trackers import read_rows
 
 from .program import ExportConfig
 
@@ -45,8 +45,8 @@ def measured(model: Path, prior: Prior) -> list[Row]:
     rows, source = [], prior.conditioning.masked_source
     if best := best_validation(_logged(model), source.inpainting if source else 0.0):
         for name in (NATS, NATS_OF_HOLES, "bits_per_dimension"):
-            if f"heldout/{name}" in best:
-                rows.append(Row(name, best[f"heldout/{name}"], f"validation images, step {best.get('step')}"))
+            if finite(value := best.get(f"heldout/{name}")):
+                rows.append(Row(name, value, f"validation images, step {best['step']}"))
     for path in sorted(model.glob("*.json")):
         with suppress(UserError):  # other files, damaged or not, are none of the card's business
             rows += _of_receipt(read_json(path), prior)
@@ -72,17 +72,12 @@ def _of_receipt(receipt: Mapping[str, Any], prior: Prior) -> list[Row]:
             values[name] = value
         elif name != "at" and not name.endswith("_by_class"):  # e.g. the PSNR of restored and of degraded images
             values |= {f"{name}.{each}": part for each, part in value.items()}
-    return [Row(name, value, source) for name, value in values.items() if isinstance(value, (int, float))]
+    return [Row(name, value, source) for name, value in values.items() if finite(value)]
 
 
 def _logged(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; none where there are none, or the run goes on from the weights that it has."""
-    path, rows = run / "metrics.jsonl", []
-    finished = is_file(run / FINISHED) and is_file(path)
-    for line in read_text(path).splitlines() if finished else []:
-        with suppress(ValueError):  # the last line of a run that was killed
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    """The readable rows of a run's metrics.jsonl; none where the run goes on from the weights that it has."""
+    return read_rows(run / "metrics.jsonl")[0] if is_file(run / FINISHED) else []
 
 
 def task_of(prior: Prior) -> str:
