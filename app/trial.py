@@ -175,10 +175,12 @@ def _prior(stage: Stage, codes: Path) -> Measured:
     """Try the prior on made-up codes, and how fast it draws."""
     from vqgen.devices import peak_memory
     from vqgen.prior.train import PriorTraining
-    from vqgen.prior.trainer import build
+    from vqgen.prior.trainer import build, refuse_unused
+    from vqgen.tokenizer.codes.format import CodeFiles
 
     write_codes(stage, codes)
     config = parse(PriorTraining, [*stage.prior, "--codes", str(codes)])
+    refuse_unused(config, CodeFiles(codes, "train"))
     found = _training(config, build)
     drawn = _drawing_rate(config, parse(SampleConfig, stage.samples))
     return replace(found, drawn=drawn, drawing_memory=float(peak_memory(_device())))

@@ -255,13 +255,14 @@ class PriorTrainer:
 
 
 def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:
-    """Raise `UsageError` for an option of the command line that has no effect on a prior without text."""
-    if files.has_captions and config.objective.text_length != 0:
-        return
-    for name in ("text_dropout", "text_vocabulary"):
+    """Raise `UsageError` for an option of the command line that is for classes or text, which the prior lacks."""
+    lacking = [] if files.class_names else [("label_dropout", "classes", "images with classes")]
+    if not files.has_captions or config.objective.text_length == 0:
+        lacking += [(name, "text", "--text-column") for name in ("text_dropout", "text_vocabulary")]
+    for name, part, remedy in lacking:
         if name in config.given:
-            text = f"found {getattr(config.objective, name):g}, but the prior has no text"
-            raise UsageError(f"{option_name(name)}: {text}; take codes of --text-column, or leave the option out")
+            text = f"found {getattr(config.objective, name):g}, but the prior has no {part}"
+            raise UsageError(f"{option_name(name)}: {text}; take codes of {remedy}, or leave the option out")
 
 
 def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:

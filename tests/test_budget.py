@@ -211,6 +211,14 @@ def test_a_decay_that_the_user_chose_stays(tmp_path: Path) -> None:
         assert (scaled(config, 5).optimizer.ema_decay == config.optimizer.ema_decay) == kept, stated
 
 
+@pytest.mark.parametrize("length", ["--steps", "--epochs"])
+def test_what_the_command_line_gave_is_known_whatever_the_length(tmp_path: Path, length: str) -> None:
+    """Options without effect are refused by it."""
+    words = ["--data", "demo", "--output", str(tmp_path / "run"), "--shuffle-buffer", "20", length, "2"]
+    found = budget.settled(parse(TokenizerTraining, words), lambda _config: None, lambda: 100)
+    assert {"shuffle_buffer", length[2:]} <= found.given
+
+
 @pytest.mark.parametrize("budget_of", ["epochs", "minutes"])
 def test_a_run_with_a_budget_is_lengthened_by_steps(
     tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, budget_of: str

@@ -606,6 +606,14 @@ def test_a_trial_has_images_without_a_class_where_the_data_have(tmp_path: Path, 
     assert drawn(tmp_path, monkeypatch, "--init-image=a.png", "--label-dropout=0", "", unlabelled=True) > 0
 
 
+@pytest.mark.parametrize("option", ["label-dropout", "text-dropout"])
+def test_a_trial_refuses_options_of_conditions_that_the_data_lacks(tmp_path: Path, option: str) -> None:
+    """Not only the stage, after hours of the tokenizer."""
+    stage = Stage(TINY.split(), [f"--{option}=0.5", "--steps=4"], [], [20, 4], 0, None)
+    with pytest.raises(UsageError, match=f"--{option}: found 0.5"):
+        trial._prior(stage, tmp_path / "codes")
+
+
 @pytest.mark.parametrize("holdout", ["0.01", "0.3"])
 def test_a_trial_has_captions_whatever_is_held_out(tmp_path: Path, holdout: str) -> None:
     (tmp_path / "images").mkdir()

@@ -115,6 +115,22 @@ def test_the_checkpoint_of_an_earlier_version_is_of_another_model_and_stays(cli,
     assert result.code == 0 and "other images" not in result.err, result.err
 
 
+def test_dropout_of_conditions_that_the_codes_lack_is_refused_of_a_new_run(cli, model, tmp_path) -> None:
+    codes, run = write(tmp_path / "codes", model, names=None, labels=np.full(9, -1)), tmp_path / "run"
+    option = ["--label-dropout", 0.5]
+    for each in (option, ["--text-dropout", 0.5]):
+        for length in ([], ["--epochs", 1]):
+            given = words(codes, run, 2)[: -2 if length else None]
+            result = cli(train.main, *given, *length, *each)
+            assert result.code == 2 and f"{each[0]}: found 0.5" in result.err and not (run / "checkpoints").exists()
+    shared = tmp_path / "shared.yaml"
+    shared.write_text("objective:\n  label_dropout: 0.5\n")
+    assert cli(train.main, *words(codes, run, 2), "--config", shared).code == 0
+    result = cli(train.main, *words(codes, run, 4), *option)
+    assert result.code == 0 and "resuming" in result.err, "a run of an earlier version goes on"
+    assert cli(train.main, *words(codes, run, 4), *option, "--overwrite").code == 2
+
+
 def test_card_and_report_have_the_validation_whose_weights_are_saved(cli, model, tmp_path) -> None:
     """Of a run that went on with images of another kind, whose codes are harder to predict."""
     easy, hard = np.zeros((9, 1, 2, 3), dtype=int), np.random.default_rng(0).integers(SIZE, size=(9, 1, 2, 3))

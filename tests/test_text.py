@@ -224,6 +224,7 @@ def test_the_options_of_text(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"{option}: found {value}"):
             refuse_unused(parse(PriorTraining, ["--codes", "codes", option, value]), without)
     refuse_unused(parse(PriorTraining, ["--codes", "codes", "--config", "emoji-prior"]), without)  # a preset may
+    refuse_unused(parse(PriorTraining, ["--codes", "codes", "--label-dropout", "0.3"]), without)
     with pytest.raises(UserError, match="--text-length 0"):
         squares(tmp_path / "e", [""] * 4)
 

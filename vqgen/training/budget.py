@@ -78,7 +78,9 @@ def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
             },
         )
 
-    return of(config)
+    found = of(config)
+    vars(found).update({name: getattr(config, name) for name in ("given", "stated", "chosen")})
+    return found
 
 
 def scaled(config: C, steps: int, validations: int | None = None) -> C:
