@@ -14,6 +14,7 @@ import torch
 from helpers.models import make_prior
 
 from vqgen.errors import UserError
+from vqgen.prior.model import Prior
 from vqgen.sampling.compression import archive, work
 from vqgen.sampling.compression.archive import (
     MAGIC,
@@ -219,6 +220,28 @@ def test_a_machine_that_rounds_otherwise_is_named(cli, model: Path, tmp_path: Pa
     assert result.code == 1 and "CRC" in result.err and written in result.err and "another processor" in result.err
     assert "--probabilities rounded" in result.err
     assert not (tmp_path / "restored").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_logits_that_are_not_finite_are_one_line_on_both_sides(cli, model: Path, tmp_path: Path, kind: str) -> None:
+    """Finite weights may overflow; that is no damage of the archive."""
+    prior = Prior.load(model)
+    with torch.no_grad():
+        prior.backbone.model.norm.weight.fill_(1e30)
+        prior.backbone.lm_head.weight.mul_(1e20)
+    mark = prior.save(tmp_path / "overflowing", model / "tokenizer")
+    folder = photos(tmp_path / "photos", [(4, 6)])
+    words = ["--output", tmp_path / "small", "--probabilities", kind]
+    result = cli(main_compress, folder, "--model", tmp_path / "overflowing", *words)
+    assert result.code == 1 and "not finite" in result.err and result.err.count("\n") == 1, result.err
+    assert not (tmp_path / "small").exists()
+    assert cli(main_compress, folder, "--model", model, *words).code == 0
+    header, streams = read_archive(tmp_path / "small" / ARCHIVE)
+    write_archive(tmp_path / "other.vqc", dataclasses.replace(header, prior=mark), streams)
+    words = ["--model", tmp_path / "overflowing", "--output", tmp_path / "restored"]
+    result = cli(main_decompress, tmp_path / "other.vqc", *words)
+    assert result.code == 1 and "not finite" in result.err and "CRC" not in result.err
+    assert result.err.count("\n") == 1 and not (tmp_path / "restored").exists()
 
 
 HUGE = [Picture("a.png", 2**16, 2**16)]

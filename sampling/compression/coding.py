@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqgen.errors import UserError
 from vqgen.prior.parts.part import ABSENT
 from vqgen.sampling.drawing import Drawer
 
@@ -21,6 +22,10 @@ from .archive import ROWS, Probabilities
 model, queue = constriction.stream.model, constriction.stream.queue  # pyright: ignore[reportAttributeAccessIssue]
 _CATEGORICAL = model.Categorical(perfect=False)
 Symbols = NDArray[np.int32]
+
+
+class InvalidStream(Exception):
+    """Words that are no stream of the codes that are decoded."""
 
 
 class Coder:
@@ -40,7 +45,7 @@ class Coder:
         return self.probabilities == "histogram"
 
     def encode(self, tokens: Tensor) -> NDArray[np.uint32]:
-        """The words of a stream for tokens (n, length)."""
+        """The words of a stream for tokens (n, length). Raises `UserError` where the prior's logits are not finite."""
         coder = queue.RangeEncoder()
 
         def code(position: int, table: NDArray[np.float32]) -> Symbols:
@@ -52,14 +57,17 @@ class Coder:
         return coder.get_compressed()
 
     def decode(self, words: NDArray[np.uint32], count: int) -> Tensor:
-        """The tokens (count, length) of a stream. Raises `ValueError` where the words are no stream of these codes."""
+        """The tokens (count, length) of a stream.
+
+        Raises `InvalidStream` where the words are no stream of these codes, `UserError` as `encode` does.
+        """
         coder = queue.RangeDecoder(words)
 
         def code(_position: int, table: NDArray[np.float32]) -> Symbols:
             try:
                 return coder.decode(_CATEGORICAL, table)
             except AssertionError as error:
-                raise ValueError(str(error)) from error
+                raise InvalidStream(str(error)) from error
 
         return self._run(count, code)
 
@@ -83,6 +91,8 @@ class Coder:
             if position:
                 logits = decoder.feed(found[fill, position - 1][:, None], self.allowed[position])
             table = logits[: len(found)].softmax(-1)
+            if not table.isfinite().all():
+                raise UserError("the model's logits are not finite; its weights are damaged, restore or replace it")
             if self.probabilities == "rounded":
                 table = (table * 4095).round() + 1
             yield position, table.numpy().astype(np.float32)

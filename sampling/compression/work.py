@@ -27,7 +27,7 @@ from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .archive import MAX_SIDE, ROWS, Header, Picture, Stream, crc_of, file_names, read_archive, write_archive
-from .coding import Coder
+from .coding import Coder, InvalidStream
 from .compress import CompressConfig
 from .decompress import DecompressConfig
 
@@ -194,7 +194,7 @@ def restore_images(config: DecompressConfig) -> None:
         with progress(len(streams), "restoring", "stream", True) as bar:
             try:
                 blocks = _decoded(generator, header.probabilities, streams, counts, bar)
-            except ValueError:
+            except InvalidStream:
                 blocks = []
         intact = [crc_of(block.numpy()) == stream.crc32 for block, stream in zip(blocks, header.streams)]
         if len(intact) < len(streams) or not all(intact):
