@@ -27,7 +27,7 @@ from vqgen.sampling.compression.archive import (
     read_archive,
     write_archive,
 )
-from vqgen.sampling.compression.coding import Coder
+from vqgen.sampling.compression.coding import Coder, rounded
 from vqgen.sampling.compression.compress import main as main_compress
 from vqgen.sampling.compression.decompress import main as main_decompress
 from vqgen.sampling.compression.work import ARCHIVE
@@ -242,6 +242,18 @@ def test_logits_that_are_not_finite_are_one_line_on_both_sides(cli, model: Path,
     result = cli(main_decompress, tmp_path / "other.vqc", *words)
     assert result.code == 1 and "not finite" in result.err and "CRC" not in result.err
     assert result.err.count("\n") == 1 and not (tmp_path / "restored").exists()
+
+
+def test_the_documentation_has_what_rounding_costs_by_the_size_of_the_codebook() -> None:
+    document, random = (ROOT / "docs/compression.md").read_text(encoding="utf-8"), torch.Generator().manual_seed(0)
+    for scale in (1.5, 2.5):
+        stated = next(line for line in document.splitlines() if line.startswith(f"| {scale} |")).split("|")[2:-1]
+        for size, percent in zip((512, 4096, 8192, 16384), stated, strict=True):
+            exact = (scale * torch.randn(200, size, generator=random)).double().softmax(-1)
+            counts = rounded(exact)
+            assert counts.min() >= 1
+            entropy, rate = (-(exact * p.log()).sum(-1).mean() for p in (exact, counts / counts.sum(-1, keepdim=True)))
+            assert 100 * (rate / entropy - 1) == pytest.approx(float(percent.removesuffix(" % ")), abs=0.3)
 
 
 HUGE = [Picture("a.png", 2**16, 2**16)]

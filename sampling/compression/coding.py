@@ -24,6 +24,11 @@ _CATEGORICAL = model.Categorical(perfect=False)
 Symbols = NDArray[np.int32]
 
 
+def rounded(table: Tensor) -> Tensor:
+    """Counts of probabilities (n, codes), rounded to 12 bits and at least 1: of K codes, K of the 4,095 + K counts."""
+    return (table * 4095).round() + 1
+
+
 class InvalidStream(Exception):
     """Words that are no stream of the codes that are decoded."""
 
@@ -94,7 +99,7 @@ class Coder:
             if not table.isfinite().all():
                 raise UserError("the model's logits are not finite; its weights are damaged, restore or replace it")
             if self.probabilities == "rounded":
-                table = (table * 4095).round() + 1
+                table = rounded(table)
             yield position, table.numpy().astype(np.float32)
 
     def _histograms(self, found: Tensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
