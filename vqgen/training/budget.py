@@ -78,9 +78,7 @@ def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
             },
         )
 
-    found = of(config)
-    vars(found).update({name: getattr(config, name) for name in ("given", "stated", "chosen")})
-    return found
+    return of(config)
 
 
 def scaled(config: C, steps: int, validations: int | None = None) -> C:
