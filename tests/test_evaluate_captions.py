@@ -72,6 +72,9 @@ def test_fillings_are_given_the_captions(measured, model: Path, tmp_path: Path) 
     # A plain prior beside it is told what it knows.
     itself = measured("inpainting", "--text-column", "txt", "--plain", model, *words)["metrics"]["hole_nats"]
     assert itself["plain"] == itself["before"]
+    shorter = make_square_prior(tmp_path / "shorter", text_part(CAPTIONS * 3, 2))
+    cut = measured("inpainting", "--text-column", "txt", "--plain", shorter, *words)["metrics"]["hole_nats"]
+    assert cut["plain"] != measured("inpainting", "--plain", shorter, *words)["metrics"]["hole_nats"]["plain"]
     textless = make_square_prior(tmp_path / "plain")
     plain = [measured("inpainting", *more, "--plain", textless, *words) for more in (["--text-column", "txt"], [])]
     assert plain[0]["metrics"]["hole_nats"]["plain"] == plain[1]["metrics"]["hole_nats"]["plain"]
