@@ -1,6 +1,6 @@
 """Feature extractors: the networks behind FID and related distances.
 
-Weights are downloaded only on request, and files of weights are never unpickled.
+Weights are downloaded only on request, and files of weights are read as tensors alone (`weights_only`).
 """
 
 import os

@@ -256,7 +256,9 @@ class PriorTrainer:
 
 def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:
     """Raise `UsageError` for an option of the command line that is for classes or text, which the prior lacks."""
-    lacking = [] if files.class_names else [("label_dropout", "classes", "images with classes")]
+    # Beside text or a source it says how often all are dropped together, with or without classes.
+    conditioned = files.class_names or files.has_captions or files.source
+    lacking = [] if conditioned else [("label_dropout", "classes", "images with classes")]
     if not files.has_captions or config.objective.text_length == 0:
         lacking += [(name, "text", "--text-column") for name in ("text_dropout", "text_vocabulary")]
     for name, part, remedy in lacking:

@@ -114,8 +114,8 @@ def add(page: Page) -> None:
     def chosen(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData) -> str:
         return compare(pictures, url, event)
 
-    inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "prompt": prompt}
-    inputs |= {"n": n, "seed": seed, **settings}
+    inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "n": n, "seed": seed, **settings}
+    inputs["prompt"] = prompt  # the last, as requests to the API may give the others by their places
     run = page.draws(buttons, answer(translate, inputs), inputs, results, "translate", [before])
     run.then(first, [results.gallery, before], compared, **PRIVATE)
     results.gallery.select(chosen, [results.gallery, before], compared, **PRIVATE)
