@@ -72,7 +72,7 @@ def _refuse_other(path: Path, program: str, former: Mapping[str, Any], config: A
     own = None if program in IN_CURRENT_FOLDER else os.path.realpath(path.parent)  # the model's, which may have moved
     for name, value in values_of(config).items():
         before = former["options"].get(name, defaults[name])
-        if name not in OPERATIONAL and plain(before) != plain(value) and plain(value) != own:
+        if name not in OPERATIONAL and plain(before) != plain(value) and (own is None or plain(value) != own):
             text = f"{path} was measured with {option_name(name)} {before}, now {value}"
             raise UsageError(f"--output: found none, but {text}; {advice}")
 

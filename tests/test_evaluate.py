@@ -937,6 +937,21 @@ def test_a_receipt_of_samples_is_not_replaced_by_default(cli, tmp_path, no_measu
     assert cli(evaluate.main, "samples", *words).code == 2, "the folder of the receipt is no model that has moved"
 
 
+@pytest.mark.parametrize(
+    "command, option, value",
+    [("samples", "--classifier", "judge"), ("samples", "--n", 7), ("accuracy", "--tokenizer", "tokenizer")],
+)
+def test_a_receipt_of_samples_is_kept_where_an_option_is_left_out(
+    cli, tmp_path, no_measuring, monkeypatch, command, option, value
+):
+    monkeypatch.chdir(tmp_path)
+    words = [command, "--samples", ".", "--data", "demo"]
+    assert cli(evaluate.main, *words, option, value).code == 0
+    before = (path := tmp_path / "receipt.json").read_text()
+    result = cli(evaluate.main, *words)
+    assert result.code == 2 and option in result.err and path.read_text() == before
+
+
 def test_a_search_that_is_killed_has_no_receipt(cli, tmp_path, no_measuring, monkeypatch):
     model = make_prior(tmp_path / "model")
     words = ["settings", "--model", model, "--data", "demo"]
