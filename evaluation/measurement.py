@@ -117,7 +117,7 @@ def settle_holdout(config: Any) -> str:
     config.holdout = held_out(config)
     judged = getattr(config, "split", "heldout") == "heldout"
     if found and judged:
-        check_held_out(config.data, config.holdout, found)
+        return check_held_out(config.data, config.holdout, found, splits=hasattr(config, "split"))
     if found or given is not None or not judged:
         return ""
     return f"--holdout {config.holdout:g} of images without a validation split, as no run of the model records another"

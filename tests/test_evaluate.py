@@ -1023,6 +1023,43 @@ def test_a_table_is_not_held_out_as_the_stream_of_a_run_was(cli, tmp_path, no_me
     assert cli(evaluate.main, "text", "--model", "prior", "--data", "shards", "--split", "train").code == 0
 
 
+def test_data_without_a_stream_of_the_run_are_measured(cli, tmp_path, no_measuring, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("shards", "shards/deep/below", "others", "moved/shards"):
+        write_parquets(Path(folder), 1, 10)
+    Path("tokenizer").mkdir()
+    words = "reconstruction --tokenizer tokenizer --output found.json --data".split()
+    table = sorted(Path("shards").glob("*.parquet"))[0]
+    for stream, refused, taken in (
+        ("stream:shards", ["shards", ".", table, "shards/deep"], ["others", "demo"]),
+        (f"{tmp_path}/shards/*.parquet", ["shards", ".", table], ["others", "shards/deep"]),
+        ("shards/*/*/a-{00..10}.tar", ["shards", "shards/deep"], ["others"]),
+        ("https://host.example/moved/shards/{0..9}.tar?key=a", ["moved/shards"], ["moved", ".", "others"]),
+    ):
+        save(TokenizerTraining(stream), Path("tokenizer/config.yaml"))
+        for data in refused:
+            result = cli(evaluate.main, *words, data)
+            assert result.code == 2 and f"--data: {data} " in result.err and "--split test" not in result.err
+        for data in taken:
+            result = cli(evaluate.main, *words, data)
+            said = data == "demo" or f"--data: {data} " in result.out
+            assert result.code == 0 and said and "key=" not in result.out, (stream, data)
+
+
+def test_the_advice_after_a_stream_can_be_followed(cli, tmp_path, no_measuring, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("shards/train", "shards/test"):
+        write_parquets(Path(folder), 1, 10)
+    save(TokenizeConfig(data="stream:shards"), Path("codes/config.yaml"))
+    save(PriorTraining(Path("codes")), Path("prior/config.yaml"))
+    make_prior(tmp_path / "prior")
+    for command, advised in (("text", True), ("settings", False)):
+        result = cli(evaluate.main, command, "--model", "prior", "--data", "shards", "--output", "found.json")
+        assert result.code == 2 and ("--split test" in result.err) == advised and "--data: shards" in result.err
+    words = ["--model", "prior", "--data", "shards", "--split", "test", "--output", "found.json"]
+    assert cli(evaluate.main, "text", *words).code == 0
+
+
 def test_a_classifier_mirrors_as_asked_and_says_that_it_diverged(cli, tmp_path, photos, monkeypatch):
     flips = []
     monkeypatch.setattr(

@@ -349,10 +349,13 @@ def test_as_many_images_are_held_out_as_in_the_run(tmp_path, cli, grey):
     result = cli(main, *words, tmp_path / "more", "--split", "heldout", "--holdout", 0.3)
     assert result.code == 2 and "--holdout: found 0.3" in result.err and "0.1" in result.err
     assert cli(main, *words, tmp_path / "less", "--split", "heldout", "--holdout", 0.05).code == 0
-    save_config(TokenizerTraining("stream:shards"), model / "config.yaml")
+    save_config(TokenizerTraining(f"stream:{folder}"), model / "config.yaml")
     result = cli(main, *words, tmp_path / "stream", "--split", "heldout")
-    assert result.code == 2 and "--data" in result.err and "stream:shards" in result.err
+    assert result.code == 2 and "--data" in result.err and f"stream:{folder}" in result.err
     assert cli(main, *words, tmp_path / "stream").code == 0
+    save_config(TokenizerTraining("stream:shards"), model / "config.yaml")
+    result = cli(main, *words, tmp_path / "others", "--split", "heldout")
+    assert result.code == 0 and f"--data: {folder}" in result.err and "stream:shards" in result.err
 
 
 def test_images_keep_their_size_but_for_the_edges(tmp_path, cli, grey):

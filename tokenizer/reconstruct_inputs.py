@@ -58,8 +58,8 @@ def find_images(config: ReconstructConfig) -> list[Location]:
                 items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
                 rows = range(len(items))
             else:
-                if run and config.split == "heldout":
-                    check_held_out(word, holdout, run)
+                if run and config.split == "heldout" and (note := check_held_out(word, holdout, run)):
+                    tqdm.write(one_line(note), file=sys.stderr)
                 source = open_source(word, config.split, holdout)
                 items, rows = source.items, source.rows.tolist()
             if isinstance(items, Files):
