@@ -429,6 +429,17 @@ def test_folder_layouts(rows, tmp_path):
     assert len(open_images(str(cat), "train", SMALL)) == 5
 
 
+def test_a_few_images_in_train_are_no_split(rows, tmp_path):
+    """As where train/ holds pictures of trains beside all others."""
+    write_files([*(f"train/{i}.png" for i in range(6)), *(f"{i}.png" for i in range(6, 12))], rows[0], tmp_path)
+    assert list(sources.find_splits(str(tmp_path))) == ["all"]
+    source = sources.open_source(str(tmp_path), "all", 0.25)
+    assert len(source) == 12 and not source.note and source.class_names is None
+    (tmp_path / "11.png").unlink()
+    source = sources.open_source(str(tmp_path), "all", 0.25)
+    assert len(source) == 6 and "5 images" in source.note
+
+
 def test_images_beside_splits_are_named(rows, tmp_path, cli):
     for number, part in enumerate(("train", "test", "extra", "")):
         write_files(

@@ -206,8 +206,9 @@ def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None)
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise UserError(f"--data: {root} holds no images and no parquet files; image files end in {kinds}")
     folders = {name.split("/")[0].lower(): name.split("/")[0] + "/" for name in files if "/" in name}
-    # train/ is a split when alone or next to another split; next to other folders it may be a class.
-    has_splits = "train" in folders and (len(folders) == 1 or any(word in folders for word in (*VALIDATION, "test")))
+    # train/ is a split next to another split, or when most images are in it; else it may be a class, as of trains.
+    alone = len(folders) == 1 and 2 * sum("/" in name for name in files) > len(files)
+    has_splits = "train" in folders and (alone or any(word in folders for word in (*VALIDATION, "test")))
     chosen = name_splits(folders, root) if has_splits else {"all": ""}
 
     inside = {split: [name for name in files if name.startswith(folder)] for split, folder in chosen.items()}
