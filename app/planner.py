@@ -170,6 +170,7 @@ class Planner:
             self.too_long = length
         rest = encoding + rules.DRAWING[0]  # drawing and the search take a twentieth each of the whole besides
         self._enough("prior", found, shares.prior, least, last, lambda needed: (2 * needed + rest) / 0.9)
+        found.check_drawn()  # now that images have this size
         dropout = {"model": {"dropout": rules.dropout(steps * found.batch / survey.train)}}
         prior = replace(prior, values=merged(prior.values, dropout))
         self.stages.write("prior", prior.values)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from vqgen.config import command, parse
+from vqgen.errors import UsageError
 from vqgen.files import read_record, write_json
 from vqgen.options import Options
 from vqgen.sampling.sample import SampleConfig
@@ -78,11 +79,18 @@ class Measured:
     judged: float = 0.0
     """Seconds of a step of the classifier that judges samples; 0 for a prior, and for images too small for it."""
     drawn: float = 0.0
-    """Images that are drawn in a second; 0 for a tokenizer."""
+    """Images that are drawn in a second; 0 for a tokenizer, and where samples were refused."""
     drawing_memory: float = 0.0
     """Peak after drawing, in bytes; 0 for a tokenizer."""
     every: int | None = None
     """Steps between validations, where the user has fixed them."""
+    refused: str = ""
+    """Why samples of a prior cannot be drawn as asked; empty where they were."""
+
+    def check_drawn(self) -> None:
+        """Raise `UsageError` where samples could not be drawn."""
+        if self.refused:
+            raise UsageError(self.refused)
 
     def after(self, kept: float) -> "Measured":
         """The same in a process in which a stage before it has kept so many bytes."""
@@ -182,8 +190,11 @@ def _prior(stage: Stage, codes: Path) -> Measured:
     config = parse(PriorTraining, [*stage.prior, "--codes", str(codes)])
     refuse_unused(config, CodeFiles(codes, "train"))
     found = _training(config, build)
-    drawn = _drawing_rate(config, parse(SampleConfig, stage.samples))
-    return replace(found, drawn=drawn, drawing_memory=float(peak_memory(_device())))
+    try:
+        found = replace(found, drawn=_drawing_rate(config, parse(SampleConfig, stage.samples)))
+    except UsageError as error:  # another size of the images may allow it
+        found = replace(found, refused=str(error))
+    return replace(found, drawing_memory=float(peak_memory(_device())))
 
 
 def _training(config: Any, build: Any) -> Measured:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,28 @@ def test_little_time_makes_images_smaller(tmp_path: Path, trials: list[Stage]) -
         sides.append(tokenizer.images.size[0])
         assert rules.FEW <= math.prod(tokenizer.images.size) / tokenizer.model.factor**2 <= rules.MANY
     assert sides[0] < sides[1] <= sides[2] == 256
+
+
+def test_samples_that_larger_images_rule_out_are_no_reason_against_smaller_ones(
+    tmp_path: Path, trials: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, tried = planner.tried, set()
+
+    def refusing(stage: Stage) -> Measured:
+        side = parse(TokenizerTraining, stage.tokenizer).images.size[0]
+        tried.add(side) if stage.prior else None
+        return replace(measure(stage), refused="--size: found 96 96 (made up)" if stage.prior and side > 64 else "")
+
+    monkeypatch.setattr(planner, "tried", refusing)
+    survey = replace(PHOTOS, height=128, width=128, side=128)
+    for minutes in range(4, 60):  # the least time in which a prior of 128 pixels is tried
+        with suppress(UsageError):
+            plan(tmp_path, minutes, survey=survey)
+        if 128 in tried:
+            break
+    assert read(tmp_path)[0].images.size == [64, 64] and {64, 128} <= tried
+    with pytest.raises(UsageError, match="--size: found 96 96"):
+        plan(tmp_path, 6000, survey=survey)
 
 
 def test_what_the_user_says_is_kept(tmp_path: Path, trials: list[Stage]) -> None:
@@ -554,7 +577,9 @@ def drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: str, prior: st
     monkeypatch.setattr(trial, "_training", lambda config, build: Measured(1, 1, 1, 4, 1, 1, 1))
     words = f"--dim 16 --layers 1 --heads 2 {prior}".split()
     found = Stage(TINY.split(), words, ["--batch-size=2", *samples.split()], [28, 4], 3, None, codes.split(), **stage)
-    return trial._prior(found, folder / "codes").drawn
+    measured = trial._prior(found, folder / "codes")
+    measured.check_drawn()
+    return measured.drawn
 
 
 @pytest.mark.parametrize(
