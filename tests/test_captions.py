@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import write_images
 
+from vqgen.app.survey import look
 from vqgen.errors import UserError
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.data.captions import as_caption
@@ -189,6 +190,26 @@ def test_columns_that_are_no_captions(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 20, pa.array([b"\xff"] * 20).buffers())
     with pytest.raises(UserError, match="cannot be read"):
         open_source(str(table(tmp_path / "c" / "data.parquet", broken)), "train", 0.2, "text")
+
+
+def test_captions_that_are_all_empty_are_refused_before_any_work(cli, tmp_path: Path) -> None:
+    model, empty = make_prior(tmp_path / "model"), pa.array([None, " "] * 10, pa.string())
+    path = table(tmp_path / "data.parquet", empty)
+    words = [
+        "--tokenizer",
+        model / "tokenizer",
+        "--data",
+        path,
+        "--text-column",
+        "text",
+        "--output",
+        tmp_path / "codes",
+    ]
+    found = cli(main, *words, "--device", "cpu")
+    assert found.code == 1 and "--text-column text" in found.err and "data.parquet" in found.err
+    assert not (tmp_path / "codes").exists()
+    with pytest.raises(UserError, match="--text-column text"):  # of vqgen-train, before the tokenizer is trained
+        look(str(path), "text")
 
 
 def test_a_saved_dataset_has_captions(tmp_path: Path) -> None:

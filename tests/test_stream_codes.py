@@ -159,6 +159,7 @@ def test_captions_that_are_all_empty_are_refused(tokenizer: Path, tmp_path: Path
     for _ in range(2):
         ended = cli(main, *command)
         assert ended.code == 1 and "--text-column txt" in ended.err and "in.tar" in ended.err
+        assert "--overwrite" in ended.err, "the folder is of that column"
     given[7][1] = ("07.txt", b"a shoe")
     write_tar(tmp_path / "in.tar", [member for each in given for member in each])
     assert cli(main, *command, "--overwrite").code == 0

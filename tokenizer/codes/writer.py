@@ -197,7 +197,8 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
     if config.text_column is not None and not captioned:
         found = f"{shown(str(config.data))} has no captions, all of them are empty"
-        raise UserError(f"--text-column {config.text_column}: {found}; correct them, or leave the option out")
+        advice = "correct them, or leave the option out, and give --overwrite"
+        raise UserError(f"--text-column {config.text_column}: {found}; {advice}")
     skip, splits = config.images.broken == "skip", dict[Split, SplitEntry]()
     for split in job.datasets:
         found = sum(shard.count for shard in entries[split])
@@ -274,8 +275,8 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
         raise UserError(f"--batch-size: {found}; use fewer") from error
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
+    manifest, usage = on_main(lambda: _finish(job))
     if main:
-        manifest, usage = _finish(job)
         counts = {shard.file: shard.count for split in manifest.splits.values() for shard in split.shards}
         done = sum(counts[job.path(shard).name] * shard.views for shard in missing)
         _print_summary(job, manifest, usage, done / seconds)

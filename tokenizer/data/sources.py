@@ -99,6 +99,9 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     if split not in splits and not divided:
         found = "no splits" if "all" in splits else f"only {' and '.join(splits)}"
         raise UserError(f"--split: found {split}, but {data} has {found}; use heldout, or name other --data")
+    if text_column is not None and not any(any(each.captions or []) for each in splits.values()):
+        text = f"{data} has no captions, all of them are empty"
+        raise UserError(f"--text-column {text_column}: {text}; correct them, or leave the option out")
     names, labels = _number_labels(data, splits)
     items = splits[part].items
     if not (count := len(items)):
