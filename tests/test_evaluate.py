@@ -1007,6 +1007,18 @@ def test_a_larger_share_is_refused_wherever_the_images_are_named_from(cli, tmp_p
         assert cli(evaluate.main, *words, "--data", data).code == 0
 
 
+def test_a_relative_path_of_a_run_may_be_of_another_folder(cli, tmp_path, no_measuring, monkeypatch):
+    for folder in ("a/photos", "b/photos", "b/others"):
+        (tmp_path / folder).mkdir(parents=True)
+    save(TokenizerTraining("photos", images=ImageConfig(holdout=0.01)), tmp_path / "a/run/config.yaml")
+    monkeypatch.chdir(tmp_path / "b")
+    words = ["reconstruction", "--tokenizer", tmp_path / "a/run", "--output", "r.json", "--holdout", 0.3, "--data"]
+    for data in ("../a/photos", "photos", tmp_path / "a/photos"):
+        result = cli(evaluate.main, *words, data)
+        assert result.code == 2 and "--holdout: found 0.3" in result.err
+    assert cli(evaluate.main, *words, "others").code == 0
+
+
 def test_a_table_is_not_held_out_as_the_stream_of_a_run_was(cli, tmp_path, no_measuring, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(TokenizerTraining("stream:shards"), Path("tokenizer/config.yaml"))

@@ -30,14 +30,17 @@ def reading_of(folder: Path, config: type) -> dict[str, Any] | None:
 
 
 def is_same_data(data: str, recorded: str) -> bool:
-    """Whether `data` is that of a run: by its real path, or by its name where the run's is not on this machine."""
+    """Whether `data` is that of a run: by its real path, or by its name where the run's may be elsewhere: not on this
+    machine, or relative to the folder that the run was started in."""
     if data == recorded:
         return True
     if "demo" in (data, recorded):  # the images of the package, not a folder of that name
         return False
     here, there = (os.path.expanduser(each) for each in (data, recorded))
-    if os.path.exists(here) and os.path.exists(there):
-        return os.path.realpath(here) == os.path.realpath(there)
+    if os.path.exists(here) and os.path.realpath(here) == os.path.realpath(there):
+        return True
+    if os.path.exists(here) and os.path.exists(there) and os.path.isabs(there):
+        return False
     return os.path.basename(os.path.realpath(here)) == os.path.basename(os.path.normpath(there))
 
 
