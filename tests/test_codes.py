@@ -392,7 +392,7 @@ def test_codes_are_those_of_the_images_in_order(reference, tokenizer, images):
 
 def test_another_share_than_the_tokenizer_held_out_is_said(make, tokenizer, images, tmp_path, capsys):
     model = shutil.copytree(tokenizer, tmp_path / "model")
-    for data, share, said in ((images, 0.1, True), (images, 0.3, False), (tmp_path, 0.1, False)):
+    for data, share, said in ((images, 0.1, True), (images, 0.3, False), (images, 0.5, False), (tmp_path, 0.1, False)):
         save(TokenizerTraining(str(data), images=ImageConfig(holdout=share)), model / "config.yaml")
         tokenize(make(tmp_path / "codes", tokenizer=model))
         assert ("--holdout: found 0.3" in capsys.readouterr().out) == said

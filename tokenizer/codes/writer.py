@@ -285,14 +285,15 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
 
 
 def _other_holdout(job: Job) -> str:
-    """A line where the tokenizer's run held out another share of the same images, "" otherwise."""
+    """A line where the tokenizer's run held out a smaller share of the same images, which are among those held out
+    here; "" otherwise."""
     data, share = str(job.config.data), job.config.images.holdout
     run = reading_of(cast(Path, job.config.tokenizer), TokenizerTraining)
-    if run is None or run["holdout"] == share or not is_same_data(shown(data), shown(str(run["data"]))):
+    if run is None or run["holdout"] >= share or not is_same_data(shown(data), shown(str(run["data"]))):
         return ""
     own = job.streams["heldout"].shards.holdout is None if job.streams else "heldout" in find_splits(data)
     text = f"found {share:g}, but the tokenizer's run held out {run['holdout']:g} of these images"
-    return "" if own else f"--holdout: {text}; with another share it was trained on some that validate the prior"
+    return "" if own else f"--holdout: {text}; it was trained on some that validate the prior"
 
 
 def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> None:
