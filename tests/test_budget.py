@@ -194,6 +194,18 @@ def test_a_run_with_one_budget_goes_on_with_the_other(
         ]
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_options_that_nothing_reads(
+    tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = ("--text-dropout", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr("vqgen.prior.trainer.refuse_unused", lambda *_: None)
+        assert cli(main, *words(tmp_path, *option, "--steps", 2)).code == 0
+    monkeypatch.setattr(Trial, "steps", lambda *_: (6, 1))
+    result = cli(main, *words(tmp_path, *option, "--minutes", 30))
+    assert result.code == 0 and saved(tmp_path)["steps"] == 6, result.err
+
+
 def test_a_decay_that_the_user_chose_stays(tmp_path: Path) -> None:
     files = {"own": "optimizer: {ema_decay: 0.9}", "run": f"{MARK}optimizer: {{ema_decay: 0.9}}"}
     files["plan"] = "# Planned by vqgen-train for 'x'; change it.\noptimizer: {ema_decay: 0.9}"

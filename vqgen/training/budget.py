@@ -200,7 +200,10 @@ def settled(config: C, build: Callable[[Any], tuple[Run, Trainer] | None], examp
     elif name == "epochs":
         steps, validations = max(1, math.ceil(budget * examples() / run.batch_size)), EPOCHS_VALIDATIONS
     else:
-        steps, validations = _fitting(config, build, budget, validations)
+        # The trial is new where the run is not, which goes on with options that a new run refuses.
+        tried = changed(config)
+        vars(tried).update(given=given & {"validate_every"} if before else given)
+        steps, validations = _fitting(tried, build, budget, validations)
     if before:  # a run that is resumed keeps what followed from its length, whichever option that was
         kept = _derived(before) | {"steps": steps}
         return _changed(config, lambda key, value: kept.get(key, value))
