@@ -109,13 +109,10 @@ class Planner:
 
         Raises `UserError`.
         """
-        given, survey = self.request.size, self.survey
-        grids = rules.grids(given, survey.side, survey.train)
+        given, survey, grids = self.request.size, self.survey, self._grids()
         why = "--size" if given else f"the shorter side of half of the images has {survey.side} pixels or more"
         while True:
-            (size, most), *grids = grids
-            factor = rules.factor(size, most)
-            positions, depth = self._codes(size, factor)
+            (size, factor, positions, depth), *grids = grids
             length = positions * depth
             if grids and length >= self.too_long:
                 continue
@@ -178,6 +175,23 @@ class Planner:
             self.stages.write("settings", self.stages.settings(search))
             self.stages.write("samples", self.stages.samples(searched=True))
         return Draft(size, shares, tokenizer, prior, search, why, reason)
+
+    def _grids(self) -> list[tuple[list[int], int, int, int]]:
+        """Sizes of images from the best to the cheapest, each with the downsampling and what `_codes` returns.
+
+        Those that the downsampling, with what the user has set, does not divide are left out. Raises `UsageError` where
+        none is left.
+        """
+        found, refused = [], None
+        for size, most in rules.grids(self.request.size, self.survey.side, self.survey.train):
+            factor = rules.factor(size, most)
+            try:
+                found.append((size, factor, *self._codes(size, factor)))
+            except UsageError as error:
+                refused = refused or error
+        if refused and not found:
+            raise refused
+        return found
 
     def _codes(self, size: list[int], factor: int) -> tuple[int, int]:
         """Positions of codes in an image of this size, and codes a position, with what the user has set."""

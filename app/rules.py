@@ -66,8 +66,6 @@ def grids(size: Sequence[int] | None, side: int, images: int) -> list[tuple[list
         size: height and width where they are given.
         side: median of the shorter sides of the images; none is made larger.
         images: for training.
-
-    A given size that some downsampling does not divide gets only those grids that do, if any.
     """
     sizes = [list(size)] if size else [[s, s] for s in SIZES[::-1] if s <= image_side(side)]
     found: list[tuple[list[int], int]] = []
@@ -75,8 +73,7 @@ def grids(size: Sequence[int] | None, side: int, images: int) -> list[tuple[list
         small, few = min(each) <= 32, min(each) <= 64 and images < FEW_IMAGES
         found += [(each, most) for most in (MANY, FEW) if most == FEW or not (small or few)]
     # 64 codes of 128 pixels and more would be a blur: then smaller images are better.
-    found = [(each, most) for each, most in found if size or most == MANY or min(each) <= 64]
-    return [(each, most) for each, most in found if not any(side % factor(each, most) for side in each)] or found
+    return [(each, most) for each, most in found if size or most == MANY or min(each) <= 64]
 
 
 def factor(size: Sequence[int], most: int) -> int:

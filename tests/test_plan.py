@@ -467,6 +467,13 @@ def test_a_size_that_fits_one_grid_alone_is_planned_with_it(
     assert (tokenizer.images.size, tokenizer.model.factor) == ([side, side], factor)
 
 
+def test_the_downsampling_that_is_given_decides_which_grids_fit(tmp_path: Path, trials: list[Stage]) -> None:
+    request = replace(REQUEST, size=[72, 72], tokenizer=["--patch=2"])
+    for minutes, factor in (600, 4), (4, 8):  # 18x18 codes, and 9x9 where the time is too short for these
+        plan(tmp_path, minutes, request, replace(PHOTOS, train=5000))
+        assert parse(TokenizerTraining, trials[0].tokenizer).model.factor == factor
+
+
 def test_an_option_of_the_tokenizer_that_fits_no_size_is_named(tmp_path: Path, trials: list[Stage]) -> None:
     with pytest.raises(UsageError, match=r"--size: 64x64 .*--tokenizer (patch|multipliers)="):
         plan(tmp_path, 20, replace(REQUEST, size=[64, 64], tokenizer=["--patch=3"]))
