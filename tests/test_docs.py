@@ -81,6 +81,17 @@ def unknown_options(words: list[str], programs: dict[str, Any], program: str) ->
     return [word for word in words if re.match(r"--[a-z]", word) and word.partition("=")[0] not in known]
 
 
+@every_document
+def test_receipts_of_one_code_block_have_names_of_their_own(path: Path) -> None:
+    """Without --output `vqgen-eval samples` and `accuracy` write one file, and refuse to replace each other's."""
+    for _, content in split_fences(path.read_text(encoding="utf-8"))[1]:
+        lines = command_lines(f"```\n{content}```")
+        unnamed = [
+            line for line in lines if re.match("vqgen-eval (samples|accuracy) ", line) and "--output" not in line
+        ]
+        assert len(unnamed) < 2, unnamed
+
+
 def test_the_readme_is_short_and_says_how_to_start() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
