@@ -174,7 +174,8 @@ def _tokenizer(stage: Stage) -> Measured:
     from vqgen.tokenizer.trainer import build
 
     config = parse(TokenizerTraining, stage.tokenizer)
-    found = _training(config, build)
+    with explained("tokenizer"):
+        found = _training(config, build)
     judged = _judging_step(config, stage.classes or 4) if min(config.images.size) >= SMALLEST else 0.0
     return replace(found, encoded=_encoding_rate(config), judged=judged)
 
@@ -183,13 +184,12 @@ def _prior(stage: Stage, codes: Path) -> Measured:
     """Try the prior on made-up codes, and how fast it draws."""
     from vqgen.devices import peak_memory
     from vqgen.prior.train import PriorTraining
-    from vqgen.prior.trainer import build, refuse_unused
-    from vqgen.tokenizer.codes.format import CodeFiles
+    from vqgen.prior.trainer import build
 
     write_codes(stage, codes)
     config = parse(PriorTraining, [*stage.prior, "--codes", str(codes)])
-    refuse_unused(config, CodeFiles(codes, "train"))
-    found = _training(config, build)
+    with explained("prior"):
+        found = _training(config, build)
     try:
         found = replace(found, drawn=_drawing_rate(config, parse(SampleConfig, stage.samples)))
     except UsageError as error:  # another size of the images may allow it
