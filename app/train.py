@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from vqgen.config import command, options
+from vqgen.config import command, options, parse
 from vqgen.config_layers import merged, read_arguments
 from vqgen.errors import UsageError, UserError
-from vqgen.files import locked, read_text, write_text
+from vqgen.files import is_file, locked, read_text, write_text
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
@@ -142,6 +142,8 @@ def made_or_found(config: TrainConfig) -> "Plan":
     if ours != theirs and (config.overwrite or "codes" not in begun):
         text = f"found holdout={theirs:g}, --tokenizer has {ours:g}: held-out images would be trained on"
         raise UsageError(f"--codes: {text}; give both the same")
+    if config.overwrite or not (output / "samples" / "samples.json").exists():
+        check_given_files(request)
     if found and begun:
         return continued(found, request, config, begun)
     if found and (found.request, found.minutes) == (request, config.minutes):
@@ -150,6 +152,19 @@ def made_or_found(config: TrainConfig) -> "Plan":
     if found:
         refuse_edited(found, output)
     return new_plan(request, config, begun if config.overwrite else [])
+
+
+def check_given_files(request: "Request") -> None:
+    """Raise `UserError` where an image that --samples names is not there. A trial draws of made-up ones."""
+    if not {"init_image", "source_image", "mask"} & given_options(request, "samples").keys():
+        return
+    from vqgen.sampling.init_images import given_files
+    from vqgen.sampling.sample import SampleConfig
+
+    with explained("samples"):
+        for option, files in given_files(parse(SampleConfig, request.samples)).items():
+            if missing := [path for path in files if not is_file(path)]:
+                raise UserError(f"{option}: {missing[0]} is no file; name image files")
 
 
 def check_stages(plan: "Plan", folder: Path) -> None:

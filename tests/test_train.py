@@ -50,6 +50,18 @@ def words(output: Path, *further: Any) -> list[Any]:
     return ["--data", "demo", "--output", output, "--minutes", 20, *options, *further]
 
 
+@pytest.mark.parametrize("samples", ["init-image=typo.png keep-rows=2", "init-image=a.png mask=typo.png"])
+def test_images_that_are_missing_are_refused_before_the_trials(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch, samples: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"")
+    option = "--mask" if "mask" in samples else "--init-image"
+    result = cli(main, "--data", "demo", "--output", "run", "--samples", *samples.split())
+    assert result.code == 1 and f"{option}: typo.png" in result.err and f"--samples {option[2:]}=" in result.err
+    assert not trials
+
+
 def test_the_whole_path_from_images_to_images(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
