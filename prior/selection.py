@@ -1,7 +1,7 @@
 """Which validation of a run its weights are of: that of the lowest held-out NLL."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 NATS, NATS_OF_HOLES = "nats_per_token", "inpainting_nats_per_token"
 """Names of the NLL of plain images and of codes that are filled in, as validations log them."""
@@ -9,7 +9,7 @@ BEST = "best"
 """Key in rows of `metrics.jsonl` of the NLL with which a validation became the best: a run saves its weights."""
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """Whether a value of a file is a finite number, small enough for arithmetic."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
