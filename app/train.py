@@ -142,7 +142,8 @@ def made_or_found(config: TrainConfig) -> "Plan":
     if ours != theirs and (config.overwrite or "codes" not in begun):
         text = f"found holdout={theirs:g}, --tokenizer has {ours:g}: held-out images would be trained on"
         raise UsageError(f"--codes: {text}; give both the same")
-    if config.overwrite or not (output / "samples" / "samples.json").exists():
+    drawn = (output / "samples" / "samples.json").exists()
+    if config.overwrite or not drawn or (found and found.minutes != config.minutes):  # then they are drawn again
         check_given_files(request)
     if found and begun:
         return continued(found, request, config, begun)

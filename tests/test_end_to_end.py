@@ -92,10 +92,12 @@ def test_the_histories_tell_what_was_measured(runs: Path) -> None:
     heldout = {"heldout/psnr", "heldout/ssim", "heldout/codes_used", "heldout/usage", "heldout/perplexity"}
     assert heldout <= found[-1].keys()
     assert found[-1]["heldout/psnr"] > found[1]["heldout/psnr"]
-    found = rows(runs / "prior")
+    found = [row for row in rows(runs / "prior") if "best" not in row]
     assert found[-1]["heldout/nats_per_token"] < found[1]["heldout/nats_per_token"]
     bits = found[-1]["heldout/nats_per_token"] / torch.log(torch.tensor(2.0)).item() * 49 / (28 * 28)
     assert found[-1]["heldout/bits_per_dimension"] == pytest.approx(bits, rel=1e-5)
+    best = [row for row in rows(runs / "prior") if "best" in row][-1]  # of which validation the weights are
+    assert best["best"] == min(row["heldout/nats_per_token"] for row in found if "heldout/nats_per_token" in row)
     assert not [row for row in [*rows(runs / "tokenizer"), *found] if "health" in row], "a healthy run says nothing"
 
 

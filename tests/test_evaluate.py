@@ -1058,6 +1058,20 @@ def test_data_without_a_stream_of_the_run_are_measured(cli, tmp_path, no_measuri
             assert result.code == 0 and said and "key=" not in result.out, (stream, data)
 
 
+def test_a_stream_of_a_relative_path_may_be_of_another_folder(cli, tmp_path, no_measuring, monkeypatch):
+    for folder in ("a/photos", "b/photographs"):
+        write_parquets(tmp_path / folder, 1, 10)
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    words = ["reconstruction", "--tokenizer", "../run", "--output", "found.json", "--data"]
+    for stream in ("stream:photos", "photos/*.parquet", "photos/{0..9}.parquet", "*.parquet", "../photos/*.parquet"):
+        save(TokenizerTraining(stream), tmp_path / "run/config.yaml")
+        for data in ("../a/photos", tmp_path / "a/photos"):
+            assert cli(evaluate.main, *words, data).code == 2, (stream, data)
+    save(TokenizerTraining("photos/*.parquet"), tmp_path / "run/config.yaml")
+    assert cli(evaluate.main, *words, "photographs").code == 0
+
+
 def test_the_advice_after_a_stream_can_be_followed(cli, tmp_path, no_measuring, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("shards/train", "shards/test"):

@@ -113,6 +113,8 @@ def test_the_receipts_of_emoji_are_of_this_very_model():
     found = read_json(ROOT / "benchmarks" / "results" / "uses" / "emoji.json")
     assert (found["model"], found["tokenizer"]) == (marks["prior"], marks["tokenizer"])
     assert found["settings"] == generator.recommended
+    options = read_receipt(RECEIPTS.parents[1] / "emoji" / "text.json")["options"]
+    assert {name: options[name] for name in generator.recommended} == generator.recommended
 
 
 @pytest.mark.slow

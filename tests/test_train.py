@@ -13,12 +13,13 @@ import yaml
 from PIL import Image
 from processes import tree, weights
 
-from vqgen.app import planner, stages
+from vqgen.app import planner, stages, train
 from vqgen.app.demo import main as demo
 from vqgen.app.plan import Plan, saved_plan, written
 from vqgen.app.stages import words_of
 from vqgen.app.train import main
 from vqgen.app.trial import Measured, Stage
+from vqgen.config import parse
 from vqgen.errors import UserError
 from vqgen.sampling.settings import read_recommended
 from vqgen.tokenizer.data.sources import open_source
@@ -60,6 +61,21 @@ def test_images_that_are_missing_are_refused_before_the_trials(
     result = cli(main, "--data", "demo", "--output", "run", "--samples", *samples.split())
     assert result.code == 1 and f"{option}: typo.png" in result.err and f"--samples {option[2:]}=" in result.err
     assert not trials
+
+
+def test_images_that_are_missing_are_refused_where_samples_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run that gets more minutes draws again after hours; one that is only looked at does not."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "samples.json").write_text("{}")
+    given = ["--data", "demo", "--output", str(tmp_path), "--samples", "init-image=typo.png", "keep-rows=2"]
+    longer, same = (parse(train.TrainConfig, [*given, "--minutes", minutes]) for minutes in ("30", "20"))
+    monkeypatch.setattr("vqgen.app.plan.saved_plan", lambda _: SimpleNamespace(minutes=20))
+    monkeypatch.setattr(train, "continued", lambda *_: "went on")
+    assert train.made_or_found(same) == "went on"
+    with pytest.raises(UserError, match=r"--init-image: typo\.png"):
+        train.made_or_found(longer)
 
 
 def test_the_whole_path_from_images_to_images(

@@ -1,5 +1,6 @@
 """Which images a training run held out, by its config.yaml, so that measurements count no other image as held out."""
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -54,6 +55,11 @@ def _is_of_stream(data: str, stream: str) -> bool:
     if data == "demo" or "://" in start:
         return False
     here, there = (Path(os.path.realpath(os.path.expanduser(each))) for each in (data, start))
+    files = re.sub(r"\{[^}]*\}", "*", os.path.expanduser(pattern))
+    if not os.path.isabs(files) and not glob.glob(files, recursive=True):
+        # The run was started in another folder: by name, as far as the pattern has one.
+        name = os.path.basename(os.path.normpath(start))
+        return name in {".", "..", *here.parts} or (here / name).exists()
     deep = (os.path.dirname(pattern) or ".") != start  # files of the stream may lie in folders below its start
     inside = here.is_relative_to(there) and (deep or here.is_file())
     return here.exists() and (inside or there.is_relative_to(here))
