@@ -262,7 +262,7 @@ def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:
     if not files.has_captions or config.objective.text_length == 0:
         lacking += [(name, "text", "--text-column") for name in ("text_dropout", "text_vocabulary")]
     for name, part, remedy in lacking:
-        if name in config.given:
+        if name in config.given and getattr(config.objective, name):  # 0 asks for nothing
             text = f"found {getattr(config.objective, name):g}, but the prior has no {part}"
             raise UsageError(f"{option_name(name)}: {text}; take codes of {remedy}, or leave the option out")
 

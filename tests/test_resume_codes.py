@@ -118,6 +118,8 @@ def test_the_checkpoint_of_an_earlier_version_is_of_another_model_and_stays(cli,
 def test_dropout_of_conditions_that_the_codes_lack_is_refused_of_a_new_run(cli, model, tmp_path) -> None:
     codes, run = write(tmp_path / "codes", model, names=None, labels=np.full(9, -1)), tmp_path / "run"
     option = ["--label-dropout", 0.5]
+    none = tmp_path / "none"
+    assert cli(train.main, *words(codes, none, 2), "--label-dropout", 0).code == 0, "0 asks for nothing"
     for each in (option, ["--text-dropout", 0.5]):
         for length in ([], ["--epochs", 1]):
             given = words(codes, run, 2)[: -2 if length else None]
