@@ -104,7 +104,7 @@ class Loaded:
 
     @property
     def takes_text(self) -> bool:
-        return any(part.name == "text" for part in self.generator.conditioning.parts)
+        return self.generator.conditioning.text is not None
 
     @property
     def inpaints(self) -> bool:

@@ -13,7 +13,6 @@ from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, held_out, warn
 from vqgen.prior.parts.part import ABSENT
-from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice, fixed_subset
@@ -68,8 +67,7 @@ class TaskImages:
     def __init__(self, config: PicturesConfig, generator: Generator) -> None:
         about = generator.tokenizer.config
         self.config, self.generator = config, generator
-        self.text = next((part for part in generator.conditioning.parts if isinstance(part, Text)), None)
-        if config.text_column is not None and self.text is None:
+        if config.text_column is not None and generator.conditioning.text is None:
             text = f"found {config.text_column}, but {config.model} was trained without text"
             raise UsageError(f"--text-column: {text}; leave it out")
         self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config))
@@ -105,8 +103,8 @@ class TaskImages:
         order = indices.argsort()
         given = labels[order].tolist() if self.classes else [ABSENT] * len(order)
         found, texts = indices[order], list[str]()
-        if self.text and self.dataset.captions:
-            texts = [self.text.readable([self.dataset.captions[index]])[0] for index in found.tolist()]
+        if (part := self.generator.conditioning.text) and self.dataset.captions:
+            texts = [part.readable([self.dataset.captions[index]])[0] for index in found.tolist()]
         return Encoded(found, codes[order], given, pixels.over_processes().hexdigest(), texts)
 
     def pixels(self, encoded: Encoded) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -15,7 +15,6 @@ from vqgen.evaluation.measurement import Measurement, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.prior.parts.part import ABSENT
-from vqgen.prior.parts.text import Text
 from vqgen.progress import progress
 from vqgen.sampling.filling import Filling, box_mask, cells_of
 from vqgen.sampling.generator import Generator
@@ -190,11 +189,10 @@ def likelihoods(
 
 def _known(plain: Generator, given: Mapping[str, Any]) -> dict[str, Any]:
     """What of given conditions the plain prior can be told, captions as far as it reads them."""
-    parts = {part.name: part for part in plain.conditioning.parts}
-    known = {name: values for name, values in given.items() if name in parts}
-    if "text" in known and isinstance(text := parts["text"], Text):
-        known["text"] = [text.readable([each])[0] for each in known["text"]]
-    return known if plain.conditioning.classes.count else {**known, "class": [ABSENT] * len(given["class"])}
+    known = {"class": given["class"] if plain.conditioning.classes.count else [ABSENT] * len(given["class"])}
+    if "text" in given and (text := plain.conditioning.text):
+        known["text"] = [text.readable([each])[0] for each in given["text"]]
+    return known
 
 
 def hole_nats(

@@ -61,7 +61,7 @@ def measure_text(config: TextConfig) -> Measurement:
     """Rank images by what a prior draws of their captions, and captions by its likelihood. Raises `UserError`."""
     device, (_, world) = start_processes(config.device), rank_and_world()
     generator = Generator.load(config.model, device, config.precision)
-    part = next((part for part in generator.conditioning.parts if isinstance(part, Text)), None)
+    part = generator.conditioning.text
     if part is None:
         text = f"{config.model} was trained without text"
         raise UsageError(f"--model: {text}; give a prior trained on codes of vqgen-tokenize --text-column")
