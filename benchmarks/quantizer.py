@@ -101,7 +101,9 @@ def compared(
     )
     ours = step_of(Codebook(config, dim, cosine).to(device), vectors, lambda out: (out.vectors, out.loss))
     theirs = step_of(library.to(device), vectors[None], lambda out: (out[0], out[2]))
-    memory = peak_mib(ours, device), peak_mib(theirs, device)  # warms up as well
+    for step in (ours, theirs):
+        step()  # warms up, and libraries allocate their workspaces
+    memory = peak_mib(ours, device), peak_mib(theirs, device)
     turns = [(seconds(ours, device, clock), seconds(theirs, device, clock)) for _ in range(repeat)]
     times = [1000 * statistics.median(column) for column in zip(*turns)]
     return Measured(times[0], times[1], statistics.median(b / a for a, b in turns), *memory)

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM
 
-from vqgen.devices import find_device, matrix_rate, precision_of
+from vqgen.devices import find_device, growing_attention, matrix_rate, precision_of
 from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.model import backbone_config
 from vqgen.prior.options import PriorConfig
@@ -129,15 +129,16 @@ def compared(
             return generate(decoders[name], prompt, allowed, uniforms, settings, contrasts).tokens
 
         def transformers(prompt: torch.Tensor = prompt) -> torch.Tensor:
-            return theirs.generate(  # type: ignore[operator]
-                prompt.to(device),
-                attention_mask=torch.ones_like(prompt, device=device),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=length,
-                min_new_tokens=length,
-                pad_token_id=conditioning.null,
-            )
+            with growing_attention(device):
+                return theirs.generate(  # type: ignore[operator]
+                    prompt.to(device),
+                    attention_mask=torch.ones_like(prompt, device=device),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=length,
+                    min_new_tokens=length,
+                    pad_token_id=conditioning.null,
+                )
 
         works = {name: partial(drawn, name) for name in decoders} | {"transformers": transformers}
         taken = {name: list[float]() for name in works}

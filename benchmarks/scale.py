@@ -159,6 +159,8 @@ def launched(code: str, words: list[str], results: list[Path], environment: dict
     for rank, result in enumerate(results):
         shared = {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
+        if torch.cuda.device_count() < count:  # NCCL refuses several processes on a device
+            shared["ACCELERATE_USE_CPU"] = "1"
         command = [sys.executable, "-c", code, str(result), *words]
         environ = {**os.environ, **(shared if count > 1 else {})}
         started.append(subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL))

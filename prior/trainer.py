@@ -203,7 +203,7 @@ class PriorTrainer:
         better = mean < self.extra["best"]
         if better:
             self.extra.update(best=mean, stale=0)
-            self.best.load_state_dict(full_tensors(average.state_dict()))
+            self.best.load_state_dict(full_tensors(average.state_dict(), host=True))
         else:
             self.extra["stale"] += 1
         if self.config.preview_images and (self.run.main or self.run.sharded):

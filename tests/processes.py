@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 TOKENIZER = "vqgen.tokenizer.train"
 TOKENIZE = "vqgen.tokenizer.encode"
@@ -196,6 +197,8 @@ def run(module: str, *words: Any, hook: Callable[[], Any] | None = None) -> Ende
 def two_ranks() -> list[dict[str, str]]:
     """The environment that torchrun and `accelerate launch` give to each of two processes that are to meet."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if torch.cuda.device_count() < 2:  # NCCL refuses several processes on a device
+        shared["ACCELERATE_USE_CPU"] = "1"
     return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 

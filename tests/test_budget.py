@@ -295,6 +295,21 @@ def test_all_processes_end_a_trial_by_the_clock_of_the_main_one(
         assert len(steps) == wanted
 
 
+@pytest.mark.parametrize(("flags", "compiled"), [([], False), (["--no-compile"], False), (["--compile"], True)])
+def test_a_trial_is_compiled_only_where_that_is_asked_for(tmp_path: Path, flags: list[str], compiled: bool) -> None:
+    """A run of 10,000 steps is compiled on CUDA unasked, which takes longer than all steps of the trial."""
+
+    class Built(Exception):
+        pass
+
+    def build(config: Any) -> Any:
+        raise Built(config.run.compile)
+
+    with pytest.raises(Built) as built:
+        budget.measured(parse(PriorTraining, ["--codes", str(tmp_path), *flags]), build)
+    assert built.value.args == (compiled,)
+
+
 def test_a_trial_leaves_the_run_as_it_is(
     tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

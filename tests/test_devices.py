@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 
-from vqgen.devices import compile_module, keep_memory
+from vqgen.devices import compile_module, growing_attention, keep_memory
+from vqgen.training.fsdp import forget_former_run
 
 GLIBC = pytest.mark.skipif(
     not hasattr(__import__("ctypes").CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc"
@@ -91,3 +93,22 @@ def test_a_compilation_that_fails_unasked_is_said_once_and_left_out(monkeypatch)
     compile_module(module, True, torch.device("cpu"), 1, told.append)
     with pytest.raises(RuntimeError, match="no C"):
         module(torch.ones(1, 3))
+
+
+def test_growing_attention_leaves_out_the_kernel_that_makes_a_plan_for_each_shape() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    assert before == (True, True)
+    with growing_attention(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    with growing_attention(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def test_a_second_run_finds_the_processes_as_the_first_did(monkeypatch) -> None:
+    """Accelerate makes of several GPUs the kind FSDP, for which a second run finds no settings."""
+    state = PartialState()
+    for left, found in ((DistributedType.FSDP, DistributedType.MULTI_GPU), (state.distributed_type,) * 2):
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", left)
+        forget_former_run()
+        assert PartialState().distributed_type == found

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import __version__
 from .errors import UsageError, UserError
@@ -142,11 +143,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def growing_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Context for attention to one more position in each call.
+
+    On CUDA it leaves out cuDNN's kernel, which torch prefers on recent devices: it makes a plan for each new shape.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Measure the FLOP/s of a large matrix product for 0.1 s; `precision` is Accelerate's name."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    left, right = (torch.rand(side, side, dtype=dtype, device=device) for _ in range(2))
     float((left @ right)[0, 0])  # warm-up: the first product loads the kernels
     best, until = 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < until:

@@ -50,7 +50,7 @@ PARTS = {
     "drawing-11m": _part("drawing:sides", 60, dim=384, layers=6, codebook_size=1024),
     "drawing-343m": _part("drawing:sides", 120, dim=1024, layers=24, codebook_size=16384),
     "package": _part("drawing:package", 90),
-    "prior-bf16": _part("training:prior", 100, precision="bf16"),
+    "prior-bf16": _part("training:prior", 150, precision="bf16"),
     "tokenizer-bf16": _part("training:tokenizer", 150, precision="bf16"),
     "quantizer": _part("rates:quantizer", 60),
     "tokenizing": _part("rates:tokenizing", 90),

@@ -25,7 +25,7 @@ def run(setup: Setup) -> dict[str, Any]:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-vv",  # each test by name, as the limit may cut them off
         "-p",
         "no:cacheprovider",
         "-k",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vqgen.devices import release_memory
 from vqgen.prior import train as prior_program
 from vqgen.sampling.generator import DEFAULT
 from vqgen.tokenizer import encode as tokenize_program
@@ -18,6 +19,8 @@ from .parts import Setup
 def _trained(main: Callable[[Sequence[str]], int], words: list[Any], output: Path) -> dict[str, Any]:
     """Train by a program; the last training metrics, the first and the last loss. Raises `RuntimeError`."""
     if torch.cuda.is_available():
+        release_memory()  # of the run before
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if code := main([str(word) for word in [*words, "--output", output]]):
         raise RuntimeError(f"the program ended with {code}")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgen.devices import growing_attention
+
 from .attention import Fused, Products, attention_of
 from .graphs import StaticSteps
 from .linear import ROWS, Linear
@@ -196,12 +198,15 @@ class CachedTransformer:
         With `allowed` only those of the ids from its first to before its second. On CUDA the next call may overwrite
         the logits of a single token.
         """
+        with growing_attention(tokens.device):
+            return self._fed(tokens, allowed or (0, len(self._head)))
+
+    def _fed(self, tokens: Tensor, ids: tuple[int, int]) -> Tensor:
         (rows, count), batch = tokens.shape, self._batch
         first, last = batch.fed, batch.fed + count
         if last > self.positions:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
         batch.fed = last
-        ids = allowed or (0, len(self._head))
         if count == 1 and batch.steps and (logits := batch.steps.feed(tokens, first, ids)) is not None:
             return logits
         x = F.embedding(tokens, self._tokens)

@@ -8,6 +8,7 @@ fallback where nothing can be captured.
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +25,16 @@ Record = Callable[[Callable[[], None], torch.device], Replay]
 """Takes a step that reads and writes static memory of a device, and returns what repeats it."""
 
 
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs are captured: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def cuda_graph(step: Callable[[], None], device: torch.device) -> Replay:
     """Capture a step as a CUDA graph. Raises `RuntimeError` where it cannot be captured."""
     with torch.cuda.device(device):
-        before, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        before, aside, graph = torch.cuda.current_stream(), _aside(device), torch.cuda.CUDAGraph()
         try:
             aside.wait_stream(before)
             with torch.cuda.stream(aside):

@@ -49,5 +49,5 @@ def watched(device: str) -> Iterator[list[str]]:
             found += [
                 f"{each.filename}:{each.lineno}: {linecache.getline(each.filename, each.lineno).strip()}"
                 for each in caught
-                if "synchroniz" in str(each.message)
+                if "called a synchronizing" in str(each.message)
             ]

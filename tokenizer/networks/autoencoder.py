@@ -54,8 +54,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             scores = query.to(exact) * query.shape[-1] ** -0.5 @ key.to(exact).transpose(1, 2)
             return scores.softmax(dim=-1).to(value.dtype) @ value
-    # Of other layouts the kernel for CPUs computes all scores at once, L x L.
-    return F.scaled_dot_product_attention(query.contiguous(), key.contiguous(), value.contiguous())
+    # All scores are computed at once, L x L, of other layouts on CPUs, and without an axis of heads on CUDA.
+    query, key, value = (t.contiguous() for t in (query, key, value))
+    if query.device.type == "cpu":
+        return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
 
 
 class Downsample(nn.Module):

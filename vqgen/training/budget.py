@@ -118,7 +118,9 @@ def measured(
     with tempfile.TemporaryDirectory(prefix="vqgen-trial-") as folder:
         # With the discriminator from the first step: the run is no slower than this.
         parts = {"gan": dataclasses.replace(config.gan, gan_start=0, gan_warmup=0)} if hasattr(config, "gan") else {}
-        built = build(changed(config, output=Path(folder), overwrite=False, **parts))
+        # Uncompiled, unless that was asked for: a compilation takes longer than all of the trial.
+        settings = changed(config.run, compile=bool(config.run.compile))
+        built = build(changed(config, output=Path(folder), overwrite=False, run=settings, **parts))
         assert built is not None, "a new folder holds no finished run"
         run, trainer = built
         run.quiet = True

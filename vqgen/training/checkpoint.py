@@ -69,8 +69,8 @@ def save_checkpoint(
         write: whether this process writes; the others only contribute their shards.
     """
     path = folder / f"step-{step:08d}"
-    weights = {name: full_tensors(module.state_dict()) for name, module in modules.items()}
-    states = {name: full_tensors(part.state_dict()) for name, part in optimizers.items()}
+    weights = {name: full_tensors(module.state_dict(), host=True) for name, module in modules.items()}
+    states = {name: full_tensors(part.state_dict(), host=True) for name, part in optimizers.items()}
     if not write:
         return path
     with atomic_path(path) as temporary:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -44,6 +45,17 @@ def configure_fsdp(accelerator: Accelerator) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32)
 
 
+def forget_former_run() -> None:
+    """Let another run of this Python process choose its precision: Accelerate keeps that of the first.
+
+    It also keeps FSDP as the kind of the processes, but not its settings.
+    """
+    AcceleratorState._reset_state()
+    state = PartialState()
+    if state.distributed_type == DistributedType.FSDP:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
 def units(accelerator: Accelerator, names: Sequence[str]) -> None:
     """Set the class names of the modules that FSDP shards one by one, unless Accelerate's configuration names some."""
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
@@ -64,9 +76,18 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def full_tensors(tree: Tree) -> Tree:
-    """Replace every sharded tensor of a tree by the full one. A collective: all processes must call it."""
-    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, tree)
+def full_tensors(tree: Tree, host: bool = False) -> Tree:
+    """Replace every sharded tensor of a tree by the full one. A collective: all processes must call it.
+
+    With `host` the full ones are on the CPU: a device then holds one of them at a time.
+    """
+
+    def full(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        return value.full_tensor().cpu() if host else value.full_tensor()
+
+    return tree_map(full, tree)
 
 
 def local_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -33,7 +32,7 @@ from vqgen.threads import oversubscription
 from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, read_state, rotate, save_checkpoint
 from .finite import FiniteCheck, NonFinite, non_finite
 from .folder import CHECKPOINTS, Session, check_folder, checkpoints, completed, finish, prepare_folder, save_options
-from .fsdp import configure_fsdp, full_tensors, is_sharded
+from .fsdp import configure_fsdp, forget_former_run, full_tensors, is_sharded
 from .health import Row
 from .options import RunConfig
 from .schedule import Plan
@@ -64,8 +63,7 @@ class Run:
     ) -> None:
         self.folder, self.config, self.settings, self.overwrite = folder, config, settings, overwrite
         mixed = precision_of(settings.precision, cast(torch.device, processes().device))
-        # Accelerate keeps one precision per Python process; a second run in the same process sets its own.
-        AcceleratorState._reset_state()
+        forget_former_run()
         self.accelerator = Accelerator(
             mixed_precision=mixed,
             gradient_accumulation_steps=settings.accumulate,
