@@ -177,7 +177,7 @@ class ClassifierTraining(Options):
     data: str
     """Labelled images: as for vqgen-train-tokenizer."""
     output: Path
-    """Folder for the classifier; an existing one is refused."""
+    """Folder for the classifier; must be new or empty."""
     size: list[int]
     """Height and width in pixels of the samples to classify; one number means a square."""
     channels: int = 3

@@ -46,8 +46,8 @@ class SamplingOptions(Options):
     guidance_interval: list[Share] = field(default_factory=lambda: [0.0, 1.0])
     """First and last share of an image's codes that --guidance-schedule interval guides."""
     oversample: Annotated[float, Range(least=1, most=100)] = 1.0
-    """Images drawn for each one kept: of each group of 16 images of a class, which is the fewest that are drawn, the
-    most likely under the prior; 1.25 rejects the least likely fifth (after Razavi et al. 2019, section 3.3)."""
+    """Images drawn for each one kept. Images of a class are drawn in groups of 16, even for a smaller --n; the most
+    likely under the prior are kept. 1.25 rejects the least likely fifth (after Razavi et al. 2019, section 3.3)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

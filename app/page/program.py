@@ -49,7 +49,7 @@ class AppConfig(Options):
     port: Annotated[int, Range(least=1, most=65535)] = 7860
     """Port to listen on."""
     share: bool = False
-    """Make a public address for three days, through a server of Gradio's makers, who need no password."""
+    """Make the page public through a Gradio server, for as long as Gradio keeps the link; visitors need no password."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: str = "auto"

@@ -30,7 +30,7 @@ class ExportConfig(Options):
     """Layout of the folder: what transformers and serving engines draw from, or a model folder of vqgen (which
     transformers loads, too)."""
     output: Path = Path("export")
-    """Folder to write; one that exists is refused."""
+    """Folder to write; must be new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the prior's weights; with --to vqgen of the tokenizer's, too."""
     license: str | None = None
