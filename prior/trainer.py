@@ -37,6 +37,10 @@ from .resumed import check_codes, describe_codes, listed, other_images
 from .selection import BEST, NATS, NATS_OF_HOLES, selected_by
 from .train import PriorTraining
 
+EAGER = 512
+"""Tokens up to which attention on a CPU is computed by products: the backward pass of the fused kernel is the slower
+one there (a step took a quarter longer), but longer sequences have too many weights to keep."""
+
 
 @torch.no_grad()
 def preview_codes(prior: Prior, count: int, seed: int, given: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -85,8 +89,7 @@ class PriorTrainer:
                 run.say(note)
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
-        if run.device.type == "cpu" and self.vocabulary.length <= 256:
-            # The fused kernel's backward pass is the slower one on CPUs at such lengths: a step took a quarter longer.
+        if run.device.type == "cpu" and self.conditioning.length + self.vocabulary.length <= EAGER:
             prior.backbone.set_attn_implementation("eager")
             # Not in float32, where runs of earlier versions resume exactly: it draws dropout in another way.
             half = run.accelerator.mixed_precision == "bf16"

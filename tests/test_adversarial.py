@@ -26,6 +26,7 @@ from vqgen.tokenizer.losses.adversarial import (
 from vqgen.tokenizer.losses.options import GanConfig
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.train import main as train
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
 from vqgen.training.finite import NonFinite
 from vqgen.training.health import pinned_discriminator
@@ -566,3 +567,27 @@ def test_two_processes_play_as_one(both, tmp_path):
         torch.testing.assert_close(two["figures"][step]["adaptive_ratio"], logged["adaptive_ratio"], rtol=1e-3, atol=0)
     for name, value in single.state().items():
         torch.testing.assert_close(two["state"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "needed"),
+    [
+        ("--gan-start 100", "--gan-start", "--gan-weight"),
+        ("--gan-weight 0 --gan-spectral-norm", "--gan-spectral-norm", "--gan-weight"),
+        (
+            "--gan-weight 0.5 --gan-layers 1 --no-gan-adaptive --gan-adaptive-max 9",
+            "--gan-adaptive-max",
+            "--gan-adaptive",
+        ),
+        ("--perceptual-net alex", "--perceptual-net", "--perceptual-weights"),
+    ],
+)
+def test_options_without_an_effect_are_refused_in_a_new_run(
+    tmp_path: Path, cli, options: str, named: str, needed: str
+) -> None:
+    result = cli(train, "--data", "demo", "--size", 16, *options.split(), "--output", tmp_path / "run")
+    assert result.code == 2 and f"{named}: has no effect without {needed}" in result.err
+    assert not (tmp_path / "run").exists()

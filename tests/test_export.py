@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers.models import SIZE, make_prior, make_square_prior
+from helpers.models import SIZE, make_prior, make_square_prior, text_part
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -248,6 +248,12 @@ def test_guidance_is_stated_where_the_prior_has_it(cli, tmp_path, unlabelled):
     (model / "vqgen.json").write_text(json.dumps(about | ({"unlabelled": True} if unlabelled else {})))
     _, text, _ = exported(cli, model, tmp_path / "export")
     assert (f"prefix [{SIZE + 3}] in place of" in text) == unlabelled != ("no guidance" in text)
+
+
+def test_guidance_by_text_alone_is_stated(cli, tmp_path):
+    model = make_square_prior(tmp_path / "model", text_part(["a shoe", "a bag"]), names=None)
+    _, text, _ = exported(cli, model, tmp_path / "export")
+    assert "the ids of no text in place of" in text and "no guidance" not in text
 
 
 def test_recommended_settings_are_passed_on_and_stated(cli, tmp_path):

@@ -296,7 +296,8 @@ def test_ids_of_other_meaning_keep_their_weights_where_there_are_as_many(tmp_pat
     name = "transformer.wte.weight" if backbone == "gpt2" else "model.embed_tokens.weight"
     for each in (name, "lm_head.weight"):
         own, theirs = prior.backbone.state_dict()[each], given.backbone.state_dict()[each]
-        assert torch.equal(own[:8], theirs[:8]) and torch.equal(own[8:], before[each][8:])
+        assert torch.equal(own[:8], theirs[:8]) and torch.equal(own[8:11], before[each][8:11])
+        assert torch.equal(own[11], theirs[12]) and torch.equal(own[12], before[each][12]), "no class, unknown"
 
 
 def test_classes_start_from_those_of_their_names(tmp_path, tokenizer):
@@ -314,6 +315,22 @@ def test_classes_start_from_those_of_their_names(tmp_path, tokenizer):
     same = Prior(config, conditioning_of(size, 1, (2, 3), 3, ["shoe", "hat", "bag"]), (3, 4, 6), mark)
     assert same.start_from(tmp_path / "run") == []
     assert torch.equal(same.backbone.state_dict()[name], theirs)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], None])
+def test_no_class_means_the_same_whatever_the_classes(tmp_path, tokenizer, names):
+    """The token that every sequence without a class begins with is taken also where no class is shared."""
+    folder, mark = tokenizer
+    config, size = PriorConfig(dim=16, layers=2, heads=2), 8
+    given = Prior(config, conditioning_of(size, 1, (2, 3), 3, NAMES), (3, 4, 6), mark)
+    given.save(tmp_path / "run", folder)
+    count = len(names or [])
+    prior = Prior(config, conditioning_of(size, 1, (2, 3), count, names), (3, 4, 6), mark)
+    name = "model.embed_tokens.weight"
+    before = prior.backbone.state_dict()[name].clone()
+    prior.start_from(tmp_path / "run")
+    own, theirs = prior.backbone.state_dict()[name], given.backbone.state_dict()[name]
+    assert torch.equal(own[size:], torch.cat([before[size : size + count], theirs[-1:]]))
 
 
 def test_codes_with_another_tokenizer_beside_them_start_no_run(tmp_path):

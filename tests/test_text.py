@@ -111,6 +111,8 @@ def test_frequent_words_are_one_token() -> None:
     assert len(found.encode("a photo of a sneaker")) == 5
     assert found.encode("sneaker")[0] == found.encode("a photo of a sneaker")[-1]
     assert found.rest("a photo of a sneaker  and more", 3) == "a sneaker  and more" and not found.rest("a", 1)
+    apart = "a\u0308" * 8  # more tokens than composed, as `encode` takes them
+    assert not found.rest(apart, len(found.encode(apart)))
 
 
 def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
@@ -495,7 +497,7 @@ def test_an_exported_prior_draws_the_same_from_the_documented_prefix(cli, place:
     assert result.code == 0, result.err
     generator = Generator.load(place / "prior", "cpu", "fp32")
     card, part = (tmp_path / "export/README.md").read_text(), text_of(generator.conditioning)
-    first, null = map(int, re.findall(r"`\(library|, (\d+) added to each, with (\d+) in front", card)[-1])
+    first, null = map(int, re.findall(r"`\(library|, each plus (\d+), with (\d+) in front", card)[-1])
     assert (first, null) == (part.first, part.absent[0]) and f"{first} to {null - 1} text" in card
     tokenizer = Tokenizer.from_file(str(tmp_path / "export" / FILE))
     prompts = [caption(7), "a Red square"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -301,6 +302,22 @@ def test_no_image_is_its_own_partner(make: Make, tokenizer: Path, images: Path, 
     heldout = CodeFiles(tmp_path / "codes", "heldout")  # of another file than its partners
     expected = model.encode(batch_of(config, str(folder), "train", 0, [0], [0]))
     assert torch.equal(heldout.gather_source([0], [0]), expected)
+
+
+def test_no_image_is_its_own_partner_in_splits_of_datasets(make: Make, images: Path, tmp_path: Path) -> None:
+    """Row 1 of the validation images, the first of its key, is not row 1 of the training images, the second of its."""
+    files, saved = sorted(images.glob("*/*.png")), tmp_path / "saved"
+    features = datasets.Features(image=datasets.Image(), key=datasets.Value("string"))
+    made = {
+        split: datasets.Dataset.from_dict(
+            {"image": [{"bytes": file.read_bytes(), "path": None} for file in chosen], "key": list(keys)}, features
+        )
+        for split, keys, chosen in (("train", "aa", files[:2]), ("validation", "cbb", files[2:5]))
+    }
+    datasets.DatasetDict(made).save_to_disk(str(saved))
+    tokenize(make(tmp_path / "codes", data=str(saved), pair_by="key", unpaired="skip", source_data=str(saved)))
+    found = CodeFiles(tmp_path / "codes", "train")
+    assert torch.equal(found.gather_source([0, 1], [0, 0]), found.gather([1, 0], [0, 0]))
 
 
 def test_images_without_a_partner_are_counted_and_left_out(

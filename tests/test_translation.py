@@ -292,6 +292,8 @@ def test_translations_are_drawn_with_the_codes_of_their_sources(generator: Gener
     assert found.images.shape == (3, 3, 4, 6) and found.labels.tolist() == [-1, -1, -1]
     given = {"source": generator.encode(images), "class": [-1]}
     assert torch.equal(found.codes, generator.draw(range(3), given, seed=3).codes)
+    without = [generator.draw(range(2), {"source": source, "class": [-1]}, seed=3).codes for source in (-1, [-1, -1])]
+    assert torch.equal(*without)
     assert not torch.equal(found.codes, generator.translate(images.flip(0), seed=3).codes)
     more = generator.translate(images, n=8, classes=["bag", "shoe"], seed=3)
     assert more.labels.tolist() == [2, 1] * 4
@@ -448,7 +450,11 @@ def test_transformers_translates_as_we_do(cli, tmp_path: Path, depth: int) -> No
     )
     assert torch.equal(vocabulary.to_codes(tokens[:, prefix.shape[1] :]), ours.codes)
     card = (tmp_path / "export" / "README.md").read_text()
-    assert f"{null + 1} an unknown code" in card and f"first {6 * depth} ids" in card and "(grey)" in card
+    assert (
+        f"{null + 1} an unknown code" in card
+        and f"The {6 * depth} ids before the last one" in card
+        and "(grey)" in card
+    )
 
 
 # The command line

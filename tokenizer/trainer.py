@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vqgen.config import shown
 from vqgen.devices import compile_module, to_device
 from vqgen.errors import UsageError
+from vqgen.options import option_name
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.dataset import Batch, ImageDataset, open_images, training_batches
 from vqgen.tokenizer.data.options import check_outside, is_stream
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 MANY = 2**40
 """Images of a stream, whose number is not known: enough for any codebook."""
+
+COUNTS = {"codes_revived"}
+"""Metrics of a step that are sums over its parts, not means."""
 
 
 class TokenizerTrainer:
@@ -208,7 +212,8 @@ class TokenizerTrainer:
                 self.run.backward(terms, total)
             fakes.append(output.images.detach())
             for name, value in {**terms, "loss": total}.items():
-                logged[name] = logged.get(name, 0) + value.detach() / len(parts)
+                parted = 1 if name in COUNTS else len(parts)
+                logged[name] = logged.get(name, 0) + value.detach() / parted
         clip = self.config.optimizer.grad_clip
         norm = logged["grad_norm"] = self.run.update(self.model, self.optimizer, self.schedule, clip)
         clipped = (norm / clip).clamp(min=1) if clip else 1.0  # the factor by which the gradient was shortened
@@ -283,19 +288,34 @@ class TokenizerTrainer:
         self.average.module.save(self.run.folder)  # type: ignore[operator]
 
 
+def refuse_unused(config: "TokenizerTraining") -> None:
+    """Raise `UsageError` for an option of the command line that has no effect without another one."""
+    of_gan = {name for name in config.given if name.startswith("gan_") and name != "gan_weight"}
+    for needed, missing, names in (
+        ("--gan-weight", not config.gan.gan_weight, of_gan),
+        ("--gan-adaptive", not config.gan.gan_adaptive, {"gan_adaptive_max"}),
+        ("--perceptual-weights", not config.loss.perceptual_weights, {"perceptual_net"}),
+    ):
+        if missing and (found := sorted(names & config.given)):
+            raise UsageError(f"{option_name(found[0])}: has no effect without {needed}; add that, or leave this out")
+
+
 def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:
     """Open the run and its trainer; None where the folder holds the finished run."""
     run = Run(config.output, config, config.run, config.overwrite)
     if run.completed():
         run.say(f"{config.output} is finished; --steps for more, --overwrite to start again")
         return None
+    new = config.overwrite or not has_trained(config.output)  # runs of earlier versions resume
+    if new:
+        refuse_unused(config)
     if config.loss.perceptual_weights:
         check_weights(config.loss.perceptual_net, config.loss.perceptual_weights)
     if is_stream(config.data):
         return run, TokenizerTrainer(run, config, *open_stream(config.data, config.images, config.validation_images))
     train = open_images(config.data, "train", config.images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", config.images)
-    if config.overwrite or not has_trained(config.output):  # runs of earlier versions resume
+    if new:
         if "shuffle_buffer" in config.given:
             text = f"found {config.shuffle_buffer}, but {shown(config.data)} is no stream, and all of it is shuffled"
             raise UsageError(f"--shuffle-buffer: {text}; leave it out")

@@ -127,6 +127,7 @@ def card(prior: Prior, config: ExportConfig, metrics: Sequence[Row], settings: M
     positions = vocabulary.to_grid(torch.arange(vocabulary.length)[None]).flatten().tolist()
     example = conditioning.prefixes(conditioning.conditions(), [0])[0].tolist()
     absent = conditioning.without(torch.tensor([example]))[0].tolist()
+    guided = [part.name for part in conditioning.parts if part.informative and part.guidable]
     channels, height, width = prior.image_shape
     legends = [part.legend() for part in reversed(prior.conditioning.parts)]
     template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
@@ -157,6 +158,11 @@ def card(prior: Prior, config: ExportConfig, metrics: Sequence[Row], settings: M
             f"Classifier-free guidance: the prefix {absent} in place of, for example, {example} gives logits without "
             "the condition."
             if absent != example
+            else "Classifier-free guidance: the ids of no "
+            + " and no ".join(guided)
+            + " in place of the condition's give "
+            "logits without it."
+            if guided
             else "It was trained without dropping its conditions, so there is no guidance."
             if any(part.informative for part in conditioning.parts)
             else "It is unconditional."

@@ -221,11 +221,14 @@ class Classes(Part):
         return self.dropout > 0 or self.unlabelled
 
     def shared_ids(self, other: Part) -> list[tuple[slice, slice]]:
-        if not isinstance(other, Classes) or not self.names or not other.names or self.names == other.names:
-            return super().shared_ids(other)
-        places = {name: place for place, name in enumerate(self.names)}
-        pairs = [(places[name], place) for place, name in enumerate(other.names) if name in places]
-        pairs += [(self.count, other.count)] if pairs else []  # null
+        if not isinstance(other, Classes):
+            return []
+        renamed = self.names and other.names and self.names != other.names
+        if not renamed and (same := super().shared_ids(other)):
+            return same
+        places = {name: place for place, name in enumerate(self.names or [])}
+        pairs = [(places[name], place) for place, name in enumerate(other.names or []) if name in places]
+        pairs += [(self.count, other.count)]  # null, which is no class in both
         firsts = [(self.first + ours, other.first + theirs) for ours, theirs in pairs]
         return [(slice(ours, ours + 1), slice(theirs, theirs + 1)) for ours, theirs in firsts]
 

@@ -100,6 +100,8 @@ class Source(Part):
     def parse(self, given: Any) -> list[Any]:
         if isinstance(given, Tensor):
             return list(given)
+        if is_absent(given):
+            return [given]
         return [each if is_absent(each) else torch.as_tensor(each) for each in given]
 
     def record(self, values: Sequence[Any]) -> Any:
@@ -143,8 +145,8 @@ class MaskedSource(Source):
     @property
     def note(self) -> str:
         return (
-            f"To fill in an image, put its own {self.length} codes in front of the prefix, {self.first} where one is "
-            f"unknown, and generate as before; {KNOWN}."
+            f"To fill in an image, put its own {self.length} codes right before the last id of the prefix, "
+            f"{self.first} where one is unknown, and generate as before; {KNOWN}."
         )
 
 
@@ -231,8 +233,8 @@ class PairedSource(Source):
         made = " ".join(self.about.degradations) or self.about.description
         filling = f" To fill in an image, put its own there, {self.first} where one is unknown; {KNOWN}."
         return (
-            f"The first {self.length} ids of the prefix are the codes of a source image ({made}), in the order of "
-            f"generation, or all {self.first} for none. To translate an image, put its codes there."
+            f"The {self.length} ids before the last one of the prefix are the codes of a source image ({made}), "
+            f"in the order of generation, or all {self.first} for none. To translate an image, put its codes there."
             f"{filling * bool(self.inpainting)}"
         )
 

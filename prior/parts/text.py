@@ -100,6 +100,7 @@ class TextTokenizer:
 
     def rest(self, text: str, length: int) -> str:
         """What of a text comes after its first `length` tokens."""
+        text = unicodedata.normalize("NFC", text)  # as `encode` does
         offsets = self.bpe.encode(text).offsets
         return text[offsets[length][0] :].strip() if len(offsets) > length else ""
 
@@ -247,7 +248,7 @@ class Text(Part):
     @property
     def note(self) -> str:
         return (
-            f"The first {self.length} tokens of the prefix are text: the ids of `Tokenizer.from_file"
-            f'("FOLDER/{FILE}").encode(prompt)` (library `tokenizers`), {self.first} added to each, with '
-            f"{self.absent[0]} in front of them up to {self.length}."
+            f"The first {self.length} ids of the prefix, behind that of a scan order, are text: the ids of "
+            f'`Tokenizer.from_file("FOLDER/{FILE}").encode(prompt)` (library `tokenizers`), each plus {self.first}, '
+            f"with {self.absent[0]} in front of them up to {self.length}."
         )

@@ -164,7 +164,11 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
     else:
         advice = "no such path exists either; check the name, or the network"
         found, roots = load_datasets(data, lambda library: library.load_dataset(data), advice), download_folders()
-    return {split: read_dataset(data, one, roots, text_column) for split, one in name_splits(found, data).items()}
+    # Rows are named by their split: those of different splits are different images.
+    named = {
+        split: (data if split == "all" else f"{data}, {split}", one) for split, one in name_splits(found, data).items()
+    }
+    return {split: read_dataset(name, one, roots, text_column) for split, (name, one) in named.items()}
 
 
 def name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
