@@ -37,7 +37,7 @@ def write_codes(stage: "Stage", folder: Path) -> None:
     for split, images in zip(("train", "heldout"), stage.images):
         count, path = min(images, MOST_IMAGES), folder / f"{split}.safetensors"
         codes = random.integers(model.codebook_size, size=(count, 1, *shape))
-        labels = random.integers(stage.classes, size=count) if stage.classes else np.full(count, -1)
+        labels = random.integers(len(stage.classes), size=count) if stage.classes else np.full(count, -1)
         if stage.unlabelled:
             labels[0] = -1
         captions = None
@@ -47,7 +47,7 @@ def write_codes(stage: "Stage", folder: Path) -> None:
         sources = random.permutation(codes) if source else None
         write_shard(path, codes, labels, model.codebook_size, sources, captions)
         splits[split] = SplitEntry(1, count, [ShardEntry(path.name, count, checksum(path))])
-    names = [str(index) for index in range(stage.classes)] or None
+    names = stage.classes or None
     Manifest(
         model.codebook_size, list(model.grid), model.depth, config.images.size, config.images.channels, names, mark,
         "0" * 64, "fp32", "", splits, captions=stage.text_column is not None, source=source,
@@ -67,8 +67,8 @@ def _source_of(stage: "Stage", grid: list[int]) -> "SourceRecord | None":
 def conditions_of(generator: "Generator", samples: SampleConfig, image: Path) -> "tuple[Conditions, SamplingSettings]":
     """Conditions and settings of the images that `samples` asks for, checked as vqgen-sample does it.
 
-    What is not known yet is made up: the names of classes, and given images, which are all the file `image`; of images
-    in windows or with a part that is kept a whole window is drawn. Raises `UserError`.
+    Given images are made up: all of them are the file `image`; of images in windows or with a part that is kept a whole
+    window is drawn. Raises `UserError`.
     """
     import torch
 
@@ -81,9 +81,6 @@ def conditions_of(generator: "Generator", samples: SampleConfig, image: Path) ->
     samples.source_image = [image] if samples.source_image else None
     if samples.mask or samples.box:
         samples.mask, samples.box = None, [0, 0, width, height]
-    if samples.class_ and conditioning.classes.count:
-        named = sum(1 + word.count(",") for word in samples.class_)
-        samples.class_ = [str(label) for label in range(min(named, conditioning.classes.count))]
     if prompts := samples.prompts:
         if conditioning.text is None:
             raise UsageError("--prompt: the prior is trained without captions; leave it out, or give --text-column")

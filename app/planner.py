@@ -301,4 +301,5 @@ class Planner:
             self.stages.write("samples", self.stages.samples())
             prior, samples, codes = (self.stages.words(name) for name in ("prior", "samples", "codes"))
         words = self.stages.words("tokenizer")
-        return Stage(words, prior, samples, images, survey.classes, request.text_column, codes, survey.unlabelled)
+        names = list(survey.class_names)
+        return Stage(words, prior, samples, images, names, request.text_column, codes, survey.unlabelled)

@@ -45,6 +45,7 @@ class Survey:
     """The first captions of held-out images, as samples are drawn of them."""
     unlabelled: bool = False
     """Whether some training images have no class, where others have one."""
+    class_names: tuple[str, ...] = ()
 
 
 def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdout) -> Survey:
@@ -73,6 +74,7 @@ def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdou
         unreadable=(looked_at - len(sizes)) / looked_at,
         prompts=_prompts(heldout),
         unlabelled=bool(train.class_names) and bool((train.labels < 0).any()),
+        class_names=tuple(train.class_names or []),
     )
 
 

@@ -48,7 +48,8 @@ class Stage:
     samples: list[str]
     images: list[int]
     """Numbers of training and held-out images, for the prior."""
-    classes: int
+    classes: list[str]
+    """Names of the classes."""
     text_column: str | None
     codes: list[str] = field(default_factory=list)
     """Of the encoding, which may give the prior a source."""
@@ -176,7 +177,7 @@ def _tokenizer(stage: Stage) -> Measured:
     config = parse(TokenizerTraining, stage.tokenizer)
     with explained("tokenizer"):
         found = _training(config, build)
-    judged = _judging_step(config, stage.classes or 4) if min(config.images.size) >= SMALLEST else 0.0
+    judged = _judging_step(config, len(stage.classes) or 4) if min(config.images.size) >= SMALLEST else 0.0
     return replace(found, encoded=_encoding_rate(config), judged=judged)
 
 

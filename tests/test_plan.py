@@ -519,7 +519,7 @@ TINY += "--no-attention --codebook-size 16 --batch-size 8 --validation-images 16
 
 
 def test_a_trial_measures_both_trainings() -> None:
-    stage = Stage(TINY.split(), [], [], [100, 16], 10, None)
+    stage = Stage(TINY.split(), [], [], [100, 16], list("0123456789"), None)
     found = tried(stage)
     assert found.step > 0 and found.encoded > 0 and found.judged > 0 and found.batch == 8
     assert found.memory > 1e8 and 0 < found.kept < found.memory
@@ -539,7 +539,7 @@ def test_a_trial_draws_of_captions(tmp_path: Path) -> None:
     samples = [f"--prompt={text}" for text in survey.prompts]
     images = [survey.train, survey.heldout]
     tokenizer = TINY.replace("--data demo", f"--data {tmp_path}").split()
-    found = tried(Stage(tokenizer, words, [*samples, "--n=3", "--guidance-scale=2"], images, 0, "txt"))
+    found = tried(Stage(tokenizer, words, [*samples, "--n=3", "--guidance-scale=2"], images, [], "txt"))
     assert found is not None and found.drawn > 0
 
 
@@ -550,14 +550,14 @@ def test_a_trial_draws_of_captions_that_are_longer_than_what_is_read(tmp_path: P
     monkeypatch.setattr(trial, "_training", lambda config, build: Measured(1, 1, 1, 4, 1, 1, 1))
     tokenizer = TINY.replace("--data demo", f"--data {tmp_path / 'images'}").split()
     samples = [f"--prompt={text}" for text in look(str(tmp_path / "images"), "txt").prompts]
-    stage = Stage(tokenizer, "--dim 16 --layers 1 --heads 2".split(), [*samples, "--n=1"], [28, 2], 0, "txt")
+    stage = Stage(tokenizer, "--dim 16 --layers 1 --heads 2".split(), [*samples, "--n=1"], [28, 2], [], "txt")
     assert trial._prior(stage, tmp_path / "codes").drawn > 0
 
 
 def test_a_trial_counts_the_validations_that_the_user_asks_for(tmp_path: Path) -> None:
     """All of them: a plan that has time for a fifth of them would not end in time."""
     asked, free = (
-        trial._tokenizer(Stage([*TINY.split(), *w], [], [], [28, 2], 0, None)) for w in (["--validate-every=7"], [])
+        trial._tokenizer(Stage([*TINY.split(), *w], [], [], [28, 2], [], None)) for w in (["--validate-every=7"], [])
     )
     assert (asked.every, free.every) == (7, None)
     found = Measured(start=1.0, step=0.1, validation=2.0, batch=4, validations=5, memory=1e9, kept=0.0, every=10)
@@ -571,7 +571,7 @@ def test_a_trial_has_the_source_that_the_encoding_gives(tmp_path: Path, source: 
     words = "--dim 16 --layers 1 --heads 2 --batch-size 4 --validation-images 16 --preview-images 0".split()
     prior = [*words, "--source-dropout=0", "--steps=4"]
     samples = ["--n=3", "--guidance-scale=2", "--class=cat", "--source-image=a.png"]
-    stage = Stage(TINY.split(), prior, samples, [100, 16], 10, None, [source])
+    stage = Stage(TINY.split(), prior, samples, [100, 16], ["cat", "dog"], None, [source])
     found = trial._prior(stage, tmp_path / "codes")
     assert found.step > 0 and found.drawn > 0
     files = CodeFiles(tmp_path / "codes", "train")
@@ -583,7 +583,8 @@ def drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: str, prior: st
     """Images a second in a trial with these words."""
     monkeypatch.setattr(trial, "_training", lambda config, build: Measured(1, 1, 1, 4, 1, 1, 1))
     words = f"--dim 16 --layers 1 --heads 2 {prior}".split()
-    found = Stage(TINY.split(), words, ["--batch-size=2", *samples.split()], [28, 4], 3, None, codes.split(), **stage)
+    given, names = ["--batch-size=2", *samples.split()], ["cat", "dog", "hen"]
+    found = Stage(TINY.split(), words, given, [28, 4], names, None, codes.split(), **stage)
     measured = trial._prior(found, folder / "codes")
     measured.check_drawn()
     return measured.drawn
@@ -620,6 +621,7 @@ def test_a_trial_draws_what_vqgen_sample_draws(
         ("--init-image=a.png --vary=0.5", "", "", "--inpainting"),
         ("--init-image=a.png --extend=3,0,0,0", "--inpainting=0.3", "", "--extend: "),
         ("--prompt=cat", "", "", "--prompt: .*--text-column"),
+        ("--class=cat,cow", "", "", "--class: .*cow"),
     ],
 )
 def test_a_trial_refuses_what_vqgen_sample_refuses(
@@ -634,7 +636,8 @@ def test_a_trial_has_images_without_a_class_where_the_data_have(tmp_path: Path, 
         folders = tmp_path / "data" / "train", tmp_path / "data" / "train" / "ab"[index % 2], tmp_path / "data" / "val"
         for folder in folders:
             save(folder / f"{index}.png", Image.new("RGB", (16, 16), (index, 0, 0)))
-    assert look(str(tmp_path / "data"), None).unlabelled
+    survey = look(str(tmp_path / "data"), None)
+    assert survey.unlabelled and survey.class_names == ("a", "b")
     assert drawn(tmp_path, monkeypatch, "--init-image=a.png", "--label-dropout=0", "", unlabelled=True) > 0
 
 
@@ -653,13 +656,13 @@ def test_a_trial_has_captions_whatever_is_held_out(tmp_path: Path, holdout: str)
         Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
         (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
     words = [*TINY.split(), "--data", str(tmp_path / "images"), "--channels", "3", "--holdout", holdout]
-    write_codes(Stage(words, [], [], [28, 2], 0, "txt"), tmp_path / "codes")
+    write_codes(Stage(words, [], [], [28, 2], [], "txt"), tmp_path / "codes")
     assert CodeFiles(tmp_path / "codes", "train").captions([27])[0].startswith("number ")
 
 
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        tried(Stage([*TINY.split(), "--groups", "3"], [], [], [1, 1], 0, None))
+        tried(Stage([*TINY.split(), "--groups", "3"], [], [], [1, 1], [], None))
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert "--groups" in said and said.count("\n") == 1
@@ -674,7 +677,7 @@ def test_a_trial_that_is_killed_needs_less_memory(monkeypatch: pytest.MonkeyPatc
         return real([words[0], "-c", program], **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess, "Popen", killed)
-    stage = Stage(TINY.split(), [], [], [1, 1], 0, None)
+    stage = Stage(TINY.split(), [], [], [1, 1], [], None)
     if number == signal.SIGKILL:
         assert tried(stage) is None
     else:
