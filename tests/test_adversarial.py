@@ -25,7 +25,9 @@ from vqgen.tokenizer.losses.adversarial import (
 )
 from vqgen.tokenizer.losses.options import GanConfig
 from vqgen.tokenizer.losses.reconstruction import reconstruction_loss
+from vqgen.tokenizer.networks.autoencoder import Decoder
 from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
+from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.train import main as train
 from vqgen.training.checkpoint import load_checkpoint, save_checkpoint
 from vqgen.training.finite import NonFinite
@@ -567,6 +569,21 @@ def test_two_processes_play_as_one(both, tmp_path):
         torch.testing.assert_close(two["figures"][step]["adaptive_ratio"], logged["adaptive_ratio"], rtol=1e-3, atol=0)
     for name, value in single.state().items():
         torch.testing.assert_close(two["state"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_adaptive_weight_runs_the_last_layer_backwards_alone(compiled: bool) -> None:
+    """Also where the network is compiled, in which a graph runs backwards as a whole."""
+    torch.manual_seed(0)
+    config = VQGANConfig(width=8, multipliers=[1, 2], groups=4, blocks=1, latent_dim=4, attention_levels=[])
+    decoder = Decoder(3, config)
+    if compiled:
+        decoder.compile(backend="aot_eager")
+    images = decoder(torch.randn(2, 4, 4, 4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        adaptive_ratio(images.square().mean(), images.mean(), decoder.last_weight, 100.0)
+    runs = [event.count for event in profile.key_averages() if event.key == "aten::convolution_backward"]
+    assert runs == [2]
 
 
 # ---- options ----

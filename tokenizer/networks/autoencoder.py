@@ -148,7 +148,10 @@ class Decoder(ImageDecoder):
         return cast(nn.Parameter, self.last.weight)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.unfold(self.last(self.layers(z)))
+        hidden = self.layers(z)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()  # so that a gradient at `last_weight` is one of the last layer alone
+        return self.unfold(self.last(hidden))
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of each layer with weights, in order of computation."""
