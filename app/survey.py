@@ -46,6 +46,7 @@ class Survey:
     unlabelled: bool = False
     """Whether some training images have no class, where others have one."""
     class_names: tuple[str, ...] = ()
+    """Names of the `classes`."""
 
 
 def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdout) -> Survey:

@@ -37,9 +37,10 @@ from .resumed import check_codes, describe_codes, listed, other_images
 from .selection import BEST, NATS, NATS_OF_HOLES, selected_by
 from .train import PriorTraining
 
-EAGER = 512
-"""Tokens up to which attention on a CPU is computed by products: the backward pass of the fused kernel is the slower
-one there (a step took a quarter longer), but longer sequences have too many weights to keep."""
+EAGER = 256, 640
+"""Codes of an image, and tokens with the prefix, up to which attention on a CPU is computed by products: the backward
+pass of torch's fused kernel is slower there (a step took a quarter longer). Longer sequences have too many attention
+weights to keep."""
 
 
 @torch.no_grad()
@@ -89,7 +90,8 @@ class PriorTrainer:
                 run.say(note)
         if config.gradient_checkpointing:
             prior.checkpoint_gradients()
-        if run.device.type == "cpu" and self.conditioning.length + self.vocabulary.length <= EAGER:
+        lengths = self.vocabulary.length, self.conditioning.length + self.vocabulary.length
+        if run.device.type == "cpu" and all(length <= most for length, most in zip(lengths, EAGER)):
             prior.backbone.set_attn_implementation("eager")
             # Not in float32, where runs of earlier versions resume exactly: it draws dropout in another way.
             half = run.accelerator.mixed_precision == "bf16"

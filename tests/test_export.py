@@ -253,7 +253,7 @@ def test_guidance_is_stated_where_the_prior_has_it(cli, tmp_path, unlabelled):
 def test_guidance_by_text_alone_is_stated(cli, tmp_path):
     model = make_square_prior(tmp_path / "model", text_part(["a shoe", "a bag"]), names=None)
     _, text, _ = exported(cli, model, tmp_path / "export")
-    assert "the ids of no text in place of" in text and "no guidance" not in text
+    assert "absent part (above) in place of those of text" in text and "no guidance" not in text
 
 
 def test_recommended_settings_are_passed_on_and_stated(cli, tmp_path):

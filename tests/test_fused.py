@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vqgen.config import parse
+from vqgen.prior import trainer
 from vqgen.prior.backbone import fused
 from vqgen.prior.model import Prior
 from vqgen.prior.train import PriorTraining
@@ -169,6 +170,15 @@ def test_it_fits_a_llama_alone():
     assert not fused.fits(LlamaForCausalLM(grouped))
 
 
+@pytest.mark.parametrize("most, expected", [((6, 7), True), ((5, 99), False), ((6, 6), False)])
+def test_long_sequences_keep_no_attention_weights(tmp_path, monkeypatch, most, expected):
+    """6 codes, 7 tokens with the class."""
+    monkeypatch.setattr(trainer, "EAGER", most)
+    found = trained_prior(tmp_path, monkeypatch, ["--precision", "bf16"])
+    assert found.fused is expected
+    assert (found.backbone.config._attn_implementation == "eager") is expected
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -180,6 +190,12 @@ def test_it_fits_a_llama_alone():
     ],
 )
 def test_training_uses_it_where_it_can(tmp_path, monkeypatch, options, expected):
+    words = [] if "--precision" in options else ["--precision", "bf16"]
+    assert trained_prior(tmp_path, monkeypatch, [*words, *options]).fused is expected
+
+
+def trained_prior(tmp_path, monkeypatch, options) -> Prior:
+    """The prior of a trainer that has just been built; what it measures and saves is plain."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     make_prior(tmp_path / "prior")
     write_codes(tmp_path / "codes")
@@ -190,9 +206,8 @@ def test_training_uses_it_where_it_can(tmp_path, monkeypatch, options, expected)
     manifest.write_text(json.dumps(stated))
     shutil.copytree(tmp_path / "prior" / "tokenizer", tmp_path / "codes" / "tokenizer")
     words = ["--codes", str(tmp_path / "codes"), "--output", str(tmp_path / "run"), "--dim", "16", "--heads", "2"]
-    words += ["--layers", "1", *([] if "--precision" in options else ["--precision", "bf16"])]
-    built = build(parse(PriorTraining, [*words, *options]))
+    built = build(parse(PriorTraining, [*words, "--layers", "1", *options]))
     assert built is not None
-    _, trainer = built
-    assert trainer.prior.fused is expected
-    assert not trainer.average.training and not trainer.best.training  # what is measured and saved is plain
+    _, made = built
+    assert not made.average.training and not made.best.training
+    return made.prior

@@ -212,8 +212,8 @@ class TokenizerTrainer:
                 self.run.backward(terms, total)
             fakes.append(output.images.detach())
             for name, value in {**terms, "loss": total}.items():
-                parted = 1 if name in COUNTS else len(parts)
-                logged[name] = logged.get(name, 0) + value.detach() / parted
+                divisor = 1 if name in COUNTS else len(parts)
+                logged[name] = logged.get(name, 0) + value.detach() / divisor
         clip = self.config.optimizer.grad_clip
         norm = logged["grad_norm"] = self.run.update(self.model, self.optimizer, self.schedule, clip)
         clipped = (norm / clip).clamp(min=1) if clip else 1.0  # the factor by which the gradient was shortened

@@ -54,7 +54,7 @@ PARTS = {
     "tokenizer-bf16": _part("training:tokenizer", 150, precision="bf16"),
     "quantizer": _part("rates:quantizer", 60),
     "tokenizing": _part("rates:tokenizing", 90),
-    "prior-fp16": _part("training:prior", 100, precision="fp16"),
+    "prior-fp16": _part("training:prior", 150, precision="fp16"),
     "tokenizer-fp16": _part("training:tokenizer", 150, precision="fp16"),
     "processes": _part("processes:two", 120),
 }

@@ -158,10 +158,8 @@ def card(prior: Prior, config: ExportConfig, metrics: Sequence[Row], settings: M
             f"Classifier-free guidance: the prefix {absent} in place of, for example, {example} gives logits without "
             "the condition."
             if absent != example
-            else "Classifier-free guidance: the ids of no "
-            + " and no ".join(guided)
-            + " in place of the condition's give "
-            "logits without it."
+            else "Classifier-free guidance: the ids of an absent part (above) in place of those of "
+            f"{' and '.join(guided)} in the prefix give logits without that condition."
             if guided
             else "It was trained without dropping its conditions, so there is no guidance."
             if any(part.informative for part in conditioning.parts)

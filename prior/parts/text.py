@@ -248,7 +248,8 @@ class Text(Part):
     @property
     def note(self) -> str:
         return (
-            f"The first {self.length} ids of the prefix, behind that of a scan order, are text: the ids of "
+            f"The text takes {self.length} ids of the prefix, the first ones or those after the id of the scan order: "
+            "the ids of "
             f'`Tokenizer.from_file("FOLDER/{FILE}").encode(prompt)` (library `tokenizers`), each plus {self.first}, '
             f"with {self.absent[0]} in front of them up to {self.length}."
         )

@@ -9,6 +9,7 @@ fallback where nothing can be captured.
 import warnings
 from collections.abc import Callable
 from functools import cache
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,15 +27,15 @@ Record = Callable[[Callable[[], None], torch.device], Replay]
 
 
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which graphs are captured: libraries keep a workspace for each stream."""
+def _aside(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """The stream on which a thread captures graphs: libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 def cuda_graph(step: Callable[[], None], device: torch.device) -> Replay:
     """Capture a step as a CUDA graph. Raises `RuntimeError` where it cannot be captured."""
     with torch.cuda.device(device):
-        before, aside, graph = torch.cuda.current_stream(), _aside(device), torch.cuda.CUDAGraph()
+        before, aside, graph = torch.cuda.current_stream(), _aside(device, get_ident()), torch.cuda.CUDAGraph()
         try:
             aside.wait_stream(before)
             with torch.cuda.stream(aside):

@@ -54,7 +54,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             scores = query.to(exact) * query.shape[-1] ** -0.5 @ key.to(exact).transpose(1, 2)
             return scores.softmax(dim=-1).to(value.dtype) @ value
-    # All scores are computed at once, L x L, of other layouts on CPUs, and without an axis of heads on CUDA.
+    # torch would store all L x L scores for inputs that are not contiguous (CPU) or have no axis of heads (CUDA).
     query, key, value = (t.contiguous() for t in (query, key, value))
     if query.device.type == "cpu":
         return F.scaled_dot_product_attention(query, key, value)
