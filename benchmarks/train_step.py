@@ -22,7 +22,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from turns import Step, compare
 
@@ -196,7 +195,7 @@ def beside_convolution(step: Step, index: int) -> float:
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiled:
         step(index)
     # Operators, to which the time of their kernels is added: names of kernels seldom say what they compute.
-    found = [event for event in profiled.key_averages() if event.device_type == DeviceType.CPU]
+    found = [event for event in profiled.key_averages() if event.device_type.name == "CPU"]
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     total = sum(getattr(event, own) for event in found)
     convolution = sum(getattr(event, own) for event in found if "conv" in event.key.lower())

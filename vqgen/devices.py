@@ -143,7 +143,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def growing_attention(device: torch.device) -> AbstractContextManager[None]:
+def growing_attention(device: torch.device) -> AbstractContextManager[object]:
     """Context for attention to one more position in each call.
 
     On CUDA it leaves out cuDNN's kernel, which torch prefers on recent devices: it makes a plan for each new shape.
