@@ -450,6 +450,7 @@ def test_a_test_split_is_written_after_the_others(make, images, tmp_path):
     one_line(error, "--data")
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_a_run_ends_with_the_same_bytes(make, reference, tmp_path):
     folder = tmp_path / "codes"
     stamps: dict[str, tuple[int, int]] = {}

@@ -85,6 +85,7 @@ def test_a_learning_rate_thirty_times_too_high(train: Train, words: str) -> None
     assert "norm of the weights" in found["message"] and found["step"] <= 40
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_what_it_would_have_found(tmp_path: Path) -> None:
     """Killed after a checkpoint whose rows say enough: it is told at the next validation, not at the start."""
     words = [*HEALTHY, "--lr", 6e-2, "--lr-warmup", 0, "--steps", 10, "--validate-every", 10, "--validation-images", 32]

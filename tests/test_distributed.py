@@ -208,6 +208,7 @@ def go(
     return steps(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", CHANGES.values(), ids=CHANGES)
 def test_a_prior_resumes_on_another_number_of_processes(
     tmp_path: Path, codes: Path, before: dict[str, str] | None, after: dict[str, str] | None

@@ -208,6 +208,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, whole: Path) -> None:
             subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_any_flipped_bit_gives_way_to_the_one_before_it(tmp_path: Path, whole: Path) -> None:
     for number, name in enumerate(("tokenizer.safetensors", "optimizers.pt", "state.json")):
         folder = tmp_path / str(number)

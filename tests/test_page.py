@@ -572,6 +572,7 @@ def test_all_drawings_wait_for_their_turn(address: str) -> None:
     assert caught.value.code == 404 and b"queue" in caught.value.read()
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_is_stopped_by_its_session(page: Any, address: str) -> None:
     from gradio_client import Client
 

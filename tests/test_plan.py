@@ -184,6 +184,7 @@ def test_little_time_makes_images_smaller(tmp_path: Path, trials: list[Stage]) -
     assert sides[0] < sides[1] <= sides[2] == 256
 
 
+@pytest.mark.slow
 def test_samples_that_larger_images_rule_out_are_no_reason_against_smaller_ones(
     tmp_path: Path, trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:

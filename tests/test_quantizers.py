@@ -534,6 +534,7 @@ TRAINING = (
 ).split()
 
 
+@pytest.mark.slow
 def test_gumbel_run_anneals_and_resumes_exactly(tmp_path: Path) -> None:
     run(TOKENIZER, *TRAINING, "--output", tmp_path / "whole").ok()
     found = [row["train/gumbel_temperature"] for row in rows(tmp_path / "whole") if "train/loss" in row]

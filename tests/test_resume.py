@@ -112,6 +112,7 @@ def test_the_reference_uses_what_is_to_be_resumed(one: Path, two: Path) -> None:
     assert "best" in {path.stem for path in (two / "checkpoints").glob("step-*/*.safetensors")}
 
 
+@pytest.mark.slow
 def test_tokenizer_killed_as_python_dash_m(tmp_path: Path, one: Path) -> None:
     folder = tmp_path / "run"
     killed = killed_module(TOKENIZER, 6, *STAGE_ONE, "--output", folder)
@@ -122,6 +123,7 @@ def test_tokenizer_killed_as_python_dash_m(tmp_path: Path, one: Path) -> None:
     same(folder, one)
 
 
+@pytest.mark.slow
 def test_tokenizer_killed_early_in_a_checkpoint_and_again(tmp_path: Path, one: Path) -> None:
     words = [*STAGE_ONE, "--output", tmp_path / "run"]
     folder = tmp_path / "run"
@@ -213,6 +215,7 @@ def test_an_interrupt_from_the_keyboard_saves_with_workers_too(tmp_path: Path, o
     same(folder, one)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_group_in_the_middle_of_a_step(tmp_path: Path, one: Path) -> None:
     """The workers outlive it, the step is completed and saved, and the workers end with the run."""
     words = [*STAGE_ONE, "--workers", 1, "--cache-mb", 0, "--output", tmp_path / "run"]
@@ -445,6 +448,7 @@ def test_a_prior_that_is_shortened_to_its_checkpoint_is_validated(tmp_path: Path
     assert torch.equal(saved[name], trained)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_says_that_its_images_are_others(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 60)
     words = ["--data", tmp_path / "images", *STAGE_ONE[2:], "--holdout", 0.2, "--output", tmp_path / "run", "--steps"]

@@ -90,6 +90,7 @@ def test_a_killed_run_is_finished_to_the_same_bytes(tars: Path, tokenizer: Path,
     assert content(tmp_path / "out") == content(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_and_workers_write_the_same(tars: Path, tokenizer: Path, whole: Path, tmp_path: Path) -> None:
     command = words(f"stream:{tars}", tokenizer, tmp_path / "out", *VIEWS, "--workers", "1")
     for ended in run_two(TOKENIZE, *command, environ=ONE_THREAD):

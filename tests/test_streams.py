@@ -610,6 +610,7 @@ WORDS = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tars: Path, tmp_path: Path) -> None:
     words = ["--data", f"{tars}/shard-{{0000..0003}}.tar", *WORDS, "--output"]
     run(TOKENIZER, *words, tmp_path / "whole").ok()
@@ -619,6 +620,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tars: Path, tmp_path: Path) -> 
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_one(tars: Path, tmp_path: Path) -> None:
     words = ["--data", f"stream:{tars}", *WORDS, "--output", tmp_path / "run"]
     for ended in run_two(TOKENIZER, *words):

@@ -112,6 +112,7 @@ def test_the_whole_path_from_images_to_images(
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+@pytest.mark.slow
 def test_images_of_an_interrupted_drawing_are_replaced_where_they_are_others(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_images_of_an_interrupted_drawing_are_replaced_where_they_are_others(
     assert tree(samples) == before
 
 
+@pytest.mark.slow
 def test_settings_are_searched_and_drawn_with(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_settings_are_searched_and_drawn_with(
     assert "settings" in (saved_plan(tmp_path) or pytest.fail()).spent
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_of_captions(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
     (data := tmp_path / "data").mkdir()
     for index in range(60):
@@ -213,6 +216,7 @@ def test_given_settings_are_not_searched_again(
     assert cli(main, *given).code == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_overwrite_goes_on_without_it(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +238,7 @@ def test_an_interrupted_overwrite_goes_on_without_it(
     assert weights(tmp_path / "tokenizer") == tokenizer and len(list((tmp_path / "samples").glob("0*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_overwrite_goes_on_without_it(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
