@@ -4,7 +4,9 @@
     python benchmarks/gallery.py guided filling # some, by name
 
 A picture has the images that a command reads in its first row, what is to be drawn of them in grey, and below them what
-it draws. Every command has `--precision fp32`: then another processor draws the same codes.
+it draws. Every command has `--precision fp32`: then another processor draws the same codes, unless a draw hangs on the
+last bits of a probability. A seed with such a draw is replaced; other sums show it, as by `MKL_CBWR=COMPATIBLE
+ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41`.
 """
 
 import argparse
