@@ -198,15 +198,12 @@ class CachedTransformer:
         With `allowed` only those of the ids from its first to before its second. On CUDA the next call may overwrite
         the logits of a single token.
         """
-        with growing_attention(tokens.device):
-            return self._fed(tokens, allowed or (0, len(self._head)))
-
-    def _fed(self, tokens: Tensor, ids: tuple[int, int]) -> Tensor:
         (rows, count), batch = tokens.shape, self._batch
         first, last = batch.fed, batch.fed + count
         if last > self.positions:
             raise ValueError(f"{last} tokens fed to a cache of {self.positions}")
         batch.fed = last
+        ids = allowed or (0, len(self._head))
         if count == 1 and batch.steps and (logits := batch.steps.feed(tokens, first, ids)) is not None:
             return logits
         x = F.embedding(tokens, self._tokens)
@@ -214,9 +211,10 @@ class CachedTransformer:
             x = x + self._positions[first:last]
         x = x.view(rows * count, -1)
         rotation = None if self._rotations is None else [part[first:last] for part in self._rotations]
-        for block, attention in zip(self._blocks, batch.attentions, strict=True):
-            qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
-            x = self._rest(block, x, attention(self._heads(block, qkv, rotation), first))
+        with growing_attention(x.device):
+            for block, attention in zip(self._blocks, batch.attentions, strict=True):
+                qkv = block.qkv(block.before_attention(x)).view(rows, count, 3 * self.heads, -1)
+                x = self._rest(block, x, attention(self._heads(block, qkv, rotation), first))
         return self._head_of(ids)(self._last_norm(x.view(rows, count, -1)[:, -1])).float()
 
     def _heads(self, block: Block, qkv: Tensor, rotation: Sequence[Tensor] | None) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqgen.devices import growing_attention
+
 if TYPE_CHECKING:
     from .cached_transformer import CachedTransformer
 
@@ -90,7 +92,8 @@ class StaticSteps:
     def _recorded(self, last: int, ids: tuple[int, int]) -> tuple[Replay, Tensor]:
         """A step that attends to the first `last` positions of the cache, and its logits."""
         logits = torch.empty(len(self._tokens), ids[1] - ids[0], device=self._tokens.device)
-        return self.record(lambda: self._step(last, ids, logits), logits.device), logits
+        with growing_attention(logits.device):
+            return self.record(lambda: self._step(last, ids, logits), logits.device), logits
 
     def _step(self, last: int, ids: tuple[int, int], logits: Tensor) -> None:
         """Compute what `CachedTransformer.feed` does for one token, with static shapes."""
