@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,12 +23,13 @@ from vqgen.app.page.drawing import BATCH, Jobs, Session, Stopped, candidates, dr
 from vqgen.app.page.models import Loaded, Models, find_models, task_of
 from vqgen.app.page.program import MASK_BYTES, AppConfig, LimitConfig, main
 from vqgen.app.page.reconstruct import bits_of, code_map
-from vqgen.app.page.server import POLICY, Guard
+from vqgen.app.page.server import POLICY, Guard, sweep
 from vqgen.app.page.uploads import png_url, read_mask, read_upload
 from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
 from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.generator import SHIPPED, Generator
+from vqgen.sampling.oversample import GROUP
 from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord
 
@@ -297,6 +299,9 @@ def test_settings_that_are_not_given_are_as_the_model_recommends(models: Path) -
         ({"n": 1}, {"temperature": float("nan")}, "--temperature"),
         ({"n": 1}, {"top_k": "a"}, "--top-k"),
         ({"n": 1}, {"guidance_interval": ["0", "x"]}, "--guidance-interval"),
+        ({"n": 1}, {"guidance_interval": ["0"] * 10**6}, "--guidance-interval: found 1000000 characters"),
+        ({"n": 1}, {"guidance_interval": ["[" * 10**6]}, "--guidance-interval: found 1000000 characters"),
+        ({"n": 1, "extend": [10**4, 0, 0, 0]}, {}, "--extend: found a side"),
     ],
 )
 def test_requests_beyond_the_limits_are_refused(
@@ -342,6 +347,28 @@ def test_a_stopped_drawing_ends_between_two_codes_and_keeps_what_is_there(fills:
         listed = json.loads(file.read("samples.json"))
         assert listed["n"] == len(listed["images"]) == BATCH
         assert {f"{i:05d}.png" for i in range(BATCH)} | {"grid.png", "samples.json"} == set(file.namelist())
+
+
+def test_a_stopped_drawing_of_several_classes_keeps_all_that_is_there(fills: Loaded, tmp_path: Path) -> None:
+    series = series_of(fills, {"n": 3 * GROUP, "class": fills.classes}, LIMITS, {"oversample": 1.25})
+    parts = draw(series, tmp_path, Jobs(), lambda *_: None)
+    pictures = next(parts)  # all of the first class: every third image
+    assert len(pictures) == GROUP and pictures[1].path.name == "00003.png"
+    with zipfile.ZipFile(pack(series, tmp_path, pictures, {})) as file:
+        assert json.loads(file.read("samples.json"))["n"] == 1
+        assert {picture.path.name for picture in pictures} | {"grid.png", "samples.json"} == set(file.namelist())
+    pictures[0].path.unlink()  # as if another class had been first
+    with zipfile.ZipFile(pack(series, tmp_path, pictures[1:], {})) as file:
+        assert {picture.path.name for picture in pictures[1:]} == set(file.namelist())
+
+
+def test_errors_have_no_place_of_the_server(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.controls import temporary
+
+    with pytest.raises(UsageError, match=r"^--box: ends outside of image\.png, which"), temporary(tmp_path) as place:
+        raise UsageError(f"--box: ends outside of {place / 'image.png'}, which is small")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stop_holds_for_what_waits_and_not_for_what_comes_later(fills: Loaded, tmp_path: Path) -> None:
@@ -463,8 +490,32 @@ def test_uploads_beyond_their_limits_are_refused(tmp_path: Path, monkeypatch: py
         assert served(path, b"100", chunked=True, **limits)[0] == 411  # it may be longer than that
     assert served(join, b"1048570", **limits)[0] == 200
     assert served(join, b"%d" % (MASK_BYTES + 2**20 + 1), **limits)[0] == 413
-    monkeypatch.setattr("vqgen.app.page.server.KEPT", -1)  # what is older than that is removed
-    assert served(upload, b"1048570", **limits)[0] == 200 and not (tmp_path / "a" / "b.png").exists()
+    assert served(upload, b"9000", folder=str(tmp_path), most_uploaded=0.5, most_stored=0.25)[1].startswith(
+        "This server"
+    )
+    assert "more than 0.5 MB" in served(upload, b"900000", folder=str(tmp_path), most_uploaded=2**19)[1]
+    monkeypatch.setattr("vqgen.app.page.server.SECONDS_KEPT", -1)  # what is older than that is removed
+    assert served(upload, b"1048570", **limits)[0] == 200 and not list(tmp_path.iterdir())
+
+
+def test_what_is_old_is_removed_while_nobody_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, done = tmp_path / "files", threading.Event()
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "samples.zip").write_bytes(b"old")
+    monkeypatch.setattr("vqgen.app.page.server.SWEEP", 0.01)
+    thread = threading.Thread(target=sweep, args=(str(folder), done))
+    thread.start()
+    try:
+        time.sleep(0.1)
+        assert (folder / "a" / "samples.zip").exists()
+        monkeypatch.setattr("vqgen.app.page.server.SECONDS_KEPT", -1)
+        deadline = time.monotonic() + 60
+        while (folder / "a").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        done.set()
+        thread.join()
+    assert folder.exists() and not (folder / "a").exists()
 
 
 def test_the_policy_names_no_other_server() -> None:
@@ -473,7 +524,9 @@ def test_the_policy_names_no_other_server() -> None:
 
 def test_what_the_page_is_made_of_names_no_other_server() -> None:
     folder = Path(__file__).parents[1] / "app" / "page"
-    for path in (*folder.glob("*.js"), *folder.glob("*.css")):
+    paths = [*folder.glob("*.js"), *folder.glob("*.css")]
+    assert len(paths) > 1
+    for path in paths:
         assert "://" not in path.read_text(encoding="utf-8"), path
 
 

@@ -290,6 +290,10 @@ def test_fill_in_what_is_painted(visit: Visit, photo: bytes) -> None:
     visit.page.mouse.up()
     painted = visit.page.evaluate("[...document.querySelector('mask-painter').cells]")
     assert 0 < sum(painted) < 60
+    for way in ("extend", "fill in"):  # what is painted stays
+        visit.page.get_by_label(way, exact=True).check()
+    playwright.expect(canvas).to_be_visible()
+    assert visit.page.evaluate("[...document.querySelector('mask-painter').cells]") == painted
     visit.set("Variations", 2)
     visit.press("Edit")
     visit.status("^2 of 2 images")

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def sentence(error: UserError) -> str:
     """An error of the command line as a sentence for the page."""
     text = without_flags(one_line(str(error)))
     return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+@contextmanager
+def temporary(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder` that is removed at the end; errors name its files without their place on the server."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        try:
+            yield Path(place)
+        except UserError as error:
+            raise type(error)(str(error).replace(os.path.join(place, ""), "")) from error
 
 
 def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Callable[..., Any]:
@@ -198,7 +209,7 @@ class Results:
         self.gallery = gallery(label, 8)
         self.archive = gr.DownloadButton("Download as zip", size="sm", interactive=False)
         self.conditions = gr.State([])
-        """Class and prompt of each image that is shown, "" where it has none."""
+        """Model, class and prompt of each image that is shown, "" where it has none."""
         self.outputs = [self.gallery, self.archive, self.status, self.conditions]
 
     @property
@@ -208,11 +219,15 @@ class Results:
 
     def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
         """Values of `outputs` while a series is drawn."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as place, jobs.job(session) as job:
+        with temporary(self.folder) as place, jobs.job(session) as job:
             pictures: list[Picture] = []
+
+            def conditions() -> list[tuple[str, str, str]]:
+                return [(str(series.config.model), picture.class_name, picture.prompt) for picture in pictures]
+
             yield [[], None, f"Drawing {series.n} images …", []]
-            for pictures in draw(series, Path(place), jobs, job):
-                yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images", conditions(pictures)]
+            for pictures in draw(series, place, jobs, job):
+                yield [captioned(pictures), None, f"{len(pictures)} of {series.n} images", conditions()]
             late = f" after {jobs.most_seconds:g} s, the longest a drawing may take" if job.late else ""
             if not pictures:
                 yield [[], None, f"Stopped{late}.", []]
@@ -220,15 +235,10 @@ class Results:
             stopped = f"Stopped{late}: " if len(pictures) < series.n else ""
             mean = sum(picture.nats for picture in pictures) / len(pictures)
             text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
-            packed = str(pack(series, Path(place), pictures, given))
-            yield [captioned(pictures), packed, text, conditions(pictures)]
+            packed = str(pack(series, place, pictures, given))
+            yield [captioned(pictures), packed, text, conditions()]
 
 
 def captioned(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """Pictures as a gallery takes them."""
     return [(str(picture.path), picture.caption) for picture in pictures]
-
-
-def conditions(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
-    """Class and prompt of pictures."""
-    return [(picture.class_name, picture.prompt) for picture in pictures]

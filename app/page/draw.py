@@ -55,5 +55,4 @@ def add(page: Page) -> tuple[Results, gr.Button]:
     page.draws(buttons, answer(draw, inputs), inputs, results, "draw")
     page.follow_model(classes, lambda m: gr.Dropdown(m.classes, value=[], visible=bool(m.classes)))
     page.follow_model(prompts, prompt_update)
-    page.follow_model(results.conditions, lambda m: [])  # another model may not know them
     return results, onward

@@ -17,7 +17,7 @@ from threading import Event, Lock
 from typing import Any
 
 from vqgen.config import build
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 from vqgen.files import read_json, write_json
 from vqgen.option_types import checked
 from vqgen.options import options
@@ -32,6 +32,8 @@ from .program import LimitConfig
 
 BATCH = 8
 """Images that are drawn at once: the page shows them after each batch."""
+MOST_CHARACTERS = 20_000
+"""Of one option of a request but the prompts, which have their own limit: the conversion of more would take seconds."""
 REMEMBERED = 10_000
 """Sessions whose last stop is remembered: more than requests can wait."""
 
@@ -52,7 +54,7 @@ class Session(str):
 
 
 class Job:
-    """A drawing under way: called between its codes, it raises `Stopped` once that shall end."""
+    """A drawing under way: called between its codes, it raises `Stopped` once the drawing has to end."""
 
     def __init__(self, most_seconds: float) -> None:
         self.stop = Event()
@@ -119,6 +121,13 @@ class Jobs:
             return sum(map(len, self._stops.values()))
 
 
+def check_length(flag: str, value: Any, most: int) -> None:
+    """Raise `UsageError` where the value of an option, a text or a list, is too long to be converted."""
+    words = value if isinstance(value, list) else [value]
+    if (found := sum(max(len(word), 1) if isinstance(word, str) else 1 for word in words)) > most:
+        raise UsageError(f"{flag}: found {found} characters, at most {most} are read")
+
+
 def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, settings: Mapping[str, Any]) -> Series:
     """The images that a request asks for, checked. Raises `UserError`, `UsageError`.
 
@@ -127,18 +136,20 @@ def series_of(model: Loaded, values: Mapping[str, Any], limits: LimitConfig, set
         settings: those of sampling that are given; the others are as the model recommends.
     """
     known = {option.name: option for option in options(SampleConfig)}
+    for name, value in [*values.items(), *settings.items()]:
+        most = limits.prompt_characters if name == "prompt" else MOST_CHARACTERS
+        check_length(known[name].flag, value, most)
     given = {
         name: checked(known[name].type, value, known[name].flag)
         for name, value in [*values.items(), *settings.items()]
         if value is not None
     }
-    if (found := sum(map(len, given.get("prompt") or []))) > limits.prompt_characters:
-        raise UsageError(f"--prompt: found {found} characters, at most {limits.prompt_characters} are read")
     if (found := len(given.get("class") or [])) > limits.most_images:
         raise UsageError(f"--class: found {found} classes, at most {limits.most_images} are drawn at once")
-    for side in [*(given.get("size") or []), *(given.get("extend") or [])]:
-        if side**2 > 1e6 * limits.most_megapixels:
-            raise UsageError(f"--size: found {side} pixels; one request draws at most {limits.most_megapixels:g} MP")
+    for name in ("size", "extend"):
+        if (side := max(given.get(name) or [0])) ** 2 > 1e6 * limits.most_megapixels:
+            most = f"one request draws at most {limits.most_megapixels:g} million pixels"
+            raise UsageError(f"{known[name].flag}: found a side of {side} pixels; {most}")
     config = build(SampleConfig, given | {"model": Path(model.name), "batch_size": BATCH})
     vars(config).update(stated=frozenset(given))
     series = Series.of(config, model.generator)
@@ -213,13 +224,28 @@ def draw(series: Series, folder: Path, jobs: Jobs, check: Callable[..., None]) -
 def pack(series: Series, folder: Path, pictures: list[Picture], given: Mapping[str, Path]) -> Path:
     """Complete a folder of drawn images as vqgen-sample does, with grid.png and samples.json, and return it as a zip.
 
-    Of a drawing that was stopped it has the first images, up to the first one that is missing. `samples.json` has the
-    NLL of each image. `given` are the files that the images were made from, by their name in the zip.
+    Of a drawing that was stopped it has all images that were finished; grid.png and samples.json have those before the
+    first one that is missing, and are left out where that is the first of all. `samples.json` has the NLL of each
+    image. `given` are the files that the images were made from, by their name in the zip.
     """
-    ready = {picture.path for picture in pictures}
-    count = next((i for i in range(series.n) if folder / series.names.file(i) not in ready), series.n)
-    if not count:
-        raise UserError("no image was finished before the drawing was stopped")
+    names = {picture.path: picture.path.relative_to(folder).as_posix() for picture in pictures}
+    count = next((i for i in range(series.n) if folder / series.names.file(i) not in names), series.n)
+    if count:
+        _describe(series, folder, pictures[:count], given)
+    archive = folder / "samples.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
+        for name in [FINISHED, GRID] if count else []:
+            file.write(folder / name, name)
+        for path, name in names.items():
+            file.write(path, name)
+        for name, path in given.items():
+            file.write(path, name)
+    return archive
+
+
+def _describe(series: Series, folder: Path, pictures: list[Picture], given: Mapping[str, Path]) -> None:
+    """Write grid.png and samples.json of the first images of a series, which are in the folder."""
+    count = len(pictures)
     # By the name that the page offers: `describe` takes each such name for that of the package, and has its path.
     about = {**series.describe(), "model": str(series.config.model), "n": count}
     about |= {"stems": series.names.stems[:count]} if series.names.stems else {}
@@ -230,14 +256,6 @@ def pack(series: Series, folder: Path, pictures: list[Picture], given: Mapping[s
     write_grid(folder, series, count)
     finish(folder, series.names, about)
     listed = read_json(folder / FINISHED)
-    for image, picture in zip(listed["images"], pictures):
+    for image, picture in zip(listed["images"], pictures, strict=True):
         image["nats"] = picture.nats
     write_json(folder / FINISHED, listed)
-    names = [FINISHED, GRID, *(series.names.file(index) for index in range(count))]
-    archive = folder / "samples.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        for name in names:
-            file.write(folder / name, name)
-        for name, path in given.items():
-            file.write(path, name)
-    return archive

@@ -1,8 +1,6 @@
 """The tab that changes a part of an image: a painted mask, a box, its sides, a random share, its lower part."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,7 +10,7 @@ from vqgen.errors import UserError
 from vqgen.sampling.filling import fitted_masks
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from .controls import Results, answer, image_file, settings_of, words_of
+from .controls import Results, answer, image_file, settings_of, temporary, words_of
 from .models import Loaded
 from .shared import PRIVATE, QUEUED, Page, lines_of
 from .uploads import png_url, read_mask, read_upload
@@ -32,6 +30,11 @@ def first_way(model: Loaded) -> str:
     return FILL if model.inpaints else LOWER
 
 
+def shown_if(wanted: bool) -> Any:
+    """`visible` of a part that keeps what was painted in it while it is not shown."""
+    return True if wanted else "hidden"
+
+
 def painter(url: str | None, cell: int) -> str:
     """The element on which a mask is painted, see `page.js`."""
     return f'<mask-painter image="{url}" cell="{cell}"></mask-painter>' if url else ""
@@ -47,16 +50,16 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
             image = image_file()
             way = gr.Radio(WAYS, value=first, label="What is drawn anew", visible=loaded.inpaints)
             mask = gr.Textbox("", label="mask", visible=False)
-            with gr.Column(visible=first == FILL) as filled:
+            with gr.Column(visible=shown_if(first == FILL)) as filled:
                 view = gr.HTML("", elem_id="edit-view")
                 box = gr.Textbox(
                     "", label="Box", placeholder="X Y WIDTH HEIGHT", info="In pixels, added to what is painted."
                 )
-            with gr.Column(visible=first == EXTEND) as extended:
+            with gr.Column(visible=shown_if(first == EXTEND)) as extended:
                 sides = gr.Textbox("", label="Sides", placeholder="LEFT TOP RIGHT BOTTOM", info="In pixels.")
-            with gr.Column(visible=first == VARY) as varied:
+            with gr.Column(visible=shown_if(first == VARY)) as varied:
                 share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Share of the codes that is drawn anew")
-            with gr.Column(visible=first == LOWER) as lower:
+            with gr.Column(visible=shown_if(first == LOWER)) as lower:
                 rows = gr.Number(0, label="Rows of codes that are kept", info="0: half of them.", precision=0)
             one = page.one_class()
             prompt = page.one_prompt()
@@ -100,15 +103,15 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
         asked["class"] = [values["class_name"]] if values["class_name"] else None
         if chosen != LOWER and not model.inpaints:
             raise UserError(f"{model.name} was not trained to fill in; choose {LOWER}, or another model")
-        with tempfile.TemporaryDirectory(dir=results.folder) as place:
+        with temporary(results.folder) as place:
             upload, seen = fitted(model, values["image"])
-            given = {"image.png": Path(place, "image.png")}
+            given = {"image.png": place / "image.png"}
             write_png_atomic(given["image.png"], seen)
             asked["init_image"] = list(given.values())
             if chosen == FILL:
                 asked["box"] = words_of(values["box"])
                 if values["mask"]:
-                    given["mask.png"] = Path(place, "mask.png")
+                    given["mask.png"] = place / "mask.png"
                     write_png_atomic(given["mask.png"], white(model, values["mask"], upload, model.size))
                     asked["mask"] = [given["mask.png"]]
                 elif not asked["box"]:
@@ -133,7 +136,7 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
 
     groups = {FILL: filled, EXTEND: extended, VARY: varied, LOWER: lower}
     way.change(
-        lambda chosen: [gr.Column(visible=name == chosen) for name in groups], way, list(groups.values()),
+        lambda chosen: [gr.Column(visible=shown_if(name == chosen)) for name in groups], way, list(groups.values()),
         **PRIVATE,
     )  # fmt: skip
     page.follow_model(about, note)

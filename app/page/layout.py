@@ -13,7 +13,7 @@ from . import codebook, draw, edit, reconstruct, translate
 from .controls import answer, closed, sentence
 from .drawing import Jobs
 from .models import Models
-from .program import LimitConfig
+from .program import SECONDS_KEPT, SWEEP, LimitConfig
 from .shared import PRIVATE, QUEUED, Page
 
 HERE = Path(__file__).parent
@@ -32,8 +32,8 @@ def theme() -> Base:
 def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
     """Build the page; the first model that can be read is chosen. Raises `UserError`."""
     first = models.first()
-    # Uploads and drawn images are removed an hour after they were made.
-    with gr.Blocks(title="vqgen", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    # What Gradio knows of is removed in time; the rest by `server.stored`.
+    with gr.Blocks(title="vqgen", analytics_enabled=False, delete_cache=(SWEEP, SECONDS_KEPT)) as page:
         with gr.Row(equal_height=True):
             gr.Markdown("# vqgen", elem_classes="title")
             model = gr.Dropdown(models.names, value=first.name, label="Model", info=first.summary, scale=4)
@@ -49,21 +49,21 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
                 reconstruct.add(shared)
             with gr.Tab("Codebook", id="codebook"):
                 codebook.add(shared)
-        chosen = gr.State(("", "", ""))
+        chosen = gr.State(("", "", "", ""))
 
         def choose(
-            pictures: list[tuple[str, str]], conditions: list[tuple[str, str]], event: gr.SelectData
+            pictures: list[tuple[str, str]], conditions: list[tuple[str, str, str]], event: gr.SelectData
         ) -> tuple[tuple[str, ...], Any]:
-            known = conditions[event.index] if conditions else ("", "")
-            return (pictures[event.index][0], *known), gr.Button(interactive=True)
+            return (pictures[event.index][0], *conditions[event.index]), gr.Button(interactive=True)
 
-        def take(picture: tuple[str, ...], conditions: list[tuple[str, str]]) -> tuple[Any, ...]:
-            """Put a drawn image into the editor, with its class and prompt where the model has not changed since."""
-            path, *known = picture
-            return path, *(known if conditions else ("", "")), gr.Tabs(selected="edit")
+        def take(picture: tuple[str, ...], now: str) -> tuple[Any, ...]:
+            """Put a drawn image into the editor, with its class and prompt where the chosen model is the one that drew
+            it: another may not know them."""
+            path, drew, *known = picture
+            return path, *(known if drew == now else ("", "")), gr.Tabs(selected="edit")
 
         drawn.gallery.select(choose, [drawn.gallery, drawn.conditions], [chosen, onward], **PRIVATE)
-        onward.click(take, [chosen, drawn.conditions], [*edited, tabs], **PRIVATE)
+        onward.click(take, [chosen, model], [*edited, tabs], **PRIVATE)
 
         def follow(values: dict[str, Any], session: str) -> list[Any]:
             found = models.load(values["model"])

@@ -15,7 +15,7 @@ from vqgen.files import DESCRIPTION, read_json
 from vqgen.sampling.generator import SHIPPED, Generator
 from vqgen.tokenizer.codes.degrade import alternatives, parse_degradations
 
-KEPT = 3
+LOADED = 3
 """Models that stay in memory."""
 
 
@@ -178,6 +178,13 @@ class Models:
                 return found
         raise failures[0]
 
+    def load_or(self, name: str, other: Loaded) -> Loaded:
+        """The model of this name, or another where it cannot be read."""
+        try:
+            return self.load(name)
+        except UserError:
+            return other
+
     def load(self, name: str) -> Loaded:
         """The model of this name. Raises `UserError`, in which its folder has no path."""
         if name not in self.folders:
@@ -189,7 +196,7 @@ class Models:
                     self._loaded[name] = Loaded(name, Generator.load(folder, self._device, self._precision))
                 except UserError as error:
                     raise type(error)(str(error).replace(str(folder), name)) from error
-                if len(self._loaded) > KEPT:
+                if len(self._loaded) > LOADED:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(name)
             return self._loaded[name]

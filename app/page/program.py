@@ -11,6 +11,8 @@ from vqgen.options import Options, Range
 
 MASK_BYTES = 2**24
 """Characters of a painted mask, a PNG in base64."""
+SECONDS_KEPT, SWEEP = 3600, 600
+"""For how long uploads and drawn images are kept, and how often those that are older are removed, in seconds."""
 
 
 @dataclass

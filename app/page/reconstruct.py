@@ -12,6 +12,7 @@ from vqgen.tokenizer.comparison import difference
 from vqgen.tokenizer.metrics import psnr
 
 from .controls import answer, gallery, image_file
+from .drawing import check_length
 from .shared import Page
 from .uploads import read_upload
 
@@ -57,7 +58,7 @@ def code_map(codes: Tensor, bits: Tensor | None) -> str:
             place = f'x="{size * x}" y="{size * y}" width="{size}" height="{size}"'
             parts.append(f'<rect {place} fill="hsl({250 - 200 * share:.0f} 70% {25 + 45 * share:.0f}%)">{title}</rect>')
             if max(rows, columns) <= LABELLED and codes.shape[2] == 1:
-                colour = "#000" if share > 0.5 else "#fff"
+                colour = "#000" if share > 0.27 else "#fff"  # by contrast
                 parts.append(f'<text x="{size * (x + 0.5)}" y="{size * (y + 0.5)}" fill="{colour}">{numbers}</text>')
     legend = "Numbers are codes."
     if bits is not None:
@@ -84,6 +85,7 @@ def add(page: Page) -> None:
         """Encode an image and decode its codes; their rate is that under the prior, in bits."""
         generator = page.models.load(values["model"]).generator
         image = read_upload(values["image"], generator.tokenizer.config.channels, page.limits)
+        check_length("--prompt", values["prompt"], page.limits.prompt_characters)
         with page.jobs.turn:
             fitted = generator.fitted(image[None])
             codes = generator.encode(fitted)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vqgen.errors import UsageError, UserError
 
-from .program import MASK_BYTES, AppConfig
+from .program import MASK_BYTES, SECONDS_KEPT, SWEEP, AppConfig
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -52,27 +52,35 @@ FORM = 2**16
 """Bytes of an upload beside its file."""
 JSON = MASK_BYTES + 2**20
 """Most bytes of a request that is no upload: a painted mask, and the rest."""
-KEPT = 3600
-"""Seconds for which uploads and drawn images are kept."""
 
 
 def stored(folder: str) -> int:
-    """Bytes on the disk below a folder, from which others may remove files meanwhile; old files are removed.
+    """Bytes on the disk below a folder, from which others may remove files meanwhile; what is old is removed.
 
-    Gradio removes those that it knows of: not the zip of every drawing, nor uploads that were broken off.
+    Gradio removes files that it knows of: no folders, nor the zip of every drawing, nor uploads that were broken off.
     """
-    found = 0
-    for place, _, names in os.walk(folder):
+    found, oldest = 0, time.time() - SECONDS_KEPT
+    for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             path = os.path.join(place, name)
             with suppress(FileNotFoundError):
                 about = os.lstat(path)
-                if about.st_ctime < time.time() - KEPT:
+                if about.st_ctime < oldest:
                     os.unlink(path)
                 else:
                     found += about.st_blocks * 512
+        with suppress(OSError):  # it has files, or is gone
+            if place != folder and os.lstat(place).st_mtime < oldest:
+                os.rmdir(place)
+                continue
         found += 4096  # of the folder itself
     return found
+
+
+def sweep(folder: str, done: threading.Event) -> None:
+    """Remove what is old in a folder, again and again until all is done."""
+    while not done.wait(SWEEP):
+        stored(folder)
 
 
 class Guard:
@@ -82,7 +90,7 @@ class Guard:
     It adds `POLICY` to every answer, and notes when a request came.
 
     Args:
-        folder: where uploads and drawn images are, for `KEPT` seconds.
+        folder: where uploads and drawn images are, for `SECONDS_KEPT`.
         most_uploaded: bytes of an uploaded file.
         most_stored: bytes in the folder, with the uploads on their way.
     """
@@ -107,13 +115,13 @@ class Guard:
         if length is None:
             return 411, "Found a request that does not say its length; give content-length, and no transfer-encoding."
         if length > (self.most_uploaded + FORM if upload else JSON):
-            what = f"an upload of more than {self.most_uploaded / 2**20:,.0f} MB" if upload else f"{length} bytes"
+            what = f"an upload of more than {self.most_uploaded / 2**20:,g} MB" if upload else f"{length} bytes"
             return 413, f"Found {what}; give a smaller file."
         if not upload:
             return None
         used = await asyncio.to_thread(stored, self.folder)
         if used + self.arriving + length > self.most_stored:
-            most = f"{self.most_stored / 2**20:,.0f} MB"
+            most = f"{self.most_stored / 2**20:,g} MB"
             return 507, f"This server keeps {most} of uploads and drawn images, for an hour; try again later."
         return None
 
@@ -160,19 +168,20 @@ def stated_length(scope: Message) -> int | None:
 def check_address(host: str, port: int) -> None:
     """Raise `UsageError` where nothing can listen on an address: before seconds of imports."""
     try:
+        host = host.strip("[]")
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"--port: {port} on {host} cannot be used ({reason}); name another --port or --host"
         ) from error
 
 
 def _end(*_: Any) -> None:
-    """Handle SIGTERM as an end like any other, after which the temporary folder is removed."""
+    """Handle a signal as an end like any other, after which the temporary folder is removed."""
     raise SystemExit(0)
 
 
@@ -180,7 +189,9 @@ def serve(config: AppConfig) -> None:
     """Serve the page until it is interrupted. Raises `UserError`, `UsageError`."""
     check_address(config.host, config.port)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
+        for name in ("SIGTERM", "SIGHUP"):  # the latter where a terminal is closed; Windows has none
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), _end)
     place = tempfile.mkdtemp(prefix="vqgen-app-")
     # Read when gradio is imported; uploads and drawn images are there, and drawings under way beside it.
     os.environ |= {"GRADIO_TEMP_DIR": os.path.join(place, "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -200,10 +211,11 @@ def serve(config: AppConfig) -> None:
         page = build(models, config.limits, Jobs(config.limits.most_seconds))
         limits = {"most_uploaded": config.limits.upload_megabytes, "most_stored": config.limits.stored_megabytes}
         sizes = {name: megabytes * 2**20 for name, megabytes in limits.items()}
-        guard = Middleware(Guard, folder=os.environ["GRADIO_TEMP_DIR"], **sizes)
+        files, done = os.environ["GRADIO_TEMP_DIR"], threading.Event()
+        guard = Middleware(Guard, folder=files, **sizes)
         try:
             _, address, shared = page.launch(
-                server_name=config.host,
+                server_name=f"[{plain}]" if ":" in (plain := config.host.strip("[]")) else plain,
                 server_port=config.port,
                 share=config.share,
                 max_file_size=int(config.limits.upload_megabytes * 2**20),
@@ -227,8 +239,10 @@ def serve(config: AppConfig) -> None:
         try:
             print(f"{len(models.names)} models: {', '.join(models.names)}")
             print(f"open {shared or address}", flush=True)
-            threading.Event().wait()
+            threading.Thread(target=sweep, args=(files, done), daemon=True).start()
+            done.wait()
         finally:
+            done.set()
             page.close(verbose=False)
     finally:
         shutil.rmtree(place, ignore_errors=True)

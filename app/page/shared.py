@@ -53,14 +53,17 @@ class Page:
         """Let a component change with the model that is chosen at the top."""
         self.followers.append((component, update))
 
-    def settings(self, follow: bool = True) -> dict[str, Any]:
-        """The controls of the sampling settings, by name; they show the values that the model recommends."""
-        usual = defaults_of(self.first)
+    def settings(self, model: Loaded | None = None) -> dict[str, Any]:
+        """The controls of the sampling settings, by name; they show the values that `model` recommends.
+
+        By default it is the model that is chosen at the top, and they change with it.
+        """
+        usual = defaults_of(model or self.first)
         with gr.Accordion("Sampling settings", open=False):
             gr.Markdown("What is left empty is as the model recommends.")
             with gr.Row():
                 found = {name: setting_control(option, usual[name]) for name, option in SETTINGS.items()}
-        for name, control in found.items() if follow else ():
+        for name, control in () if model else found.items():
             self.follow_model(control, lambda m, name=name: setting_update(defaults_of(m)[name]))
         return found
 
@@ -116,13 +119,14 @@ class Page:
         results."""
         (begin, stop), archive = buttons, results.archive
 
-        def end(request: gr.Request) -> None:
-            self.jobs.stop(request.session_hash or "")
+        def end(request: gr.Request) -> Any:
+            running = self.jobs.stop(request.session_hash or "")
+            return gr.update() if running else "Nothing is being drawn for you; what waits ends when its turn comes."
 
         begin.click(lambda: gr.update(interactive=False), None, archive, **PRIVATE)
         event = self.runs(begin, function, inputs, [*results.outputs, *further], name, js)
         for ended in (event.success, event.failure):  # after a failure the images before it may still be shown
             ended(lambda path: gr.update(interactive=bool(path)), archive, archive, **PRIVATE)
         # Not `cancels`: that would leave the drawing under way to its end, and give no archive of what is there.
-        stop.click(end, None, None, **PRIVATE)
+        stop.click(end, None, results.status, **PRIVATE)
         return event

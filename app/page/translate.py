@@ -1,6 +1,5 @@
 """The tab that restores images, or turns them into another kind, as a model was trained to."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from vqgen.errors import UsageError
 from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
-from .controls import Results, answer, image_file, settings_of
-from .shared import PRIVATE, Page, lines_of
+from .controls import Results, answer, image_file, setting_update, settings_of, temporary, told
+from .drawing import defaults_of
+from .shared import PRIVATE, QUEUED, Page, lines_of
 from .uploads import as_url, png_url, read_upload
 
 NONE = "No model here was trained to translate; train one on codes of `vqgen-tokenize --source`, and start with it."
@@ -68,7 +68,7 @@ def add(page: Page) -> None:
                 max_length=limits.prompt_characters,
                 visible=page.models.translate_text,
             )
-            settings = page.settings(follow=False)
+            settings = page.settings(page.models.load_or(model.value, page.first))
             buttons = page.buttons("Translate")
         with gr.Column(scale=3, min_width=320):
             compared = gr.HTML("", elem_id="compared")
@@ -90,8 +90,8 @@ def add(page: Page) -> None:
             "prompt": lines_of(values["prompt"]),
             "source": specs or None,
         }
-        with tempfile.TemporaryDirectory(dir=results.folder) as place:
-            path, shown = Path(place, "source.png"), Path(place, "degraded.png")
+        with temporary(results.folder) as place:
+            path, shown = place / "source.png", place / "degraded.png"
             write_png_atomic(path, original[0])
             series = page.series(loaded, {**asked, "source_image": [path]}, settings_of(values))
             seeds = [source_seed(series.config.seed, 0)]  # as `series` degrades it
@@ -106,7 +106,10 @@ def add(page: Page) -> None:
     def compare(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData | None = None) -> str:
         """Show a picture of the gallery beside its source."""
         index = event.index if event is not None else 0
-        return slider(url, as_url(Path(pictures[index][0]).read_bytes())) if pictures and url else ""
+        try:
+            return slider(url, as_url(Path(pictures[index][0]).read_bytes())) if pictures and url else ""
+        except FileNotFoundError:
+            raise told("This image was removed, as it is old; translate again.") from None
 
     def first(pictures: list[tuple[str, str]] | None, url: str) -> str:
         return compare(pictures, url)
@@ -114,6 +117,12 @@ def add(page: Page) -> None:
     def chosen(pictures: list[tuple[str, str]] | None, url: str, event: gr.SelectData) -> str:
         return compare(pictures, url, event)
 
+    def recommended(values: dict[str, Any], session: str) -> list[Any]:
+        """Let the settings show what another model recommends."""
+        usual = defaults_of(page.models.load(values["model"]))
+        return [setting_update(usual[name]) for name in settings]
+
+    model.input(answer(recommended, {"model": model}), model, list(settings.values()), **QUEUED)
     inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "n": n, "seed": seed, **settings}
     inputs["prompt"] = prompt  # the last, as requests to the API may give the others by their places
     run = page.draws(buttons, answer(translate, inputs), inputs, results, "translate", [before])

@@ -23,6 +23,8 @@ def read_upload(path: str | None, channels: int, limits: LimitConfig) -> Tensor:
     most = int(limits.upload_megabytes * 2**20)
     try:
         data = read_bytes(Path(path), most)
+    except FileNotFoundError as error:
+        raise UserError("image: it was removed, as it is old; upload or draw it again") from error
     except OSError as error:
         raise UserError(f"image: it cannot be read, or has more than {limits.upload_megabytes:g} MB") from error
     return decoded(data, channels, limits, "image")

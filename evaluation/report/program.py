@@ -47,7 +47,7 @@ def check_output(output: Path) -> None:
     except OSError as error:
         raise UsageError(f"--output: {output} cannot be read ({error.strerror}); name another file") from error
     if not earlier:
-        raise UsageError(f"--output: {output} is no report; name another file")
+        raise UsageError(f"--output: {output} is no report of vqgen; move it, or give another --output")
 
 
 def write_report(config: ReportConfig) -> None:
