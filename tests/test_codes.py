@@ -661,6 +661,24 @@ def test_a_truncated_shard_stops_a_resuming_run_at_once(make, reference, tmp_pat
     one_line(error, str(folder / shard_name(2)), "delete it")
 
 
+def test_a_tokenizer_of_the_same_weights_and_other_settings_does_not_go_on(make, reference, tmp_path):
+    folder, other = tmp_path / "codes", tmp_path / "other"
+    shutil.copytree(reference, folder)
+    (folder / shard_name(2)).unlink()
+    shutil.copytree(reference / "tokenizer", other)
+    description = json.loads((other / "vqgen.json").read_text())
+    quantizer = description["architecture"]["quantizer"]
+    quantizer["l2_normalize"] = not quantizer["l2_normalize"]
+    (other / "vqgen.json").write_text(json.dumps(description))
+    before = content(folder)
+    with pytest.raises(UserError) as error:
+        tokenize(make(folder, tokenizer=other))
+    one_line(error, "--tokenizer", str(other), "--overwrite")
+    assert content(folder) == before
+    tokenize(make(folder))
+    assert content(folder) == content(reference)
+
+
 def test_a_shard_with_labels_of_other_images_is_not_taken_over(make, reference, tmp_path):
     (folder := tmp_path / "codes").mkdir()
     for name in ("plan.json", shard_name(2)):

@@ -26,6 +26,7 @@ from vqgen.artifact import copy_artifact, load_artifact
 from vqgen.config import one_line, save, shown
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
+from vqgen.files import DESCRIPTION, is_file
 from vqgen.progress import progress
 from vqgen.tokenizer.data.holdout import is_same_data, reading_of
 from vqgen.tokenizer.data.loader import prefetch
@@ -156,6 +157,13 @@ def _prepare(job: Job) -> None:
     present = [shard for shard in job.shards if job.path(shard).exists()]
     for shard in present:
         job.open(shard)
+    if present and is_file(output / TOKENIZER / DESCRIPTION):
+        before = Tokenizer.load(output / TOKENIZER).config
+        if before != job.tokenizer.config:  # the fingerprint is of the weights alone
+            raise UserError(
+                f"--tokenizer: {job.config.tokenizer} has the weights of {output / TOKENIZER}, but other settings "
+                f"({DESCRIPTION}): give that one to finish it, --overwrite to start anew, or another --output"
+            )
     # A finished folder of version 0.1 has no shards of a test split, and needs none.
     finished = Manifest.read(output).splits if (output / MANIFEST).is_file() else {}
     if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
