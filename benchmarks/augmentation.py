@@ -24,6 +24,8 @@ from vqgen.evaluation.tasks.accuracy import Labelled
 from vqgen.files import write_json
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.sources import open_source
+from vqgen.tokenizer.model import Tokenizer
 
 
 def write_tables(data: Path, output: Path, count: int) -> None:
@@ -92,10 +94,11 @@ def main() -> None:
     call("app.train", "--data", few, "--minutes", options.minutes, "--output", run)
     words = ["--model", run / "prior", "--num-per-class", options.samples, "--layout", "folders", "--output", drawn]
     call("sampling.sample", *words)
-    reading = ImageConfig([32, 32], channels=1, holdout=0.05)
+    about = Tokenizer.load(run / "tokenizer").config
+    reading = ImageConfig(list(about.image_size), about.channels, about.fit)
     parts = [read(open_images(str(few), split, reading), few) for split in ("train", "heldout", "test")]
     real, tested = joined(parts[0], parts[1]), parts[2]
-    data = open_images(str(drawn / "images"), "train", ImageConfig([32, 32], channels=1, holdout=0.001))
+    data = ImageDataset(open_source(str(drawn / "images"), "all", reading.holdout), reading)
     names = data.class_names or []
     found = accuracies(names, real, read(data, drawn), tested, options.steps, options.seeds)
     result = {name: value for name, value in vars(options).items() if name not in ("data", "output")}

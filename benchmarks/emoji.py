@@ -14,7 +14,6 @@ tokenizer leaves to reach.
 """
 
 import argparse
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -34,6 +32,7 @@ from vqgen.evaluation.tasks.text import rank
 from vqgen.prior.parts.text import Text
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import hash64
+from vqgen.tokenizer.data.decoding import decode
 
 SPLITS = "train", "heldout", "novel"
 MOST_TRAINED = 300
@@ -71,8 +70,7 @@ def read(data: Path, size: int) -> Drawings:
     rows = [row for split in SPLITS for row in tables[split]]
 
     def pixels(row: dict[str, Any]) -> Tensor:
-        image = tv.pil_to_tensor(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
-        return tv.resize(image, [size, size], antialias=True)
+        return tv.resize(decode(row["image"]["bytes"], 3), [size, size], antialias=True)
 
     return Drawings(
         [row["key"] for row in rows],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqgen.artifact import fingerprint, load_artifact, refuse_others, save_artifact
 from vqgen.config import from_dict
-from vqgen.devices import processes
+from vqgen.devices import find_device, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import atomic_path
 from vqgen.files.output_folder import new_folder
@@ -24,8 +24,11 @@ from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import to_float
 from vqgen.tokenizer.networks.autoencoder import ResidualBlock
 
+from .measurement import warn
 from .options import ClassifierTraining
 
+SMALLEST = 16
+"""Pixels a side that a classifier needs."""
 ACCURACY = Metric("classifier_accuracy", "Classifier accuracy", "share of the samples", "higher")
 """Share of the samples that the classifier assigns to the class they were drawn as."""
 
@@ -71,7 +74,6 @@ class Classifier(nn.Module):
         """Images (B, C, H, W) in [-1, 1] -> features (B, 4 * width), of which the head makes the logits."""
         return self.features(images).mean(dim=(2, 3))
 
-    @torch.inference_mode()
     def choose(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) -> most likely classes (B,), on the CPU."""
         return self.judge(images)[0]
@@ -106,12 +108,14 @@ def train_classifier(config: ClassifierTraining) -> None:
 def _train(config: ClassifierTraining) -> None:
     if processes().num_processes > 1:
         raise UsageError("vqgen-eval classifier trains in one process; start it without accelerate launch")
-    images = ImageConfig(size=config.size, channels=config.channels, flip=config.flip, holdout=config.holdout)
+    images = ImageConfig(config.size, config.channels, config.fit, config.flip, holdout=config.holdout)
+    images.max_broken, images.workers = config.max_broken, config.workers
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     heldout = open_images(config.data, "heldout", images)
+    train.broken.report = heldout.broken.report = warn
     if not train.class_names:
         raise UserError(f"--data: {config.data} has no labels; give one whose subfolders or labels are classes")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(config.device)
     model = classifier_of(train, config, device)
     correct = [
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
@@ -135,8 +139,6 @@ def classifier_of(
     With `turned` it tells by how much an image is turned (Gidaris et al. 2018), 0 for not at all, and not its class.
     """
     images = train.config
-    if min(images.size) < 16:
-        raise UsageError(f"--size: found {images.size}, expected at least 16 pixels a side")
     batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
     shown = ((batch.images, batch.labels) for batch in batches)
     names = train.class_names or []

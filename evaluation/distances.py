@@ -30,7 +30,7 @@ def frechet(samples: Statistics, reference: Statistics) -> float:
 def kernel_distance(samples: Tensor, reference: Tensor) -> tuple[float, float | None]:
     """KID: mean and standard deviation over 100 pairs of subsets of 1,000 features, or of as many as both sets have.
 
-    The deviation is None if either set has only one subset of that size.
+    The deviation is None if both sets have only one subset of that size.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 

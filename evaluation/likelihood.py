@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vqgen.devices import on_main, precision_of, processes
+from vqgen.devices import on_main, precision_of
 from vqgen.errors import UserError
 from vqgen.metric import Metric
 from vqgen.prior.conditioning import Conditioning
@@ -26,13 +26,13 @@ from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
 
-from .measurement import Measurement, SetHash, check_classes, check_count
+from .measurement import Measurement, SetHash, check_classes, check_count, start_processes
 from .options import LikelihoodConfig
 from .receipt import environment
 
 _METRICS = (
     Metric("nats_per_token", "Negative log-likelihood", "nats per token", "lower"),
-    Metric("perplexity", "Perplexity of the prior", "codes", "lower", math.exp),
+    Metric("perplexity", "Perplexity of the prior", "codes", "lower"),
     Metric("bits_per_dimension", "Bits per dimension (rate of the codes)", "bits", "lower"),
     Metric("nats_by_class", "Negative log-likelihood", "nats per token", "lower"),
 )
@@ -81,13 +81,20 @@ def _fingerprint(codes: CodeFiles, chosen: Sequence[int]) -> str:
     return seen.over_processes().hexdigest()
 
 
-def _conditions(codes: CodeFiles, conditioning: Conditioning, chosen: Sequence[int]) -> dict[str, str]:
-    """Fingerprint of images with all that stands in front of their codes, where that is more than a class."""
-    if len(conditioning.plain.parts) == 1:
+def _conditions(
+    codes: CodeFiles, conditioning: Conditioning, chosen: Sequence[int], unconditional: bool
+) -> dict[str, str]:
+    """Fingerprint of images with all that stands in front of their codes, where that is more than a class.
+
+    Of `unconditional` ones it is that of what they have still, as training never left it out.
+    """
+    parts = conditioning.plain.parts
+    if len(parts) == 1 or (unconditional and all(part.guidable for part in parts)):
         return {}
     seen = SetHash()
     for batch in Sequences(codes, conditioning).ordered(chosen, 1000):
-        seen.add_images(batch.tokens, torch.full((len(batch),), -1))
+        tokens = batch.layout.without(batch.tokens) if unconditional else batch.tokens
+        seen.add_images(tokens, torch.full((len(batch),), -1))
     return {"sequences": seen.over_processes().hexdigest()}
 
 
@@ -97,10 +104,10 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
         on_main(lambda: refuse_foreign_png(heat, "--map"))
     prior, codes = _open(config)
     count = check_count(config.n, len(codes), "--n", f"the {config.split} split of {config.codes}")
-    device = torch.device(processes().device or "cpu")
+    device = start_processes(config.device)
     precision = precision_of(config.precision, device)
     AcceleratorState._reset_state()  # an earlier measurement in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     rank, world = accelerator.process_index, accelerator.num_processes
     prior, conditioning = prior.to(device), prior.conditioning
     chosen, sequences = fixed_subset(count, len(codes))[rank::world], Sequences(codes, conditioning)
@@ -127,7 +134,7 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
             "tokenizer": prior.tokenizer_fingerprint,
             "data": codes.manifest.data_fingerprint,
             "codes": _fingerprint(codes, chosen),
-            **({} if config.unconditional else _conditions(codes, conditioning, chosen)),
+            **_conditions(codes, conditioning, chosen, config.unconditional),
         },
         {"images": count},
         {

@@ -106,6 +106,13 @@ def held_out(config: Any) -> float:
     return found["holdout"] if found else ImageConfig.holdout
 
 
+def reading(config: Any, size: Sequence[int], channels: int, fit: Any) -> ImageConfig:
+    """How the images of a measurement are read, each once, at the size, the channels and with the fit of a model."""
+    found = ImageConfig(list(size), channels, fit, holdout=held_out(config), cache_mb=0)
+    found.max_broken, found.workers = config.max_broken, config.workers
+    return found
+
+
 def settle_holdout(config: Any) -> str:
     """Set the share of images held out where none is given, so that a receipt has it; return what is to be said of it.
 

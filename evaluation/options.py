@@ -15,6 +15,7 @@ from vqgen.options import (
     Positive,
     Range,
     Seed,
+    Share,
     Size,
     option_name,
 )
@@ -24,6 +25,12 @@ from vqgen.tokenizer.data.options import Split, Workers
 Network = Literal["inception", "fd-vgg16", "fd-efficientnet-lite0"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Holdout = Annotated[float, Range(above=0, below=1)]
+
+
+def check_perceptual(net: str, weights: str | None) -> None:
+    """Raise `UsageError` where another backbone of LPIPS is named than the usual one, and LPIPS is not measured."""
+    if net != "vgg" and not weights:
+        raise UsageError(f"--perceptual-net: found {net} and no --perceptual-weights; name them")
 
 
 UNUSED_WEIGHTS = "--weights: found with --extractor none, which has none; name the extractor they are for"
@@ -56,6 +63,8 @@ class ReconstructionConfig(Options):
     holdout: Holdout | None = None
     """Share of the images held out if the source has no validation split; by default that of the run, where it is
     recorded, else 0.05."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -69,8 +78,7 @@ class ReconstructionConfig(Options):
         super().__post_init__()
         if self.extractor == "none" and self.weights:
             raise UsageError(UNUSED_WEIGHTS)
-        if self.perceptual_net != "vgg" and not self.perceptual_weights:
-            raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
+        check_perceptual(self.perceptual_net, self.perceptual_weights)
 
 
 @dataclass
@@ -99,6 +107,8 @@ class LikelihoodConfig(Options):
     """Images per batch."""
     precision: Precision = "fp32"
     """Autocast; auto takes 16 bits if the hardware supports them: faster, and the NLL changes by about 0.1 %."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass
@@ -120,7 +130,8 @@ class SamplesConfig(Options):
     reference_n: CountOrZero = 0
     """Real images to compare with, always the same ones, spread over the split; 0 = all."""
     fit: Literal["crop", "pad"] | None = None
-    """How real images are brought to the size of --samples, by default crop. With --model the tokenizer decides."""
+    """How real images are brought to the size of --samples, by default as those in training were where samples.json
+    says that, else crop. With --model the tokenizer decides."""
     at: list[Annotated[int, Range(least=2)]] = field(default_factory=list)
     """Also report the metrics of the first N samples, for each N: distances depend on the number of samples."""
     output: Path | None = None
@@ -140,6 +151,8 @@ class SamplesConfig(Options):
     holdout: Holdout | None = None
     """Share of the images held out if the source has no validation split; by default that of the run, where it is
     recorded, else 0.05."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -160,6 +173,9 @@ class SamplesConfig(Options):
             raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
         if self.extractor == "none" and self.weights:
             raise UsageError(UNUSED_WEIGHTS)
+        if self.extractor == "none" and self.reference_n:
+            text = f"found {self.reference_n} with --extractor none, which compares with no real images"
+            raise UsageError(f"--reference-n: {text}; leave it out")
         if self.model is not None and self.fit:
             raise UsageError(f"--fit: found {self.fit} with --model, whose tokenizer decides; leave it out")
         drawing = {"seed": 0, "precision": "auto", **vars(SamplingSettings())}
@@ -178,8 +194,8 @@ class ClassifierTraining(Options):
     """Labelled images: as for vqgen-train-tokenizer."""
     output: Path
     """Folder for the classifier; must be new or empty."""
-    size: list[int]
-    """Height and width in pixels of the samples to classify; one number means a square."""
+    size: list[Size]
+    """Height and width in pixels of the samples to classify, at least 16 a side; one number means a square."""
     channels: int = 3
     """3 for colour, 1 for grey."""
     steps: Count = 3000
@@ -196,11 +212,21 @@ class ClassifierTraining(Options):
     """Mirror half of the training images at random; --no-flip for digits, letters and the like."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the flips."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How images of another aspect ratio are fitted: as those of the samples were."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
+    workers: Workers = 0
+    """Processes that decode images; -1 = one per free core."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % 8:
             raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
+        if min(self.size) < 16:
+            raise UsageError(f"--size: found {' '.join(map(str, self.size))}, expected at least 16 pixels a side")
 
 
 @dataclass

@@ -55,7 +55,7 @@ def _measure_with_receipt(program: str, config: Any, write: "Callable[[Any, Meas
 IN_CURRENT_FOLDER = ("samples", "accuracy")
 """Commands whose receipt is by default `receipt.json` in the current folder."""
 OPERATIONAL = {"output", "device", "batch_size", "workers", "map", "cache"}
-"""Options that do not change what is measured."""
+"""Options that do not change what is measured, but for the batches of the classifiers that `accuracy` trains."""
 
 
 def _refuse_other(path: Path, program: str, former: Mapping[str, Any], config: Any) -> None:
@@ -72,7 +72,8 @@ def _refuse_other(path: Path, program: str, former: Mapping[str, Any], config: A
     own = None if program in IN_CURRENT_FOLDER else os.path.realpath(path.parent)  # the model's, which may have moved
     for name, value in values_of(config).items():
         before = former["options"].get(name, defaults[name])
-        if name not in OPERATIONAL and plain(before) != plain(value) and (own is None or plain(value) != own):
+        counts = name not in OPERATIONAL or (name, program) == ("batch_size", "accuracy")
+        if counts and plain(before) != plain(value) and (own is None or plain(value) != own):
             text = f"{path} was measured with {option_name(name)} {before}, now {value}"
             raise UsageError(f"--output: found none, but {text}; {advice}")
 
@@ -143,9 +144,11 @@ def accuracy(config: AccuracyConfig) -> None:
 
 def settings(config: SettingsConfig) -> None:
     """Try sampling settings of a prior on validation images, and write the best as those that it recommends."""
+    from vqgen.tokenizer.shipped import find_model
+
     from .tasks.settings import check_folder, write_choice
 
-    check_folder(config.model)
+    check_folder(find_model(config.model))
     _measure_with_receipt("settings", config, write_choice)
 
 

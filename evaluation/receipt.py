@@ -52,7 +52,7 @@ def environment(device: "torch.device", precision: str, processes: int) -> dict[
     """Hardware and versions behind a measurement; `precision` is Accelerate's name or ours."""
     from vqgen.devices import describe
 
-    found = dict.fromkeys(("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips"))
+    found = dict.fromkeys(("torchvision", "transformers", "torchmetrics", "torch-fidelity", "lpips", "timm"))
     for package in found:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
@@ -112,26 +112,41 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any], tolerance: fl
 
 
 def replay_receipts(config: ReplayConfig) -> None:
-    """Repeat every measurement. Raises one `UserError` that says what differs, in all receipts."""
+    """Repeat every measurement, after all receipts are read.
+
+    Raises one `UserError` that says what differs, in all receipts, and what could not be measured.
+    """
     from vqgen.devices import processes
 
-    different = [text for path in config.receipts if (text := _replay(path, config))]
-    processes().destroy_process_group()
-    if different:
-        raise UserError(" | ".join(different))
+    read = [(path, *_read(path, config)) for path in config.receipts]
+    state, different = processes(), []
+    for path, former, values in read:
+        try:
+            different.append(_replay(path, former, values, config))
+        except UserError as error:
+            if state.num_processes > 1:  # others may be in the midst of it
+                raise
+            different.append(f"{path}: {error}")
+    state.destroy_process_group()
+    if any(different):
+        raise UserError(" | ".join(filter(None, different)))
 
 
-def _replay(path: Path, config: ReplayConfig) -> str:
+def _read(path: Path, config: ReplayConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A receipt, and the options of its repetition. Raises `UserError`."""
+    former = read_receipt(path)
+    if (program := former["program"]) not in MEASUREMENTS:
+        raise UserError(f"{path} is of {program!r}, which this version of vqgen does not know")
+    return former, _options(path, former, config)
+
+
+def _replay(path: Path, former: dict[str, Any], values: dict[str, Any], config: ReplayConfig) -> str:
     """Describe what differs from a receipt; if nothing does, the main process prints that."""
     from vqgen.devices import rank_and_world
 
     from .measurement import measure
 
-    former = read_receipt(path)
     program = former["program"]
-    if program not in MEASUREMENTS:
-        raise UserError(f"{path} is of {program!r}, which this version of vqgen does not know")
-    values = _options(path, former, config)
     found = measure(program, build(MEASUREMENTS[program], values))
     now: dict[str, Any] = vars(found)
     if program == "likelihood" and values.get("split") != former["options"].get("split"):

@@ -11,7 +11,6 @@ from vqgen.errors import UsageError
 from vqgen.progress import progress
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import open_images, ordered_batches
-from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.metrics import RECONSTRUCTION, ReconstructionMetrics
 from vqgen.tokenizer.model import Tokenizer
@@ -19,7 +18,7 @@ from vqgen.tokenizer.model import Tokenizer
 from .distances import RECONSTRUCTION_DISTANCES, Comparison
 from .extractors import extract, extractor_for
 from .features import FeatureSets
-from .measurement import Measurement, SetHash, check_count, held_out, start_processes, warn
+from .measurement import Measurement, SetHash, check_count, reading, start_processes, warn
 from .options import ReconstructionConfig
 from .receipt import environment
 
@@ -31,8 +30,7 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measurement:
     device, (rank, world) = start_processes(config.device), rank_and_world()
     tokenizer = Tokenizer.load(config.tokenizer, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     about = tokenizer.config
-    images = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config))
-    images.workers, images.cache_mb = config.workers, 0
+    images = reading(config, about.image_size, about.channels, about.fit)
     dataset = open_images(config.data, config.split, images)
     count = check_count(config.n, len(dataset), "--n", f"the {config.split} split of {config.data}")
     backbone, weights = config.perceptual_net, config.perceptual_weights

@@ -30,7 +30,7 @@ from .classifier import ACCURACY, Classifier
 from .distances import DISTANCES, compute_distances
 from .extractors import extract, extractor_for
 from .features import FeatureSets, reduce_sum
-from .measurement import Measurement, SetHash, check_count, held_out, start_processes
+from .measurement import Measurement, SetHash, check_count, reading, start_processes
 from .options import SamplesConfig
 from .receipt import environment
 from .reference import measure_reference
@@ -57,6 +57,8 @@ class _Samples:
 
     images: list[_Image]
     class_names: list[str] | None
+    fit: Literal["crop", "pad"] | None = None
+    """How the tokenizer's training images were fitted; lists of earlier versions do not say."""
 
 
 class Reading(Protocol):
@@ -70,10 +72,11 @@ def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str]
     """Open the images of a folder, all of one size, with the names of their classes. Raises `UserError`."""
     if not folder.is_dir():
         raise UserError(f"--samples: {folder} is no folder; name one that vqgen-sample wrote, or one of images")
-    path = folder / FINISHED
+    path, fitted = folder / FINISHED, config.fit
     if path.is_file():
         about = read_record(path, _Samples)
         names, classes = [image.file for image in about.images], about.class_names
+        fitted = fitted or about.fit
         labels = np.array([image.label for image in about.images], dtype=np.int64)
         if classes and labels.max(initial=-1) >= len(classes):
             raise UserError(f"{path} has the label {labels.max()} of {len(classes)} classes; draw the samples again")
@@ -95,9 +98,9 @@ def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str]
             name = source.item_name(index)
             raise UserError(f"--samples: {name} has {found} pixels, others {first}; give images of one size")
         grey &= other_grey
-    images = ImageConfig(size, 1 if grey else 3, config.fit or "crop", broken="error", cache_mb=0)
+    images = ImageConfig(size, 1 if grey else 3, fitted or "crop", broken="error", cache_mb=0)
     images.workers = config.workers
-    return ImageDataset(source, images), source.class_names
+    return ImageDataset(source, images, option="--samples"), source.class_names
 
 
 def _size_and_grey(source: Source, index: int) -> tuple[list[int], bool]:
@@ -145,6 +148,10 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     if config.model is not None:
         generator = Generator.load(config.model, device, config.precision)
         generator.check(config.sampling, generator.conditioning.conditions())
+        if generator.conditioning.text is not None:
+            text = f"{config.model} reads captions, and all its images would be drawn without"
+            advice = "draw them with vqgen-sample --prompt-file, and give that folder as --samples"
+            raise UsageError(f"--model: {text}; {advice}")
         about, names = generator.tokenizer.config, generator.prior.conditioning.classes.names
         images, count = ImageConfig(list(about.image_size), about.channels, about.fit), config.n or DRAWN
         stream, classes = draw_samples(generator, config, count), np.array(generator.conditioning.classes.default())
@@ -164,8 +171,7 @@ def measure_samples(config: SamplesConfig) -> Measurement:
     classifier = load_classifier(config.classifier, names, images, device) if config.classifier else None
     real = None
     if extractor:
-        shape = (images.size, images.channels, images.fit)
-        whole = ImageConfig(*shape, holdout=held_out(config), cache_mb=0, workers=config.workers)
+        whole = reading(config, images.size, images.channels, images.fit)
         real = measure_reference(config, whole, extractor, device)
 
     counts, pixels = sorted({*config.at, count}), SetHash()

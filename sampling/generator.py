@@ -66,6 +66,8 @@ class Generator(Inpainter):
                 (`recommended`, from generation_config.json in its folder), or plain.
         """
         if prompts is not None:
+            if conditions and conditions.get("text") is not None:
+                raise UsageError("prompts: conditions has 'text', too; give one of them")
             conditions = {**(conditions or {}), "text": prompts}
         if size is not None:
             return self._filled(self.canvas(size), n, classes, seed, batch_size, conditions, settings, absent=False)

@@ -34,7 +34,7 @@ _OF_PARTS = ("kept_codes", "kept_fingerprint", "code_grid", "mask_fingerprint")
 # Settings that may differ between a run and the one that continues it.
 MAY_DIFFER = ("n", "former", "version", "model", "init_images", "source_images", "images", "grid", *PARTS)
 # Settings that lists did not always have: what they do not say may be the same.
-_LATER = ("pasted_fingerprint",)
+_LATER = ("pasted_fingerprint", "fit")
 # All names that files of a run can have, in order of removal: the finished list must not outlive an image.
 _OWN = (
     r"samples\.json",

@@ -197,6 +197,7 @@ class Series:
             "model": str(find_model(config.model)),
             "prior_fingerprint": generator.prior.fingerprint,
             "tokenizer_fingerprint": generator.tokenizer.fingerprint,
+            "fit": generator.tokenizer.config.fit,
             "settings": as_dict(self.settings),
             "seed": config.seed,
             "n": self.n,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.models import codes_for, make_prior
+from helpers.models import codes_for, make_prior, make_square_prior, text_part
 from helpers.streams import write_parquets
 from processes import run_two
 from safetensors.torch import save_file
@@ -657,6 +657,18 @@ def test_the_reference_is_fitted_as_asked(evaluated, tmp_path, photos, drawn):
     assert one["samples"] == two["samples"] and one["data"] != two["data"]
 
 
+def test_the_reference_is_fitted_as_the_samples_say(cli, evaluated, tmp_path, photos, drawn):
+    assert json.loads((drawn / "samples.json").read_text())["fit"] == "crop"
+    padded = shutil.copytree(drawn, tmp_path / "padded")
+    (padded / "samples.json").write_text((drawn / "samples.json").read_text().replace('"fit": "crop"', '"fit": "pad"'))
+    marks = []
+    for samples, words in ((padded, []), (drawn, ["--fit", "pad"]), (padded, ["--fit", "crop"]), (drawn, [])):
+        result = evaluated("--samples", samples, "--data", photos, "--output", tmp_path / f"{len(marks)}.json", *words)
+        assert result.code == 0, result.err
+        marks.append(receipt(tmp_path / f"{len(marks)}.json")["fingerprints"]["data"])
+    assert marks[0] == marks[1] != marks[2] == marks[3]
+
+
 def test_samples_are_grey_only_where_all_are(evaluated, tmp_path, photos):
     squares(tmp_path / "some", 6, 0)
     grey = torch.full((1, 16, 16), 90, dtype=torch.uint8)
@@ -800,6 +812,12 @@ def test_a_replay_says_what_differs(cli, evaluated, tmp_path, model, photos, dra
     result = cli(evaluate.main, "replay", tmp_path / "changed.json", path, *cache)
     assert result.code == 1 and "changed.json does not come out" in result.out + result.err
     assert f"of {path}" in result.out
+    (tmp_path / "lost.json").write_text(json.dumps({**found, "options": {**found["options"], "samples": "nowhere"}}))
+    result = cli(evaluate.main, "replay", tmp_path / "lost.json", tmp_path / "changed.json", path, *cache)
+    assert result.code == 1 and "lost.json: --samples: nowhere is no folder" in result.err
+    assert "changed.json does not come out" in result.err and f"of {path}" in result.out
+    result = cli(evaluate.main, "replay", path, tmp_path / "none.json", *cache)
+    assert result.code == 1 and "none.json" in result.err and not result.out, "all are read before one is measured"
     result = cli(evaluate.main, "replay", path, "--tolerance", -1)
     assert result.code == 2 and "--tolerance: found -1" in result.err
     found = receipt(path)
@@ -826,6 +844,10 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         for index, size in enumerate(sizes):
             write_png(torch.zeros(3, size, size, dtype=torch.uint8), str(tmp_path / name / f"{index}.png"))
     (tmp_path / "broken" / "0.png").write_bytes(b"no image")
+    (tmp_path / "truncated").mkdir()
+    for index in range(2):
+        shutil.copy(tmp_path / "one" / "0.png", tmp_path / "truncated" / f"{index}.png")
+    (tmp_path / "truncated" / "1.png").write_bytes((tmp_path / "one" / "0.png").read_bytes()[:-20])
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "half").mkdir()
@@ -839,6 +861,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ([*data, "--samples", "one"], ["--n: found 1", "at least 2"]),
         ([*data, "--samples", "mixed"], ["mixed", ".png has ", "20x20", "16x16", "give images of one size"]),
         ([*data, "--samples", "broken"], ["0.png cannot be read"]),
+        ([*data, "--samples", "truncated"], ["--samples: ", "1.png", "truncated"]),
         ([*data, *own, "--n", 21], ["--n: found 21", "holds 20"]),
         ([*data, *own, "--extractor", "none"], ["--extractor: found none and no --classifier"]),
         (own, ["--data: found nothing"]),
@@ -867,6 +890,25 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
     assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
     result = cli(evaluate.main, "replay", tmp_path / "mine.json")
     assert result.code == 1 and "no receipt of vqgen-eval" in result.err
+    reads = make_square_prior(tmp_path / "reads", text_part(["a shoe"] * 3))
+    for words, parts in (
+        (["samples", *data, "--model", reads], ["--model", "captions", "vqgen-sample --prompt-file"]),
+        (
+            ["samples", *own, "--extractor", "none", "--classifier", model, "--reference-n", 5],
+            ["--reference-n: found 5"],
+        ),
+        (["inpainting", *data, "--model", model, "--perceptual-net", "alex"], ["--perceptual-net: found alex and no"]),
+        (["settings", *data, "--model", "cifar10"], ["--model", "in the installed package", "copy"]),
+        (
+            ["settings", *data, "--model", model, "--classifier", "x", "--no-flip"],
+            ["--no-flip: found with --classifier"],
+        ),
+        (["settings", *data, "--model", model, "--classifier", "x", "--classifier-steps", 7], ["--classifier-steps"]),
+        (["classifier", *data, "--size", 8, "--output", "c"], ["--size: found 8, expected at least 16"]),
+    ):
+        result = cli(evaluate.main, *words)
+        assert result.code and all(part in result.err for part in parts), (words, result.err)
+        assert len(result.err.strip().splitlines()) == 1, result.err
     for words in ([], ["sample"]):
         result = cli(evaluate.main, *words)
         assert result.code == 2 and "inpainting, windows, translation, text, classifier, codebook" in result.err
@@ -920,7 +962,8 @@ def test_a_receipt_of_samples_is_not_replaced_by_default(cli, tmp_path, no_measu
     words = ["--samples", ".", "--data", "demo"]
     for command in ("samples", "accuracy"):
         assert cli(evaluate.main, command, *words).code == 0
-        assert cli(evaluate.main, command, *words, "--batch-size", 7).code == 0
+        result = cli(evaluate.main, command, *words, "--batch-size", 7)  # of accuracy these are steps of training
+        assert result.code == 0 if command == "samples" else "with --batch-size 64, now 7" in result.err
         before = (path := tmp_path / "receipt.json").read_text()
         other = "accuracy" if command == "samples" else "samples"
         for changed, part in (

@@ -86,6 +86,25 @@ def test_good_samples_teach_as_much_as_real_images_and_wrong_labels_nothing(cli,
     assert "reconstructions" not in found["metrics"]["cas"]
 
 
+def test_reconstructions_are_of_images_that_are_fitted_as_the_tokenizer_s(measured, tmp_path, model):
+    samples = write_classes(tmp_path / "samples", 12)
+    result, found = measured(samples, "--tokenizer", model / "tokenizer", "--fit", "pad")
+    assert result.code == 1 and not found
+    assert "was trained with --fit crop, the real images get pad" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_a_classifier_reads_images_as_it_is_told(cli, tmp_path, real):
+    data = shutil.copytree(real, tmp_path / "data")
+    (data / "train" / CLASSES[0] / "cut.png").write_bytes(b"no image")
+    words = ["--data", data, "--size", 16, "--steps", 2, "--device", "cpu", "--max-broken", 0.1, "--workers", 0]
+    results = [
+        cli(evaluate.main, "classifier", *words, "--output", tmp_path / fit, "--fit", fit) for fit in ("crop", "pad")
+    ]
+    assert all(result.code == 0 and "skipped, broken" in result.err for result in results), results[0].err
+    result = cli(evaluate.main, "classifier", *words, "--output", tmp_path / "strict", "--max-broken", 0)
+    assert result.code == 1 and "cut.png" in result.err.splitlines()[-1]
+
+
 def test_the_test_split_is_never_trained_on(measured, tmp_path, real):
     """Test images whose labels contradict the others: an accuracy near 1 would need to have seen them."""
     other = tmp_path / "other"

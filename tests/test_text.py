@@ -278,6 +278,8 @@ def test_a_prompt_is_needed_where_every_image_of_training_had_one(tmp_path: Path
         with pytest.raises(UsageError, match=r"^--prompt: .*--text-dropout 0"):
             call()
     assert always.log_likelihood(images, conditions={"text": "a shoe"}).shape == (2,)
+    with pytest.raises(UsageError, match="prompts: conditions has 'text', too"):
+        always.sample(2, prompts="a shoe", conditions={"text": "a bag"})
     sometimes = untrained(tmp_path / "sometimes", ["a shoe", ""] * 2, text_dropout=0)
     assert sometimes.sample(2).codes.shape == sometimes.sample(2, prompts="a shoe", guidance_scale=2.0).codes.shape
     for generator, found in ((always, False), (sometimes, True)):

@@ -40,7 +40,9 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """SSIM (Wang et al. 2004, 11-pixel Gaussian window) of each pair of uint8 images (B, C, H, W) -> (B,), float32.
 
-    Computed on [0, 1], because the luminance term depends on where black is. Images need `SMALLEST` pixels a side.
+    Computed on [0, 1], because the luminance term depends on where black is. The mean is over all pixels: windows at
+    the border see the image mirrored (torchmetrics), where the reference program takes windows inside the image alone.
+    Images need `SMALLEST` pixels a side.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # a second of importing
 

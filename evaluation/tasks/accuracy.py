@@ -11,13 +11,12 @@ from torch import Tensor
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.classifier import ClassifierConfig, fit_classifier, shuffled_batches
-from vqgen.evaluation.measurement import Measurement, SetHash, check_count, held_out, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, check_count, reading, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import open_samples
 from vqgen.metric import Metric
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
-from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.model import Tokenizer
 
 from .options import AccuracyConfig
@@ -63,9 +62,8 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     if min(drawn.config.size) < 16:
         size = "x".join(map(str, drawn.config.size))
         raise UsageError(f"--samples: {config.samples} has images of {size} pixels, expected at least 16 a side")
-    reading = ImageConfig(drawn.config.size, drawn.config.channels, drawn.config.fit, holdout=held_out(config))
-    reading.workers, reading.cache_mb = config.workers, 0
-    train, test = (open_images(config.data, split, reading) for split in ("train", config.split))
+    read = reading(config, drawn.config.size, drawn.config.channels, drawn.config.fit)
+    train, test = (open_images(config.data, split, read) for split in ("train", config.split))
     for other in (train, test):
         if other.class_names != names:
             theirs = ", ".join(other.class_names or []) or "none"
@@ -80,6 +78,9 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer, device)
+        if tokenizer.config.fit != read.fit:
+            text = f"{config.tokenizer} was trained with --fit {tokenizer.config.fit}, the real images get {read.fit}"
+            raise UserError(f"--tokenizer: {text}; give --fit {tokenizer.config.fit} where the samples were fitted so")
         sets["reconstructions"] = _reconstructed(sets["real"], tokenizer, config)
     tested = Labelled.read(test, range(len(test)), f"--data: {config.data}")
     correct = {

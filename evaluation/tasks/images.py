@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, held_out, warn
+from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, reading, warn
 from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
@@ -70,8 +70,8 @@ class TaskImages:
         if config.text_column is not None and generator.conditioning.text is None:
             text = f"found {config.text_column}, but {config.model} was trained without text"
             raise UsageError(f"--text-column: {text}; leave it out")
-        self.reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config))
-        self.reading.workers = config.workers
+        self.reading = reading(config, about.image_size, about.channels, about.fit)
+        self.reading.cache_mb = ImageConfig.cache_mb
         self.dataset = self.opened()
         self.dataset.broken.report = warn
         what = f"the {config.split} split of {config.data}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision
+from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision, check_perceptual
 from vqgen.options import (
     MOST_IMAGES,
     Count,
@@ -43,6 +43,8 @@ class TaskConfig(Options):
     holdout: Holdout | None = None
     """Share of the images held out if the source has no validation split; by default that of the run, where it is
     recorded, else 0.05."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     batch_size: Size = 64
     """Images per batch."""
     workers: Workers = 0
@@ -66,6 +68,10 @@ class PicturesConfig(TaskConfig):
     """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
     text_column: str | None = None
     """Where the captions of --data are, as for vqgen-tokenize, for a prior that reads text; none = it is given none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_perceptual(self.perceptual_net, self.perceptual_weights)
 
 
 @dataclass
@@ -203,10 +209,13 @@ class AccuracyConfig(Options):
     flip: bool = True
     """Mirror half of the training images at random."""
     fit: Literal["crop", "pad"] | None = None
-    """How real images are brought to the size of --samples, by default crop."""
+    """How real images are brought to the size of --samples, by default as those in training were where samples.json
+    says that, else crop."""
     holdout: Holdout | None = None
     """Share of the images held out if the source has no validation split; by default that of the run, where it is
     recorded, else 0.05."""
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     batch_size: Size = 64
     """Images per step."""
     workers: Workers = 0
@@ -284,3 +293,9 @@ class SettingsConfig(Options):
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classifier and (self.classifier_steps != type(self).classifier_steps or not self.flip):
+            name = "--classifier-steps" if self.flip else "--no-flip"
+            raise UsageError(f"{name}: found with --classifier, which is trained already; leave it out")

@@ -12,8 +12,8 @@ from torch import Tensor
 from vqgen.config import as_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.classifier import Classifier, classifier_of
-from vqgen.evaluation.measurement import Measurement, SetHash, held_out, is_shipped, start_processes, warn
+from vqgen.evaluation.classifier import SMALLEST, Classifier, classifier_of
+from vqgen.evaluation.measurement import Measurement, SetHash, is_shipped, reading, start_processes, warn
 from vqgen.evaluation.options import ClassifierTraining
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import load_classifier
@@ -128,17 +128,16 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     device = start_processes(config.device)
     generator = Generator.load(config.model, device, config.precision)
     about = generator.tokenizer.config
-    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config), cache_mb=0)
-    reading.workers, reading.max_broken = config.workers, config.max_broken
+    read = reading(config, about.image_size, about.channels, about.fit)
     classes = generator.conditioning.classes
     tried = candidates(config, classes.count > 1 and classes.guidable)
     for settings in tried:
         generator.check(settings, generator.conditioning.conditions())
-    heldout = open_images(config.data, "heldout", reading)
+    heldout = open_images(config.data, "heldout", read)
     heldout.broken.report = warn
-    judge = _judge(config, generator, heldout.class_names, reading, device)
+    judge = _judge(config, generator, heldout.class_names, read, device)
     pixels, features = SetHash(), []
-    for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, reading):
+    for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, read):
         pixels.add_images(batch.images, batch.labels)
         features.append((judge.classifier.judge(batch.images)[1], batch.labels))
     real, labels = (torch.cat(side) for side in zip(*features, strict=True))
@@ -242,13 +241,16 @@ def _trained_classifier(
     config: SettingsConfig, reading: ImageConfig, device: torch.device, turned: bool = False
 ) -> Classifier:
     """A classifier of the images of the train split, fitted as those that are measured are; see `classifier_of`."""
+    if min(reading.size) < SMALLEST:
+        size = "x".join(map(str, reading.size))
+        text = f"{config.model} draws images of {size} pixels, and a classifier needs {SMALLEST} a side"
+        raise UsageError(f"--model: {text}; its settings cannot be searched for")
     images = replace(reading, flip=config.flip, cache_mb=ImageConfig.cache_mb)
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     train.broken.report = warn
     training = ClassifierTraining(
-        config.data, config.model, images.size, images.channels, config.classifier_steps, config.batch_size,
-        seed=config.seed,
-    )  # fmt: skip
+        config.data, config.model, images.size, images.channels, steps=config.classifier_steps, seed=config.seed
+    )
     return classifier_of(train, training, device, turned, "give another seed")
 
 

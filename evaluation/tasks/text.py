@@ -9,7 +9,7 @@ from torch import Tensor
 from vqgen.devices import rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.extractors import Extractor, extract, extractor_for
-from vqgen.evaluation.measurement import Measurement, SetHash, check_classes, held_out, start_processes, warn
+from vqgen.evaluation.measurement import Measurement, SetHash, check_classes, reading, start_processes, warn
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.prior.conditioning import Values
@@ -19,7 +19,6 @@ from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
 from vqgen.seeding import epoch_slice
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches
-from vqgen.tokenizer.data.options import ImageConfig
 
 from .images import Columns, shares
 from .options import TextConfig
@@ -67,14 +66,13 @@ def measure_text(config: TextConfig) -> Measurement:
         raise UsageError(f"--model: {text}; give a prior trained on codes of vqgen-tokenize --text-column")
     extractor = None if config.extractor == "none" else extractor_for(config.extractor, config.weights, device)
     about = generator.tokenizer.config
-    reading = ImageConfig(list(about.image_size), about.channels, about.fit, holdout=held_out(config), cache_mb=0)
-    reading.workers = config.workers
-    dataset = open_images(config.data, config.split, reading, text_column=config.text_column)
+    read = reading(config, about.image_size, about.channels, about.fit)
+    dataset = open_images(config.data, config.split, read, text_column=config.text_column)
     dataset.broken.report = warn
     check_classes(generator.prior, dataset.class_names, config.unconditional, f"--data: {config.data}")
     classed = generator.conditioning.classes.count and not config.unconditional
     images, prompts, labels, pixels = [], list[str](), list[int](), SetHash()
-    for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, reading):
+    for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, read):
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
         labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)

@@ -64,10 +64,18 @@ class BrokenImages:
         name: of the data.
         total: number of images of all its splits; None where it is not known: then the limit is a share of those seen.
         own: number of images of the split.
+        option: what an error names where broken images are errors.
     """
 
-    def __init__(self, name: str, config: ImageConfig, total: int | None, own: float = math.inf):
-        self.name, self.config, self.total, self.own = name, config, total, own
+    def __init__(
+        self,
+        name: str,
+        config: ImageConfig,
+        total: int | None,
+        own: float = math.inf,
+        option: str = "--broken error",
+    ):
+        self.name, self.config, self.total, self.own, self.option = name, config, total, own, option
         self.names: dict[str, None] = {}
         self.count = self.seen = 0
         self.report: Callable[[str], None] | None = None  # called with a line for each broken image
@@ -98,7 +106,7 @@ class BrokenImages:
             for name in named:
                 self.report(one_line(f"skipped, broken: {name}"))
         if new and self.config.broken == "error":
-            raise UserError(f"--broken error: {new[0]}; replace or remove it")
+            raise UserError(f"{self.option}: {new[0]}; replace or remove it")
         if new and self.count > self.most:
             found = f"{self.name} has {self.count} broken images, the last {new[-1]}"
             skipped = f"at most {int(self.most)} of {self.images} are skipped"
@@ -115,15 +123,23 @@ class ImageDataset(Dataset[Sample]):
     Args:
         augment: apply flips, random crops and shifts to keys with a seed.
         replace_broken: use another image in place of a broken one, so that batches keep their size.
+        option: the option that an error names where broken images are errors.
     """
 
-    def __init__(self, source: Source, config: ImageConfig, augment: bool = False, replace_broken: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        config: ImageConfig,
+        augment: bool = False,
+        replace_broken: bool = False,
+        option: str = "--broken error",
+    ):
         config.check_augmentation()
         self.source, self.config = source, config
         self.augment, self.replace_broken = augment, replace_broken
         self.name, self.class_names, self.fingerprint = source.name, source.class_names, source.fingerprint
         self.labels, self.captions = torch.from_numpy(source.labels), source.captions
-        self.broken = BrokenImages(source.name, config, max(source.all_images, len(source)), len(source))
+        self.broken = BrokenImages(source.name, config, max(source.all_images, len(source)), len(source), option)
         # Random crops are taken from an enlarged image, which is then what the cache holds.
         self.enlarged = augment and config.random_crop > 0
         self._loaders: list[Loader] = []
