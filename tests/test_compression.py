@@ -149,7 +149,23 @@ def test_what_cannot_be_compressed_is_named(cli, model: Path, tmp_path: Path) ->
     photos(tmp_path / "a", [(4, 6)])
     photos(tmp_path / "b", [(4, 6)])
     result = cli(main_compress, tmp_path / "a", tmp_path / "b", "--model", model, "--output", tmp_path / "out")
-    assert result.code == 2 and "photo 0.png" in result.err
+    names = [str(tmp_path / folder / "photo 0.png") for folder in "ab"]
+    assert result.code == 2 and all(name in result.err for name in names)
+
+
+def test_all_images_below_a_folder_are_restored_with_their_paths(cli, model: Path, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", [(4, 6), (5, 7)])
+    (folder / "trip").mkdir()
+    photos(folder / "trip" / "day 1", [(6, 9)])
+    photos(folder / ".hidden", [(4, 6)])
+    (folder / "trip" / "notes.txt").write_text("no image")
+    assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
+    result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
+    assert result.code == 0, result.err
+    found = sorted(
+        path.relative_to(tmp_path / "restored").as_posix() for path in (tmp_path / "restored").rglob("*.png")
+    )
+    assert found == ["photo 0.png", "photo 1.png", "trip/day 1/photo 0.png"]
 
 
 def test_an_image_that_could_not_be_restored_is_not_compressed(cli, model: Path, tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_sixteen_bits_keep_their_brightness(photo):
     assert torch.equal(decode(encode(wide, "tiff"), 3), torch.from_numpy(grey).expand(3, -1, -1))
     with pytest.raises(BrokenImage, match="float"):
         decode(encode(Image.fromarray(grey.astype(np.float32)), "tiff"), 1)
+    for kind in (np.int32, np.int16):  # white could be any value
+        with pytest.raises(BrokenImage, match="32 bits, or with a sign"):
+            decode(encode(Image.fromarray(grey.astype(kind)), "tiff"), 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -409,6 +412,68 @@ def test_three_splits_are_kept_and_a_missing_one_is_an_error(rows, tmp_path):
     for data in (str(tmp_path), str(tmp_path / "val"), "demo"):
         with pytest.raises(UserError, match="--split: found test"):
             sources.open_source(data, "test", 0.5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_a_source_that_is_for_tests_alone_is_never_trained_on(rows, tmp_path, kind):
+    for part, other in (("test", "heldout"), ("val", "test")):
+        folder = tmp_path / part
+        if kind == "folder":
+            write_files([f"{part}/{c}/{i}.png" for c in "ab" for i in range(3)], rows[0], folder)
+        else:
+            folder.mkdir()
+            columns = {"image": rows[0][:6], "label": [0, 1] * 3}
+            pq.write_table(pa.table(columns), folder / f"{part}-00000-of-00001.parquet")
+        found = sources.open_source(str(folder), "test" if part == "test" else "heldout", 0.5)
+        assert len(found) == 6 and found.class_names in (["a", "b"], ["0", "1"])
+        with pytest.raises(UserError, match="no images to train on"):
+            sources.open_source(str(folder), "train", 0.5)
+        with pytest.raises(UserError, match=f"--split: found {other}"):
+            sources.open_source(str(folder), other, 0.5)
+    if kind == "folder":
+        shutil.copytree(tmp_path / "val" / "val", tmp_path / "test" / "val")
+        with pytest.raises(UserError, match="test, val and no train"):
+            sources.open_source(str(tmp_path / "test"), "test", 0.5)
+
+
+def test_what_is_in_no_split_of_a_table_is_said(rows, tmp_path):
+    for number, part in enumerate(("train", "validation", "val")):
+        pq.write_table(pa.table({"image": rows[0][10 * number : 10 * number + 10]}), tmp_path / f"{part}.parquet")
+    write_files(["cat/a.png", "dog/b.png"], rows[0], tmp_path)
+    source = sources.open_source(str(tmp_path), "train", 0.5)
+    assert len(source) == 10 and source.note == "left out: 2 image files, as cat/a.png and the split val"
+    for part in ("train", "validation", "val"):
+        (tmp_path / f"{part}.parquet").unlink()
+    pq.write_table(pa.table({"file_name": ["cat/a.png"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(UserError, match=r"metadata.parquet is beside images, and is not read; write it as metadata"):
+        sources.open_source(str(tmp_path), "train", 0.5)
+
+
+def test_a_folder_of_tar_files_is_a_stream(tmp_path):
+    (tmp_path / "00000.tar").write_bytes(bytes(1024))
+    with pytest.raises(UserError, match=f"give stream:{tmp_path}"):
+        sources.open_source(str(tmp_path), "train", 0.5)
+
+
+def test_errors_of_datasets_are_one_line(monkeypatch, rows, tmp_path):
+    from datasets.exceptions import DatasetGenerationError
+
+    from vqgen.tokenizer.data import tables
+
+    folder = tmp_path / "br[1]"  # a pattern of `datasets`, if it is not escaped
+    folder.mkdir()
+    pq.write_table(pa.table({"image": rows[0][:6]}), folder / "train.parquet")
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = sources.open_source(str(folder), "train", 0.5)
+    assert source.read(0) in rows[0][:6] and "converted once into the cache" in source.note
+
+    def failing(*_: object, **__: object) -> None:
+        raise DatasetGenerationError("generating failed") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr("datasets.Dataset.from_parquet", failing)
+    with pytest.raises(UserError, match=r"^--data: .* \(OSError: .*No space left on device\); restore it"):
+        sources.open_source(str(folder), "train", 0.5).read(0)
 
 
 def test_folder_layouts(rows, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -666,3 +667,27 @@ def test_what_needs_a_number_of_images_is_refused(option: str, tars: Path, tmp_p
 
 def test_what_needs_an_index_refuses_a_stream(tars: Path) -> None:
     assert "--data" in error(lambda: find_splits(f"stream:{tars}"))
+
+
+class StoreError(Exception):
+    """As the libraries of object stores have of their own."""
+
+
+class FailingStore(fsspec.AbstractFileSystem):
+    """An object store that refuses everything."""
+
+    def _open(self, path: str, *_: Any, **__: Any) -> Any:
+        raise StoreError("no credentials")
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        raise StoreError("no credentials")
+
+
+def test_errors_of_an_object_store_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("failing", FailingStore, clobber=True)
+    monkeypatch.setattr(transport, "pause", lambda seconds: None)
+    found = r"^--data: failing://bucket/a.tar cannot be read after 6 tries in 0 s \(StoreError: no credentials\); "
+    with pytest.raises(UserError, match=found), transport.opened("failing://bucket/a.tar"):
+        pass
+    with pytest.raises(UserError, match=r"^--data: failing://bucket/\*.tar cannot be listed \(StoreError: no cred"):
+        open_shards("stream:failing://bucket/*.tar", 0.1)

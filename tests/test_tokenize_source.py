@@ -24,11 +24,13 @@ from vqgen.files import read_json
 from vqgen.tokenizer import encode
 from vqgen.tokenizer.codes.degrade import degrade, parse_degradations, source_seed
 from vqgen.tokenizer.codes.format import MANIFEST, CodeFiles, shard_name
+from vqgen.tokenizer.codes.pairs import pair
 from vqgen.tokenizer.codes.plan import PLAN
 from vqgen.tokenizer.codes.reading import view_seed
 from vqgen.tokenizer.codes.writer import tokenize
 from vqgen.tokenizer.data.dataset import open_images
-from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.options import ImageConfig, Split
+from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 
@@ -265,10 +267,39 @@ def test_images_of_one_key_take_turns(
     options = {"data": str(source), "source_data": str(other), "pair_by": "key", "views": 2, "flip": True}
     tokenize(config := make(tmp_path / "codes", **options))
     found = CodeFiles(tmp_path / "codes", "train")
-    # Of the partners with x, rows 0, 2 and 3 of train and row 0 of validation, image 0 takes 0 and 2, image 1 2 and 3.
+    # Of the partners with x in train, rows 0, 2 and 3, image 0 takes 0 and 2, image 1 2 and 3.
     for view, rows in ((0, [0, 2, 1]), (1, [2, 3, 1])):
         expected = Tokenizer.load(tokenizer).encode(batch_of(config, str(other), "train", view, rows, [0, 1, 2]))
         assert torch.equal(found.gather_source(range(3), [view] * 3), expected)
+
+
+def test_partners_are_of_the_same_split_where_that_has_one(images: Path, inverted: Path, tmp_path: Path) -> None:
+    """Files called alike in every split, as 1.png, are other images."""
+    files, others = sorted(images.glob("*/*.png")), sorted(inverted.glob("*/*.bmp"))
+    named = {"train": "1 2 3 4 5 6", "val": "1 2", "test": "1 7"}
+    for folder, paths in (tmp_path / "a", files), (tmp_path / "b", others):
+        numbers = iter(range(100))
+        for split, names in named.items():
+            (folder / split).mkdir(parents=True)
+            for name in names.split():
+                shutil.copy(paths[next(numbers)], folder / split / f"{name}{paths[0].suffix}")
+    (tmp_path / "b" / "test" / "7.bmp").rename(tmp_path / "b" / "train" / "7.bmp")  # found there, as test has none
+
+    def partners(data: Path, other: Path, split: Split) -> list[tuple[str, str]]:
+        source = open_source(str(data), split, 0.34)
+        pairs, kept = pair({split: source}, str(other), "name", "error", ImageConfig([32, 32], 1))
+        places = pairs.partners(split, np.arange(len(source)), 0)
+        mine = [Path(kept[split].item_name(i)) for i in range(len(source))]
+        theirs = [Path(pairs.images.source.item_name(int(i))) for i in places]
+        return [(f"{a.parent.name}/{a.stem}", f"{b.parent.name}/{b.stem}") for a, b in zip(mine, theirs, strict=True)]
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert all(one == other for one, other in partners(a, b, "train") + partners(a, b, "heldout"))
+    assert partners(a, b, "test") == [("test/1", "test/1"), ("test/7", "train/7")]
+    shutil.rmtree(a / "val")  # now some of the training images are held out
+    for split in ("train", "heldout"):
+        found = partners(a, b, split)
+        assert len(found) in (2, 4) and all(one == other for one, other in found)
 
 
 def test_a_row_without_a_key_has_no_partner(make: Make, images: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class CompressConfig(Options):
     COMMON: ClassVar[tuple[str, ...]] = ("images", "model", "output", "probabilities")
 
     images: list[Path] = field(metadata={"positional": "IMAGES"})
-    """Image files, or folders of them, of any sizes."""
+    """Image files of any sizes, or folders, with all images below them."""
     model: Path | None = None
     """Run or model folder of the prior; by default that of vqgen-sample."""
     output: Path = Path("compressed")

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,8 @@ from vqgen.files.output_folder import new_folder
 from vqgen.progress import Progress, progress
 from vqgen.sampling.decoding.threads import on_threads
 from vqgen.sampling.generator import Generator
-from vqgen.sampling.init_images import image_files, read_image
+from vqgen.sampling.init_images import read_image
+from vqgen.tokenizer.data.options import SUFFIXES
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
@@ -83,31 +85,38 @@ def _windows(generator: Generator, image: Tensor, grid: _Grid) -> Tensor:
     return grid.split(generator.tokenizer.encode(padded))
 
 
-def _names(paths: list[Path], given: list[Path]) -> list[str]:
-    """The names of images in the archive: relative to the folders that were given. Raises `UsageError`."""
-    folders = [path for path in given if os.path.isdir(path)]
-    names = []
-    for path in paths:
-        inside = next((folder for folder in folders if path.parent == folder), path.parent)
-        names.append(path.relative_to(inside).as_posix())
+def _named(given: list[Path]) -> dict[str, Path]:
+    """The images by their name in the archive, which is relative to the folder that was given. Raises `UserError`."""
+    found: dict[str, Path] = {}
+    for path in given:
+        folder = os.path.isdir(path)
+        below = [Path(place, name) for place, _, names in os.walk(path) for name in names] if folder else [path]
+        files = [(file.relative_to(path).as_posix() if folder else file.name, file) for file in below]
+        if folder:  # hidden files, and those in hidden folders, are none
+            files = [(n, f) for n, f in files if f.suffix.lower() in SUFFIXES and not f"/{n}".count("/.")]
+        if not files:
+            raise UserError(f"IMAGES: {path} holds no images; name image files or folders of them")
+        for name, file in sorted(files):
+            if name in found:
+                raise UsageError(f"IMAGES: {found[name]} and {file} would have the same name, {name}; rename one")
+            found[name] = file
     try:
-        file_names([Picture(name, 1, 1) for name in names])
+        file_names([Picture(name, 1, 1) for name in found])
     except ValueError as error:
         raise UsageError(f"IMAGES: {error}; rename the file") from error
-    return names
+    return found
 
 
 def compress_images(config: CompressConfig) -> None:
     """Write the archive and a summary. Raises `UserError`."""
-    paths = image_files(config.images, "IMAGES")
-    names, generator = _names(paths, config.images), Generator.load(config.model, "cpu", "fp32")
+    files, generator = _named(config.images), Generator.load(config.model, "cpu", "fp32")
     if config.probabilities != "histogram":
         plain = generator.conditioning.conditions(absent=True)
         hint = "use --probabilities histogram, or a prior that knows images without"
         generator.conditioning.check_given(plain, f"--probabilities: found {config.probabilities}, but", hint)
     with new_folder(config.output):
         pictures, windows = list[Picture](), list[Tensor]()
-        for path, name in zip(paths, names, strict=True):
+        for name, path in files.items():
             image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
             if max(image.shape[1:]) > MAX_SIDE:
                 text = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
@@ -119,7 +128,7 @@ def compress_images(config: CompressConfig) -> None:
             streams = _encoded(generator, config, blocks, bar)
             restored = _decoded(generator, config.probabilities, streams, [len(block) for block in blocks], bar)
         for block, again in zip(blocks, restored, strict=True):
-            if not torch.equal(block, again):
+            if again is None or not torch.equal(block, again):
                 raise AssertionError("a stream does not decode to what was encoded")
         entries = [Stream(len(words), crc_of(block.numpy())) for words, block in zip(streams, blocks, strict=True)]
         fingerprints = str(generator.prior.fingerprint), str(generator.tokenizer.fingerprint)
@@ -161,11 +170,14 @@ def _decoded(
     streams: list[NDArray[np.uint32]],
     counts: list[int],
     bar: Progress,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
+    """The tokens of each stream; None where the words are no stream of such tokens."""
     coder = Coder(generator, probabilities)
 
-    def decode(given: tuple[NDArray[np.uint32], int]) -> Tensor:
-        tokens = coder.decode(*given)
+    def decode(given: tuple[NDArray[np.uint32], int]) -> Tensor | None:
+        tokens = None
+        with suppress(InvalidStream):
+            tokens = coder.decode(*given)
         bar.update()
         return tokens
 
@@ -192,14 +204,13 @@ def restore_images(config: DecompressConfig) -> None:
     counts = [min(ROWS, total - first) for first in range(0, total, ROWS)]
     with new_folder(config.output):
         with progress(len(streams), "restoring", "stream", True) as bar:
-            try:
-                blocks = _decoded(generator, header.probabilities, streams, counts, bar)
-            except InvalidStream:
-                blocks = []
-        intact = [crc_of(block.numpy()) == stream.crc32 for block, stream in zip(blocks, header.streams)]
-        if len(intact) < len(streams) or not all(intact):
-            stream = intact.index(False) if False in intact else len(intact)
-            text = f"{path}: the codes of stream {stream} have another CRC: they are damaged"
+            found = _decoded(generator, header.probabilities, streams, counts, bar)
+        blocks = list[Tensor]()
+        for block, stream in zip(found, header.streams, strict=True):
+            if block is not None and crc_of(block.numpy()) == stream.crc32:
+                blocks.append(block)
+                continue
+            text = f"{path}: the codes of stream {len(blocks)} have another CRC: they are damaged"
             if remedy := OTHERWISE[header.probabilities]:
                 text = f"{text}, or this machine ({_machine()}) rounds otherwise than that which wrote them"
                 remedy = f" ({header.machine}): {remedy}"

@@ -1,7 +1,8 @@
 """Pairs of images of two data sets: each image of the one has a partner in the other, found by a key.
 
 The key is a column of tables or, of files, the path relative to the folder (to the split's, where it has splits)
-without its ending. The split of a pair is that of the image; its partner may be in any split of the other data.
+without its ending. The split of a pair is that of the image. Its partner is of the same split of the other data where
+that has one, else of any.
 """
 
 import functools
@@ -88,8 +89,8 @@ def _resolved(folder: str) -> str:
     return os.path.realpath(os.path.expanduser(folder))
 
 
-def _open_all(data: str) -> Source:
-    """All images of a source, whatever their split, without labels. Raises `UserError` naming --source-data."""
+def _open_all(data: str) -> tuple[Source, list[str]]:
+    """All images of a source, without labels, and the split of each. Raises `UserError` naming --source-data."""
     try:
         splits = find_splits(data)
     except UserError as error:
@@ -97,7 +98,8 @@ def _open_all(data: str) -> Source:
     items = Joined([found.items for found in splits.values()])
     text = "\n".join(line for split, found in splits.items() for line in (split, *found.listing))
     fingerprint = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    return Source(data, items, np.arange(len(items)), np.full(len(items), -1, np.int64), None, fingerprint)
+    source = Source(data, items, np.arange(len(items)), np.full(len(items), -1, np.int64), None, fingerprint)
+    return source, [split for split, found in splits.items() for _ in range(len(found.items))]
 
 
 def pair(
@@ -105,7 +107,8 @@ def pair(
 ) -> tuple[Pairs, dict[Split, Source]]:
     """Find the partner of every image in other data; return them with the sources of the images that have one.
 
-    No image is its own partner, where the other data hold it, too.
+    No image is its own partner, where the other data hold it, too. Images of one split have partners of that split,
+    where it has any; images that are held out of a split are of that.
 
     Args:
         data, by, unpaired: the options --source-data, --pair-by and --unpaired.
@@ -113,31 +116,45 @@ def pair(
 
     Raises `UserError` where there are none, or with --unpaired error some have none.
     """
-    other = _open_all(data)
-    places: dict[str, list[int]] = defaultdict(list)
+    other, parts = _open_all(data)
+    indices: dict[str, list[int]] = defaultdict(list)
     for index, key in enumerate(_keys(other.items, by)):
         if key is not None:
-            places[key].append(index)
-    firsts = np.cumsum([0, *map(len, places.values())])
-    place_of = {key: (int(first), len(same)) for (key, same), first in zip(places.items(), firsts)}
-    order = np.array([index for same in places.values() for index in same], np.int64)
-    numbers = {_place(other.items.name(index)): number for same in places.values() for number, index in enumerate(same)}
+            indices[key].append(index)
+    order = np.array([index for same in indices.values() for index in same], np.int64)
+    place_of = {_place(other.items.name(index)): place for place, index in enumerate(order.tolist())}
+    spans: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])  # of a key, and of a key and a split
+    keys_of = (key for key, same in indices.items() for _ in same)
+    for place, (key, index) in enumerate(zip(keys_of, order.tolist(), strict=True)):
+        for wanted in ("", parts[index]):  # the items of a split follow one another
+            spans[key, wanted] = [spans[key, wanted][0] if (key, wanted) in spans else place, spans[key, wanted][1] + 1]
+
+    def partners(key: str | None, part: str, itself: int) -> tuple[int, int, int]:
+        """The first place of the partners of an image, how many they are, and its own number among them, or -1."""
+        for wanted in (part, ""):
+            first, count = spans.get((str(key), wanted), (0, 0))
+            inside = first <= itself < first + count
+            if key is not None and count > inside:
+                return first, count, itself - first if inside else -1
+        return 0, 0, -1
+
     kept: dict[Split, Source] = {}
     first: dict[Split, np.ndarray] = {}
     turn: dict[Split, np.ndarray] = {}
     own: dict[Split, np.ndarray] = {}
     lost: list[str] = []
+    several: set[str] = set()
     digest = hashlib.sha256(f"{other.fingerprint} {order.tolist()}".encode())
     for split, source in sources.items():
         every = _keys(source.items, by)
         keys = [every[row] for row in source.rows.tolist()]
-        itself = np.array([numbers.get(_place(source.item_name(i)), -1) for i in range(len(source))], np.int64)
-        counts = np.array([place_of[key][1] if key in place_of else 0 for key in keys], np.int64)
-        paired = counts > (itself >= 0)
+        itself = [place_of.get(_place(source.item_name(i)), -1) for i in range(len(source))]
+        spanned = np.array([partners(key, source.part, i) for key, i in zip(keys, itself)], np.int64).reshape(-1, 3)
+        paired = spanned[:, 1] > 0
         found = [str(key) for key, has in zip(keys, paired) if has]
         lost += [source.item_name(i) for i in np.flatnonzero(~paired).tolist()]
-        kept[split], own[split] = source.take(paired), itself[paired]
-        first[split] = np.array([place_of[key] for key in found], np.int64).reshape(-1, 2)
+        kept[split], first[split], own[split] = source.take(paired), spanned[paired, :2], spanned[paired, 2]
+        several |= {key for key, count in zip(found, first[split][:, 1].tolist()) if count > 1}
         before: dict[str, int] = defaultdict(int)
         turns: list[int] = []
         for key in found:
@@ -145,7 +162,7 @@ def pair(
             before[key] += 1
         turn[split] = np.array(turns, np.int64)
         digest.update(f"{split} {first[split].tolist()} {turns}".encode())
-        if (itself >= 0).any():
+        if (own[split] >= 0).any():
             digest.update(str(own[split].tolist()).encode())
     total = sum(map(len, sources.values()))
     if lost:
@@ -155,9 +172,8 @@ def pair(
             raise UserError(f"--source-data: {text}; correct --pair-by, or leave them out by --unpaired skip")
         if empty:
             raise UserError(f"--source-data: {text}, which leaves no {empty[0]} images; correct --pair-by")
-    several = sum(len(same) > 1 for same in places.values())
     summary = f"{total - len(lost)} of {total} images have a partner, {len(lost)} are left out"
     if several:
-        summary += f"; {several} keys have several, which are taken in turn"
+        summary += f"; {len(several)} keys have several, which are taken in turn"
     dataset = ImageDataset(other, images, augment=augment)
     return Pairs(dataset, first, turn, own, order, digest.hexdigest(), summary), kept

@@ -177,7 +177,7 @@ def open_shard(
     for name in others:
         found = "no" if name in names else "unexpected"
         raise UserError(f"{path} is no complete shard of codes: it has {found} {name}; {REPAIR}")
-    n, dtype = len(held["codes"]) if count is None else count, code_dtype(codebook_size)
+    n, dtype = (len(held["codes"]) if held["codes"].ndim else 0) if count is None else count, code_dtype(codebook_size)
     expected: dict[str, tuple[tuple[int, ...], Any]] = {"codes": ((n, *row), dtype), "labels": ((n,), np.int32)}
     if source:
         expected["source"] = (n, *source), dtype

@@ -118,8 +118,9 @@ def _sixteen_bits(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
         raise BrokenImage("float pixels have no fixed range; convert it to 8 or 16 bits")
     elif image.mode.startswith("I"):
         wide = np.asarray(image)[..., None]
-        if wide.min() < 0 or wide.max() > 65535:
-            raise BrokenImage("32-bit pixels have no fixed range; convert it to 8 or 16 bits")
+        wider = image.format == "TIFF" and image.mode == "I"  # 32 bits, or 16 with a sign
+        if wider or wide.min() < 0 or wide.max() > 65535:
+            raise BrokenImage("pixels of 32 bits, or with a sign, have no fixed range; convert it to 8 or 16 bits")
         wide = wide.astype(np.uint16)
     else:
         return None

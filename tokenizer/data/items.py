@@ -172,4 +172,4 @@ class FoundSplit:
     captions: list[str] | None = None
     """The caption of each item, "" for none; None where they are not asked for."""
     note: str = ""
-    """Which files of the source are in none of its splits; empty where all are in one."""
+    """What is to be said of the source: files that are in none of its splits, copies in a cache; mostly nothing."""

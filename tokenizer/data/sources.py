@@ -7,7 +7,7 @@ here. The network is used only where the source is neither "demo" nor a path.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -55,7 +55,9 @@ class Source:
     captions: list[str] | None = field(default=None, repr=False)
     """The caption of every image, "" for none; None where they were not asked for."""
     note: str = ""
-    """What else the user could take for images of this source; empty where there is nothing."""
+    """What is to be said of the source: files that could be taken for its images, copies in a cache; mostly nothing."""
+    part: str = ""
+    """The split of the source that these are images of: held-out images may be a share of `train`, or of `all`."""
 
     @property
     def folder(self) -> Path | None:
@@ -92,13 +94,16 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     little to divide, or a damaged file.
     """
     splits = find_splits(data, text_column)
-    divided = split in ("train", "heldout") and "heldout" not in splits
+    divided = split in ("train", "heldout") and ("train" in splits or "all" in splits) and "heldout" not in splits
     part = split if not divided else "train" if "train" in splits else "all"
     if split == "all" and split not in splits:
         raise UserError(f"--data: {data} has the splits {' and '.join(splits)}; name the folder or file of one")
     if split not in splits and not divided:
         found = "no splits" if "all" in splits else f"only {' and '.join(splits)}"
-        raise UserError(f"--split: found {split}, but {data} has {found}; use heldout, or name other --data")
+        if split == "train":
+            raise UserError(f"--data: {data} has {found}, and no images to train on; name other data")
+        other = "test" if list(splits) == ["test"] else "heldout"
+        raise UserError(f"--split: found {split}, but {data} has {found}; use {other}, or name other --data")
     if text_column is not None and not any(any(each.captions or []) for each in splits.values()):
         text = f"{data} has no captions, all of them are empty"
         raise UserError(f"--text-column {text_column}: {text}; correct them, or leave the option out")
@@ -124,11 +129,12 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     note = splits[part].note
     if data == "demo" and os.path.isdir(data):
         note = "demo is the images of the package, not the folder of that name here; give ./demo for it"
-    return Source(data, items, rows, labels[part][rows], names, mark, test_images, all_images, found, note)
+    return Source(data, items, rows, labels[part][rows], names, mark, test_images, all_images, found, note, part)
 
 
 def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSplit]:
-    """Find the splits of a source: train with heldout, test or both; {"all": ...} where it has but one.
+    """Find the splits of a source: train with heldout, test or both; heldout or test alone; {"all": ...} where it has
+    no splits, or train alone.
 
     With `text_column` they have captions: of a column of text, see `captions.py` for folders.
     """
@@ -150,13 +156,19 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
             return _image_folder(path, files, text_column)
+        images = [name for name in files if not name.lower().endswith(".parquet")]
+        if images and all(table.name.lower() == "metadata.parquet" for table in tables):
+            advice = "write it as metadata.jsonl or metadata.csv, or move it elsewhere"
+            raise UserError(f"--data: {tables[0]} is beside images, and is not read; {advice}")
         groups = group_by_split({file.relative_to(path).as_posix(): file for file in tables})
         if len(groups) > 1 and (left := groups.get("")):
             other = next(files[0] for word, files in groups.items() if word)
             found = f"{left[0]} is of no split, unlike {other}"
             raise UserError(f"--data: {found}; name its split, or move it elsewhere")
         named = name_splits(groups, path)
-        return {split: read_parquet(path, paths, text_column) for split, paths in named.items()}
+        notes = [f"{len(images)} image files, as {images[0]}"] if images else []
+        notes += _dropped(groups, named)
+        return {split: _noted(read_parquet(path, paths, text_column), notes) for split, paths in named.items()}
     elif os.path.lexists(path):
         raise UserError(f"--data: {data} is neither a folder nor a regular file; give one of these")
     elif data.startswith((".", "~", "/")) or "\\" in data or data.count("/") > 1 or path.suffix == ".parquet":
@@ -165,20 +177,38 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
         advice = "no such path exists either; check the name, or the network"
         found, roots = load_datasets(data, lambda library: library.load_dataset(data), advice), download_folders()
     # Rows are named by their split: those of different splits are different images.
-    named = {
-        split: (data if split == "all" else f"{data}, {split}", one) for split, one in name_splits(found, data).items()
+    chosen = name_splits(found, data)
+    notes, names = _dropped(found, chosen), {split: f"{data}, {split}" for split in chosen if split != "all"}
+    return {
+        split: _noted(read_dataset(names.get(split, data), one, roots, text_column), notes)
+        for split, one in chosen.items()
     }
-    return {split: read_dataset(name, one, roots, text_column) for split, (name, one) in named.items()}
+
+
+def _dropped(groups: Mapping[str, object], chosen: Mapping[str, object]) -> list[str]:
+    """The splits of a table that none of those that are read is."""
+    kept = {id(one) for one in chosen.values()}
+    return [f"the split {word}" for word, one in groups.items() if id(one) not in kept]
+
+
+def _noted(found: FoundSplit, left_out: Sequence[str]) -> FoundSplit:
+    """A split with a note of what was left out."""
+    notes = [found.note] * bool(found.note) + [f"left out: {' and '.join(left_out)}"] * bool(left_out)
+    return replace(found, note="; ".join(notes))
 
 
 def name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
-    """Map the split names of a source to train, heldout and test, or to {"all": ...} where it has but one split."""
+    """Map the split names of a source to train, heldout and test, or to {"all": ...} where it has no other than train.
+
+    Where it has several that are validation splits, the first of `VALIDATION` is.
+    """
     if "train" in groups and len(groups) > 1:
         words = {"train": "train", "heldout": next((w for w in VALIDATION if w in groups), ""), "test": "test"}
         found = {split: groups[word] for split, word in words.items() if word and word in groups}
         return found if len(found) > 1 else {"all": groups["train"]}
     if len(groups) == 1:
-        return {"all": next(iter(groups.values()))}
+        (word, only), *_ = groups.items()
+        return {"test" if word == "test" else "heldout" if word in VALIDATION else "all": only}
     names = ", ".join(sorted(word or "unnamed" for word in groups))
     raise UserError(f"--data: {where} has the splits {names} and no train; name one of them train")
 
@@ -210,12 +240,17 @@ def _list_files(root: Path) -> dict[str, int]:
 def _image_folder(root: Path, files: Mapping[str, int], text_column: str | None) -> dict[str, FoundSplit]:
     """The splits of a folder of images: sub-folders named like splits, or all images; class folders give the labels."""
     if not files:
+        if any(name.endswith((".tar", ".tar.gz")) for name in os.listdir(root)):
+            raise UserError(f"--data: {root} holds tar files, which are read as a stream; give stream:{root}")
         kinds = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise UserError(f"--data: {root} holds no images and no parquet files; image files end in {kinds}")
     folders = {name.split("/")[0].lower(): name.split("/")[0] + "/" for name in files if "/" in name}
     # train/ is a split next to another split, or when most images are in it; else it may be a class, as of trains.
+    # Others are splits next to it, or when they hold all images.
     alone = len(folders) == 1 and 2 * sum("/" in name for name in files) > len(files)
-    has_splits = "train" in folders and (alone or any(word in folders for word in (*VALIDATION, "test")))
+    others = folders.keys() & {*VALIDATION, "test"}
+    only = others == folders.keys() and all("/" in name for name in files)
+    has_splits = ("train" in folders and (alone or bool(others))) or (bool(others) and only)
     chosen = name_splits(folders, root) if has_splits else {"all": ""}
 
     inside = {split: [name for name in files if name.startswith(folder)] for split, folder in chosen.items()}

@@ -1,5 +1,6 @@
 """Images in tables: parquet files, and datasets that the `datasets` library loads."""
 
+import glob
 import json
 import logging
 import os
@@ -69,7 +70,10 @@ def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = No
     raw = np.concatenate(labels) if labels else None
     found = None if text_column is None else captions
     items = Rows(load, columns[0].image, names, counts, [root], [path.parent for path in paths])
-    return FoundSplit(items, listing, raw, columns[0].class_names, found)
+    note = (
+        "" if total <= IN_MEMORY_BYTES else f"its {total / 1e9:.1f} GB are converted once into the cache of `datasets`"
+    )
+    return FoundSplit(items, listing, raw, columns[0].class_names, found, note)
 
 
 def load_datasets(data: str, load: Callable[[Any], Any], advice: str) -> dict[str, Any]:
@@ -191,8 +195,12 @@ def reading(problem: str, advice: str = "restore it or download it again") -> It
     """Turn the errors of table readers into a `UserError` of one line."""
     try:
         yield
-    except _DAMAGED as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    except Exception as error:
+        of_datasets = type(error).__module__.partition(".")[0] == "datasets"  # has exceptions of its own
+        if not isinstance(error, _DAMAGED) and not of_datasets:
+            raise
+        cause = error.__cause__ if of_datasets and error.__cause__ else error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:150]}"
         raise UserError(f"--data: {problem} ({reason}); {advice}") from error
 
 
@@ -209,7 +217,8 @@ def _map_column(paths: Sequence[Path], column: str) -> pa.ChunkedArray:
     import datasets
 
     with reading(f"{paths[0].parent} cannot be read"):
-        return datasets.Dataset.from_parquet([str(path) for path in paths], columns=[column]).data.column(column)
+        files = datasets.Dataset.from_parquet([glob.escape(str(path)) for path in paths], columns=[column])
+        return files.data.column(column)
 
 
 @dataclass(frozen=True)

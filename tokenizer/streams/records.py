@@ -17,7 +17,7 @@ class Record:
     key: str
     """Decides the split."""
     name: str
-    """Shard and place in it, for messages and augmentation."""
+    """Shard and place in it, for messages."""
     data: bytes
     label: int = -1
     caption: str = ""

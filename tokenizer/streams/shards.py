@@ -61,11 +61,6 @@ class Shards:
             return self.split
         return "heldout" if hash64("split", record.key) < self.holdout * 2**64 else "train"
 
-    @property
-    def splits(self) -> list[Split]:
-        """The splits that share these files."""
-        return [self.split] if self.holdout is None else ["train", "heldout"]
-
     @cached_property
     def class_names(self) -> list[str] | None:
         """Names that all files declare; None where they have none."""
@@ -213,16 +208,25 @@ def _matches(pattern: str) -> list[str]:
             return [pattern]
         if pattern.startswith("http"):
             raise UserError(f"--data: found * in {shown(pattern)}, but HTTP has no lists; use {{0000..0127}}")
-        with reading(f"{shown(pattern)} cannot be listed", "check the address, and the library for its scheme"):
-            import fsspec
-
-            system, path = fsspec.core.url_to_fs(pattern)
-            return [str(system.unstrip_protocol(file)) for file in system.glob(path)]
+        return _listed(pattern)
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
         inside = (glob.glob(os.path.join(glob.escape(path), "**", f"*{ending}"), recursive=True) for ending in ENDINGS)
         return [file for each in inside for file in each]
     return [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+
+
+def _listed(pattern: str) -> list[str]:
+    """The files in an object store that a URL with wildcards names. Raises `UserError`."""
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(pattern)
+        return [str(system.unstrip_protocol(file)) for file in system.glob(path)]
+    except Exception as error:  # of whatever library the scheme has
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        advice = "check the address, and the library for its scheme"
+        raise UserError(f"--data: {shown(pattern)} cannot be listed ({reason}); {advice}") from error
 
 
 def _of_hub(name: str) -> dict[str, list[str]]:
