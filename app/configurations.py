@@ -11,11 +11,11 @@ from vqgen.files import read_text, write_text
 from vqgen.files.yaml_text import dump_yaml, parse_yaml
 
 from . import rules
+from .given import explained, given_options
 from .machine import Machine
 from .plan import HEADING, Plan, Request, file_of, unedited, written
 from .stages import STAGES, settings_given
 from .survey import Survey
-from .train import explained, given_options
 
 CACHE_MB = 2048
 """Decoded images that are kept in memory."""
@@ -84,7 +84,7 @@ class Configurations:
         """Of the encoding."""
         values: dict[str, Any] = {"data": self.request.data, "views": views}
         if (self.value("codes", "views") or views) > 1:  # a single view is not augmented
-            values["images"] = {"flip": self.request.flip, "random_crop": 0.1}
+            values["images"] = {"flip": self.request.flip, "random_crop": 0.1, "cache_mb": CACHE_MB}
         if self.request.text_column:
             values["text_column"] = self.request.text_column
         if (most := self.value("tokenizer", "max_broken")) is not None:  # the same images are read

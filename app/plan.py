@@ -2,8 +2,10 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from vqgen.errors import UsageError, UserError
 from vqgen.files import check_writable, is_file, read_bytes, read_json, read_record, read_text, write_json, write_text
@@ -105,11 +107,19 @@ class Plan:
         """The stages that are run, and what each is expected to take."""
         return {name: found for name, found in self.expected.items() if name != OPTIONAL or not self.unsearched}
 
-    def settled(self) -> "Plan":
-        """The plan with the time of the prior settled: what the stages before it left, half to twice its share."""
-        later = sum(found.seconds for name, found in self.stages.items() if name in ("settings", "samples"))
-        left = 60 * self.minutes - sum(self.spent.values()) - later - TRIAL
+    def settled(self, trained: Mapping[str, float] = MappingProxyType({})) -> "Plan":
+        """The plan with the time of the prior settled: what the stages before it left, half to twice its share.
+
+        `trained` has the seconds of trainings by their own records: `spent` lacks those of a process that was killed,
+        and of one that was started by hand. A prior that has begun already has its share, which its command line gave.
+        """
         share = self.expected["prior"].minutes
+        if "prior" in trained and "prior" not in self.replaced:
+            return replace(self, prior_minutes=round(share, 3))
+        known = {name: seconds for name, seconds in trained.items() if name not in self.replaced}
+        spent = {name: max(known.get(name, 0.0), self.spent.get(name, 0.0)) for name in {**known, **self.spent}}
+        later = sum(found.seconds for name, found in self.stages.items() if name in ("settings", "samples"))
+        left = 60 * self.minutes - sum(spent.values()) - later - TRIAL
         return replace(self, prior_minutes=round(max(share / 2, min(left / 60, 2 * share)), 3))
 
     def lengthened(self, minutes: float) -> "Plan":

@@ -50,6 +50,7 @@ class Tried:
         if not self.given:
             return shared
         needed = found.start + self.given * found.step + found.validations * found.validation
+        needed += found.read_in(self.given)
         return Expected(min(needed, MOST_SECONDS), found.memory, self.given, shared)
 
     def __str__(self) -> str:
@@ -142,10 +143,12 @@ class Planner:
             tokenizer = replace(tokenizer, values=merged(tokenizer.values, fewer))
             self.stages.write("tokenizer", tokenizer.values)
         views = rules.views(survey.train)
+        self.stages.write("codes", self.stages.codes(views))
         while self._encoding(tokenizer.measured, views) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
-        self.stages.write("codes", self.stages.codes(views))
+            self.stages.write("codes", self.stages.codes(views))
         encoding = self._encoding(tokenizer.measured, self.stages.value("codes", "views") or views)
+        self._share(encoding, math.inf, 0.0)  # before priors are tried for it
         index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
             prior = self._fitting("prior", self.stages.prior(index, length), tokenizer.measured.kept)
@@ -154,15 +157,12 @@ class Planner:
             passes = rules.MOST_EPOCHS * survey.train / found.batch
             search = self._search(tokenizer.measured.judged, found.drawn)
             searching = search.seconds if search else 0.0
-            shares = rules.share_time(self.seconds, encoding, max(passes, 2.0 * least) * found.step, searching)
-            if shares is None:
-                text = f"encoding the images takes about {encoding / 60:.1f} min, which leaves too little to train"
-                raise TooSlow(f"--minutes: {text}; give {self._minutes(rules.least_time(encoding))} or more")
+            shares = self._share(encoding, max(passes, 2.0 * least) * found.step, searching)
             steps = prior.steps(shares.prior)
             if rules.affordable(index, steps * found.batch * length) or self.stages.given("prior", "dim", "layers"):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
-            index -= 1
+            index = rules.smaller(index, steps * found.batch * length)
         if found.steps(shares.prior) < least:
             self.too_long = length
         rest = encoding + rules.DRAWING[0]  # drawing and the search take a twentieth each of the whole besides
@@ -254,15 +254,33 @@ class Planner:
 
     # ---- trials ----
 
+    def _share(self, encoding: float, most: float, searching: float) -> rules.Time:
+        """The time that is left, divided, see `rules.share_time`. Raises `TooSlow` where encoding leaves too little."""
+        if (shares := rules.share_time(self.seconds, encoding, most, searching)) is None:
+            text = f"encoding the images takes about {encoding / 60:.1f} min, which leaves too little to train"
+            raise TooSlow(f"--minutes: {text}; give {self._minutes(rules.least_time(encoding))} or more")
+        return shares
+
     def _encoding(self, tokenizer: Measured, views: int) -> float:
-        """Seconds that encoding takes."""
-        return 5 + (self.survey.train * views + self.survey.heldout + self.survey.test) / tokenizer.encoded
+        """Seconds that encoding takes, with the decoding of the images.
+
+        Of several views the first is of the image itself, and the others of an enlarged one, which is kept where all
+        of them fit into the cache.
+        """
+        survey, shown = self.survey, self.stages.parsed("tokenizer").images
+        images = replace(self.stages.parsed("codes").images, size=shown.size, channels=shown.channels)
+        enlarged = math.prod(images.enlarged()) * images.channels
+        others = 1 if enlarged * survey.train <= images.cache_mb * 2**20 else views - 1
+        decoded = survey.train * (1 + others * (views > 1)) + survey.heldout + survey.test
+        encoded = survey.train * views + survey.heldout + survey.test
+        return 5 + encoded / tokenizer.encoded + decoded * survey.decoding / max(1, images.workers)
 
     def _search(self, step: float, drawn: float) -> rules.Search | None:
         """How settings of sampling are searched; None where they are not, also where no classifier was tried."""
         if self.stages.unsearched() or not step:
             return None
-        return rules.search(self.seconds, step, drawn, self.stages.guided(), self.survey.classes)
+        decoded = (min(self.survey.train, 600 * 64) + self.survey.heldout) * self.survey.decoding
+        return rules.search(self.seconds, step, drawn, self.stages.guided(), self.survey.classes, decoded)
 
     def _fitting(self, stage: str, values: dict[str, Any], kept: float = 0.0) -> Tried:
         """Write and try the configuration of a stage, its steps in more parts until it fits into the memory.

@@ -117,6 +117,15 @@ def affordable(index: int, tokens: float) -> bool:
     return index == 0 or tokens >= PRIORS[index].weights / 2
 
 
+def smaller(index: int, tokens: float) -> int:
+    """The next prior to try after one that sees so many tokens, which are too few: the largest that could see enough.
+
+    The steps of a smaller one are faster as its weights are fewer, and twice as fast at most.
+    """
+    weights = PRIORS[index].weights
+    return next((i for i in range(index - 1, 0, -1) if affordable(i, 2 * tokens * weights / PRIORS[i].weights)), 0)
+
+
 def least_prior_steps(length: int) -> int:
     """Steps of a prior over so many codes below which fewer codes are chosen: 600 for 64, where the demo has 1,100.
 
@@ -209,13 +218,14 @@ def candidates(guided: bool) -> dict[str, list[float]]:
     return {"temperature": [0.9, 1.0], "guidance_scale": [1.0], "min_p": [0.0, 0.05, 0.1]}
 
 
-def search(total: float, step: float, drawn: float, guided: bool, classes: int) -> Search | None:
+def search(total: float, step: float, drawn: float, guided: bool, classes: int, decoding: float = 0.0) -> Search | None:
     """A search in a twentieth of `total` seconds; None where it would be too short to tell candidates apart.
 
     Args:
         step: seconds of a step of the classifier.
         drawn: images a second.
+        decoding: seconds in which the images are decoded that are looked at, besides.
     """
-    seconds, count = min(total / 20, SEARCH), math.prod(map(len, candidates(guided).values()))
+    seconds, count = min(total / 20, SEARCH) - decoding, math.prod(map(len, candidates(guided).values()))
     steps, images = min(600, int(seconds / 4 / step)), min(500, int(seconds / 2 * drawn / count))
-    return Search(seconds, images, steps) if steps >= 100 and images >= max(60, 6 * classes) else None
+    return Search(seconds + decoding, images, steps) if steps >= 100 and images >= max(60, 6 * classes) else None

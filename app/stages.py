@@ -17,6 +17,7 @@ from vqgen.prior.train import PriorTraining
 from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
+from vqgen.training.folder import read_sessions
 
 from .plan import Plan, file_of, saved_plan, unedited
 
@@ -179,6 +180,16 @@ def planned_lengths(folder: Path) -> dict[str, int]:
     """Training -> steps in its configuration in the folder of a new plan, to which its intervals are in proportion."""
     files = {name: read_file(STAGES[name].config, str(file_of(folder, name))) for name in TRAININGS}
     return {name: file.values["steps"][0] for name, file in files.items()}
+
+
+def times_of(output: Path) -> dict[str, float]:
+    """Training that has begun in `output` -> its seconds by its own record."""
+    sessions = {name: read_sessions(output / name) for name in TRAININGS}
+    return {
+        name: sum(float(found) for each in of if isinstance(found := each.get("seconds"), (int, float)))
+        for name, of in sessions.items()
+        if of
+    }
 
 
 def length_set(plan: Plan, output: Path, name: str) -> str:

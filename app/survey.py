@@ -1,6 +1,8 @@
 """What a data set is, as far as a plan depends on it: numbers of images, their sizes, colours, classes and captions."""
 
 import statistics
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -9,12 +11,13 @@ import numpy as np
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.decoding import BrokenImage, decode, read_size
 from vqgen.tokenizer.data.options import ImageConfig
+from vqgen.tokenizer.data.pixels import fit
 from vqgen.tokenizer.data.sources import Source, open_source
 
 from .rules import LEAST_HELDOUT
 
-HEADERS, PIXELS = 400, 100
-"""Training images, spread evenly, whose sizes are read and that are looked at for colour."""
+HEADERS, PIXELS, TIMED = 400, 100, 12
+"""Training images, spread evenly, whose sizes are read, that are looked at for colour, and that are timed."""
 PROMPTS, PROMPT_BYTES = 64, 2**15
 """Most captions that samples are drawn of, and most bytes of them together, as they are listed in a YAML file."""
 
@@ -41,6 +44,8 @@ class Survey:
     """1 where every image that was looked at is grey."""
     unreadable: float
     """Share of the images that were looked at that are none."""
+    decoding: float = 0.0
+    """Seconds in which one image is read, decoded and resized."""
     prompts: tuple[str, ...] = ()
     """The first captions of held-out images, as samples are drawn of them."""
     unlabelled: bool = False
@@ -73,6 +78,7 @@ def look(data: str, text_column: str | None, holdout: float = ImageConfig.holdou
         side=round(statistics.median(min(size) for size in sizes)),
         channels=1 if _all_grey(train) else 3,
         unreadable=(looked_at - len(sizes)) / looked_at,
+        decoding=_decoding(train),
         prompts=_prompts(heldout),
         unlabelled=bool(train.class_names) and bool((train.labels < 0).any()),
         class_names=tuple(train.class_names or []),
@@ -101,6 +107,17 @@ def _sizes(source: Source) -> list[tuple[int, int]]:
             continue
         found.append((height, width))
     return found
+
+
+def _decoding(source: Source) -> float:
+    """Mean seconds of reading an image at a common size, over those that can be read among `TIMED`."""
+    taken = []
+    for index in _spread(source, TIMED):
+        began = time.perf_counter()
+        with suppress(BrokenImage, OSError):
+            fit(decode(source.read(index), 3), [128, 128], "crop")
+            taken.append(time.perf_counter() - began)
+    return statistics.fmean(taken) if taken else 0.0
 
 
 def _all_grey(source: Source) -> bool:

@@ -13,23 +13,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from vqgen.config import command, options, parse
-from vqgen.config_layers import merged, read_arguments
+from vqgen.config import command
 from vqgen.errors import UsageError, UserError
-from vqgen.files import is_file, locked, read_text, write_text
+from vqgen.files import locked, read_text, write_text
 from vqgen.options import Options, Range, option_name
 from vqgen.tokenizer.data.options import ImageConfig, check_outside
 
+from .given import (
+    GIVEN,
+    RESERVED,
+    check_given_files,
+    check_pairs,
+    check_stages,
+    explained,
+    given_options,
+    holdout_of,
+)
+
 if TYPE_CHECKING:
     from .plan import Plan, Request
-
-RESERVED = {"data", "output", "overwrite", "config", "size", "channels", "text-column", "perceptual-weights"}
-RESERVED |= {"codes", "tokenizer", "model", "minutes", "threads"}
-"""Options of the stages that vqgen-train sets, by its own options or by its folders."""
-GIVEN = ("tokenizer", "codes", "prior", "samples")
-"""Stages whose options can be given, by an option of the stage's name."""
 
 
 @dataclass
@@ -45,7 +49,8 @@ class TrainConfig(Options):
     output: Path = Path("runs/train")
     """Folder for plan/, tokenizer/, codes/, prior/, samples/ and report.html. An interrupted run is continued."""
     minutes: Annotated[float, Range(above=0, most=1e6)] = 60.0
-    """Time for all of it. A run that is given more trains its prior for longer, unless that has stopped early."""
+    """Time for all of it. A run that is given more trains its prior for longer, unless that has stopped early; without
+    the option a run that has begun keeps its time."""
     plan: bool = False
     """Only make the plan, print it with the command line of each stage, and save it in --output. That of a run that
     has begun is not saved."""
@@ -97,25 +102,6 @@ class TrainConfig(Options):
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
-def given_options(request: "Request", name: str) -> dict[str, Any]:
-    """Option -> value of what is given to a stage. Raises `UsageError` for what is no option of it, and for values of
-    another type."""
-    from .stages import STAGES
-
-    config = STAGES[name].config
-    try:
-        return merged(config, [read_arguments(config, getattr(request, name))[0]])
-    except UsageError as error:
-        raise UsageError(f"--{name}: {error}") from error
-
-
-def holdout_of(request: "Request") -> float:
-    """The share of the images that is held out where there is no validation split. Raises `UsageError`."""
-    share = given_options(request, "tokenizer").get("holdout", ImageConfig.holdout)
-    with explained("tokenizer"):
-        return ImageConfig(holdout=share).holdout  # checks the range
-
-
 def check_places(config: TrainConfig) -> None:
     """Raise `UsageError` where the output would replace other files, or become data."""
     from vqgen.evaluation.report.program import check_output as check_page
@@ -137,7 +123,12 @@ def made_or_found(config: TrainConfig) -> "Plan":
     output, request = config.output, config.request()
     given = {name: given_options(request, name) for name in GIVEN}
     found = None if config.overwrite else saved_plan(output)
-    begun = [name for name in STAGES if (output / name).exists()]
+    waiting = found.replaced if found else []  # of an earlier run, to be removed
+    begun = [name for name in STAGES if (output / name).exists() and name not in waiting]
+    if found and config.stated is not None and "minutes" not in config.stated:
+        config.minutes = found.minutes
+    if both := [name for name in ("tokenizer", "prior") if {"steps", "epochs"} <= given[name].keys()]:
+        raise UsageError(f"--{both[0]}: found steps and epochs; give one of them")
     ours, theirs = (given[name].get("holdout", ImageConfig.holdout) for name in ("tokenizer", "codes"))
     if ours != theirs and (config.overwrite or "codes" not in begun):
         text = f"found holdout={theirs:g}, --tokenizer has {ours:g}: held-out images would be trained on"
@@ -145,6 +136,8 @@ def made_or_found(config: TrainConfig) -> "Plan":
     drawn = (output / "samples" / "samples.json").exists()
     if config.overwrite or not drawn or (found and found.minutes != config.minutes):  # then they are drawn again
         check_given_files(request)
+    if config.overwrite or "codes" not in begun:
+        check_pairs(request)
     if found and begun:
         return continued(found, request, config, begun)
     if found and (found.request, found.minutes) == (request, config.minutes):
@@ -153,28 +146,6 @@ def made_or_found(config: TrainConfig) -> "Plan":
     if found:
         refuse_edited(found, output)
     return new_plan(request, config, begun if config.overwrite else [])
-
-
-def check_given_files(request: "Request") -> None:
-    """Raise `UserError` where an image that --samples names is not there. A trial draws of made-up ones."""
-    if not {"init_image", "source_image", "mask"} & given_options(request, "samples").keys():
-        return
-    from vqgen.sampling.init_images import given_files
-    from vqgen.sampling.sample import SampleConfig
-
-    with explained("samples"):
-        for option, files in given_files(parse(SampleConfig, request.samples)).items():
-            if missing := [path for path in files if not is_file(path)]:
-                raise UserError(f"{option}: {missing[0]} is no file; name image files")
-
-
-def check_stages(plan: "Plan", folder: Path) -> None:
-    """Raise `UsageError` where a configuration of the plan in `folder`, with what is given, is none of its stage."""
-    from .stages import STAGES, words_of
-
-    for name in plan.stages:
-        with explained(name):
-            STAGES[name].parsed(words_of(plan, folder, name))
 
 
 def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
@@ -190,9 +161,11 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
     plan = replace(found, request=replace(found.request, **later))
     before, now = asdict(plan.request), asdict(request)
     if name := next((key for key in now if now[key] != before[key]), None):
-        this, that = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], before[name]))
-        what = f"found {this or 'nothing'}, the run in {config.output} has {that or 'nothing'}"
-        raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, or --overwrite")
+        values = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], before[name]))
+        this, that = ("nothing" if value in (None, "") else value for value in values)
+        what = f"found {this}, the run in {config.output} has {that}"
+        removed = f", remove {config.output / name} and what was made after it" if name in GIVEN else ""
+        raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, or --overwrite{removed}")
     if config.minutes < found.minutes:
         what = f"found {config.minutes:g}, the run in {config.output} has {found.minutes:g}"
         raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")
@@ -267,23 +240,6 @@ def new_plan(request: "Request", config: TrainConfig, replaced: list[str]) -> "P
 
 
 @contextmanager
-def explained(name: str, output: Path | None = None) -> Iterator[None]:
-    """Add to an error about an option of a stage how it is set here; of one that runs in `output`, whose options cannot
-    be changed before what it has written is removed."""
-    from .stages import STAGES
-
-    try:
-        yield
-    except UserError as error:
-        known = {option_name(option.name).removeprefix("--") for option in options(STAGES[name].config)} - RESERVED
-        option = next((key for key in re.findall(r"--([a-z][a-z0-9-]*)", str(error)) if key in known), None)
-        if name not in GIVEN or option is None:
-            raise
-        removed = f"remove {output / name}, then " if output and (output / name).exists() else ""
-        raise type(error)(f"{error} (in vqgen-train: {removed}--{name} {option}=...)") from error
-
-
-@contextmanager
 def recorded(plan: "Plan", output: Path, name: str) -> Iterator[None]:
     """Record the time of a stage, also where it is interrupted, and that it has removed what was there before."""
     began = time.perf_counter()
@@ -303,7 +259,7 @@ def train(config: TrainConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("accelerate: vqgen-train is one process; launch the command lines that --plan prints")
     from .show import outcome, text_of
-    from .stages import STAGES, outdated, settings_given, words_of, write_page
+    from .stages import STAGES, outdated, times_of, words_of, write_page
 
     output = config.output
     check_places(config)
@@ -314,11 +270,8 @@ def train(config: TrainConfig) -> None:
         if config.plan:
             return
         for number, name in enumerate(plan.stages, 1):
-            if name == "settings" and settings_given(plan.request.samples):
-                print("settings are not searched, as --samples gives them", file=sys.stderr)
-                continue
             if name == "prior" and plan.prior_minutes is None:
-                plan = plan.settled()
+                plan = plan.settled(times_of(output))
                 plan.save(output)  # a killed run keeps its steps
             plan.forget_removed(output, name)
             remove = name in plan.replaced or (name == "samples" and outdated(output / name, output / "prior"))

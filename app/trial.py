@@ -23,12 +23,13 @@ from vqgen.files import read_record, write_json
 from vqgen.options import Options
 from vqgen.sampling.sample import SampleConfig
 
+from .given import explained
 from .made_up import conditions_of, write_codes
-from .train import explained
 
 if TYPE_CHECKING:
     from vqgen.prior.train import PriorTraining
     from vqgen.tokenizer.train import TokenizerTraining
+    from vqgen.training.budget import Trial
 
 STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
@@ -85,6 +86,10 @@ class Measured:
     """Peak after drawing, in bytes; 0 for a tokenizer."""
     every: int | None = None
     """Steps between validations, where the user has fixed them."""
+    reading: float = 0.0
+    """Seconds of an image that is kept, when a step first needs it."""
+    cached: int = 0
+    """Training images that are kept."""
     refused: str = ""
     """Why samples of a prior cannot be drawn as asked; empty where they were."""
 
@@ -99,9 +104,16 @@ class Measured:
 
     def steps(self, seconds: float) -> int:
         """Steps that fit into the time, less the validations of a run of that length."""
+        return self._trial().steps(seconds, self.validations, self.every)[0]
+
+    def read_in(self, steps: int) -> float:
+        """Seconds of so many steps in which images are read that are then kept."""
+        return self._trial().read_in(steps)
+
+    def _trial(self) -> "Trial":
         from vqgen.training.budget import Trial
 
-        return Trial(self.start, self.step, self.validation).steps(seconds, self.validations, self.every)[0]
+        return Trial(self.start, self.step, self.validation, self.reading, self.cached, self.batch)
 
     def seconds(self, steps: int) -> float:
         """Time that holds so many steps and their validations: a fifth of it, or one of them, where `every` is free."""
@@ -109,7 +121,7 @@ class Measured:
 
         trained, validated = steps * self.step, math.ceil(steps / (self.every or steps)) * self.validation
         most = trained / (1 - VALIDATION) if self.every is None else 0.0
-        return self.start + max(most, trained + validated) + self.step
+        return self.start + max(most, trained + validated) + self.read_in(steps) + self.step
 
 
 @dataclass
@@ -212,7 +224,8 @@ def _training(config: Any, build: Any) -> Measured:
     validations = max(1, round(run.steps / run.validate_every))
     times = found.start, found.step, found.validation
     every = run.validate_every if "validate_every" in config.given else None
-    return Measured(*times, run.batch_size, validations, float(memory), float(kept), every=every)
+    held = {"reading": found.reading, "cached": found.cached}
+    return Measured(*times, run.batch_size, validations, float(memory), float(kept), every=every, **held)
 
 
 def _device():

@@ -99,6 +99,32 @@ def test_a_run_keeps_to_its_time(
         assert start + (steps + 1) * step + affordable * validation >= seconds * (1 - 1e-9) or steps > 10**9
 
 
+def test_a_longer_run_saves_and_logs_as_often() -> None:
+    config = parse(TokenizerTraining, ["--data", "demo", "--steps", "10000"])
+    found = scaled(config, 200_000)
+    assert found.run.checkpoint_every == config.run.checkpoint_every and found.run.log_every == config.run.log_every
+    assert found.run.validate_every == 20 * config.run.validate_every
+
+
+@given(
+    step=st.floats(1e-2, 10), reading=st.floats(0, 1), cached=st.integers(0, 2000), batch=st.integers(1, 64),
+    seconds=st.floats(1, 2000),
+)  # fmt: skip
+def test_images_are_read_when_a_step_needs_them(
+    step: float, reading: float, cached: int, batch: int, seconds: float
+) -> None:
+    """Those that no step reaches take no time."""
+    trial = Trial(1.0, step, 0.0, reading, cached, batch)
+    steps, _ = trial.steps(seconds, 1)
+
+    def taken(steps: int) -> float:
+        return 1.0 + steps * step + reading * min(cached, steps * batch)
+
+    assert taken(steps) == pytest.approx(1.0 + steps * step + trial.read_in(steps))
+    assert steps <= 0 or taken(steps) <= seconds * (1 + 1e-9)
+    assert steps < 0 or taken(steps + 1) >= min(seconds, taken(steps + 1)) >= seconds * (1 - 1e-9)
+
+
 @given(
     start=st.floats(0, 100), step=st.floats(1e-3, 10), validation=st.floats(0, 100), seconds=st.floats(1, 1e5),
     every=st.integers(1, 10**6),

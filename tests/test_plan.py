@@ -94,6 +94,21 @@ def test_the_time_is_shared_without_rest(total: float, encoding: float, longest:
         assert found.prior <= longest * (1 + 1e-9)
 
 
+@given(st.integers(1, len(rules.PRIORS) - 1), st.integers(1, 10**9))
+def test_priors_that_could_not_see_enough_are_passed_over(index: int, tokens: int) -> None:
+    found, weights = rules.smaller(index, tokens), [prior.weights for prior in rules.PRIORS]
+    assert found < index
+    for passed in range(found + 1, index):  # even twice as fast as its weights say
+        assert 2 * tokens * weights[index] / weights[passed] < weights[passed] / 2
+
+
+def test_decoding_takes_a_part_of_the_search() -> None:
+    plain = rules.search(3600, 0.1, 10, True, 10) or pytest.fail()
+    slow = rules.search(3600, 0.1, 10, True, 10, 60.0) or pytest.fail()
+    assert slow.seconds == plain.seconds and slow.images < plain.images and slow.steps < plain.steps
+    assert rules.search(3600, 0.1, 10, True, 10, 179.0) is None
+
+
 # ---- survey ----
 
 
@@ -111,7 +126,7 @@ def test_a_survey_finds_sizes_colours_classes_and_captions(tmp_path: Path) -> No
     found = look(str(tmp_path), "txt")
     assert (found.height, found.width, found.side, found.channels, found.classes) == (40, 50, 40, 1, 2)
     assert found.train + found.heldout == 41 and found.captions + len(found.prompts) == 1
-    assert found.unreadable in (0, pytest.approx(1 / found.train))
+    assert found.unreadable in (0, pytest.approx(1 / found.train)) and found.decoding > 0
     save(tmp_path / "b" / "0.png", Image.new("RGB", (50, 40), (200, 0, 0)))
     for name in "2", "4", "6":
         save(tmp_path / "b" / f"{name}.png", Image.new("RGB", (50, 40), (200, 0, 0)))
@@ -478,6 +493,21 @@ def test_the_downsampling_that_is_given_decides_which_grids_fit(tmp_path: Path, 
 def test_an_option_of_the_tokenizer_that_fits_no_size_is_named(tmp_path: Path, trials: list[Stage]) -> None:
     with pytest.raises(UsageError, match=r"--size: 64x64 .*--tokenizer (patch|multipliers)="):
         plan(tmp_path, 20, replace(REQUEST, size=[64, 64], tokenizer=["--patch=3"]))
+
+
+def test_images_that_are_slow_to_decode_are_planned_for(tmp_path: Path, trials: list[Stage]) -> None:
+    survey = replace(PHOTOS, train=4000)
+    quick = plan(tmp_path, 60, REQUEST, survey)["codes"].seconds
+    views = read(tmp_path)[1].views
+    slow = plan(tmp_path, 60, REQUEST, replace(survey, decoding=0.02))["codes"].seconds
+    assert views > 1 and slow == pytest.approx(quick + 0.02 * (2 * 4000 + 50), rel=1e-6), "each of two kinds once"
+
+
+def test_no_prior_is_tried_where_encoding_takes_too_long(tmp_path: Path, trials: list[Stage]) -> None:
+    request = replace(REQUEST, size=[64, 64])
+    with pytest.raises(UserError, match="encoding the images takes about"):
+        plan(tmp_path, 10, request, replace(PHOTOS, train=100_000, decoding=0.02))
+    assert trials and not any(stage.prior for stage in trials)
 
 
 def test_the_prior_gets_what_the_stages_before_it_left(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_the_time_that_a_control_group_grants_counts(
     assert threads.available_cpus() == expected
 
 
+def test_memory_is_what_the_control_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from vqgen.app import machine
+
+    outer = {"jobs/memory.max": "4000000\n", "jobs/memory.current": "3500000\n"}
+    outer["jobs/memory.stat"] = "active_file 300000\ninactive_file 200000\n"
+    inner = {"jobs/one/memory.max": "max\n", "jobs/one/memory.current": "100\n"}
+    groups(tmp_path, monkeypatch, "0::/jobs/one\n", outer | inner)
+    assert machine._left() == [700000] and machine.machine().memory == 700000
+    first = {f"memory/a/memory.{name}_in_bytes": number for name, number in (("limit", "900"), ("usage", "1000"))}
+    groups(tmp_path, monkeypatch, "4:memory:/a\n", first)
+    assert machine._left() == [0]
+
+
 def test_oversubscription_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups(tmp_path, monkeypatch, "0::/\n", {"cpu.max": "200000 100000\n"})
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from processes import tree, weights
 
 from vqgen.app import planner, stages, train
 from vqgen.app.demo import main as demo
-from vqgen.app.plan import Plan, saved_plan, written
+from vqgen.app.plan import TRIAL, Expected, Plan, Row, saved_plan, written
 from vqgen.app.stages import words_of
 from vqgen.app.train import main
 from vqgen.app.trial import Measured, Stage
@@ -71,7 +72,7 @@ def test_images_that_are_missing_are_refused_where_samples_are_drawn_again(
     (tmp_path / "samples" / "samples.json").write_text("{}")
     given = ["--data", "demo", "--output", str(tmp_path), "--samples", "init-image=typo.png", "keep-rows=2"]
     longer, same = (parse(train.TrainConfig, [*given, "--minutes", minutes]) for minutes in ("30", "20"))
-    monkeypatch.setattr("vqgen.app.plan.saved_plan", lambda _: SimpleNamespace(minutes=20))
+    monkeypatch.setattr("vqgen.app.plan.saved_plan", lambda _: SimpleNamespace(minutes=20, replaced=[]))
     monkeypatch.setattr(train, "continued", lambda *_: "went on")
     assert train.made_or_found(same) == "went on"
     with pytest.raises(UserError, match=r"--init-image: typo\.png"):
@@ -106,6 +107,8 @@ def test_the_whole_path_from_images_to_images(
     for further, named in ((["--size", 64], "--size"), (["--no-flip"], "--flip"), (["--samples", "n=5"], "--samples")):
         result = cli(main, *words(run), *further)
         assert (result.code, result.err.count("\n")) == (2, 1) and named in result.err and "--overwrite" in result.err
+    assert "--flip: found False, the run in" in cli(main, *words(run), "--no-flip").err
+    assert f"or --overwrite, remove {run / 'prior'} and what" in cli(main, *words(run), "--prior", "dim=32").err
     result = cli(main, *words(run), "--minutes", 10)
     assert result.code == 2 and "--minutes" in result.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
@@ -389,7 +392,53 @@ def interrupted(trials: list[Stage], monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(planner, "tried", lambda stage: dataclasses.replace(measure(stage), drawn=1000.0))
+    monkeypatch.setattr("vqgen.app.survey._decoding", lambda _source: 1e-4)  # the same in every plan
     monkeypatch.setitem(stages.STAGES, "tokenizer", dataclasses.replace(stages.STAGES["tokenizer"], run=stop))
+
+
+def test_a_run_keeps_its_minutes_where_none_are_given(
+    tmp_path: Path, cli: Callable[..., Any], interrupted: None
+) -> None:
+    assert cli(main, *words(tmp_path)).code == 130
+    before = saved_plan(tmp_path) or pytest.fail()
+    given = words(tmp_path)
+    place = given.index("--minutes")
+    result = cli(main, *given[:place], *given[place + 2 :])
+    assert result.code == 130 and before.minutes == 20
+    assert dataclasses.replace(saved_plan(tmp_path) or pytest.fail(), spent={}) == dataclasses.replace(before, spent={})
+
+
+def test_a_prior_that_was_trained_by_its_printed_command_is_not_lengthened(tmp_path: Path) -> None:
+    for name, seconds in ("tokenizer", 900.0), ("prior", 300.0):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "machine.json").write_text(json.dumps({"sessions": [{"seconds": seconds}]}))
+    expected = {name: Expected(600.0, 0.0, 0) for name in ("tokenizer", "codes", "prior", "samples")}
+    request = parse(train.TrainConfig, ["--data", "demo"]).request()
+    plan = Plan(request, 60, None, [Row("size", "64", "")], expected, {"plan": 60.0, "codes": 600.0})
+    share = plan.expected["prior"].minutes
+    assert plan.settled(stages.times_of(tmp_path)).prior_minutes == pytest.approx(share, abs=1e-3)
+    waits = dataclasses.replace(plan, replaced=["prior"])  # of an earlier run
+    left = (3600 - 60 - 900 - 600 - 600 - TRIAL) / 60
+    assert waits.settled(stages.times_of(tmp_path)).prior_minutes == pytest.approx(min(left, 2 * share), abs=1e-3)
+    shutil.rmtree(tmp_path / "prior")  # the tokenizer was killed, or trained by hand
+    plan = dataclasses.replace(plan, minutes=40)
+    left = (2400 - 60 - 900 - 600 - 600 - TRIAL) / 60
+    assert plan.settled(stages.times_of(tmp_path)).prior_minutes == pytest.approx(max(left, share / 2), abs=1e-3)
+
+
+@pytest.mark.parametrize("made", ["nothing", "others"])
+def test_partners_that_are_missing_are_refused_before_the_trials(
+    tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], made: str
+) -> None:
+    for index in range(30):
+        for folder in ("photos", "others") if made == "others" else ("photos",):
+            path = tmp_path / folder / f"{folder}-{index}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (8 * index, 0, 0)).save(path)
+    given = ["--data", tmp_path / "photos", "--output", tmp_path / "run", "--minutes", 20]
+    result = cli(main, *given, "--codes", f"source-data={tmp_path / 'others'}")
+    assert result.code == 1 and "--source-data" in result.err and "--codes source-data=" in result.err, result.err
+    assert result.err.count("\n") == 1 and not trials
 
 
 def test_files_follow_options_of_later_stages(tmp_path: Path, cli: Callable[..., Any], interrupted: None) -> None:
@@ -664,6 +713,8 @@ def test_a_budget_is_left_to_who_gives_another(tmp_path: Path, cli: Callable[...
         (["--tokenizer", "size=64"], "size"),
         (["--prior", "output=elsewhere"], "output"),
         (["--codes", "config=x.yaml"], "config"),
+        (["--codes", "verify"], "vqgen-train sets this option itself"),
+        (["--prior", "steps=500", "epochs=3"], "--prior: found steps and epochs"),
         (["--size", 64, 64, 64], "--size"),
         (["--channels", 2], "--channels"),
         (["--minutes", 0], "--minutes"),

@@ -22,13 +22,29 @@ def available_cpus() -> int:
 def _quotas() -> list[float]:
     """CPU limits of the control groups that this process is in, the outer ones included."""
     found: list[float] = []
+    for folder, second in control_groups("cpu"):
+        try:
+            if second:
+                quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{n}_us").read_text(encoding="utf-8") for n in ("quota", "period"))
+            if (share := float(quota) / float(period)) > 0:  # "max" is no number, -1 no limit
+                found.append(share)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return found
+
+
+def control_groups(controller: str) -> list[tuple[Path, bool]]:
+    """Folders of the control groups that this process is in, each before the outer ones, and whether they are of v2."""
+    found: list[tuple[Path, bool]] = []
     try:
         lines = _OWN.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return found
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         second = not controllers
-        if not second and "cpu" not in controllers.split(","):
+        if not second and controller not in controllers.split(","):
             continue
         root = _GROUPS if second else _GROUPS / controllers
         # Inside a container the path may be that of the host: then the root holds the limit.
@@ -36,17 +52,7 @@ def _quotas() -> list[float]:
         for folder in [inner, *inner.parents]:
             if not folder.is_relative_to(root):
                 break
-            try:
-                if second:
-                    quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-                else:
-                    quota, period = (
-                        (folder / f"cpu.cfs_{n}_us").read_text(encoding="utf-8") for n in ("quota", "period")
-                    )
-                if (share := float(quota) / float(period)) > 0:  # "max" is no number, -1 no limit
-                    found.append(share)
-            except (OSError, ValueError, ZeroDivisionError):
-                continue
+            found.append((folder, second))
     return found
 
 

@@ -28,6 +28,8 @@ C = TypeVar("C")
 IN_STEPS = {"lr_warmup", "validate_every", "checkpoint_every", "log_every"}
 IN_STEPS |= {"gan_start", "gan_warmup", "gan_ramp", "revive_after"}
 """Options that are a number of steps."""
+NO_LONGER = {"checkpoint_every", "log_every"}
+"""Those of them that a longer run leaves as they are: they bound what a kill costs, and what is seen late."""
 BUDGETS = ("minutes", "epochs")
 """Options that take the place of a number of steps."""
 TRIAL_STEPS, TRIAL_SECONDS = 30, 20.0
@@ -43,9 +45,25 @@ class Trial:
     """What a trial run took, in seconds."""
 
     start: float
-    """Until the first step."""
+    """Until the first step, without the reading of images that are then kept in memory."""
     step: float
     validation: float
+    reading: float = 0.0
+    """Of one training image that is kept, when a step first needs it; 0 where none are kept."""
+    cached: int = 0
+    """Training images that are kept."""
+    batch: int = 1
+    """Images of a step that this process reads."""
+
+    def held(self, left: float, per_step: float) -> float:
+        """Seconds of `left` for steps of so many seconds, after the images that they need first were read."""
+        slow = per_step + self.reading * self.batch  # until every image was read
+        reached = self.cached / self.batch * slow
+        return left - self.cached * self.reading if left > reached else left * per_step / slow
+
+    def read_in(self, steps: int) -> float:
+        """Seconds of so many steps in which images are read that are then kept."""
+        return self.reading * min(self.cached, steps * self.batch)
 
     def steps(self, seconds: float, validations: int, every: int | None = None) -> tuple[int, int]:
         """Steps that fit into a time, and the number of validations in it.
@@ -54,7 +72,8 @@ class Trial:
             validations: most of them; no more are counted than take their share of the time.
             every: steps between validations, where that is fixed: then all are counted, that after the last step too.
         """
-        left = seconds - self.start
+        per_step = self.step + (self.validation / every if every is not None else 0.0)
+        left = self.held(seconds - self.start, per_step)
         if every is not None:
             whole = max(0, int(left / (every * self.step + self.validation)))
             rest = left - whole * (every * self.step + self.validation)
@@ -84,8 +103,8 @@ def _changed(config: C, change: Callable[[str, Any], Any]) -> C:
 def scaled(config: C, steps: int, validations: int | None = None) -> C:
     """The configuration for another number of steps: what is counted in steps changes in proportion.
 
-    Options of the command line stay as they are. The decay of averaged weights, unless the user chose it, keeps its
-    share of the run. `validations` bounds their number.
+    Options of the command line stay as they are, and intervals of checkpoints and logs become no longer. The decay of
+    averaged weights, unless the user chose it, keeps its share of the run. `validations` bounds their number.
     """
     run: RunConfig = config.run  # type: ignore[attr-defined]
     chosen: Set[str] = config.chosen  # type: ignore[attr-defined]
@@ -97,6 +116,8 @@ def scaled(config: C, steps: int, validations: int | None = None) -> C:
         if name == "ema_decay" and name not in chosen:
             return max(0.0, 1 - (1 - value) / factor) if factor < 1 else value
         if name not in IN_STEPS or value < 1:  # a start below 1 is a share of the steps
+            return value
+        if name in NO_LONGER and factor > 1:
             return value
         least = math.ceil(steps / validations) if name == "validate_every" and validations else 1
         return max(least, round(value * factor))
@@ -142,7 +163,9 @@ def measured(
     share = config.run.batch_size / run.accelerator.num_processes
     new = min(1.0, trainer.examples / (share * len(taken)))
     later = max(step - first * share * new, step / 10)
-    return Trial(start + first * trainer.examples, later, max(validation - first * trainer.validated, validation / 10))
+    # Held-out images are read before the first validation, whatever the number of steps.
+    begun, judged = start + first * trainer.validated, max(validation - first * trainer.validated, validation / 10)
+    return Trial(begun, later, judged, first, trainer.examples if first else 0, max(1, round(share)))
 
 
 def _before(config: Any) -> Mapping[str, Any] | None:
