@@ -57,7 +57,8 @@ def check_given_files(request: "Request") -> None:
 
 def check_pairs(request: "Request") -> None:
     """Raise `UserError` where images have no partner in the data that --codes names. A trial makes sources up."""
-    if "source_data" not in given_options(request, "codes"):
+    given = given_options(request, "codes")
+    if "source_data" not in given:
         return
     from vqgen.tokenizer.codes.pairs import pair
     from vqgen.tokenizer.data.options import Split
@@ -65,11 +66,12 @@ def check_pairs(request: "Request") -> None:
     from vqgen.tokenizer.encode import TokenizeConfig
 
     with explained("codes"):
-        config = parse(TokenizeConfig, [*request.codes, "--data", request.data])
-        sources: dict[Split, Source] = {
-            split: open_source(request.data, split, holdout_of(request)) for split in ("train", "heldout")
-        }
-        pair(sources, str(config.source_data), config.pair_by, config.unpaired, config.images)
+        train = open_source(request.data, "train", holdout_of(request))
+        splits: list[Split] = ["heldout", *(["test"] if train.test_images else [])]
+        sources: dict[Split, Source] = {"train": train}
+        sources |= {split: open_source(request.data, split, holdout_of(request)) for split in splits}
+        by, unpaired = (given.get(name, getattr(TokenizeConfig, name)) for name in ("pair_by", "unpaired"))
+        pair(sources, str(given["source_data"]), by, unpaired, ImageConfig())
 
 
 def check_stages(plan: "Plan", folder: Path) -> None:

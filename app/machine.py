@@ -29,15 +29,16 @@ def _left() -> list[int]:
         names = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         with suppress(OSError, ValueError):  # no such control group, or no limit in it
             limit, used = (int((folder / name).read_text(encoding="utf-8")) for name in names)
-            found.append(max(0, limit - used + _cached(folder / "memory.stat")))
+            found.append(max(0, limit - used + _cached(folder / "memory.stat", "" if second else "total_")))
     return found
 
 
-def _cached(statistics: Path) -> int:
+def _cached(statistics: Path, prefix: str) -> int:
     """Bytes of files that a control group keeps in memory until that is needed, 0 where it does not say."""
+    names = f"{prefix}inactive_file", f"{prefix}active_file"
     with suppress(OSError, ValueError, IndexError):
-        lines = statistics.read_text(encoding="utf-8").splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        lines = map(str.split, statistics.read_text(encoding="utf-8").splitlines())
+        return sum(int(words[1]) for words in lines if words[:1] and words[0] in names)
     return 0
 
 

@@ -123,9 +123,10 @@ def made_or_found(config: TrainConfig) -> "Plan":
     output, request = config.output, config.request()
     given = {name: given_options(request, name) for name in GIVEN}
     found = None if config.overwrite else saved_plan(output)
-    waiting = found.replaced if found else []  # of an earlier run, to be removed
-    begun = [name for name in STAGES if (output / name).exists() and name not in waiting]
-    if found and config.stated is not None and "minutes" not in config.stated:
+    there = [name for name in STAGES if (output / name).exists()]
+    begun = [name for name in there if not found or name not in found.replaced]  # others wait to be removed
+    same = found is not None and (bool(there) or found.request == request)
+    if found and same and config.stated is not None and "minutes" not in config.stated:
         config.minutes = found.minutes
     if both := [name for name in ("tokenizer", "prior") if {"steps", "epochs"} <= given[name].keys()]:
         raise UsageError(f"--{both[0]}: found steps and epochs; give one of them")
@@ -138,14 +139,14 @@ def made_or_found(config: TrainConfig) -> "Plan":
         check_given_files(request)
     if config.overwrite or "codes" not in begun:
         check_pairs(request)
-    if found and begun:
+    if found and there:
         return continued(found, request, config, begun)
     if found and (found.request, found.minutes) == (request, config.minutes):
         check_stages(found, output)  # its files may have been edited
         return found
     if found:
         refuse_edited(found, output)
-    return new_plan(request, config, begun if config.overwrite else [])
+    return new_plan(request, config, there if config.overwrite else [])
 
 
 def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Sequence[str]) -> "Plan":
@@ -164,8 +165,8 @@ def continued(found: "Plan", request: "Request", config: TrainConfig, begun: Seq
         values = (" ".join(map(str, v)) if isinstance(v, list) else v for v in (now[name], before[name]))
         this, that = ("nothing" if value in (None, "") else value for value in values)
         what = f"found {this}, the run in {config.output} has {that}"
-        removed = f", remove {config.output / name} and what was made after it" if name in GIVEN else ""
-        raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, or --overwrite{removed}")
+        removed = f"remove {config.output / name} and what was made after it, " if name in GIVEN else ""
+        raise UsageError(f"{option_name(name)}: {what}; use the same, another --output, {removed}or --overwrite")
     if config.minutes < found.minutes:
         what = f"found {config.minutes:g}, the run in {config.output} has {found.minutes:g}"
         raise UsageError(f"--minutes: {what}, and it can only be lengthened; give as many or more")

@@ -1,6 +1,6 @@
 """Time and memory of a stage before it is trained: some of its steps, in a process of their own.
 
-`tried` starts that process, which is `python -m vqgen.app.trial FILE`; its peak memory is that of the stage alone.
+`tried` starts that process; its peak memory is that of the stage alone.
 """
 
 import math
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vqgen.tokenizer.train import TokenizerTraining
     from vqgen.training.budget import Trial
 
+# Not -m, which would take modules from the current folder, whatever files are in it.
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from vqgen.app.trial import main; sys.exit(main())"
 STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
 OUT_OF_MEMORY = 77
@@ -141,7 +143,7 @@ def tried(stage: Stage) -> Measured | None:
     def end(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    words = [sys.executable, "-m", "vqgen.app.trial", "--folder"]
+    words = [sys.executable, "-c", _PROGRAM, "--folder"]
     before = signal.signal(signal.SIGTERM, end)
     try:
         with tempfile.TemporaryDirectory(prefix="vqgen-plan-") as folder:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vqgen.devices import on_main, precision_of
+from vqgen.devices import on_main, precision_of, processes
 from vqgen.errors import UserError
 from vqgen.metric import Metric
 from vqgen.prior.conditioning import Conditioning
@@ -26,7 +26,7 @@ from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.reconstruction import refuse_foreign_png, write_png_atomic
 
-from .measurement import Measurement, SetHash, check_classes, check_count, start_processes
+from .measurement import Measurement, SetHash, check_classes, check_count
 from .options import LikelihoodConfig
 from .receipt import environment
 
@@ -104,10 +104,10 @@ def measure_likelihood(config: LikelihoodConfig) -> Measurement:
         on_main(lambda: refuse_foreign_png(heat, "--map"))
     prior, codes = _open(config)
     count = check_count(config.n, len(codes), "--n", f"the {config.split} split of {config.codes}")
-    device = start_processes(config.device)
+    device = torch.device(processes().device or "cpu")
     precision = precision_of(config.precision, device)
     AcceleratorState._reset_state()  # an earlier measurement in this process may have had another precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
     rank, world = accelerator.process_index, accelerator.num_processes
     prior, conditioning = prior.to(device), prior.conditioning
     chosen, sequences = fixed_subset(count, len(codes))[rank::world], Sequences(codes, conditioning)

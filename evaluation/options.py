@@ -107,8 +107,6 @@ class LikelihoodConfig(Options):
     """Images per batch."""
     precision: Precision = "fp32"
     """Autocast; auto takes 16 bits if the hardware supports them: faster, and the NLL changes by about 0.1 %."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass

@@ -119,15 +119,15 @@ def replay_receipts(config: ReplayConfig) -> None:
     from vqgen.devices import processes
 
     read = [(path, *_read(path, config)) for path in config.receipts]
-    state, different = processes(), []
+    different = list[str]()
     for path, former, values in read:
         try:
             different.append(_replay(path, former, values, config))
         except UserError as error:
-            if state.num_processes > 1:  # others may be in the midst of it
+            if processes().num_processes > 1:  # others may be in the midst of it
                 raise
             different.append(f"{path}: {error}")
-    state.destroy_process_group()
+    processes().destroy_process_group()
     if any(different):
         raise UserError(" | ".join(filter(None, different)))
 

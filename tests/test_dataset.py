@@ -426,7 +426,7 @@ def test_a_source_that_is_for_tests_alone_is_never_trained_on(rows, tmp_path, ki
             pq.write_table(pa.table(columns), folder / f"{part}-00000-of-00001.parquet")
         found = sources.open_source(str(folder), "test" if part == "test" else "heldout", 0.5)
         assert len(found) == 6 and found.class_names in (["a", "b"], ["0", "1"])
-        with pytest.raises(UserError, match="no images to train on"):
+        with pytest.raises(UserError, match="and none of train"):
             sources.open_source(str(folder), "train", 0.5)
         with pytest.raises(UserError, match=f"--split: found {other}"):
             sources.open_source(str(folder), other, 0.5)
@@ -441,7 +441,7 @@ def test_what_is_in_no_split_of_a_table_is_said(rows, tmp_path):
         pq.write_table(pa.table({"image": rows[0][10 * number : 10 * number + 10]}), tmp_path / f"{part}.parquet")
     write_files(["cat/a.png", "dog/b.png"], rows[0], tmp_path)
     source = sources.open_source(str(tmp_path), "train", 0.5)
-    assert len(source) == 10 and source.note == "left out: 2 image files, as cat/a.png and the split val"
+    assert len(source) == 10 and source.note == "left out: image files beside tables (2, as cat/a.png); the split val"
     for part in ("train", "validation", "val"):
         (tmp_path / f"{part}.parquet").unlink()
     pq.write_table(pa.table({"file_name": ["cat/a.png"]}), tmp_path / "metadata.parquet")

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqgen.app import planner, rules, trial
+from vqgen.app import survey as surveys
 from vqgen.app.configurations import Configurations
 from vqgen.app.machine import Machine
 from vqgen.app.made_up import write_codes
@@ -32,6 +34,7 @@ from vqgen.prior.conditioning import Conditioning
 from vqgen.prior.train import PriorTraining
 from vqgen.sampling.sample import SampleConfig
 from vqgen.tokenizer.codes.format import CodeFiles
+from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
@@ -131,6 +134,15 @@ def test_a_survey_finds_sizes_colours_classes_and_captions(tmp_path: Path) -> No
     for name in "2", "4", "6":
         save(tmp_path / "b" / f"{name}.png", Image.new("RGB", (50, 40), (200, 0, 0)))
     assert look(str(tmp_path), None).channels == 3
+
+
+def test_imports_are_not_timed_as_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(4):
+        save(tmp_path / f"{index}.png", Image.new("RGB", (50, 40)))
+    source, calls = open_source(str(tmp_path), "train", 0.5), list[str]()
+    monkeypatch.setattr(surveys, "fit", lambda *_: calls.append("fit"))
+    monkeypatch.setattr(surveys, "time", SimpleNamespace(perf_counter=lambda: calls.append("clock") or 0.0))
+    assert surveys._decoding(source) == 0.0 and calls == ["fit", *["clock", "fit", "clock"] * len(source)]
 
 
 def test_a_survey_of_nothing_that_can_be_read_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,14 +100,18 @@ def test_memory_is_what_the_control_groups_leave(tmp_path: Path, monkeypatch: py
     pytest.importorskip("torch")
     from vqgen.app import machine
 
+    monkeypatch.setattr(machine, "find_device", lambda _name: SimpleNamespace(type="cpu"))
     outer = {"jobs/memory.max": "4000000\n", "jobs/memory.current": "3500000\n"}
-    outer["jobs/memory.stat"] = "active_file 300000\ninactive_file 200000\n"
+    outer["jobs/memory.stat"] = "active_file 50000\ninactive_file 150000\ntotal_active_file 9\n"
     inner = {"jobs/one/memory.max": "max\n", "jobs/one/memory.current": "100\n"}
     groups(tmp_path, monkeypatch, "0::/jobs/one\n", outer | inner)
     assert machine._left() == [700000] and machine.machine().memory == 700000
     first = {f"memory/a/memory.{name}_in_bytes": number for name, number in (("limit", "900"), ("usage", "1000"))}
     groups(tmp_path, monkeypatch, "4:memory:/a\n", first)
     assert machine._left() == [0]
+    first = {"memory/a/memory.stat": "inactive_file 9\ntotal_inactive_file 400\n"}
+    groups(tmp_path, monkeypatch, "4:memory:/a\n", first)
+    assert machine._left() == [300]
 
 
 def test_oversubscription_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

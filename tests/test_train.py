@@ -108,7 +108,10 @@ def test_the_whole_path_from_images_to_images(
         result = cli(main, *words(run), *further)
         assert (result.code, result.err.count("\n")) == (2, 1) and named in result.err and "--overwrite" in result.err
     assert "--flip: found False, the run in" in cli(main, *words(run), "--no-flip").err
-    assert f"or --overwrite, remove {run / 'prior'} and what" in cli(main, *words(run), "--prior", "dim=32").err
+    assert (
+        f"remove {run / 'prior'} and what was made after it, or --overwrite"
+        in cli(main, *words(run), "--prior", "dim=32").err
+    )
     result = cli(main, *words(run), "--minutes", 10)
     assert result.code == 2 and "--minutes" in result.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
@@ -234,6 +237,8 @@ def test_an_interrupted_overwrite_goes_on_without_it(
     monkeypatch.setitem(stages.STAGES, "prior", dataclasses.replace(prior, run=interrupted))
     assert cli(main, *seed, "--overwrite").code == 130
     tokenizer = weights(tmp_path / "tokenizer")
+    assert (saved_plan(tmp_path) or pytest.fail()).replaced == ["prior", "samples"]
+    assert "--minutes: found 30" in cli(main, *seed, "--minutes", 30).err, "the prior has its steps"
     assert (saved_plan(tmp_path) or pytest.fail()).replaced == ["prior", "samples"]
     monkeypatch.setitem(stages.STAGES, "prior", prior)
     result = cli(main, *seed)
@@ -426,6 +431,13 @@ def test_a_prior_that_was_trained_by_its_printed_command_is_not_lengthened(tmp_p
     assert plan.settled(stages.times_of(tmp_path)).prior_minutes == pytest.approx(max(left, share / 2), abs=1e-3)
 
 
+def test_another_request_has_the_usual_minutes(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:
+    given = ["--data", "demo", "--output", tmp_path, "--plan"]
+    for further, minutes in ((["--minutes", 20], 20), ([], 20), (["--size", 16], 60)):
+        assert cli(main, *given, *further).code == 0
+        assert (saved_plan(tmp_path) or pytest.fail()).minutes == minutes
+
+
 @pytest.mark.parametrize("made", ["nothing", "others"])
 def test_partners_that_are_missing_are_refused_before_the_trials(
     tmp_path: Path, cli: Callable[..., Any], trials: list[Stage], made: str
@@ -439,6 +451,11 @@ def test_partners_that_are_missing_are_refused_before_the_trials(
     result = cli(main, *given, "--codes", f"source-data={tmp_path / 'others'}")
     assert result.code == 1 and "--source-data" in result.err and "--codes source-data=" in result.err, result.err
     assert result.err.count("\n") == 1 and not trials
+    if made == "others":  # now each has one, and options that the plan has views for are no error
+        for path in (tmp_path / "others").iterdir():
+            path.rename(path.with_name(path.name.replace("others", "photos")))
+        words = [f"source-data={tmp_path / 'others'}", "random-shift=4"]
+        assert cli(main, *given, "--plan", "--codes", *words).code == 0
 
 
 def test_files_follow_options_of_later_stages(tmp_path: Path, cli: Callable[..., Any], interrupted: None) -> None:

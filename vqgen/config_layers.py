@@ -42,6 +42,11 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {leaves[close[0]]}?" if close else ""
 
 
+def _presets() -> dict[str, Any]:
+    """The files of `configs/` by name."""
+    return {item.name: item for item in importlib.resources.files("vqgen.configs").iterdir()}
+
+
 def find_preset(name: str) -> tuple[str, str]:
     """The name and text of a configuration file: a path, or a preset of `configs/` by name."""
     path = checked(Path, name, "--config")
@@ -49,8 +54,9 @@ def find_preset(name: str) -> tuple[str, str]:
         try:
             return str(path), read_text(path, MAX_YAML)
         except UserError as error:
-            raise UsageError(f"--config: {error}") from error
-    presets = {item.name: item for item in importlib.resources.files("vqgen.configs").iterdir()}
+            preset = f"; the preset is called {path.stem}" * (path.name in _presets())
+            raise UsageError(f"--config: {error}{preset}") from error
+    presets = _presets()
     if preset := presets.get(f"{name}.yaml"):
         return preset.name, preset.read_text(encoding="utf-8")
     known = sorted(file[:-5] for file in presets if file.endswith(".yaml"))

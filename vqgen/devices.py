@@ -232,7 +232,7 @@ def peak_memory(device: torch.device) -> int:
 
 def describe(device: torch.device, precision: str, count: int) -> dict[str, Any]:
     """Describe hardware, `count` processes and software for metadata; nothing in it identifies a single machine."""
-    processor = platform.processor() or platform.machine()
+    processor = platform.machine()
     with suppress(OSError, StopIteration):  # only Linux on x86 has the file and the line
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         processor = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()

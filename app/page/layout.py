@@ -54,7 +54,8 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
         def choose(
             pictures: list[tuple[str, str]], conditions: list[tuple[str, str, str]], event: gr.SelectData
         ) -> tuple[tuple[str, ...], Any]:
-            return (pictures[event.index][0], *conditions[event.index]), gr.Button(interactive=True)
+            known = conditions[event.index] if event.index < len(conditions) else ("", "", "")  # another drawing began
+            return (pictures[event.index][0], *known), gr.Button(interactive=True)
 
         def take(picture: tuple[str, ...], now: str) -> tuple[Any, ...]:
             """Put a drawn image into the editor, with its class and prompt where the chosen model is the one that drew

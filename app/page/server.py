@@ -189,9 +189,10 @@ def serve(config: AppConfig) -> None:
     """Serve the page until it is interrupted. Raises `UserError`, `UsageError`."""
     check_address(config.host, config.port)
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # the latter where a terminal is closed; Windows has none
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), _end)
+        # SIGHUP where a terminal is closed, unless nohup ignores it; Windows has none.
+        for number in filter(None, (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _end)
     place = tempfile.mkdtemp(prefix="vqgen-app-")
     # Read when gradio is imported; uploads and drawn images are there, and drawings under way beside it.
     os.environ |= {"GRADIO_TEMP_DIR": os.path.join(place, "files"), "GRADIO_ANALYTICS_ENABLED": "False"}

@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import math
 import statistics
 import struct
 from contextlib import suppress
@@ -126,7 +127,9 @@ class RunFolder:
         if not isinstance(batch, int) or not rates:
             return None
         steps = itertools.pairwise([0.0, *(step for step, _ in rates)])
-        return sum(((step - before) * batch / rate for (before, step), (_, rate) in zip(steps, rates) if rate > 0), 0.0)
+        taken = ((step - before) * batch / rate for (before, step), (_, rate) in zip(steps, rates) if rate > 0)
+        found = sum(taken, 0.0)
+        return found if math.isfinite(found) else None
 
     @property
     def wall(self) -> float | None:

@@ -25,6 +25,11 @@ LOGGED: dict[str, dict[str, Metric]] = {
             ("quantizer", "Quantizer loss", ""),
             ("code_distance", "Squared distance to the codes", "of the vectors' square"),
             ("inpainting_loss", "Negative log-likelihood of filled codes", "nats per token"),
+            ("smoothing", "Label smoothing", ""),
+            ("z-loss", "Z-loss", ""),
+            ("entropy_each", "Entropy of a position's codes", "nats"),
+            ("entropy_mean", "Entropy of the codes' mean probabilities", "nats"),
+            ("gumbel_kl", "Divergence from equal codes", "nats"),
         ),
         ADVERSARIAL: (
             ("adversarial", "Adversarial loss", ""),
@@ -36,6 +41,7 @@ LOGGED: dict[str, dict[str, Metric]] = {
             ("discriminator_real_accuracy", "Originals taken for real", "share"),
             ("discriminator_fake_accuracy", "Reconstructions taken for false", "share"),
             ("discriminator_grad_norm", "Gradient norm of the discriminator", ""),
+            ("lecam", "LeCam term", ""),
         ),
         TRAINING: (
             ("lr", "Learning rate", ""),
@@ -44,6 +50,7 @@ LOGGED: dict[str, dict[str, Metric]] = {
             ("quantizer_grad_norm", "Gradient norm of the quantizer", ""),
             ("decoder_grad_norm", "Gradient norm of the decoder", ""),
             ("weight_growth", "Growth of the weights", "times the first"),
+            ("gumbel_temperature", "Gumbel temperature", ""),
             ("codes_revived", "Codes revived", "a step"),
             ("top1_accuracy", "Most likely code is right", "share"),
             ("top5_accuracy", "Code is among the five most likely", "share"),

@@ -76,7 +76,7 @@ class _Net2Net:
 
 def holds_prior(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors are those of a Net2NetTransformer."""
-    return any(name.startswith((GPT, FIRST_STAGE)) for name in tensors)
+    return any(name.startswith(GPT) for name in tensors)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _check_samples(folder: Path, prior: Prior) -> None:
     for kind, own in ("prior", prior.fingerprint), ("tokenizer", prior.tokenizer_fingerprint):
         found = about.get(f"{kind}_fingerprint")
         if found != own:
-            text = f"are of the {kind} {str(found)[:12]}, the folder gets {str(own)[:12]}; draw some from it"
+            text = f"are of the {kind} {str(found)[:12]}, expected {str(own)[:12]}; draw some from that"
             raise UserError(f"--samples: those in {folder} {text}")
 
 

@@ -39,8 +39,8 @@ class ExportConfig(Options):
     """Data that both models were trained on, by their names on the hub, as uoft-cs/cifar10; the model card states
     them."""
     samples: Path | None = None
-    """Folder of vqgen-sample, drawn from --model: its grid.png is copied into the folder and shown in the model
-    card."""
+    """Folder of vqgen-sample, drawn from --model, or with --tokenizer from an earlier export with both in float32: its
+    grid.png is copied into the folder and shown in the model card."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, groupby
@@ -158,8 +159,10 @@ def _prepare(job: Job) -> None:
     for shard in present:
         job.open(shard)
     if present and is_file(output / TOKENIZER / DESCRIPTION):
-        before = Tokenizer.load(output / TOKENIZER).config
-        if before != job.tokenizer.config:  # the fingerprint is of the weights alone
+        before = None
+        with suppress(UserError):  # a damaged copy is made again, or found by --verify
+            before = Tokenizer.load(output / TOKENIZER).config
+        if before not in (None, job.tokenizer.config):  # the fingerprint is of the weights alone
             raise UserError(
                 f"--tokenizer: {job.config.tokenizer} has the weights of {output / TOKENIZER}, but other settings "
                 f"({DESCRIPTION}): give that one to finish it, --overwrite to start anew, or another --output"

@@ -78,14 +78,20 @@ class Loader:
     def _start(self) -> Iterator[Any]:
         resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)  # workers inherit the mask
-        handler = signal.getsignal(signal.SIGCHLD)
+        handler, safe = signal.getsignal(signal.SIGCHLD), os.environ.get(_SAFE_PATH)
+        os.environ[_SAFE_PATH] = "1"  # workers take no modules from the current folder (Python 3.11)
         try:
             return iter(self.loader)
         finally:
+            os.environ.pop(_SAFE_PATH)
+            os.environ.update({} if safe is None else {_SAFE_PATH: safe})
             if threading.current_thread() is threading.main_thread():
                 # torch's handler would raise the death of a worker anywhere, e.g. in the middle of a training step.
                 signal.signal(signal.SIGCHLD, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 def _unchanged(batch: Any) -> Any:

@@ -94,6 +94,8 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     little to divide, or a damaged file.
     """
     splits = find_splits(data, text_column)
+    if split == "all" and len(splits) == 1:
+        splits = {"all": next(iter(splits.values()))}
     divided = split in ("train", "heldout") and ("train" in splits or "all" in splits) and "heldout" not in splits
     part = split if not divided else "train" if "train" in splits else "all"
     if split == "all" and split not in splits:
@@ -101,7 +103,8 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     if split not in splits and not divided:
         found = "no splits" if "all" in splits else f"only {' and '.join(splits)}"
         if split == "train":
-            raise UserError(f"--data: {data} has {found}, and no images to train on; name other data")
+            text = f"{data} has {found} images, and none of train"
+            raise UserError(f"--data: {text}; name other data, or where a split can be chosen give --split {found[5:]}")
         other = "test" if list(splits) == ["test"] else "heldout"
         raise UserError(f"--split: found {split}, but {data} has {found}; use {other}, or name other --data")
     if text_column is not None and not any(any(each.captions or []) for each in splits.values()):
@@ -166,7 +169,7 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
             found = f"{left[0]} is of no split, unlike {other}"
             raise UserError(f"--data: {found}; name its split, or move it elsewhere")
         named = name_splits(groups, path)
-        notes = [f"{len(images)} image files, as {images[0]}"] if images else []
+        notes = [f"image files beside tables ({len(images)}, as {images[0]})"] if images else []
         notes += _dropped(groups, named)
         return {split: _noted(read_parquet(path, paths, text_column), notes) for split, paths in named.items()}
     elif os.path.lexists(path):
@@ -193,7 +196,7 @@ def _dropped(groups: Mapping[str, object], chosen: Mapping[str, object]) -> list
 
 def _noted(found: FoundSplit, left_out: Sequence[str]) -> FoundSplit:
     """A split with a note of what was left out."""
-    notes = [found.note] * bool(found.note) + [f"left out: {' and '.join(left_out)}"] * bool(left_out)
+    notes = [found.note] * bool(found.note) + [f"left out: {'; '.join(left_out)}"] * bool(left_out)
     return replace(found, note="; ".join(notes))
 
 

@@ -51,15 +51,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         place.mkdir(parents=True)
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
+        allowed = place.stat().st_mode & 0o666  # by the umask, which can only be read by changing it
         for item in [*sorted(temporary.rglob("*")), temporary] if temporary.is_dir() else [temporary]:
             if item.is_file():  # safetensors creates files that only their owner may read
-                item.chmod(0o666 & ~mask)
+                item.chmod(allowed)
             _sync(item)
         if temporary.is_dir() and path.is_dir():
             if [item.name for item in path.iterdir()] == [LOCK]:
-                (path / LOCK).unlink()
+                # With its folder: what is removed while it is open, as the lock is, leaves a file there on NFS.
+                os.rename(path.resolve(), place / "former")
             os.rename(temporary, path.resolve())  # fails where the folder is not empty
         else:
             os.replace(temporary, path)
