@@ -32,6 +32,7 @@ from .dataset import Sequences
 from .likelihood import likelihood
 from .model import Prior
 from .objective import accuracy, corrupted, objective
+from .parts.scan import ANNEALED
 from .parts.source import random_masks
 from .resumed import check_codes, describe_codes, listed, other_images
 from .selection import BEST, NATS, NATS_OF_HOLES, selected_by
@@ -252,7 +253,12 @@ class PriorTrainer:
     def finished(self) -> str | None:
         if self.config.patience and self.extra["stale"] >= self.config.patience:
             stale = self.extra["stale"]
-            return f"stopped early: {stale} validations without a better held-out loss; a larger --patience goes on"
+            found = f"stopped early: {stale} validations without a better held-out loss"
+            advice = "a larger --patience goes on"
+            if self.conditioning.scan and self.run.plan.progress(self.run.done) < ANNEALED[1]:
+                # The other orders would have been given up later: with fewer steps they are given up sooner.
+                advice = "it still had other --scan-orders than raster; give fewer --steps, so that these end before"
+            return f"{found}; {advice}"
         return None
 
     def save(self) -> None:

@@ -47,7 +47,7 @@ class Inpainter(Drawer):
     def extension(self, images: Tensor, margins: Sequence[int], paste: bool = True) -> Filling:
         """Images with margins that are drawn, see `Generator.extend`: left, top, right and bottom."""
         self.check_inpainting()
-        factor, fitted = self.tokenizer.factor, self.fitted(self.checked(images, 1))
+        factor, fitted = self.tokenizer.factor, self.fitted(self.checked(images, 1)).cpu()
         if len(margins) != 4 or min(margins) < 0 or any(margin % factor for margin in margins) or not any(margins):
             found = " ".join(map(str, margins))
             raise UsageError(f"--extend: found {found}, expected LEFT TOP RIGHT BOTTOM, multiples of {factor} pixels")
@@ -82,7 +82,7 @@ class Inpainter(Drawer):
             fit = f"cropped and scaled from {width}x{height} to {size[1]}x{size[0]} pixels"
             raise UsageError(f"{marked} is not in what is left of {image}, {fit}; mark a part nearer to the centre")
         cells = cells_of(pixels, self.tokenizer.factor)
-        originals = self.fitted(images) if paste else None
+        originals = self.fitted(images).cpu() if paste else None
         return Filling(codes, cells, self.vocabulary, True, originals, pixels)
 
     def variation(self, images: Tensor, share: float, n: int | None, seed: int) -> Filling:

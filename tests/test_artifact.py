@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -153,6 +154,13 @@ def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "run")
     write_folder(tmp_path / "link")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["new"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "again").mkdir()
+    # Open: on NFS a file that is removed stays in its folder until it is closed.
+    with (tmp_path / "again" / LOCK).open("w"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self, **_: pytest.fail(f"removed {self}"))
+        write_folder(tmp_path / "again")
+    assert [p.name for p in (tmp_path / "again").iterdir()] == ["new"]
+    shutil.rmtree(tmp_path / "again")
     (tmp_path / "run" / "new").rename(tmp_path / "run" / ".hidden")
     assert refusal(write_folder, tmp_path / "run") == f"cannot write {tmp_path / 'run'}: Directory not empty"
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".hidden"]
@@ -413,8 +421,10 @@ def test_saving_again_replaces_the_model(tmp_path: Path) -> None:
 def test_what_is_written_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
-        write_json(tmp_path / "b.json", {})
+        with pytest.MonkeyPatch.context() as patch:  # another thread would write with what it is set to meanwhile
+            patch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+            write_tensors(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
+            write_json(tmp_path / "b.json", {})
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}

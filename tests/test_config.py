@@ -395,12 +395,23 @@ def test_an_option_on_the_line_that_equals_the_default_still_wins(tmp_path: Path
     assert in_file(tmp_path, "name: file", "--name", "plain").name == "plain"
 
 
+@pytest.mark.parametrize("name", ["lfq", "gumbel"])
+def test_quantizers_that_need_an_entropy_loss_have_it_by_default(name: str) -> None:
+    """As in their presets, without which most of their codes fall out of use."""
+    given = ["--data", "demo", "--codebook-size", "1024"]
+    preset = parse(TokenizerTraining, [*given, "--config", f"quantizer-{name}"]).quantizer
+    plain = parse(TokenizerTraining, [*given, "--quantizer", name]).quantizer
+    for option in ("entropy_weight", "entropy_diversity", "entropy_temperature", "commitment_weight"):
+        assert getattr(plain, option, None) == getattr(preset, option, None), option
+
+
 def test_presets_are_found_by_name_and_files_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     presets = sorted(file.stem for file in ROOT.joinpath("configs").glob("*.yaml"))
     message = refusal(example, "--config", presets[-1] + "x")
     assert message.startswith(f"--config: no file and no preset '{presets[-1]}x'; closest presets: {presets[-1]}, ")
     assert message.endswith(f"(of {len(presets)} in configs/)") and len(message) < 200
     assert refusal(example, "--config", "none.yaml") == "--config: none.yaml does not exist"
+    assert refusal(example, "--config", "vqgan.yaml").endswith("does not exist; the preset is called vqgan")
     (tmp_path / "folder.yaml").mkdir()
     assert refusal(example, "--config", str(tmp_path / "folder.yaml")).startswith(f"--config: {tmp_path}")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")

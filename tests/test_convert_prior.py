@@ -238,3 +238,12 @@ def test_a_file_of_one_model_is_not_read_as_the_other(tmp_path, cli):
     save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "c2i.safetensors")
     done = cli(main, "--input", tmp_path / "c2i.safetensors", "--output", tmp_path / "out")
     assert (done.code, len(done.err.splitlines())) == (1, 1) and "rotary" in done.err
+
+
+def test_a_checkpoint_of_latent_diffusion_is_no_prior(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """It has a first stage under the same name."""
+    tensors = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "model.diffusion_model.a": torch.zeros(1)}
+    save_file(tensors, tmp_path / "ldm.safetensors")
+    result = cli(main, "--input", tmp_path / "ldm.safetensors", "--output", tmp_path / "out")
+    assert result.code == 1 and "is not of taming-transformers or LlamaGen" in result.err
+    assert len(result.err.splitlines()) == 1

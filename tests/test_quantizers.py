@@ -477,7 +477,7 @@ def test_gumbel_noise_is_of_the_generator_alone_and_evaluation_has_none() -> Non
 
 @pytest.mark.parametrize("weight", [0.0, 5e-4, 2.0])
 def test_gumbel_kl_by_hand(weight: float) -> None:
-    quantizer = gumbel(gumbel_kl_weight=weight)
+    quantizer = gumbel(gumbel_kl_weight=weight, entropy_weight=0.0)
     z = latents(2, 8, 3, 5).requires_grad_()
     copied = z.detach().clone().requires_grad_()
     uniform = torch.distributions.Categorical(logits=torch.zeros(8))

@@ -269,7 +269,9 @@ class TokenizerTrainer:
     def diagnose(self, rows: list[Row]) -> list[Finding]:
         positions = self.tokenizer.grid[0] * self.tokenizer.grid[1]
         training, heldout = positions * (self.examples or MANY), positions * self.validated
-        return diagnose(rows, self.config.quantizer, self.config.gan, training, heldout)
+        found = diagnose(rows, self.config.quantizer, self.config.gan, training, heldout)
+        # The codes are the former run's where only the decoder is trained.
+        return [each for each in found if not (self.config.decoder_only and each.name.startswith("codebook"))]
 
     def origin(self) -> str:
         # The codebook was updated with non-finite vectors: use the averaged one, which is a step older.

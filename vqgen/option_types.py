@@ -1,7 +1,6 @@
 """Conversion of a value from YAML or the command line to the type that its option declares."""
 
 import operator
-import os
 import re
 import types
 import typing
@@ -104,7 +103,7 @@ def _converted(hint: Any, value: Any) -> Any:
     elif hint is bool and str(value).lower() in _SWITCH:
         return _SWITCH[str(value).lower()]
     elif hint is Path and value and isinstance(value, (str, Path)):
-        return Path(os.path.expanduser(value))
+        return Path(value)
     elif hint is str and isinstance(value, str):
         return value
     elif hint in (int, float):

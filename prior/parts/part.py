@@ -65,7 +65,7 @@ class Part(ABC):
     omissible: bool = False
     """Whether sequences may have no tokens of this part at all: training has sequences of both layouts."""
     dropout: float = 0.0
-    """Share of the training sequences without this part, besides those that lack all of them
+    """Share of the training sequences without this part, those that lack all of them included
     (`Conditioning.dropped`); at 0 there is no guidance on it."""
     dropout_option: str = ""
     """The option that sets it."""

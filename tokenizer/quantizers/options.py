@@ -215,6 +215,10 @@ class GumbelConfig(Entropy, CodeDim, QuantizerConfig):
     """Share of the run over which the temperature falls."""
     gumbel_kl_weight: NotNegative = 5e-4
     """Weight of the KL divergence of the choices from the uniform prior."""
+    entropy_weight: NotNegative = 0.005
+    """Weight of the entropy loss; without it few codes are in use at the end."""
+    entropy_diversity: NotNegative = 2.0
+    """Weight of even use relative to confident choices in the entropy loss."""
 
     def collapse_remedy(self) -> str:
         weight = f"--entropy-weight (it is {self.entropy_weight:g})"
@@ -255,6 +259,13 @@ class LFQConfig(SoftEntropy, Commitment, QuantizerConfig):
     """Signs of log2(K) dimensions (Yu et al. 2023)."""
 
     fixed_codes: ClassVar[bool] = True
+
+    entropy_weight: NotNegative = 0.02
+    """Weight of the entropy loss; without it few codes are in use."""
+    entropy_temperature: Positive = 0.3
+    """Temperature of the softmax over codes whose entropy is taken."""
+    commitment_weight: NotNegative = 0.05
+    """Weight of the commitment loss, which pulls the encoder's outputs towards their codes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
