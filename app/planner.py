@@ -237,7 +237,10 @@ class Planner:
         preset = rules.TOKENIZERS[rules.image_side(min(draft.size))]
         self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
         codes = parse(TokenizeConfig, self.stages.words("codes"))
-        if codes.views > 1:
+        if codes.views == 1:
+            fewer = rules.views(s.train) > 1 and self.stages.value("codes", "views") is None
+            self._say("views", "1 of each image", "several would take too long to encode" * fewer)
+        else:
             used = {"flips": flips, "crops": codes.images.random_crop, "shifts": codes.images.random_shift}
             why = f"{' and '.join(name for name, on in used.items() if on)}, against overfitting"
             self._say("views", f"{codes.views} of each image", why)

@@ -74,7 +74,8 @@ def _refuse_other(path: Path, program: str, former: Mapping[str, Any], config: A
         before = former["options"].get(name, defaults[name])
         counts = name not in OPERATIONAL or (name, program) == ("batch_size", "accuracy")
         if counts and plain(before) != plain(value) and (own is None or plain(value) != own):
-            text = f"{path} was measured with {option_name(name)} {before}, now {value}"
+            was, now = ("nothing" if each in (None, "", []) else each for each in (before, value))
+            text = f"{path} is of another measurement, with {option_name(name)} {was} and not {now}"
             raise UsageError(f"--output: found none, but {text}; {advice}")
 
 

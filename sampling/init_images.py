@@ -27,7 +27,7 @@ def read_image(path: Path, channels: int, option: str = "--init-image") -> Tenso
         return decode(read_bytes(path), channels)
     except (OSError, BrokenImage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{option}: {path} cannot be read ({reason}); name image files") from error
+        raise UserError(f"{option}: {path} cannot be read ({reason}); name others, or remove it") from error
 
 
 def image_files(paths: list[Path], option: str = "--init-image") -> list[Path]:
@@ -37,7 +37,8 @@ def image_files(paths: list[Path], option: str = "--init-image") -> list[Path]:
         folder = os.path.isdir(path)
         inside = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder else [path]
         if not inside:
-            raise UserError(f"{option}: {path} holds no images; name image files or a folder of them")
+            below = "; its subfolders are not searched" if folder and any(map(os.path.isdir, path.glob("*"))) else ""
+            raise UserError(f"{option}: {path} holds no images{below}; name image files or a folder of them")
         found += inside
     return found
 

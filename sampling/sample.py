@@ -91,7 +91,8 @@ class SampleConfig(Options):
     batch_size: Size = 64
     """Images drawn at once by each process."""
     columns: Size | None = None
-    """Images a row of grid.png, which shows the first 100; by default one column a class, or a square."""
+    """Images a row of grid.png, which shows the first 100; by default one column for each given
+    image or class, or a square."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the prior; auto takes 16 bits where the hardware computes in them."""
     device: str = "auto"

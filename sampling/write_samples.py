@@ -88,12 +88,14 @@ def given_options(config: SampleConfig, names: Sequence[str]) -> dict[str, Any]:
 def write_grid(output: Path, series: "Series", n: int) -> None:
     """Write grid.png from the first images on disk of `n`: whole rows of at most `GRID_IMAGES` and `GRID_PIXELS`.
 
-    By default each condition has a column, where they are few, else each class.
+    By default each condition has a column, where they are few, else each given image, else each class.
     """
     shown, columns = min(n, GRID_IMAGES, max(1, GRID_PIXELS // math.prod(series.size))), series.config.columns
     cycle, channels = series.generator.conditioning.cycle(series.conditions), series.generator.tokenizer.config.channels
     if columns is None:
-        fitting = (each for each in (cycle, in_turn(series.conditions["class"])) if each and 1 < each <= min(shown, 20))
+        given = sum(len(files) for option, files in given_files(series.config).items() if option != "--mask")
+        found = cycle, given, in_turn(series.conditions["class"])
+        fitting = (each for each in found if each and 1 < each <= min(shown, 20))
         columns = next(fitting, math.ceil(math.sqrt(shown)))
     if n > shown > columns:
         shown -= shown % columns

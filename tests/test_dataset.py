@@ -449,6 +449,28 @@ def test_what_is_in_no_split_of_a_table_is_said(rows, tmp_path):
         sources.open_source(str(tmp_path), "train", 0.5)
 
 
+def test_images_of_kinds_that_are_not_read_are_counted(rows, tmp_path):
+    write_files([f"{i}.png" for i in range(4)], rows[0], tmp_path)
+    write_files(["phone/IMG_1.HEIC", "phone/IMG_2.heic", ".hidden.heic", "notes.txt"], [b"?"] * 4, tmp_path)
+    found = sources.open_source(str(tmp_path), "train", 0.5)
+    assert found.note == "left out: images that are not read (2, as phone/IMG_1.HEIC); convert them"
+
+
+def test_one_large_image_does_not_make_others_slow_to_read(rows, tmp_path, monkeypatch):
+    dataset = open_images(str(flat(rows, tmp_path, 20)), "train", SMALL)
+    slow, clock = list[int](), 0.0
+
+    def read(keys: list[tuple[int, int]]) -> None:
+        nonlocal clock
+        new = [index for index, _ in keys if index not in slow]
+        clock += sum(5.0 if index == 9 else 0.01 for index in new) + 0.001
+        slow.extend(new)
+
+    monkeypatch.setattr(dataset, "__getitems__", read)
+    monkeypatch.setattr("vqgen.tokenizer.data.dataset.time", SimpleNamespace(perf_counter=lambda: clock))
+    assert 9 in np.linspace(0, len(dataset) - 1, 17).astype(int) and dataset.first_read() == pytest.approx(0.01)
+
+
 def test_a_folder_of_tar_files_is_a_stream(tmp_path):
     (tmp_path / "00000.tar").write_bytes(bytes(1024))
     with pytest.raises(UserError, match=f"give stream:{tmp_path}"):

@@ -963,7 +963,7 @@ def test_a_receipt_of_samples_is_not_replaced_by_default(cli, tmp_path, no_measu
     for command in ("samples", "accuracy"):
         assert cli(evaluate.main, command, *words).code == 0
         result = cli(evaluate.main, command, *words, "--batch-size", 7)  # of accuracy these are steps of training
-        assert result.code == 0 if command == "samples" else "with --batch-size 64, now 7" in result.err
+        assert result.code == 0 if command == "samples" else "with --batch-size 64 and not 7" in result.err
         before = (path := tmp_path / "receipt.json").read_text()
         other = "accuracy" if command == "samples" else "samples"
         for changed, part in (

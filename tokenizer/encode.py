@@ -64,7 +64,9 @@ class TokenizeConfig(Options):
         most = (2 * self.images.random_shift + 1) ** 2 * (1 + self.images.flip)
         if self.views > most and not (self.images.random_crop > 0 or various):
             made = f"the image, flips and shifts make {most} as they are given"
-            raise UsageError(f"--views: found {self.views}, but {made}; add --flip or a larger --random-shift")
+            raise UsageError(
+                f"--views: found {self.views}, but {made}; give --random-crop 0.1 or a larger --random-shift"
+            )
         if self.views == 1 and self.images.augments:
             given = next(name for name in ("flip", "random_crop", "random_shift") if getattr(self.images, name))
             text = "found with --views 1, which is not augmented; use --views 2 or leave it out"

@@ -169,6 +169,7 @@ def load_artifact(folder: Path, kind: str) -> Artifact:
         state = "does not exist" if not folder.exists() else f"holds no {DESCRIPTION}"
         unfinished = (folder / "checkpoints").is_dir()
         hint = "its training has not finished" if unfinished else f"give the run or model folder of a {kind}"
+        hint = f"give {folder / kind}" if is_file(folder / kind / DESCRIPTION) else hint
         raise UserError(f"{folder} is not a {kind} folder: it {state}; {hint}")
     description = read_json(folder / DESCRIPTION)
     if description.get("kind") != kind:

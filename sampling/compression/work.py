@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqgen import __version__
+from vqgen.config import one_line
 from vqgen.devices import describe
 from vqgen.errors import UsageError, UserError
 from vqgen.files import atomic_path, write_json
@@ -33,6 +35,8 @@ from .coding import Coder, InvalidStream
 from .compress import CompressConfig
 from .decompress import DecompressConfig
 
+SLOW = 1_000_000
+"""Pixels of an image above which it is said that encoding takes long."""
 ARCHIVE, SUMMARY = "images.vqc", "summary.json"
 
 
@@ -116,13 +120,20 @@ def compress_images(config: CompressConfig) -> None:
         generator.conditioning.check_given(plain, f"--probabilities: found {config.probabilities}, but", hint)
     with new_folder(config.output):
         pictures, windows = list[Picture](), list[Tensor]()
-        for name, path in files.items():
-            image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
-            if max(image.shape[1:]) > MAX_SIDE:
-                text = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
-                raise UserError(f"IMAGES: {text}; crop or scale it")
-            pictures.append(Picture(name, image.shape[1], image.shape[2]))
-            windows.append(_windows(generator, image, _Grid.of(pictures[-1], _size(generator))))
+        with progress(len(files), "encoding", "img", True) as bar:
+            for name, path in files.items():
+                image = read_image(path, generator.tokenizer.config.channels, "IMAGES")
+                if max(image.shape[1:]) > MAX_SIDE:
+                    text = f"{path} is {image.shape[2]}x{image.shape[1]} pixels, a side has at most {MAX_SIDE}"
+                    raise UserError(f"IMAGES: {text}; crop or scale it")
+                if (pixels := image.shape[1] * image.shape[2]) > SLOW:
+                    text = (
+                        f"{path} has {pixels / 1e6:.1f} million pixels; the time to encode it grows with their square"
+                    )
+                    print(one_line(text), file=sys.stderr)
+                pictures.append(Picture(name, image.shape[1], image.shape[2]))
+                windows.append(_windows(generator, image, _Grid.of(pictures[-1], _size(generator))))
+                bar.update()
         blocks = generator.vocabulary.to_tokens(torch.cat(windows)).split(ROWS)
         with progress(2 * len(blocks), "compressing", "stream", True) as bar:
             streams = _encoded(generator, config, blocks, bar)

@@ -314,6 +314,7 @@ def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> N
     else:
         broken = sum(len(dataset) for dataset in job.indexed.values()) - sum(counts.values())
     codes = int(np.prod(code_shape(manifest.grid, manifest.depth)))
+    classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no classes"
     test = f" and {counts['test']} test images" if "test" in counts else ""
     if job.config.text_column is not None and job.indexed:
         found = {split: sum(map(bool, each.captions or [])) for split, each in job.indexed.items()}
@@ -321,7 +322,7 @@ def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> N
         print(f"--text-column {job.config.text_column}: captions for {text}")
     print(
         f"{job.config.output}: {train.count} training images in {train.views} view{'s' * (train.views > 1)}, "
-        f"{counts['heldout']} held-out images{test}, {codes} codes each; {rate:.0f} images/s; "
+        f"{counts['heldout']} held-out images{test}, {classes}, {codes} codes each; {rate:.0f} images/s; "
         f"{usage:.1%} of {manifest.codebook_size} codes in use; {broken} broken images skipped"
     )
 

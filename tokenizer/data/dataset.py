@@ -5,6 +5,7 @@ The content of a batch is a function of source, configuration and keys alone, wh
 
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -184,19 +185,25 @@ class ImageDataset(Dataset[Sample]):
         return bool((self._seen if indices is None else self._seen[torch.as_tensor(indices)]).ne(0).all())
 
     def first_read(self, images: int = 16) -> float:
-        """Seconds by which an image takes longer the first time, where this process keeps decoded ones; else 0."""
+        """Seconds by which an image takes longer the first time, where this process keeps decoded ones; else 0.
+
+        The median over some images: a single large one says nothing of the others.
+        """
         if self._seen is None or self.config.workers:
             return 0.0
         chosen = np.linspace(0, len(self) - 1, min(images + 1, len(self))).astype(int)
-        (first, *keys), taken = [(int(index), 0) for index in chosen], []
+        first, *keys = [(int(index), 0) for index in chosen]
         self.__getitems__([first])  # imports what decodes, which takes seconds
         if not keys:
             return 0.0
-        for _ in range(2):
+
+        def seconds(key: tuple[int, int]) -> float:
             began = time.perf_counter()
-            self.__getitems__(keys)
-            taken.append(time.perf_counter() - began)
-        return max(0.0, taken[0] - taken[1]) / len(keys)
+            self.__getitems__([key])
+            return time.perf_counter() - began
+
+        taken = [[seconds(key) for key in keys] for _ in range(2)]
+        return max(0.0, statistics.median(new - kept for new, kept in zip(*taken, strict=True)))
 
     def _view(self, index: int, seed: int | None) -> np.ndarray:
         """Return uint8 (C, H, W) of image `index`: center-cropped, or augmented by `seed`."""

@@ -155,10 +155,12 @@ def find_splits(data: str, text_column: str | None = None) -> dict[str, FoundSpl
     if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
         found = load_folder(path)
     elif os.path.isdir(path):
-        files = _list_files(path)
+        files = _list_files(path, unread := list[str]())
         tables = [path / name for name in files if name.lower().endswith(".parquet")]
         if not tables:
-            return _image_folder(path, files, text_column)
+            splits = _image_folder(path, files, text_column)
+            kinds = [f"images that are not read ({len(unread)}, as {min(unread)}); convert them"] if unread else []
+            return {split: _noted(one, kinds) for split, one in splits.items()}
         images = [name for name in files if not name.lower().endswith(".parquet")]
         if images and all(table.name.lower() == "metadata.parquet" for table in tables):
             advice = "write it as metadata.jsonl or metadata.csv, or move it elsewhere"
@@ -216,8 +218,15 @@ def name_splits(groups: Mapping[str, T], where: object) -> dict[str, T]:
     raise UserError(f"--data: {where} has the splits {names} and no train; name one of them train")
 
 
-def _list_files(root: Path) -> dict[str, int]:
-    """Relative path -> size of the image and parquet files below `root`, sorted by path, without hidden ones."""
+OTHERS = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw"}
+"""Endings of images that are not read."""
+
+
+def _list_files(root: Path, unread: list[str] | None = None) -> dict[str, int]:
+    """Relative path -> size of the image and parquet files below `root`, sorted by path, without hidden ones.
+
+    `unread` gets the paths of images of other kinds.
+    """
 
     def fail(error: OSError) -> None:
         raise UserError(f"--data: {error.filename} cannot be read: {error.strerror}; check its permissions") from error
@@ -234,6 +243,8 @@ def _list_files(root: Path) -> dict[str, int]:
             continue
         above.append((folder, real))
         for name in names:
+            if unread is not None and os.path.splitext(name)[1].lower() in OTHERS and not name.startswith("."):
+                unread.append(Path(folder, name).relative_to(root).as_posix())
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES | {".parquet"}:
                 full = os.path.join(folder, name)
                 files[Path(full).relative_to(root).as_posix()] = os.path.getsize(full) if os.path.exists(full) else -1
