@@ -42,7 +42,7 @@ from vqgen.tokenizer.codes.format import (
     shard_name,
     write_shard,
 )
-from vqgen.tokenizer.data.decoding import decode
+from vqgen.tokenizer.data.decoding import decode, read_size
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
 
@@ -443,6 +443,20 @@ def sample(cli, with_source: Path, tmp_path: Path):
 def drawn_images(folder: Path) -> torch.Tensor:
     paths = sorted(path for path in folder.glob("*.png") if path.name != "grid.png")
     return torch.stack([decode(path.read_bytes(), 3) for path in paths])
+
+
+def test_each_given_image_has_a_column_of_the_grid(sample, tmp_path: Path) -> None:
+    for name, image in zip("abc", photos(3), strict=True):
+        write_png_atomic(tmp_path / f"{name}.png", image)
+    several = ["--init-image", *(tmp_path / f"{name}.png" for name in "abc")]
+    shapes = []
+    for more in (several, [*several, "--columns", 2], []):
+        assert sample("--box", 4, 2, 2, 2, "--n", 6, "--overwrite", *more).code == 0
+        shapes.append(read_size((tmp_path / "out" / "grid.png").read_bytes())[:2])
+    (rows, three), (_, two), (_, square) = shapes
+    assert three == square > two and rows == shapes[2][0], "a square of six has three columns, too"
+    assert sample("--box", 4, 2, 2, 2, "--n", 12, "--overwrite", *several).code == 0
+    assert read_size((tmp_path / "out" / "grid.png").read_bytes())[1] == three
 
 
 def test_the_program_draws_what_is_white(sample, with_source: Path, tmp_path: Path) -> None:
