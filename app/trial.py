@@ -19,6 +19,7 @@ import psutil
 
 from vqgen.config import command, parse
 from vqgen.errors import UsageError
+from vqgen.evaluation.options import SMALLEST
 from vqgen.files import read_record, write_json
 from vqgen.options import Options
 from vqgen.sampling.sample import SampleConfig
@@ -37,8 +38,6 @@ STEPS, SECONDS = 12, 8.0
 """A trial takes so many steps at most, and ends after so many seconds if it has taken four."""
 OUT_OF_MEMORY = 77
 """Exit code of a trial that needed more memory than there is."""
-SMALLEST = 16
-"""Shorter side of the images that the classifier takes."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ from vqgen.tokenizer.networks.autoencoder import ResidualBlock
 from .measurement import warn
 from .options import ClassifierTraining
 
-SMALLEST = 16
-"""Pixels a side that a classifier needs."""
 ACCURACY = Metric("classifier_accuracy", "Classifier accuracy", "share of the samples", "higher")
 """Share of the samples that the classifier assigns to the class they were drawn as."""
 

@@ -33,6 +33,8 @@ def check_perceptual(net: str, weights: str | None) -> None:
         raise UsageError(f"--perceptual-net: found {net} and no --perceptual-weights; name them")
 
 
+SMALLEST = 16
+"""Pixels a side that a classifier needs."""
 UNUSED_WEIGHTS = "--weights: found with --extractor none, which has none; name the extractor they are for"
 
 
@@ -223,8 +225,9 @@ class ClassifierTraining(Options):
         super().__post_init__()
         if self.width % 8:
             raise UsageError(f"--width: found {self.width}, expected a multiple of 8")
-        if min(self.size) < 16:
-            raise UsageError(f"--size: found {' '.join(map(str, self.size))}, expected at least 16 pixels a side")
+        if min(self.size) < SMALLEST:
+            found = " ".join(map(str, self.size))
+            raise UsageError(f"--size: found {found}, expected at least {SMALLEST} pixels a side")
 
 
 @dataclass

@@ -691,3 +691,10 @@ def test_errors_of_an_object_store_are_one_line(monkeypatch: pytest.MonkeyPatch)
         pass
     with pytest.raises(UserError, match=r"^--data: failing://bucket/\*.tar cannot be listed \(StoreError: no cred"):
         open_shards("stream:failing://bucket/*.tar", 0.1)
+
+
+def test_a_stream_of_a_test_split_alone_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("test", "validation"):
+        write_tar(tmp_path / name / f"{name}-0000.tar", sample("a", garments(1)[0]))
+        with pytest.raises(UserError, match=r"has only (test|heldout) files, and none of train"):
+            open_shards(f"stream:{tmp_path / name}", 0.1)

@@ -12,6 +12,7 @@ from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
 from vqgen.evaluation.classifier import ClassifierConfig, fit_classifier, shuffled_batches
 from vqgen.evaluation.measurement import Measurement, SetHash, check_count, reading, start_processes, warn
+from vqgen.evaluation.options import SMALLEST
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import open_samples
 from vqgen.metric import Metric
@@ -59,9 +60,11 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     drawn, names = open_samples(config.samples, config)
     if not names:
         raise UserError(f"--samples: {config.samples} has no classes; give samples that were drawn of classes")
-    if min(drawn.config.size) < 16:
+    if min(drawn.config.size) < SMALLEST:
         size = "x".join(map(str, drawn.config.size))
-        raise UsageError(f"--samples: {config.samples} has images of {size} pixels, expected at least 16 a side")
+        raise UsageError(
+            f"--samples: {config.samples} has images of {size} pixels, expected at least {SMALLEST} a side"
+        )
     read = reading(config, drawn.config.size, drawn.config.channels, drawn.config.fit)
     train, test = (open_images(config.data, split, read) for split in ("train", config.split))
     for other in (train, test):

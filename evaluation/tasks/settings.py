@@ -12,9 +12,9 @@ from torch import Tensor
 from vqgen.config import as_dict
 from vqgen.devices import processes
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.classifier import SMALLEST, Classifier, classifier_of
+from vqgen.evaluation.classifier import Classifier, classifier_of
 from vqgen.evaluation.measurement import Measurement, SetHash, is_shipped, reading, start_processes, warn
-from vqgen.evaluation.options import ClassifierTraining
+from vqgen.evaluation.options import SMALLEST, ClassifierTraining
 from vqgen.evaluation.receipt import environment
 from vqgen.evaluation.samples import load_classifier
 from vqgen.files import DESCRIPTION, is_file, read_json

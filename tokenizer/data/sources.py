@@ -101,10 +101,10 @@ def open_source(data: str, split: Split | Literal["all"], holdout: float, text_c
     if split == "all" and split not in splits:
         raise UserError(f"--data: {data} has the splits {' and '.join(splits)}; name the folder or file of one")
     if split not in splits and not divided:
-        found = "no splits" if "all" in splits else f"only {' and '.join(splits)}"
+        found, names = "no splits" if "all" in splits else f"only {' and '.join(splits)}", " or ".join(splits)
         if split == "train":
             text = f"{data} has {found} images, and none of train"
-            raise UserError(f"--data: {text}; name other data, or where a split can be chosen give --split {found[5:]}")
+            raise UserError(f"--data: {text}; name other data, or where a split can be chosen give --split {names}")
         other = "test" if list(splits) == ["test"] else "heldout"
         raise UserError(f"--split: found {split}, but {data} has {found}; use {other}, or name other --data")
     if text_column is not None and not any(any(each.captions or []) for each in splits.values()):

@@ -70,11 +70,8 @@ def read_parquet(root: Path, paths: Sequence[Path], text_column: str | None = No
     raw = np.concatenate(labels) if labels else None
     found = None if text_column is None else captions
     items = Rows(load, columns[0].image, names, counts, [root], [path.parent for path in paths])
-    note = (
-        ""
-        if total <= IN_MEMORY_BYTES
-        else f"tables of {total / 1e9:.1f} GB, converted once into the cache of `datasets`"
-    )
+    note = f"tables of {total / 1e9:.1f} GB, converted once into the cache of `datasets`"
+    note *= total > IN_MEMORY_BYTES
     return FoundSplit(items, listing, raw, columns[0].class_names, found, note)
 
 

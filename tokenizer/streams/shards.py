@@ -114,6 +114,8 @@ def open_shards(data: str, holdout: float, text_column: str | None = None) -> di
     """
     found, data = _find(data), shown(data)
     divided = "heldout" not in found
+    if not found.keys() & {"train", "all"}:
+        raise UserError(f"--data: {data} has only {' and '.join(found)} files, and none of train; name those, too")
     train = found["train" if "train" in found else "all"]
     if _ending(train[0]) == ".tar":
         check_captions(text_column)
