@@ -242,8 +242,8 @@ class Drawer:
             found = []
             for part in batches(candidates, cycle, 1, batch_size):
                 prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(seed, part, length)
-                given, leading = (None, 0) if known is None else (known.rows(part), known.leading)
-                found.append(self.tokens(guidance, prefix, uniforms, settings, given, leading, batch_size, on_token))
+                given, span = (None, None) if known is None else (known.rows(part), known.span)
+                found.append(self.tokens(guidance, prefix, uniforms, settings, given, span, batch_size, on_token))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
             chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
@@ -260,13 +260,13 @@ class Drawer:
         uniforms: Tensor,
         settings: SamplingSettings,
         known: Tensor | None,
-        leading: int,
+        span: range | None,
         batch_size: int,
         on_token: Callable[[Tensor], object] | None,
     ) -> Drawn:
         """Draw the codes of a batch after prefixes of the layout of `guidance`; see `generate`."""
         allowed = [self.vocabulary.allowed(position) for position in range(self.vocabulary.length)]
-        given = self.decoder, prefix, allowed, uniforms, settings, guidance.contrasts(prefix), known, leading
+        given = self.decoder, prefix, allowed, uniforms, settings, guidance.contrasts(prefix), known, span
         return generate(*given, rows=batch_size, on_token=on_token)  # on CUDA the last batch is computed as a full one
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -155,5 +155,5 @@ class Inpainter(Drawer):
     def tokens_of(self, filling: Filling) -> int:
         """Codes that are drawn or fed one by one for each image of a filling."""
         if filling.grid == self.vocabulary.grid:
-            return self.vocabulary.length - filling.known.leading
+            return len(filling.known.span)
         return Painter(self, filling).tokens

@@ -36,9 +36,13 @@ class Known:
         return torch.where(mask, self.vocabulary.to_tokens(self.codes), -1)
 
     @cached_property
-    def leading(self) -> int:
-        """Number of first tokens that are known in every row of a series, however many images it has."""
-        return 0 if self.own else int((self.tokens >= 0).all(0).long().cumprod(0).sum())
+    def span(self) -> range:
+        """Code positions from the first to the last that is unknown in some row of a series of any number of images."""
+        length = self.tokens.shape[1]
+        if self.own:
+            return range(length)
+        unknown = (self.tokens < 0).any(0).nonzero()[:, 0].tolist()
+        return range(unknown[0], unknown[-1] + 1) if unknown else range(0)
 
     def rows(self, indices: Sequence[int]) -> Tensor:
         """Tokens (B, length) of images of the series."""

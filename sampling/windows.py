@@ -105,16 +105,16 @@ class Painter:
         return list(windows(self.filling.cells, self.drawer.vocabulary.grid))
 
     @cached_property
-    def leading(self) -> list[int]:
-        """For each window the number of first codes that are known in every row."""
+    def spans(self) -> list[range]:
+        """For each window the positions of its codes that are drawn or fed one by one, see `Known.span`."""
         vocabulary = self.drawer.vocabulary
         parts = ((window.of(self.filling.codes), ~window.unknown) for window in self.windows)
-        return [Known(codes, known, vocabulary).leading for codes, known in parts]
+        return [Known(codes, known, vocabulary).span for codes, known in parts]
 
     @property
     def tokens(self) -> int:
         """Codes that are drawn or fed one by one for each image."""
-        return len(self.windows) * self.drawer.vocabulary.length - sum(self.leading)
+        return sum(map(len, self.spans))
 
     def draw(
         self,
@@ -145,7 +145,7 @@ class Painter:
         conditioning, vocabulary = self.drawer.conditioning, self.drawer.vocabulary
         rows = [index % len(self.filling) for index in indices]
         codes, nats = self.filling.codes[rows], torch.zeros(len(indices), dtype=torch.float64)
-        for window, leading in zip(self.windows, self.leading, strict=True):
+        for window, span in zip(self.windows, self.spans, strict=True):
             part, unknown = window.of(codes), window.unknown[rows]
             layout, given = conditioning.plain, {}
             if conditioning.masked_source and not window.unknown.all():
@@ -154,7 +154,7 @@ class Painter:
             uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
             known = Known(part, ~unknown, vocabulary).tokens
             guidance = Guidance.of(layout, settings, {**conditions, **{name: list(ids) for name, ids in given.items()}})
-            drawn = self.drawer.tokens(guidance, prefix, uniforms, settings, known, leading, batch_size, on_token)
+            drawn = self.drawer.tokens(guidance, prefix, uniforms, settings, known, span, batch_size, on_token)
             codes[:, window.rows, window.columns] = vocabulary.to_codes(drawn.tokens.cpu())
             nats += drawn.nats.cpu()
         return codes, nats

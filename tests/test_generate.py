@@ -107,9 +107,16 @@ def test_known_codes_go_in_at_once(backbone):
         full = generate(decoder, prefix, legal, uniforms, settings, contrasts)
         known = torch.where(torch.arange(12) < 5, full.tokens, -1)
         seen: list[torch.Tensor] = []
-        rest = generate(decoder, prefix, legal, uniforms, settings, contrasts, known, leading=5, on_token=seen.append)
+        rest = generate(
+            decoder, prefix, legal, uniforms, settings, contrasts, known, range(5, 12), on_token=seen.append
+        )
         assert torch.equal(rest.tokens, full.tokens) and len(seen) == 7
         assert (rest.nats < full.nats).all(), "known codes cost nothing"
+        # What follows the last unknown code is not computed at all.
+        known[:, 9:], steps = full.tokens[:, 9:], len(seen)
+        part = generate(decoder, prefix, legal, uniforms, settings, contrasts, known, range(5, 9), on_token=seen.append)
+        assert torch.equal(part.tokens, full.tokens) and len(seen) - steps == 4
+        assert (part.nats < rest.nats).all()
 
 
 @backbones
@@ -132,7 +139,7 @@ def test_known_codes_later_in_the_sequence_are_forced(backbone):
     torch.testing.assert_close(found.nats, nats.double().sum(1), rtol=1e-4, atol=1e-4)
     # With everything known nothing is computed.
     assert torch.equal(
-        generate(decoder, prefix, legal, uniforms, SamplingSettings(), known=full.tokens, leading=12).tokens,
+        generate(decoder, prefix, legal, uniforms, SamplingSettings(), known=full.tokens, span=range(0)).tokens,
         full.tokens,
     )
 

@@ -90,22 +90,24 @@ def decode_n(
     settings: SamplingSettings,
     scales: Sequence[float] = (),
     known: Tensor | None = None,
-    first: int = 0,
+    span: range | None = None,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Drawn:
-    """Draw the tokens of code positions `first` to len(allowed) - 1, feeding each back.
+    """Draw the tokens of code positions, feeding each back.
 
     Args:
         logits: what `prefill` returned.
         uniforms: (B, len(allowed)).
         scales: of the contrasts, whose rows follow those of the images.
-        known: see `generate`; before `first` every token is known.
+        known: see `generate`.
+        span: the positions to draw, by default all; every other token is known.
     """
-    drawn = [] if known is None else list(known[:, :first].unbind(1))
+    span = range(len(allowed)) if span is None else span
+    drawn = [] if known is None else list(known[:, : span.start].unbind(1))
     total = torch.zeros(len(uniforms), dtype=torch.float64, device=logits.device)
-    for position in range(first, len(allowed)):
+    for position in span:
         start, end = allowed[position]
-        if position > first:
+        if position > span.start:
             logits = decoder.feed(drawn[-1].repeat(1 + len(scales))[:, None], (start, end))
         now = [settings.guidance_at(scale, position, len(allowed)) for scale in scales]
         tokens, nats = decode_one(logits, start, uniforms[:, position], settings, now)
@@ -118,7 +120,8 @@ def decode_n(
             on_token(tokens)
     if not total.isfinite().all():  # once, after the loop: reading a value waits for the device
         raise UserError("the model's logits are not finite; its weights are damaged, or try --precision fp32")
-    return Drawn(torch.stack(drawn, 1), total)
+    rest = [] if known is None else list(known[:, span.stop :].unbind(1))
+    return Drawn(torch.stack([*drawn, *rest], 1), total)
 
 
 @torch.inference_mode()
@@ -130,7 +133,7 @@ def _generate_block(
     settings: SamplingSettings,
     scales: Sequence[float],
     known: Tensor | None,
-    leading: int,
+    span: range,
     step: int,
     on_token: Callable[[Tensor], object] | None,
 ) -> Drawn:
@@ -144,10 +147,10 @@ def _generate_block(
     given = None if known is None else padded(known)
     prompts = [padded(prompt) for prompt in prompts]
     if given is not None:
-        prompts = [torch.cat([prompt, given[:, :leading]], 1) for prompt in prompts]
+        prompts = [torch.cat([prompt, given[:, : span.start]], 1) for prompt in prompts]
     report = None if on_token is None else lambda tokens: on_token(tokens[:count])
-    logits = prefill(decoder, torch.cat(prompts), allowed[leading])
-    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, scales, given, leading, report)
+    logits = prefill(decoder, torch.cat(prompts), allowed[span.start])
+    drawn = decode_n(decoder, logits, allowed, padded(uniforms), settings, scales, given, span, report)
     return Drawn(drawn.tokens[:count], drawn.nats[:count])
 
 
@@ -159,7 +162,7 @@ def generate(
     settings: SamplingSettings,
     contrasts: Sequence[Contrast] = (),
     known: Tensor | None = None,
-    leading: int = 0,
+    span: range | None = None,
     rows: int = 1,
     on_token: Callable[[Tensor], object] | None = None,
 ) -> Drawn:
@@ -176,11 +179,12 @@ def generate(
         uniforms: (B, len(allowed)) in [0, 1), see `image_uniforms`.
         contrasts: of the guidance, from more to fewer conditions; each computes B rows more.
         known: (B, len(allowed)) code tokens that are given, -1 where one is to be drawn.
-        leading: this many first codes are known in every image and go into the model in one pass with the prefix.
-            Counted over all images of a series, so that an image is computed alike in every batch.
+        span: the positions to draw, by default all. The codes of all others are known: those before it go into the
+            model in one pass with the prefix, those after it not at all. It is that of all images of a series
+            (`Known.span`), so that an image is computed alike in every batch.
         rows: on other devices, pad the batch to a multiple of this many: matrix products may round differently for
             another number of rows.
-        on_token: called with the tokens (b,) of each position from `leading` on, on the device, by one thread at a
+        on_token: called with the tokens (b,) of each position of `span`, on the device, by one thread at a
             time; on a CPU b is the part of a thread.
 
     Raises `UserError` where the logits are not finite, `ValueError` where the model is in training mode.
@@ -188,12 +192,13 @@ def generate(
     if decoder.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs decoding; call eval() first")
     count, device = len(prefix), decoder.model.device
-    if not count or leading == len(allowed):
+    span = range(len(allowed)) if span is None else span
+    if not count or not span:
         tokens = torch.empty(count, len(allowed), dtype=torch.long) if known is None else known
         return Drawn(tokens.to(device), torch.zeros(count, dtype=torch.float64, device=device))
     prompts, scales = [prefix, *(each.prefix for each in contrasts)], [each.scale for each in contrasts]
     if device.type != "cpu":
-        return _generate_block(decoder, prompts, allowed, uniforms, settings, scales, known, leading, rows, on_token)
+        return _generate_block(decoder, prompts, allowed, uniforms, settings, scales, known, span, rows, on_token)
     step = decoder.step(dict.fromkeys(allowed))
     share = -(-count // torch.get_num_threads())
     share = min(-(-share // step) * step, ROWS)
@@ -210,7 +215,7 @@ def generate(
         part = slice(first, first + share)
         given = None if known is None else known[part]
         own = [prompt[part] for prompt in prompts]
-        return _generate_block(decoder, own, allowed, uniforms[part], settings, scales, given, leading, step, report)
+        return _generate_block(decoder, own, allowed, uniforms[part], settings, scales, given, span, step, report)
 
     try:
         drawn = on_threads(block, range(0, count, share))
