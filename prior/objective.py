@@ -6,6 +6,7 @@ from torch import Tensor
 from .conditioning import Conditioning
 from .likelihood import token_nats
 from .options import ObjectiveConfig
+from .vocabulary import Vocabulary
 
 
 def corrupted(sequences: Tensor, share: float, conditioning: Conditioning) -> Tensor:
@@ -32,9 +33,9 @@ def accuracy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> 
 
 
 def objective(
-    logits: Tensor, targets: Tensor, config: ObjectiveConfig, weights: Tensor | None = None
+    logits: Tensor, targets: Tensor, config: ObjectiveConfig, vocabulary: Vocabulary, weights: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits (B, T, V), targets (B, T) -> the terms, all of them logged, and their sum, which is minimised.
+    """Logits (B, T, V), targets (B, T) of all codes -> the terms, all of them logged, and their minimised sum.
 
     `cross-entropy` is that of the targets themselves, so that runs are comparable whatever their smoothing. `weights`
     (B, T) multiply the terms of each target; their mean is 1 over the whole batch.
@@ -49,7 +50,10 @@ def objective(
         # float32, as the cross-entropy is.
         normaliser = logits.float().logsumexp(-1)
         if config.label_smoothing:
-            uniform = mean(normaliser - logits.float().mean(-1))
+            ids = logits[..., : vocabulary.size].float()
+            by_depth = ids.unflatten(-1, (vocabulary.depth, -1)).mean(-1).unflatten(1, (-1, vocabulary.depth))
+            possible = by_depth.diagonal(dim1=2, dim2=3).flatten(1)  # (B, T): each over the codes of its own depth
+            uniform = mean(normaliser - possible)
             terms["smoothing"] = config.label_smoothing * (uniform - total)
         if config.z_loss:
             terms["z-loss"] = config.z_loss * mean(normaliser.square())

@@ -93,7 +93,7 @@ class ObjectiveConfig(Options):
     """Share of the input codes that are replaced by random ones, against overfitting; the targets stay (1 - pkeep of
     Esser et al. 2021)."""
     label_smoothing: Share = 0.0
-    """Share of the target's probability that is spread over all ids (Szegedy et al. 2016)."""
+    """Share of the target's probability that is spread over all codes of its depth (Szegedy et al. 2016)."""
     z_loss: NotNegative = 0.0
     """Weight of the squared log of the softmax's normaliser, which keeps logits small; 1e-4 is usual (Chowdhery et al.
     2022, section 5)."""

@@ -171,7 +171,7 @@ class PriorTrainer:
             with self.run.part(self.model, index):
                 self.last_tokens, wanted, weight = part
                 logits = layout.of_codes(self.model(self.last_tokens))
-                terms, loss = objective(logits, wanted, settings, weight)
+                terms, loss = objective(logits, wanted, settings, layout.vocabulary, weight)
                 self.run.backward(terms, loss)
             found = accuracy(logits, wanted, weight) if self.run.logs(step) else {}  # it costs twice the loss
             for name, term in {**terms, **found}.items():

@@ -137,7 +137,7 @@ def test_mingpt_has_the_exact_gelu_and_predicts_codes_alone():
     torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-2)
     layout = ours.conditioning.plain
     targets, config = layout.split(tokens)[1], ObjectiveConfig(label_smoothing=0.1, z_loss=1e-4)
-    terms, total = objective(layout.of_codes(ours(tokens[:, :-1])), targets, config)
+    terms, total = objective(layout.of_codes(ours(tokens[:, :-1])), targets, config, ours.vocabulary)
     assert total.isfinite() and terms["cross-entropy"].isfinite()
     with pytest.raises(UsageError, match="--heads"):
         PriorConfig("llama", 18, 1, 6)

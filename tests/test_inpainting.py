@@ -185,13 +185,14 @@ def test_the_weight_of_a_step_does_not_depend_on_accumulation(tmp_path: Path) ->
     logits, targets = torch.randn(4, 6, 12), torch.randint(12, (4, 6))
     wanted = torch.rand(4, 6) < 0.4
     weights = wanted / wanted.float().mean()
-    config = ObjectiveConfig(label_smoothing=0.1, z_loss=1e-3)
-    whole = objective(logits, targets, config, weights)[1]
+    config, vocabulary = ObjectiveConfig(label_smoothing=0.1, z_loss=1e-3), Vocabulary(12, 1, (2, 3))
+    whole = objective(logits, targets, config, vocabulary, weights)[1]
     parts = [
-        objective(*part[:2], config, part[2])[1] for part in zip(logits.chunk(2), targets.chunk(2), weights.chunk(2))
+        objective(*part[:2], config, vocabulary, part[2])[1]
+        for part in zip(logits.chunk(2), targets.chunk(2), weights.chunk(2))
     ]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
-    alone = objective(logits[wanted][None], targets[wanted][None], config)[1]
+    alone = objective(logits[wanted][None], targets[wanted][None], config, vocabulary)[1]
     torch.testing.assert_close(whole, alone)
 
 

@@ -11,6 +11,9 @@ from vqgen.devices import matrix_rate
 from vqgen.errors import UsageError
 from vqgen.prior.objective import accuracy, corrupted, objective
 from vqgen.prior.options import ObjectiveConfig
+from vqgen.prior.vocabulary import Vocabulary
+
+CODES = Vocabulary(11, 1, (2, 3))
 
 
 def given(seed=0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +35,7 @@ def test_accuracy_is_the_share_among_the_likeliest():
 @pytest.mark.parametrize("z", [0.0, 0.01])
 def test_terms_are_their_formulas(smoothing, z):
     logits, targets = given()
-    terms, total = objective(logits, targets, ObjectiveConfig(label_smoothing=smoothing, z_loss=z))
+    terms, total = objective(logits, targets, ObjectiveConfig(label_smoothing=smoothing, z_loss=z), CODES)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     smoothed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
     squared = z * logits.logsumexp(-1).square().mean()
@@ -41,11 +44,27 @@ def test_terms_are_their_formulas(smoothing, z):
     assert set(terms) == {"cross-entropy", *(["smoothing"] if smoothing else []), *(["z-loss"] if z else [])}
 
 
+def test_smoothing_reaches_only_the_codes_that_may_follow():
+    """Ids of the conditions and codes of another depth are never targets, and keep their low probabilities."""
+    config, vocabulary = ObjectiveConfig(label_smoothing=0.3), Vocabulary(5, 2, (1, 3))
+    logits, targets = given()[0].requires_grad_(), torch.tensor([0, 7, 3, 5, 4, 9]).expand(4, 6)
+    terms, total = objective(logits, targets, config, vocabulary)
+    total.backward()
+    wanted = torch.zeros(6, 11)
+    for position, target in enumerate(targets[0]):
+        wanted[position, slice(*vocabulary.allowed(position))] = 0.3 / 5
+        wanted[position, target] += 0.7
+    log = logits.detach().log_softmax(-1)
+    torch.testing.assert_close(total, -(wanted * log).sum(-1).mean())
+    torch.testing.assert_close(terms["cross-entropy"], F.nll_loss(log.flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(logits.grad, (log.exp() - wanted) / 24)
+
+
 def test_half_precision_logits_are_summed_in_float32():
     logits, targets = given()
     config = ObjectiveConfig(label_smoothing=0.1, z_loss=0.1)
-    exact = objective(logits.bfloat16().double(), targets, config)[1]
-    found = objective(logits.bfloat16(), targets, config)[1]
+    exact = objective(logits.bfloat16().double(), targets, config, CODES)[1]
+    found = objective(logits.bfloat16(), targets, config, CODES)[1]
     assert found.dtype == torch.float32 and found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
@@ -54,7 +73,7 @@ def test_z_loss_pulls_the_normaliser_to_one():
     optimizer = torch.optim.SGD([logits], 5.0)
     for _ in range(300):
         optimizer.zero_grad()
-        objective(logits, targets, ObjectiveConfig(z_loss=1.0))[1].backward()
+        objective(logits, targets, ObjectiveConfig(z_loss=1.0), CODES)[1].backward()
         optimizer.step()
     assert logits.logsumexp(-1).abs().max() < 0.5
 
