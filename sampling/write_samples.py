@@ -52,7 +52,7 @@ def chosen_conditions(config: SampleConfig, generator: Generator, sources: Sourc
     given = {**config.conditions, "source": sources.read.codes if sources else None}
     if given["text"] and conditioning.text is None:
         model = config.model or find_model(None)  # as it was named: the page shows it
-        raise UsageError(f"--prompt: {model} was trained without text; give the --model of a prior with captions")
+        raise UsageError(f"--prompt: {model} was trained without text; give a --model with captions, such as emoji")
     try:
         found = conditioning.conditions(given, absent=bool(config.init_image or sources))
     except UsageError as error:
