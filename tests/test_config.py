@@ -284,6 +284,7 @@ def test_underscores_are_read_as_hyphens() -> None:
         ("--hepl", "unknown option --hepl; did you mean --help?"),
         ("--no-steps", "unknown option --no-steps; did you mean --steps?"),
         ("--zzzzzzz 1", "unknown option --zzzzzzz"),
+        ("--epochs 1", "unknown option --epochs"),  # the hyphens alone make it no --steps
         ("--steps 0", "--steps: found 0, expected at least 1"),
     ],
 )

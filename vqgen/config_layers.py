@@ -35,10 +35,11 @@ INSTEAD = {"minutes": "epochs", "epochs": "minutes"}
 
 def _suggest(name: str, known: Sequence[str]) -> str:
     """The known name, in whatever section, whose last part is most like that of `name`."""
-    if name.rpartition(".")[2].removeprefix("--").replace("-", "_") in REMOVED:
+    leaf = name.rpartition(".")[2].removeprefix("--")
+    if leaf.replace("-", "_") in REMOVED:
         return ": it was removed after version 0.1"
-    leaves = {path.rpartition(".")[2]: path for path in known}
-    close = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    leaves = {path.rpartition(".")[2].removeprefix("--"): path for path in known}
+    close = difflib.get_close_matches(leaf, leaves, n=1)
     return f"; did you mean {leaves[close[0]]}?" if close else ""
 
 
