@@ -21,25 +21,63 @@ from vqgen.options import (
 )
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.options import Split, Workers
+from vqgen.tokenizer.losses.options import PerceptualOptions
 
 Network = Literal["inception", "fd-vgg16", "fd-efficientnet-lite0"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Holdout = Annotated[float, Range(above=0, below=1)]
 
 
-def check_perceptual(net: str, weights: str | None) -> None:
-    """Raise `UsageError` where another backbone of LPIPS is named than the usual one, and LPIPS is not measured."""
-    if net != "vgg" and not weights:
-        raise UsageError(f"--perceptual-net: found {net} and no --perceptual-weights; name them")
-
-
 SMALLEST = 16
 """Pixels a side that a classifier needs."""
-UNUSED_WEIGHTS = "--weights: found with --extractor none, which has none; name the extractor they are for"
 
 
-@dataclass
-class ReconstructionConfig(Options):
+@dataclass(kw_only=True)
+class DeviceOptions(Options):
+    """Where a command computes."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(kw_only=True)
+class DecodingOptions(DeviceOptions):
+    """How images of --data are decoded."""
+
+    max_broken: Share = 0.01
+    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
+    batch_size: Size = 64
+    """Images per batch."""
+    workers: Workers = 0
+    """Processes that decode images; -1 = one per free core."""
+
+
+@dataclass(kw_only=True)
+class ReadingOptions(DecodingOptions):
+    """How images of --data are read that a run may have held out."""
+
+    holdout: Holdout | None = None
+    """Share of the images held out if the source has no validation split; by default that of the run, where it is
+    recorded, else 0.05."""
+
+
+@dataclass(kw_only=True)
+class ExtractorOptions(Options):
+    """Weights of the network whose features are compared."""
+
+    extractor: Literal["none"] | Network = "none"
+    """Feature extractor; none = features are not compared."""
+    weights: str | None = None
+    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor == "none" and self.weights:
+            raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig(PerceptualOptions, ExtractorOptions, ReadingOptions):
     """Options of `vqgen-eval reconstruction`."""
 
     COMMON: ClassVar = ("tokenizer", "data", "split", "n", "output", "perceptual_weights", "extractor", "weights")
@@ -54,33 +92,10 @@ class ReconstructionConfig(Options):
     """Images to measure, always the same ones, spread over the split; 0 = all."""
     output: Path | None = None
     """Receipt to write or replace; by default reconstruction-SPLIT.json in --tokenizer, where vqgen-report finds it."""
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    """Backbone of LPIPS."""
-    perceptual_weights: str | None = None
-    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
     extractor: Literal["none"] | Network = "none"
     """Feature extractor of the distance of reconstructions from originals (rFID with inception); none = no distance."""
-    weights: str | None = None
-    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
-    holdout: Holdout | None = None
-    """Share of the images held out if the source has no validation split; by default that of the run, where it is
-    recorded, else 0.05."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    batch_size: Size = 64
-    """Images per batch."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
     precision: Precision = "fp32"
     """Autocast of the tokenizer; metrics are computed in float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.extractor == "none" and self.weights:
-            raise UsageError(UNUSED_WEIGHTS)
-        check_perceptual(self.perceptual_net, self.perceptual_weights)
 
 
 @dataclass
@@ -111,8 +126,8 @@ class LikelihoodConfig(Options):
     """Autocast; auto takes 16 bits if the hardware supports them: faster, and the NLL changes by about 0.1 %."""
 
 
-@dataclass
-class SamplesConfig(Options):
+@dataclass(kw_only=True)
+class SamplesConfig(ExtractorOptions, ReadingOptions):
     """Options of `vqgen-eval samples`."""
 
     COMMON: ClassVar = ("model", "samples", "data", "split", "n", "output", "extractor", "weights", "classifier", "at")
@@ -139,8 +154,6 @@ class SamplesConfig(Options):
     extractor: Literal["none"] | Network = "inception"
     """Network whose features are compared: inception for FID, fd-vgg16, fd-efficientnet-lite0,
     or none to use --classifier alone."""
-    weights: str | None = None
-    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
     classifier: Path | None = None
     """Classifier of `vqgen-eval classifier`, to measure how many samples are of the class they were drawn as."""
     cache: Path = field(default_factory=lambda: cache_folder() / "references")
@@ -148,31 +161,18 @@ class SamplesConfig(Options):
     set."""
     seed: Seed = 0
     """Seed of the samples of --model."""
-    holdout: Holdout | None = None
-    """Share of the images held out if the source has no validation split; by default that of the run, where it is
-    recorded, else 0.05."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    batch_size: Size = 64
-    """Images per batch."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
     precision: Precision = "auto"
     """Arithmetic of --model; features are computed in float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
+        if self.extractor == "none" and self.classifier is None:
+            raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
         super().__post_init__()
         if self.extractor != "none" and not self.data:
             raise UsageError("--data: found nothing; name the real images to compare with, or use --extractor none")
         if (self.samples is None) == (self.model is None):
             raise UsageError("--samples or --model: give one of them, the samples or the prior to draw them from")
-        if self.extractor == "none" and self.classifier is None:
-            raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
-        if self.extractor == "none" and self.weights:
-            raise UsageError(UNUSED_WEIGHTS)
         if self.extractor == "none" and self.reference_n:
             text = f"found {self.reference_n} with --extractor none, which compares with no real images"
             raise UsageError(f"--reference-n: {text}; leave it out")
@@ -184,8 +184,8 @@ class SamplesConfig(Options):
                 raise UsageError(f"{option_name(name)}: found {value} with --samples, which are drawn; leave it out")
 
 
-@dataclass
-class ClassifierTraining(Options):
+@dataclass(kw_only=True)
+class ClassifierTraining(DecodingOptions):
     """Options of `vqgen-eval classifier`."""
 
     COMMON: ClassVar = ("data", "output", "size", "channels", "steps")
@@ -214,12 +214,6 @@ class ClassifierTraining(Options):
     """Seed of the initial weights, the order of the images and the flips."""
     fit: Literal["crop", "pad"] = "crop"
     """How images of another aspect ratio are fitted: as those of the samples were."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -603,7 +603,7 @@ def test_help_shows_common_options_first_and_ranges(cli: Callable[..., Any]) -> 
     assert short.index("--sizes INT ...  (at least 2 and at most 9; default 3 4)") < short.index("--steps INT")
     assert "--name" not in short and "--help-all shows 2 more options" in short
     assert [line.split()[0] for line in long.splitlines() if line.startswith("  --")][:4] == [
-        "--name", "--steps", "--sizes", "--share",
+        "--sizes", "--steps", "--name", "--share",
     ]  # fmt: skip
 
 

@@ -941,7 +941,7 @@ def test_names_of_receipts_have_what_is_no_default(tmp_path):
         with pytest.raises(UsageError, match="--output"):
             name(WindowsConfig(folder, [32, 32]), "windows")
     with pytest.raises(UsageError, match="--output"):
-        name(ReconstructionConfig(SHIPPED["cifar10"] / "tokenizer", "demo"), "reconstruction")
+        name(ReconstructionConfig(tokenizer=SHIPPED["cifar10"] / "tokenizer", data="demo"), "reconstruction")
     with pytest.raises(UsageError, match="--model"):
         check_folder(SHIPPED["cifar10"])
 

@@ -80,7 +80,7 @@ def test_ranks_are_those_of_a_naive_computation(
     data = open_images(str(photos), "test", ImageConfig([16, 16]), text_column="txt")
     assert data.captions is not None
     part = next(part for part in generator.conditioning.parts if isinstance(part, Text))
-    chosen = text.choose(data, part, text.TextConfig(model, str(photos), n=6))
+    chosen = text.choose(data, part, text.TextConfig(model=model, data=str(photos), n=6))
     captions = [data.captions[index] for index in chosen]
     assert len({caption.lower() for caption in captions}) == 6 and all(len(caption) < 20 for caption in captions)
     images = torch.stack([data[index].image for index in chosen])

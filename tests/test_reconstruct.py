@@ -493,6 +493,8 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, cli, colour):
     refused(cli(main, image, *end, "--perceptual-weights", tmp_path / "none"), 1, "--perceptual-weights", "not exist")
     refused(cli(main, image, *end, "--batch-size", 0), 2, "--batch-size: found 0, expected at least 1")
     refused(cli(main, image, *end, "--largest", -1), 2, "--largest: found -1")
+    refused(cli(main, image, *end, "--largest", 64, "--resize"), 2, "--largest: found 64 with --resize")
+    refused(cli(main, image, *end, "--perceptual-net", "alex"), 2, "--perceptual-net: found alex and no")
     refused(cli(main, image, *end, "--amplify", "nan"), 2, "--amplify: found nan")
     refused(cli(main, image, *end, "--holdout", 1), 2, "--holdout: found 1")
     refused(cli(main, image, "--tokenizer", colour, "--output", image), 2, "--output", "is a file")

@@ -12,11 +12,12 @@ from typing import Annotated, ClassVar, Literal
 
 from vqgen.config import command, one_line
 from vqgen.errors import UsageError
-from vqgen.options import CountOrZero, NotNegative, Options, Range, Size
+from vqgen.options import CountOrZero, NotNegative, Range, Size
+from vqgen.tokenizer.losses.options import PerceptualOptions
 
 
 @dataclass
-class ReconstructConfig(Options):
+class ReconstructConfig(PerceptualOptions):
     """What is reconstructed, with what, and where to."""
 
     COMMON: ClassVar[tuple[str, ...]] = ("data", "tokenizer", "output", "overwrite", "split", "n", "resize", "pictures")
@@ -48,11 +49,6 @@ class ReconstructConfig(Options):
     """Factor of the difference, the third image in a picture; 0 leaves it out."""
     batch_size: Size = 64
     """Images of the training size reconstructed at once; correspondingly fewer larger ones."""
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    """Backbone of LPIPS."""
-    perceptual_weights: str | None = None
-    """Weights of that backbone's convolutions: a safetensors file with torchvision's names, or torchvision to download
-    them. Without it LPIPS is not measured."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast of the tokenizer; auto takes bf16 where the hardware has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,6 +58,8 @@ class ReconstructConfig(Options):
         super().__post_init__()
         if not self.data:
             raise UsageError("--data: found nothing; name image files, a folder of images or another source")
+        if self.resize and self.largest != type(self).largest:
+            raise UsageError(f"--largest: found {self.largest} with --resize, which decides the size; leave it out")
 
 
 def run(config: ReconstructConfig) -> None:

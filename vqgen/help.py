@@ -15,7 +15,8 @@ _PLACEHOLDERS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT", Path:
 
 
 def help_text(program: str, description: str, config: type, everything: bool = False) -> str:
-    """The options in `config.COMMON` with syntax, default and help text, or every option by section.
+    """The options in `config.COMMON` with syntax, default and help text, or every option by section, the
+    common ones first.
 
     A configuration without `COMMON: ClassVar[tuple[str, ...]]` shows every option.
     """
@@ -32,6 +33,9 @@ def help_text(program: str, description: str, config: type, everything: bool = F
         hidden = len(known) - len(common)
         lines += ["", f"--help-all shows {hidden} more options." if hidden else ""]
     section: tuple[str, ...] | None = None
+    sections = list(dict.fromkeys(option.path[:-1] for option in known))
+    rank: dict[str, int] = {name: index for index, name in enumerate(getattr(config, "COMMON", ()))}
+    known.sort(key=lambda option: (sections.index(option.path[:-1]), rank.get(option.name, len(rank))))
     for option in () if common else known:
         if option.path[:-1] != section:
             section = option.path[:-1]

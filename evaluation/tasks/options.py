@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.evaluation.options import UNUSED_WEIGHTS, Holdout, Network, Precision, check_perceptual
+from vqgen.evaluation.options import DeviceOptions, ExtractorOptions, Network, Precision, ReadingOptions
 from vqgen.options import (
     MOST_IMAGES,
     Count,
     CountOrZero,
     Few,
-    Options,
     Positive,
     Range,
     Seed,
@@ -21,11 +20,12 @@ from vqgen.options import (
 )
 from vqgen.sampling.sample import check_boxes
 from vqgen.sampling.settings import SamplingSettings
-from vqgen.tokenizer.data.options import Split, Workers
+from vqgen.tokenizer.data.options import Split
+from vqgen.tokenizer.losses.options import PerceptualOptions
 
 
 @dataclass
-class TaskConfig(Options):
+class TaskConfig(ReadingOptions):
     """Options of every measurement of a prior on images of --data."""
 
     model: Path
@@ -40,38 +40,19 @@ class TaskConfig(Options):
     """Receipt to write or replace; by default COMMAND-SPLIT.json in --model, where vqgen-report finds it."""
     seed: Seed = 0
     """Seed of what is drawn."""
-    holdout: Holdout | None = None
-    """Share of the images held out if the source has no validation split; by default that of the run, where it is
-    recorded, else 0.05."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    batch_size: Size = 64
-    """Images per batch."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
     precision: Precision = "fp32"
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them, and the NLL changes by about 0.1 %."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     unconditional: bool = False
     """Leave out the class of every image."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
 
 @dataclass
-class PicturesConfig(TaskConfig):
+class PicturesConfig(PerceptualOptions, TaskConfig):
     """Options of every measurement that compares images that are drawn with those of --data."""
 
-    perceptual_net: Literal["vgg", "alex"] = "vgg"
-    """Backbone of LPIPS."""
-    perceptual_weights: str | None = None
-    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
     text_column: str | None = None
     """Where the captions of --data are, as for vqgen-tokenize, for a prior that reads text; none = it is given none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_perceptual(self.perceptual_net, self.perceptual_weights)
 
 
 @dataclass
@@ -122,21 +103,13 @@ class TranslationConfig(PicturesConfig):
                 raise UsageError(f"{option_name(name)}: found {found} without --source-data; add it, or leave it out")
 
 
-@dataclass
-class TextConfig(TaskConfig):
+@dataclass(kw_only=True)
+class TextConfig(ExtractorOptions, TaskConfig):
     """Options of `vqgen-eval text`."""
 
     COMMON: ClassVar = (
-        "model",
-        "data",
-        "text_column",
-        "split",
-        "n",
-        "output",
-        "extractor",
-        "weights",
-        "guidance_scale",
-    )
+        "model", "data", "text_column", "split", "n", "output", "extractor", "weights", "guidance_scale",
+    )  # fmt: skip
 
     text_column: str = "text"
     """Where the captions of --data are, as for vqgen-tokenize."""
@@ -146,17 +119,10 @@ class TextConfig(TaskConfig):
     """Images drawn of each caption."""
     extractor: Literal["none"] | Network = "fd-vgg16"
     """Network whose features are compared; none = rank by the prior's likelihood alone."""
-    weights: str | None = None
-    """Weights of --extractor: a local file, or download; fd-efficientnet-lite0 has them from an installed package."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.extractor == "none" and self.weights:
-            raise UsageError(UNUSED_WEIGHTS)
 
 
 @dataclass
-class WindowsConfig(Options):
+class WindowsConfig(DeviceOptions):
     """Options of `vqgen-eval windows`."""
 
     COMMON: ClassVar = ("model", "size", "n", "output", "seed")
@@ -175,13 +141,11 @@ class WindowsConfig(Options):
     """Images per batch."""
     precision: Precision = "fp32"
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
 
-@dataclass
-class AccuracyConfig(Options):
+@dataclass(kw_only=True)
+class AccuracyConfig(ReadingOptions):
     """Options of `vqgen-eval accuracy`."""
 
     COMMON: ClassVar = ("samples", "data", "split", "n", "tokenizer", "output", "seeds", "steps")
@@ -211,17 +175,8 @@ class AccuracyConfig(Options):
     fit: Literal["crop", "pad"] | None = None
     """How real images are brought to the size of --samples, by default as those in training were where samples.json
     says that, else crop."""
-    holdout: Holdout | None = None
-    """Share of the images held out if the source has no validation split; by default that of the run, where it is
-    recorded, else 0.05."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
     batch_size: Size = 64
     """Images per step."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,7 +196,7 @@ def least_classes(count: int) -> float:
 
 
 @dataclass
-class SettingsConfig(Options):
+class SettingsConfig(ReadingOptions):
     """Options of `vqgen-eval settings`: a prior, what its samples are judged by, and candidates, all combined."""
 
     COMMON: ClassVar = (
@@ -280,19 +235,8 @@ class SettingsConfig(Options):
     the defaults."""
     seed: Seed = 0
     """Seed of the samples."""
-    max_broken: Share = 0.01
-    """Largest share of broken images that is skipped, as for vqgen-train-tokenizer."""
-    holdout: Holdout | None = None
-    """Share of the images held out if the source has no validation split; by default that of the run, where it is
-    recorded, else 0.05."""
-    batch_size: Size = 64
-    """Images per batch."""
-    workers: Workers = 0
-    """Processes that decode images; -1 = one per free core."""
     precision: Precision = "fp32"
     """Arithmetic of the prior; auto takes 16 bits if the hardware supports them."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

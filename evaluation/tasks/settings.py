@@ -249,7 +249,12 @@ def _trained_classifier(
     train = open_images(config.data, "train", images, augment=True, replace_broken=True)
     train.broken.report = warn
     training = ClassifierTraining(
-        config.data, config.model, images.size, images.channels, steps=config.classifier_steps, seed=config.seed
+        data=config.data,
+        output=config.model,
+        size=images.size,
+        channels=images.channels,
+        steps=config.classifier_steps,
+        seed=config.seed,
     )
     return classifier_of(train, training, device, turned, "give another seed")
 

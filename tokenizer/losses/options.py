@@ -23,6 +23,21 @@ def check_size(net: str, height: int, width: int) -> None:
         )
 
 
+@dataclass(kw_only=True)
+class PerceptualOptions(Options):
+    """LPIPS as a metric."""
+
+    perceptual_net: PerceptualNet = "vgg"
+    """Backbone of LPIPS."""
+    perceptual_weights: str | None = None
+    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perceptual_net != "vgg" and not self.perceptual_weights:
+            raise UsageError(f"--perceptual-net: found {self.perceptual_net} and no --perceptual-weights; name them")
+
+
 @dataclass
 class LossConfig(Options):
     """Reconstruction and perceptual loss."""
