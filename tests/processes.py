@@ -194,12 +194,13 @@ def run(module: str, *words: Any, hook: Callable[[], Any] | None = None) -> Ende
     return start(module, *words, hook=hook).wait()
 
 
-def two_ranks() -> list[dict[str, str]]:
-    """The environment that torchrun and `accelerate launch` give to each of two processes that are to meet."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if torch.cuda.device_count() < 2:  # NCCL refuses several processes on a device
+def ranks(world: int) -> list[dict[str, str]]:
+    """The environment that torchrun and `accelerate launch` give to each of so many processes that are to meet."""
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if torch.cuda.device_count() < world:  # NCCL refuses several processes on a device
         shared["ACCELERATE_USE_CPU"] = "1"
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def run_two(
@@ -209,8 +210,14 @@ def run_two(
     environ: Mapping[str, str] | None = None,
 ) -> list[Ended]:
     """Two processes of one distributed run; `environ` comes on top for both."""
-    both = [{**rank, **(environ or {})} for rank in two_ranks()]
+    both = [{**rank, **(environ or {})} for rank in ranks(2)]
     started = [start(module, *words, environ=each, hook=hook) for each, hook in zip(both, hooks)]
+    return [process.wait() for process in started]
+
+
+def run_three(module: str, *words: Any) -> list[Ended]:
+    """Three processes of one distributed run."""
+    started = [start(module, *words, environ=each) for each in ranks(3)]
     return [process.wait() for process in started]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from processes import two_ranks
+from processes import ranks
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
@@ -541,7 +541,7 @@ def _play(rank: int, folder: str, environments: list[dict[str, str]]) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("both")
-    start_processes(_play, (str(folder), two_ranks()), nprocs=2, start_method="forkserver")
+    start_processes(_play, (str(folder), ranks(2)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

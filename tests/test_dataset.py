@@ -26,7 +26,7 @@ from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import train
 from vqgen.tokenizer.data import sources, tables
-from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.dataset import BrokenImages, ImageDataset, open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import fit, to_float, to_uint8
@@ -783,6 +783,18 @@ def test_labels_of_one_split_survive_another_without_any(tmp_path, rows):
     pq.write_table(pa.table({"image": images[4:], "label": ["a", "b"]}), tmp_path / "test.parquet")
     with pytest.raises(UserError, match="numbers in one split and as text"):
         open_images(str(tmp_path), "train", SMALL)
+
+
+def test_broken_images_beyond_those_whose_names_are_kept_count_once(monkeypatch):
+    monkeypatch.setattr("vqgen.tokenizer.data.dataset.MOST_NAMED", 3)
+    broken, said = BrokenImages("photos", replace(SMALL, max_broken=0.06), 100), list[str]()
+    broken.report = said.append
+    for _ in range(3):
+        for number in range(6):
+            broken.add([f"{number}.png"])
+    assert broken.count == 6 and len(said) == len(broken.names) == 3
+    with pytest.raises(UserError, match=r"7 broken images, the last 7\.png"):
+        broken.add(["7.png"])
 
 
 def test_broken_images_end_the_run_where_configured(damaged):

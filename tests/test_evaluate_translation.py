@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import SIZE, make_photos, make_square_prior
+from processes import run_three
 from torch import Tensor
 
 import vqgen.evaluation.program as evaluate
+from vqgen.evaluation.receipt import flatten
 from vqgen.evaluation.tasks.classical import colourfulness, non_local_means
 from vqgen.evaluation.tasks.images import Encoded
 from vqgen.prior.likelihood import token_nats
@@ -94,6 +96,15 @@ def test_metrics_are_those_of_the_generators_translations(cli, measured, tmp_pat
     plain = measured("--seed", 3, "--source-guidance-scale", 1.5, "--no-paste")
     assert plain["details"]["source_kept"] is False and "decoded" not in plain["metrics"]["psnr"]
     assert plain["metrics"]["psnr"]["translated"] == pytest.approx(found["metrics"]["psnr"]["decoded"])
+
+
+def test_processes_may_have_no_image(measured, tmp_path: Path, model: Path, photos: Path) -> None:
+    alone = measured("--n", 2)
+    words = ["--model", model, "--data", photos, "--split", "test", "--device", "cpu", "--n", 2]
+    for ended in run_three("vqgen.evaluation.program", "translation", *words, "--output", tmp_path / "three.json"):
+        ended.ok()
+    three = json.loads((tmp_path / "three.json").read_text())
+    assert dict(flatten(three["metrics"])) == pytest.approx(dict(flatten(alone["metrics"])), rel=1e-5)
 
 
 def generator_settings(**given: Any):

@@ -163,7 +163,7 @@ def _pictures(
         codes[name] = drawn
     noise = [each for each in degradations.each if each.name == "noise"] if len(degradations.chains) == 1 else []
     sigma = 255 * sum((each.low + each.high) ** 2 / 4 for each in noise) ** 0.5  # the middle of a range
-    found: dict[str, Columns] = {}
+    found = Columns()  # one exchange for all metrics: a process without images has no names
     with progress(len(truth), "comparing", "img", rank == 0) as bar:
         for part, originals, indices in images.pixels(truth):
             shown = {name: generator.decode(of[part]) for name, of in codes.items()}
@@ -182,8 +182,12 @@ def _pictures(
                 if each.shape[1] == 3:
                     values["colourfulness"] = colourfulness(each)
                 for metric, column in values.items():
-                    found.setdefault(metric, Columns()).add(name, column)
+                    found.add(f"{metric} {name}", column)
             if originals.shape[1] == 3:
-                found["colourfulness"].add("original", colourfulness(originals))
+                found.add("colourfulness original", colourfulness(originals))
             bar.update(len(part) * world)
-    return {metric: columns.means() for metric, columns in found.items()}
+    means: dict[str, dict[str, float]] = {}
+    for words, value in found.means().items():
+        metric, name = words.split()
+        means.setdefault(metric, {})[name] = value
+    return means

@@ -32,7 +32,7 @@ from .views import augmented, fitted
 Key = int | tuple[int, int]
 REPLACEMENTS = 64
 MOST_NAMED = 100_000
-"""Broken images of which the name is kept, and printed; further ones are counted."""
+"""Broken images of which the name is kept, and printed; of further ones a hash."""
 LEAST_SEEN = 1000
 """Where the number of images is not known, the share of broken ones is one of at least so many."""
 CACHED, BROKEN = 1, 2  # states of an image in the cache; 0 is unknown
@@ -78,6 +78,7 @@ class BrokenImages:
     ):
         self.name, self.config, self.total, self.own, self.option = name, config, total, own, option
         self.names: dict[str, None] = {}
+        self.further: set[int] = set()
         self.count = self.seen = 0
         self.report: Callable[[str], None] | None = None  # called with a line for each broken image
 
@@ -98,9 +99,10 @@ class BrokenImages:
     def add(self, names: Iterable[str], seen: int = 0) -> None:
         """Count the broken images of a batch of `seen` images. Raises `UserError` beyond `max_broken`, or on any with
         --broken error."""
-        new = [name for name in names if name not in self.names]
+        new = [name for name in names if name not in self.names and hash64(name) not in self.further]
         named = new[: MOST_NAMED - len(self.names)]
         self.names.update(dict.fromkeys(named))
+        self.further.update(map(hash64, new[len(named) :]))
         self.count += len(new)
         self.seen += seen
         if self.report:
