@@ -7,11 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vqgen.config import parse
 from vqgen.errors import UsageError, UserError
-from vqgen.prior.train import PriorTraining
-from vqgen.tokenizer.encode import TokenizeConfig
-from vqgen.tokenizer.train import TokenizerTraining
 
 from . import rules
 from .configurations import Configurations, merged
@@ -95,7 +91,7 @@ class Planner:
     def __init__(self, request: Request, survey: Survey, machine: Machine, deadline: float, output: Path) -> None:
         self.request, self.survey, self.machine, self.deadline, self.output = request, survey, machine, deadline, output
         self.began = time.perf_counter()
-        self.stages = Configurations(request, survey, machine, output)
+        self.configurations = Configurations(request, survey, machine, output)
         self.rows: list[Row] = []
         self.too_long = math.inf
         """Codes of an image of which the prior has too few steps, whatever the size of the image."""
@@ -135,23 +131,23 @@ class Planner:
         """
         survey = self.survey
         length, tokens = positions * depth, survey.train * positions * depth
-        tokenizer = self._fitting("tokenizer", self.stages.tokenizer(size, factor, survey.train * positions))
+        tokenizer = self._fitting("tokenizer", self.configurations.tokenizer(size, factor, survey.train * positions))
         share = self.seconds * 0.45
         self._enough("tokenizer", tokenizer.measured, share, rules.LEAST_STEPS, last, lambda needed: needed / 0.45)
         if (seen := tokenizer.steps(share) * tokenizer.measured.batch * positions) < survey.train * positions:
             fewer = {"quantizer": {"codebook_size": rules.codebook_size(seen)}}
             tokenizer = replace(tokenizer, values=merged(tokenizer.values, fewer))
-            self.stages.write("tokenizer", tokenizer.values)
+            self.configurations.write("tokenizer", tokenizer.values)
         views = rules.views(survey.train)
-        self.stages.write("codes", self.stages.codes(views))
+        self.configurations.write("codes", self.configurations.codes(views))
         while self._encoding(tokenizer.measured, views) > self.seconds * rules.ENCODING and views > 1:
             views //= 2
-            self.stages.write("codes", self.stages.codes(views))
-        encoding = self._encoding(tokenizer.measured, self.stages.value("codes", "views") or views)
+            self.configurations.write("codes", self.configurations.codes(views))
+        encoding = self._encoding(tokenizer.measured, self.configurations.value("codes", "views") or views)
         self._share(encoding, math.inf, 0.0)  # before priors are tried for it
         index, reason = rules.prior_for(tokens), "for so many codes of training images"
         while True:
-            prior = self._fitting("prior", self.stages.prior(index, length), tokenizer.measured.kept)
+            prior = self._fitting("prior", self.configurations.prior(index, length), tokenizer.measured.kept)
             found = prior.measured
             least = rules.least_prior_steps(length)
             passes = rules.MOST_EPOCHS * survey.train / found.batch
@@ -159,7 +155,9 @@ class Planner:
             searching = search.seconds if search else 0.0
             shares = self._share(encoding, max(passes, 2.0 * least) * found.step, searching)
             steps = prior.steps(shares.prior)
-            if rules.affordable(index, steps * found.batch * length) or self.stages.given("prior", "dim", "layers"):
+            if rules.affordable(index, steps * found.batch * length) or self.configurations.given(
+                "prior", "dim", "layers"
+            ):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index = rules.smaller(index, steps * found.batch * length)
@@ -170,10 +168,10 @@ class Planner:
         found.check_drawn()  # now that images have this size
         dropout = {"model": {"dropout": rules.dropout(steps * found.batch / survey.train)}}
         prior = replace(prior, values=merged(prior.values, dropout))
-        self.stages.write("prior", prior.values)
+        self.configurations.write("prior", prior.values)
         if search:
-            self.stages.write("settings", self.stages.settings(search))
-            self.stages.write("samples", self.stages.samples(searched=True))
+            self.configurations.write("settings", self.configurations.settings(search))
+            self.configurations.write("samples", self.configurations.samples(searched=True))
         return Draft(size, shares, tokenizer, prior, search, why, reason)
 
     def _grids(self) -> list[tuple[list[int], int, int, int]]:
@@ -195,8 +193,8 @@ class Planner:
 
     def _codes(self, size: list[int], factor: int) -> tuple[int, int]:
         """Positions of codes in an image of this size, and codes a position, with what the user has set."""
-        self.stages.write("tokenizer", self.stages.tokenizer(size, factor, 1))
-        config = self.stages.parsed("tokenizer")
+        self.configurations.write("tokenizer", self.configurations.tokenizer(size, factor, 1))
+        config = self.configurations.parsed("tokenizer")
         return size[0] * size[1] // config.model.factor**2, getattr(config.quantizer, "depth", 1)
 
     def _enough(
@@ -225,7 +223,7 @@ class Planner:
         what = ", ".join([f"{s.train:,} to train on, {s.heldout:,} held out, {s.test:,} for tests", *labels])
         self._say("images", what, f"median {s.height}x{s.width} pixels{broken}")
         self._say("machine", self.machine.name, f"{self.machine.memory / 1e9:.1f} GB free")
-        tokenizer = parse(TokenizerTraining, self.stages.words("tokenizer"))
+        tokenizer = self.configurations.parsed("tokenizer")
         (height, width), factor = tokenizer.images.size, tokenizer.model.factor
         self._say("size", f"{height}x{width} pixels, {tokenizer.images.channels} channels", draft.why_size)
         rows, columns, depth = height // factor, width // factor, getattr(tokenizer.quantizer, "depth", 1)
@@ -236,24 +234,24 @@ class Planner:
             losses = "squared error alone; --perceptual-weights gives sharper pictures"
         preset = rules.TOKENIZERS[rules.image_side(min(draft.size))]
         self._say("tokenizer", f"{preset}, {losses}", str(draft.tokenizer))
-        codes = parse(TokenizeConfig, self.stages.words("codes"))
+        codes = self.configurations.parsed("codes")
         if codes.views == 1:
-            fewer = rules.views(s.train) > 1 and self.stages.value("codes", "views") is None
+            fewer = rules.views(s.train) > 1 and self.configurations.value("codes", "views") is None
             self._say("views", "1 of each image", "several would take too long to encode" * fewer)
         else:
             used = {"flips": flips, "crops": codes.images.random_crop, "shifts": codes.images.random_shift}
             why = f"{' and '.join(name for name, on in used.items() if on)}, against overfitting"
             self._say("views", f"{codes.views} of each image", why)
-        model = parse(PriorTraining, [*self.stages.words("prior"), "--codes", "codes"]).model
+        model = self.configurations.parsed("prior", "--codes", "codes").model
         text = f"{12 * model.dim**2 * model.layers / 1e6:.1f} M parameters: {model.dim} wide, {model.layers} layers"
         self._say("prior", text, f"{draft.why_shape}; {draft.prior}")
         if found := draft.search:
-            tried = math.prod(map(len, rules.candidates(self.stages.guided()).values()))
+            tried = math.prod(map(len, rules.candidates(self.configurations.guided()).values()))
             text = f"the best of {tried} on held-out images, {found.images} samples of each"
             self._say("settings", text, f"by a classifier of {found.steps} steps")
         else:
             short = "the time is too short" if draft.tokenizer.measured.judged else "it takes 16 pixels a side"
-            self._say("settings", "not searched", self.stages.unsearched() or short)
+            self._say("settings", "not searched", self.configurations.unsearched() or short)
 
     # ---- trials ----
 
@@ -270,8 +268,8 @@ class Planner:
         Of several views the first is of the image itself, and the others of an enlarged one, which is kept where all
         of them fit into the cache.
         """
-        survey, shown = self.survey, self.stages.parsed("tokenizer").images
-        images = replace(self.stages.parsed("codes").images, size=shown.size, channels=shown.channels)
+        survey, shown = self.survey, self.configurations.parsed("tokenizer").images
+        images = replace(self.configurations.parsed("codes").images, size=shown.size, channels=shown.channels)
         enlarged = math.prod(images.enlarged()) * images.channels
         others = 1 if enlarged * survey.train <= images.cache_mb * 2**20 else views - 1
         decoded = survey.train * (1 + others * (views > 1)) + survey.heldout + survey.test
@@ -280,10 +278,10 @@ class Planner:
 
     def _search(self, step: float, drawn: float) -> rules.Search | None:
         """How settings of sampling are searched; None where they are not, also where no classifier was tried."""
-        if self.stages.unsearched() or not step:
+        if self.configurations.unsearched() or not step:
             return None
         decoded = (min(self.survey.train, 600 * 64) + self.survey.heldout) * self.survey.decoding
-        return rules.search(self.seconds, step, drawn, self.stages.guided(), self.survey.classes, decoded)
+        return rules.search(self.seconds, step, drawn, self.configurations.guided(), self.survey.classes, decoded)
 
     def _fitting(self, stage: str, values: dict[str, Any], kept: float = 0.0) -> Tried:
         """Write and try the configuration of a stage, its steps in more parts until it fits into the memory.
@@ -292,11 +290,11 @@ class Planner:
         """
         memory = MEMORY * self.machine.memory
         while True:
-            self.stages.write(stage, values)
+            self.configurations.write(stage, values)
             found, (batch, parts) = tried(self._trial(stage)), self._batch(stage)
             if found and (found := found.after(kept)).memory <= memory:
                 return Tried(values, found, self._given_steps(stage, batch))
-            if parts == batch or self.stages.given(stage, "accumulate"):
+            if parts == batch or self.configurations.given(stage, "accumulate"):
                 short = f"{found.memory / 1e9:.1f} GB" if found else "more memory than there is"
                 free = f"{memory / 1e9:.1f} GB are free for it"
                 other = f", or a larger --{stage} accumulate" * (parts < batch)
@@ -306,21 +304,20 @@ class Planner:
 
     def _given_steps(self, stage: str, batch: int) -> int | None:
         """Steps of a training where the user has set them, also as epochs."""
-        epochs = self.stages.value(stage, "epochs")
-        return math.ceil(epochs * self.survey.train / batch) if epochs else self.stages.value(stage, "steps")
+        epochs = self.configurations.value(stage, "epochs")
+        return math.ceil(epochs * self.survey.train / batch) if epochs else self.configurations.value(stage, "steps")
 
     def _batch(self, stage: str) -> tuple[int, int]:
         """Batch size of a training, and the parts it is split into."""
-        codes = ["--codes", "codes"] if stage == "prior" else []
-        run = parse(PriorTraining if stage == "prior" else TokenizerTraining, [*self.stages.words(stage), *codes]).run
+        run = self.configurations.parsed(stage, *(["--codes", "codes"] if stage == "prior" else [])).run
         return run.batch_size, run.accumulate
 
     def _trial(self, stage: str) -> Stage:
         request, survey = self.request, self.survey
         images, prior, samples, codes = [survey.train, max(survey.heldout, 1)], [], [], []
         if stage == "prior":
-            self.stages.write("samples", self.stages.samples())
-            prior, samples, codes = (self.stages.words(name) for name in ("prior", "samples", "codes"))
-        words = self.stages.words("tokenizer")
+            self.configurations.write("samples", self.configurations.samples())
+            prior, samples, codes = (self.configurations.words(name) for name in ("prior", "samples", "codes"))
+        words = self.configurations.words("tokenizer")
         names = list(survey.class_names)
         return Stage(words, prior, samples, images, names, request.text_column, codes, survey.unlabelled)

@@ -117,7 +117,7 @@ def _train(config: ClassifierTraining) -> None:
     model = classifier_of(train, config, device)
     correct = [
         (model.choose(batch.images) == batch.labels)[batch.labels >= 0]
-        for batch in ordered_batches(heldout, range(len(heldout)), 256, images)
+        for batch in ordered_batches(heldout, range(len(heldout)), 256)
     ]
     with atomic_path(config.output) as folder:
         save_artifact(folder, "classifier", {"classifier": asdict(model.config)}, model.state_dict())
@@ -137,7 +137,7 @@ def classifier_of(
     With `turned` it tells by how much an image is turned (Gidaris et al. 2018), 0 for not at all, and not its class.
     """
     images = train.config
-    batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1, images)
+    batches = training_batches(train, config.batch_size, config.seed, 0, 0, 1)
     shown = ((batch.images, batch.labels) for batch in batches)
     names = train.class_names or []
     if turned:

@@ -46,7 +46,7 @@ def measure_reconstruction(config: ReconstructionConfig) -> Measurement:
     positions = torch.as_tensor(chosen)
     dataset.broken.report = warn
     with progress(count, "reconstructing", "img", rank == 0) as bar, torch.inference_mode():
-        for batch in ordered_batches(dataset, chosen[rank::world], config.batch_size, images):
+        for batch in ordered_batches(dataset, chosen[rank::world], config.batch_size):
             results, _ = metrics.reconstruct(batch.images)
             pixels.add_images(batch.images, batch.labels)
             for features, shown in zip(sets, (batch.images, results)):

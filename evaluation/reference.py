@@ -62,7 +62,7 @@ def measure_reference(
     sets, pixels = FeatureSets(extractor.size, device, [count], extractor.classes), SetHash()
     positions = torch.as_tensor(chosen)
     with progress(count, "real images", "img", rank == 0) as bar:
-        for batch in ordered_batches(dataset, chosen[rank::world], config.batch_size, images):
+        for batch in ordered_batches(dataset, chosen[rank::world], config.batch_size):
             features, logits = extract(extractor, batch.images, device)
             sets.add(torch.searchsorted(positions, batch.indices), features, logits)
             pixels.add_images(batch.images, batch.labels)

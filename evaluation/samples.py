@@ -125,7 +125,7 @@ def draw_samples(generator: Generator, config: SamplesConfig, count: int) -> Bat
 def read_samples(dataset: ImageDataset, config: SamplesConfig, count: int) -> Batches:
     """Read this process's share of the first `count` images."""
     rank, world = rank_and_world()
-    for batch in ordered_batches(dataset, range(rank, count, world), config.batch_size, dataset.config):
+    for batch in ordered_batches(dataset, range(rank, count, world), config.batch_size):
         yield batch.indices, batch.images, batch.labels
 
 

@@ -83,7 +83,7 @@ def write_table(path: Path, rows, names=("image", "label"), **options) -> Path:
 
 
 def everything(dataset, config):
-    batches = list(ordered_batches(dataset, range(len(dataset)), 7, config))
+    batches = list(ordered_batches(dataset, range(len(dataset)), 7))
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
 
 
@@ -682,10 +682,10 @@ def test_random_crop_reaches_along_the_long_side(photo, tmp_path):
 
 
 def test_training_batches_resume_slice_and_cover(rows, tmp_path):
-    dataset, config = augmenting(rows, tmp_path)
+    dataset, _config = augmenting(rows, tmp_path)
 
     def take(count, first=0, rank=0, world=1, size=4, seed=5):
-        return list(itertools.islice(training_batches(dataset, size, seed, first, rank, world, config), count))
+        return list(itertools.islice(training_batches(dataset, size, seed, first, rank, world), count))
 
     def equal(a, b):
         return torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices)
@@ -710,13 +710,13 @@ def test_workers_change_nothing_and_draw_no_random_numbers(rows, tmp_path):
     for workers in (0, 2):
         config = ImageConfig(size=[24, 20], flip=True, max_broken=0.2, workers=workers)
         dataset = open_images(str(tmp_path), "train", config, augment=True, replace_broken=True)
-        found = list(ordered_batches(dataset, [5, 1, 1, 9, 0], 2, config))
+        found = list(ordered_batches(dataset, [5, 1, 1, 9, 0], 2))
         # The same workers serve the next reading, also after one that was left in the middle.
-        stopped = ordered_batches(dataset, range(len(dataset)), 4, config)
+        stopped = ordered_batches(dataset, range(len(dataset)), 4)
         found.append(next(stopped))
         stopped.close()
         # Four epochs: on the way everything is in memory, and the workers are no longer asked.
-        found += itertools.islice(training_batches(dataset, 8, 1, 2, 0, 1, config), 9)
+        found += itertools.islice(training_batches(dataset, 8, 1, 2, 0, 1), 9)
         assert dataset.cached()
         results.append((found, list(dataset.broken.names)))
     assert torch.equal(state, torch.get_rng_state())
@@ -751,11 +751,11 @@ def test_broken_images_are_left_out_and_named_once(damaged):
     config = replace(SMALL, max_broken=0.1)
     dataset = open_images(damaged, "train", config)
     for _ in range(2):
-        indices = torch.cat([b.indices for b in ordered_batches(dataset, range(20), 6, config)])
+        indices = torch.cat([b.indices for b in ordered_batches(dataset, range(20), 6)])
         assert indices.tolist() == [i for i in range(20) if i not in (4, 9)]
     assert [name.split(" ")[0][-7:] for name in dataset.broken.names] == ["004.png", "009.png"]
     assert "empty" in next(iter(dataset.broken.names))
-    assert [b.indices.tolist() for b in ordered_batches(dataset, [4, 9, 5], 2, config)] == [[5]]
+    assert [b.indices.tolist() for b in ordered_batches(dataset, [4, 9, 5], 2)] == [[5]]
     with pytest.raises(UserError, match=r"004\.png"):
         dataset[4]
 
@@ -765,7 +765,7 @@ def test_broken_images_are_replaced_in_training(damaged):
     dataset = open_images(damaged, "train", config, replace_broken=True)
     said: list[str] = []
     dataset.broken.report = said.append
-    runs = [list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, config), 8)) for _ in range(2)]
+    runs = [list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1), 8)) for _ in range(2)]
     for a, b in zip(*runs):
         assert len(a.indices) == 5 and a.indices.equal(b.indices) and a.images.equal(b.images)
         assert not {4, 9} & set(a.indices.tolist())
@@ -800,13 +800,13 @@ def test_broken_images_beyond_those_whose_names_are_kept_count_once(monkeypatch)
 def test_broken_images_end_the_run_where_configured(damaged):
     strict = replace(SMALL, broken="error", max_broken=1.0)
     with pytest.raises(UserError, match=r"004\.png"):
-        list(ordered_batches(open_images(damaged, "train", strict), range(20), 4, strict))
+        list(ordered_batches(open_images(damaged, "train", strict), range(20), 4))
     few = replace(SMALL, max_broken=0.05)  # of 24 images
     with pytest.raises(UserError, match=r"--max-broken 0\.05: .* has 2 broken images.* 1 of 24"):
-        list(ordered_batches(open_images(damaged, "train", few), range(20), 4, few))
+        list(ordered_batches(open_images(damaged, "train", few), range(20), 4))
     with pytest.raises(UserError, match=r"--max-broken 0\.05: .* has 2 broken images.* 1 of 24"):
         dataset = open_images(damaged, "train", few, replace_broken=True)
-        list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1, few), 8))
+        list(itertools.islice(training_batches(dataset, 5, 0, 0, 0, 1), 8))
 
 
 def test_the_share_of_broken_images_is_one_of_all_splits(rows, tmp_path):
@@ -816,10 +816,10 @@ def test_the_share_of_broken_images_is_one_of_all_splits(rows, tmp_path):
     names = [heldout.source.item_name(index) for index in range(len(heldout))]
     assert len(names) == 3
     Path(names[0]).write_bytes(b"x")
-    assert [batch.indices.tolist() for batch in ordered_batches(heldout, range(3), 3, config)] == [[1, 2]]
+    assert [batch.indices.tolist() for batch in ordered_batches(heldout, range(3), 3)] == [[1, 2]]
     Path(names[1]).write_bytes(b"x")
     with pytest.raises(UserError, match="--max-broken"):
-        list(ordered_batches(heldout, range(3), 3, config))
+        list(ordered_batches(heldout, range(3), 3))
 
 
 def test_a_split_needs_an_intact_image(rows, tmp_path):
@@ -828,7 +828,7 @@ def test_a_split_needs_an_intact_image(rows, tmp_path):
     assert len(heldout) == 1
     Path(heldout.source.item_name(0)).write_bytes(b"x")
     with pytest.raises(UserError, match="--max-broken"):
-        list(ordered_batches(heldout, range(1), 1, config))
+        list(ordered_batches(heldout, range(1), 1))
 
 
 def test_nothing_but_broken_images(tmp_path):
@@ -836,7 +836,7 @@ def test_nothing_but_broken_images(tmp_path):
     config = replace(SMALL, max_broken=1.0)
     dataset = open_images(str(tmp_path), "train", config, replace_broken=True)
     with pytest.raises(UserError, match="too few intact images"):
-        next(training_batches(dataset, 2, 0, 0, 0, 1, config))
+        next(training_batches(dataset, 2, 0, 0, 0, 1))
 
 
 def test_a_file_that_vanishes_is_broken_and_a_row_is_named(rows, tmp_path):
@@ -845,10 +845,10 @@ def test_a_file_that_vanishes_is_broken_and_a_row_is_named(rows, tmp_path):
     dataset = open_images(str(folder), "train", config)
     for path in folder.iterdir():
         path.unlink()
-    assert list(ordered_batches(dataset, range(5), 2, config)) == [] and len(dataset.broken.names) == 5
+    assert list(ordered_batches(dataset, range(5), 2)) == [] and len(dataset.broken.names) == 5
     table = write_table(tmp_path / "train.parquet", ([rows[0][0], b"", None], [0, 1, 1]))
     dataset = open_images(str(table), "train", replace(config, holdout=0.01))
-    list(ordered_batches(dataset, range(2), 2, config))
+    list(ordered_batches(dataset, range(2), 2))
     assert all("train.parquet row " in name and "(empty)" in name for name in dataset.broken.names)
     assert dataset.broken.names
 
@@ -925,7 +925,7 @@ def test_paths_in_a_table_stay_in_its_folder(rows, tmp_path):
     pq.write_table(pa.table({"image": pa.concat_arrays([column, odd])}), inside / "all.parquet")
     config = replace(SMALL, max_broken=1.0)
     dataset = ImageDataset(sources.open_source(str(inside / "all.parquet"), "all", 0.1), config)
-    kept = torch.cat([batch.indices for batch in ordered_batches(dataset, range(len(dataset)), 3, config)])
+    kept = torch.cat([batch.indices for batch in ordered_batches(dataset, range(len(dataset)), 3)])
     assert kept.tolist() == [0, 1] and len(dataset.broken.names) == 8
     assert sum("outside" in name for name in dataset.broken.names) == 3
 
@@ -1135,7 +1135,7 @@ def test_odd_files_in_a_folder_are_broken_images(rows, tmp_path, monkeypatch):
     config = replace(SMALL, max_broken=1.0)
     dataset = ImageDataset(sources.open_source(str(folder), "all", 0.1), config)
     assert len(dataset) == 10
-    assert sum(len(batch.indices) for batch in ordered_batches(dataset, range(10), 4, config)) == 6
+    assert sum(len(batch.indices) for batch in ordered_batches(dataset, range(10), 4)) == 6
     assert len(dataset.broken.names) == 4
 
 
@@ -1157,10 +1157,10 @@ def test_errors_and_death_of_a_worker_are_one_line(rows, tmp_path):
     handler, before = signal.getsignal(signal.SIGCHLD), {child.pid for child in multiprocessing.active_children()}
     path.rename(tmp_path / "away")
     with pytest.raises(UserError) as caught:
-        next(ordered_batches(dataset, range(4), 1, config))
+        next(ordered_batches(dataset, range(4), 1))
     assert "all.parquet" in str(caught.value) and "\n" not in str(caught.value)
     (tmp_path / "away").rename(path)
-    batches = ordered_batches(dataset, range(len(dataset)), 1, config)
+    batches = ordered_batches(dataset, range(len(dataset)), 1)
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) == handler, "torch's would raise in the middle of a step"
     (worker,) = (child.pid for child in multiprocessing.active_children() if child.pid not in before)

@@ -66,8 +66,8 @@ def measured():
 
 
 def validate(measured, batch_size: int, perceptual=None) -> Reconstructions:
-    tokenizer, data, config, *_ = measured
-    return reconstruct(tokenizer, data, 20, batch_size, config, perceptual, Accelerator(cpu=True))
+    tokenizer, data, _config, *_ = measured
+    return reconstruct(tokenizer, data, 20, batch_size, perceptual, Accelerator(cpu=True))
 
 
 def by_hand(codes: list[int], size: int) -> dict[str, float]:
@@ -200,22 +200,22 @@ def test_comparison_shows_each_image_above_its_reconstruction(measured, tmp_path
 
 
 def test_broken_images_are_left_out_of_the_validate(measured, monkeypatch):
-    tokenizer, data, config, originals, _, results = measured
+    tokenizer, data, _config, originals, _, results = measured
     given = image_module.ordered_batches
 
-    def without_the_first(dataset, indices, batch_size, settings):
-        return given(dataset, indices[1:] if len(indices) == 20 else indices, batch_size, settings)
+    def without_the_first(dataset, indices, batch_size):
+        return given(dataset, indices[1:] if len(indices) == 20 else indices, batch_size)
 
     monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", without_the_first)
-    found = reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
+    found = reconstruct(tokenizer, data, 20, 8, None, Accelerator(cpu=True))
     assert found.metrics["psnr"] == pytest.approx(psnr(results[1:], originals[1:]).mean().item(), rel=1e-5)
 
 
 def test_no_intact_image_is_one_line(measured, monkeypatch, tmp_path):
-    tokenizer, data, config, *_ = measured
+    tokenizer, data, _config, *_ = measured
     monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", lambda *_: iter(()))
     with pytest.raises(UserError, match="--data"):
-        reconstruct(tokenizer, data, 20, 8, config, None, Accelerator(cpu=True))
+        reconstruct(tokenizer, data, 20, 8, None, Accelerator(cpu=True))
     # One process of several may have none although others have some.
     none = torch.zeros(0, 1, 24, 16, dtype=torch.uint8)
     write_comparison(tmp_path / "none.png", Reconstructions({}, none, none))
@@ -386,7 +386,7 @@ def test_resized_images_give_the_metrics_of_the_run(tmp_path, cli, grey):
     assert result.code == 0 and "1000 resized as in training" in result.out
     config = ImageConfig(size=[24, 16], channels=1)
     data = open_images("demo", "heldout", config)
-    validation = reconstruct(Tokenizer.load(grey), data, 1000, 25, config, None, Accelerator(cpu=True))
+    validation = reconstruct(Tokenizer.load(grey), data, 1000, 25, None, Accelerator(cpu=True))
     assert content(out)["metrics"] == pytest.approx(validation.metrics, rel=1e-5)
     assert len(content(out)["pictures"]) == 32 and len(result.out.splitlines()) == 3, "too many to be told one by one"
 
@@ -428,8 +428,8 @@ def broken_decoder() -> Tokenizer:
 
 
 def test_an_output_that_is_not_finite_ends_no_validation(measured):
-    _, data, config, *_ = measured
-    found = reconstruct(broken_decoder(), data, 4, 4, config, None, Accelerator(cpu=True))
+    _, data, _config, *_ = measured
+    found = reconstruct(broken_decoder(), data, 4, 4, None, Accelerator(cpu=True))
     assert found.metrics.keys() >= {"psnr", "ssim"} and found.images.shape == (4, 1, 24, 16)
 
 

@@ -488,7 +488,7 @@ def test_one_broken_image_of_few_that_are_held_out_ends_no_run(tmp_path: Path) -
     for name, images in ("train", good[:5]), ("val", [{**good[5], "image": b"no"}, *good[6:]]):
         write_tar(tmp_path / f"{name}.tar", [m for n, row in enumerate(images) for m in sample(f"{n:03d}", row)])
     _, heldout = open_stream(f"stream:{tmp_path}", CONFIG, 8)
-    (batch,) = ordered_batches(heldout, range(len(heldout)), 8, CONFIG)
+    (batch,) = ordered_batches(heldout, range(len(heldout)), 8)
     assert len(heldout) == 5 and batch.indices.tolist() == [1, 2, 3, 4]
 
 

@@ -18,7 +18,6 @@ from vqgen.errors import UsageError
 from vqgen.files import atomic_path, open_regular
 from vqgen.seeding import fixed_subset
 from vqgen.tokenizer.data.dataset import ImageDataset, ordered_batches
-from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 
@@ -46,7 +45,6 @@ def reconstruct(
     dataset: ImageDataset,
     count: int,
     batch_size: int,
-    config: ImageConfig,
     perceptual: PerceptualDistance | None,
     accelerator: Accelerator,
 ) -> Reconstructions:
@@ -56,9 +54,9 @@ def reconstruct(
     """
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     metrics = ReconstructionMetrics(tokenizer, perceptual, device, accelerator.mixed_precision, finite=False)
-    none = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
+    none = torch.zeros(0, dataset.config.channels, *dataset.config.size, dtype=torch.uint8)
     originals, images = [none], [none]
-    for batch in ordered_batches(dataset, fixed_subset(count, len(dataset))[rank::world], batch_size, config):
+    for batch in ordered_batches(dataset, fixed_subset(count, len(dataset))[rank::world], batch_size):
         results, _ = metrics.reconstruct(batch.images)
         if sum(map(len, originals)) < SHOWN:
             originals.append(batch.images)

@@ -142,7 +142,7 @@ class TokenizerTrainer:
         def batches(step: int) -> Iterator[Batch]:
             if isinstance(self.train_images, StreamImages):
                 return self.train_images.batches(share, seed, rank, world, self.config.shuffle_buffer)
-            return training_batches(self.train_images, share, seed, step, rank, world, self.config.images)
+            return training_batches(self.train_images, share, seed, step, rank, world)
 
         if first_step == 0:
             initial, self.initial = self.initial, None  # its memory is needed no more
@@ -158,7 +158,7 @@ class TokenizerTrainer:
 
     def _check_images(self) -> None:
         """Say where the run began with other images; streams say so themselves."""
-        if not isinstance(self.train_images, StreamImages) and not isinstance(self.heldout_images, StreamImages):
+        if not isinstance(self.train_images, StreamImages):
             now = [self.train_images.fingerprint, self.heldout_images.fingerprint]
             if self.extra.get("images", now) != now:
                 found = f"{shown(self.config.data)} has other images than the run began with"
@@ -252,16 +252,14 @@ class TokenizerTrainer:
         return {}
 
     def validate(self, step: int) -> dict[str, float]:
-        with self.run.accelerator.autocast():
-            result = reconstruct(
-                self.average.module,  # type: ignore[arg-type]
-                self.heldout_images,
-                self.validated,
-                self.run.micro_batch,
-                self.heldout_images.config,
-                self.perceptual,
-                self.run.accelerator,
-            )
+        result = reconstruct(
+            self.average.module,  # type: ignore[arg-type]
+            self.heldout_images,
+            self.validated,
+            self.run.micro_batch,
+            self.perceptual,
+            self.run.accelerator,
+        )
         if self.run.main:
             write_comparison(self.run.folder / "images" / f"step-{step:08d}.png", result)
         return result.metrics

@@ -29,12 +29,12 @@ from .drawing import Jobs, Picture, Session, draw, pack
 SETTINGS = {option.name: option for option in options(SamplingOptions)}
 
 
-def image_file(label: str = "Image") -> gr.Image:
+def image_file() -> gr.Image:
     """An upload of one image that comes as the path of the file itself: nothing decodes it before it is checked.
 
     No subclass: gradio writes a stub file beside the source of each.
     """
-    found = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], image_mode=None, height=200)
+    found = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], image_mode=None, height=200)
 
     def preprocess(payload: ImageData | None) -> str | None:
         return None if payload is None else payload.path

@@ -44,7 +44,7 @@ class Labelled:
     def read(cls, dataset: ImageDataset, indices: Iterable[int], what: str) -> "Labelled":
         """Read images of a dataset. Raises `UserError` where none of them has a class."""
         dataset.broken.report = warn
-        parts = [(batch.images, batch.labels) for batch in ordered_batches(dataset, indices, 256, dataset.config)]
+        parts = [(batch.images, batch.labels) for batch in ordered_batches(dataset, indices, 256)]
         images, labels = (torch.cat(side) for side in zip(*parts, strict=True))
         known = labels >= 0
         if not known.any():

@@ -115,7 +115,7 @@ class TaskImages:
             yield torch.searchsorted(encoded.indices, batch.indices), batch.images, batch.indices
 
     def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
-        return ordered_batches(self.dataset, indices, self.config.batch_size, self.reading)
+        return ordered_batches(self.dataset, indices, self.config.batch_size)
 
 
 def perceptual_of(config: PicturesConfig, device: torch.device) -> PerceptualDistance | None:

@@ -137,7 +137,7 @@ def measure_settings(config: SettingsConfig) -> Measurement:
     heldout.broken.report = warn
     judge = _judge(config, generator, heldout.class_names, read, device)
     pixels, features = SetHash(), []
-    for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size, read):
+    for batch in ordered_batches(heldout, range(len(heldout)), config.batch_size):
         pixels.add_images(batch.images, batch.labels)
         features.append((judge.classifier.judge(batch.images)[1], batch.labels))
     real, labels = (torch.cat(side) for side in zip(*features, strict=True))

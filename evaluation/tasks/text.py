@@ -72,7 +72,7 @@ def measure_text(config: TextConfig) -> Measurement:
     check_classes(generator.prior, dataset.class_names, config.unconditional, f"--data: {config.data}")
     classed = generator.conditioning.classes.count and not config.unconditional
     images, prompts, labels, pixels = [], list[str](), list[int](), SetHash()
-    for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size, read):
+    for batch in ordered_batches(dataset, choose(dataset, part, config), config.batch_size):
         images.append(batch.images)
         prompts += [(dataset.captions or [])[index] for index in batch.indices.tolist()]
         labels += batch.labels.tolist() if classed else [ABSENT] * len(batch.images)

@@ -186,14 +186,14 @@ class ImageDataset(Dataset[Sample]):
             return False
         return bool((self._seen if indices is None else self._seen[torch.as_tensor(indices)]).ne(0).all())
 
-    def first_read(self, images: int = 16) -> float:
+    def first_read(self) -> float:
         """Seconds by which an image takes longer the first time, where this process keeps decoded ones; else 0.
 
-        The median over some images: a single large one says nothing of the others.
+        The median over 16 images: a single large one says nothing of the others.
         """
         if self._seen is None or self.config.workers:
             return 0.0
-        chosen = np.linspace(0, len(self) - 1, min(images + 1, len(self))).astype(int)
+        chosen = np.linspace(0, len(self) - 1, min(17, len(self))).astype(int)
         first, *keys = [(int(index), 0) for index in chosen]
         self.__getitems__([first])  # imports what decodes, which takes seconds
         if not keys:
@@ -295,7 +295,7 @@ def open_images(
 
 
 def training_batches(
-    dataset: ImageDataset, batch_size: int, seed: int, first_step: int, rank: int, world: int, config: ImageConfig
+    dataset: ImageDataset, batch_size: int, seed: int, first_step: int, rank: int, world: int
 ) -> Iterator[Batch]:
     """Yield batches without end; each epoch is a new shuffle without replacement.
 
@@ -309,7 +309,7 @@ def training_batches(
             indices = epoch_slice(len(dataset), seed, start, batch_size)
             yield [(int(i), hash64("augment", seed, start + place)) for place, i in enumerate(indices)]
 
-    for batch in dataset.read(plan, worker_count(config.workers), dataset.cached):
+    for batch in dataset.read(plan, worker_count(dataset.config.workers), dataset.cached):
         dataset.broken.add(batch.broken)
         if len(batch.indices) < batch_size:
             found = f"{dataset.name} has too few intact images ({batch.broken[0]})"  # else the batch would be full
@@ -317,9 +317,7 @@ def training_batches(
         yield batch
 
 
-def ordered_batches(
-    dataset: ImageDataset, indices: Iterable[int], batch_size: int, config: ImageConfig
-) -> Iterator[Batch]:
+def ordered_batches(dataset: ImageDataset, indices: Iterable[int], batch_size: int) -> Iterator[Batch]:
     """Yield the images of `indices` in order, without augmentation, e.g. for validation; the last batch may be smaller.
 
     Broken images are left out, and so are empty batches. Raises `UserError` where too many images are broken.
@@ -329,7 +327,7 @@ def ordered_batches(
     def plan(done: int) -> Iterator[Sequence[Key]]:
         return (wanted[at : at + batch_size] for at in range(done * batch_size, len(wanted), batch_size))
 
-    workers = worker_count(config.workers)
+    workers = worker_count(dataset.config.workers)
     for batch in dataset.read(plan, workers, lambda: dataset.cached(wanted, augmented=False)):
         dataset.broken.add(batch.broken)
         if len(batch.indices):

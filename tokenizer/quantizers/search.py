@@ -80,15 +80,15 @@ def _minimum(values: Tensor) -> tuple[Tensor, Tensor]:
     return lowest, within * groups.shape[2] + rest
 
 
-def kmeans(vectors: Tensor, codes: int, iterations: int = 10) -> Tensor:
-    """Cluster vectors (N, d) by Lloyd's algorithm -> (codes, d). Empty clusters restart at random vectors."""
+def kmeans(vectors: Tensor, codes: int) -> Tensor:
+    """Cluster vectors (N, d) by ten steps of Lloyd's algorithm -> (codes, d). Empty clusters restart at random ones."""
     order = torch.randperm(len(vectors), device=vectors.device)
     if len(vectors) < codes:  # repeat them, with a little noise below
         order = order.repeat(-(-codes // len(vectors)))
     centres = vectors[order[:codes]].clone()
     if len(vectors) < codes:
         centres += 0.01 * vectors.std() * torch.randn_like(centres)
-    for _ in range(iterations):
+    for _ in range(10):
         owner = nearest(vectors, centres)
         counts = histogram(owner, codes)
         sums = torch.zeros_like(centres).index_add_(0, owner, vectors)
