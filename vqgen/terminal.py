@@ -48,7 +48,7 @@ class _Stream(io.TextIOBase):
 
 
 def _lost(_error: OSError) -> None:
-    """No run ends because its messages cannot be written."""
+    """Ignore that a message could not be written, so that the run goes on."""
 
 
 def _refused(error: OSError) -> None:

@@ -88,7 +88,7 @@ def limit_threads(number: int | None) -> None:
 
 
 def oversubscription(threads: int) -> str | None:
-    """Say where the processes of this machine want more CPUs than there are: one line, or None.
+    """Where the processes of this machine have more threads than there are CPUs, one line that says so, else None.
 
     `threads` is what this process computes with.
     """

@@ -108,7 +108,7 @@ class Guard:
         """Bytes of the uploads on their way."""
 
     async def refuses(self, scope: Message, length: int | None) -> tuple[int, str] | None:
-        """Status and text that refuse a request of so many bytes, None for one that does not say how many."""
+        """Status and text that refuse a request of `length` bytes (None: it does not say how many); None accepts it."""
         if not ROUTES.fullmatch(scope["path"]):
             return 404, "not found"
         upload = _is_upload(scope)

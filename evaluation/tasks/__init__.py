@@ -1,1 +1,2 @@
-"""Measurements of what one prior is used for: filling in, larger pictures, translation, text."""
+"""Measurements of the uses of a prior (filling in, larger pictures, translation, text), of samples as training images,
+and of sampling settings."""

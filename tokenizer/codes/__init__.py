@@ -1,1 +1,1 @@
-"""Code files: their format, and the plan of who writes which."""
+"""Code files: format, the plan of who writes which, writing, and the degraded or paired images behind their sources."""

@@ -1,4 +1,4 @@
-"""What a run says of itself: what it is about to do, on one screen, how far it is, and what a validation found."""
+"""What a run prints: its plan on one screen, its progress, and the metrics of validations."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
