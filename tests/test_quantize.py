@@ -621,21 +621,14 @@ def test_kmeans_start_lowers_the_error(codebook, l2):
     assert after.loss < 0.5 * before.loss
     assert after.stats["usage"] > 0.9
     if codebook == "ema":
-        # The averages begin at the mean count of an update, however many vectors k-means had.
-        part, book = z[:3], quantizer.codebook
-        counts = torch.bincount(quantizer.encode(part).flatten(), minlength=64)
-        quantizer.train()(part)
-        expected = 0.99 * counts.float().mean() + 0.01 * counts
-        if l2:  # times the length of the mean direction, which is below 1 for codes of several vectors
-            assert (book.weights <= expected * 1.0001).all() and (book.weights > 0.9 * expected).all()
-        else:
-            torch.testing.assert_close(book.weights, expected)
+        weights, share = quantizer.codebook.weights, z.numel() / 4 / 64
+        # The mean count; of directions, the length of their sum, which is less than their number.
+        assert (weights > 0).all() and (weights <= share * 1.0001).all() if l2 else (weights == share).all()
     # The same random state starts the same codebook.
-    first, again = (make(4, identity=True, codebook_size=64, codebook=codebook, l2_normalize=l2) for _ in range(2))
-    for each in (first, again):
-        torch.manual_seed(3)
-        each.initialize(z)
-    assert torch.equal(again.codebook.codes, first.codebook.codes)
+    again = make(4, identity=True, codebook_size=64, codebook=codebook, l2_normalize=l2)
+    torch.manual_seed(3)
+    again.initialize(z)
+    assert torch.equal(again.codebook.codes, quantizer.codebook.codes)
 
 
 def test_kmeans_beats_the_points_it_starts_from():

@@ -131,8 +131,7 @@ class Codebook(nn.Module):
     Moving averages (appendix A.1): of the number of vectors of each code, `N <- g N + (1 - g) n`, and of their sum,
     `m <- g m + (1 - g) sum z`; the code is `m / N`, with `unit` `m / |m|`. Stored are the code and its *weight*, N or
     |m|, whose product is m. The weight of an unused code decays while the code stays, so that an update writes no codes
-    but the used ones. After a start by k-means, and after codes were loaded without their weights, the weights are -1
-    until the first update gives each code the mean number of vectors of an update, as if all had been used alike.
+    but the used ones.
 
     Args:
         width: dimension d of a code.
@@ -217,7 +216,8 @@ class Codebook(nn.Module):
         self.codes.copy_(self.scaled(centres))
         self.idle.zero_()
         if not self.by_gradient:
-            self.weights.fill_(-1)
+            share = len(flat) / len(self.codes)  # the mean count
+            self.weights.copy_(share * centres.norm(dim=1) if self.unit else torch.full_like(self.weights, share))
 
     @torch.no_grad()
     def reset_training_state(self) -> None:
@@ -225,7 +225,7 @@ class Codebook(nn.Module):
         self.idle.zero_()
         if not self.by_gradient:  # the loaded codes may be those of a gradient codebook, of any length
             self.codes.copy_(self.scaled(self.codes))
-            self.weights.fill_(-1)
+            self.weights.fill_(1)
 
     @torch.no_grad()
     def update(self, flat: Tensor, codes: Tensor, quantized: Tensor) -> Tensor:
@@ -256,7 +256,6 @@ class Codebook(nn.Module):
         fresh = 1 - self.config.codebook_decay
         moves = flat - quantized
         used = counts > 0
-        self.weights.copy_(torch.where(self.weights < 0, counts.mean(), self.weights))
         self.weights.lerp_(counts, fresh)
         if distributed() or len(self.codes) <= len(codes):
             # Sum per code first: over processes, so that all add in the same order; and where codes are fewer than
