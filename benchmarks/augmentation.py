@@ -20,11 +20,12 @@ from baselines import call
 from torch import Tensor
 
 from vqgen.evaluation.classifier import ClassifierConfig, fit_classifier, shuffled_batches
+from vqgen.evaluation.samples import open_samples
 from vqgen.evaluation.tasks.accuracy import Labelled
+from vqgen.evaluation.tasks.options import AccuracyConfig
 from vqgen.files import write_json
 from vqgen.tokenizer.data.dataset import ImageDataset, open_images
 from vqgen.tokenizer.data.options import ImageConfig
-from vqgen.tokenizer.data.sources import open_source
 from vqgen.tokenizer.model import Tokenizer
 
 
@@ -96,11 +97,13 @@ def main() -> None:
     call("sampling.sample", *words)
     about = Tokenizer.load(run / "tokenizer").config
     reading = ImageConfig(list(about.image_size), about.channels, about.fit)
-    parts = [read(open_images(str(few), split, reading), few) for split in ("train", "heldout", "test")]
+    data = [open_images(str(few), split, reading) for split in ("train", "heldout", "test")]
+    parts = [read(each, few) for each in data]
     real, tested = joined(parts[0], parts[1]), parts[2]
-    data = ImageDataset(open_source(str(drawn / "images"), "all", reading.holdout), reading)
-    names = data.class_names or []
-    found = accuracies(names, real, read(data, drawn), tested, options.steps, options.seeds)
+    samples, names = open_samples(drawn, AccuracyConfig(samples=drawn, data=str(few)))
+    if names is None or any(each.class_names != names for each in data):
+        raise SystemExit(f"{drawn} has other classes than {few}: {names}")
+    found = accuracies(names, real, read(samples, drawn), tested, options.steps, options.seeds)
     result = {name: value for name, value in vars(options).items() if name not in ("data", "output")}
     write_json(output / "augmentation.json", {**result, "accuracy": found})
     print(json.dumps(found))

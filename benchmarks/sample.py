@@ -226,9 +226,11 @@ def main() -> None:
         batch, best = found.batch, found.seconds
         for name, took in {**best, "floor": found.floor}.items():
             most = f", slowest {found.slowest[name]:.2f} s" if name in found.slowest else ""
+            # The floor is that of one row an image; guidance computes two.
+            share = "" if name == "guided" else f"  {found.floor / took:5.0%} of the floor's rate"
             print(
                 f"batch {batch:3d}  {name:12s} {took:7.2f} s {batch / took:8.2f} images/s "
-                f"{batch * vocabulary.length / took:9.0f} tokens/s  {found.floor / took:5.0%} of the floor's rate{most}"
+                f"{batch * vocabulary.length / took:9.0f} tokens/s{share}{most}"
             )
         print(
             f"batch {batch:3d}  against transformers {best['transformers'] / best['vqgen']:.2f}, "

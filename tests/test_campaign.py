@@ -30,7 +30,7 @@ from benchmarks.campaign.mutations import (
     tensors,
     words,
 )
-from benchmarks.campaign.oracles import Run, same
+from benchmarks.campaign.oracles import Run, damage_is_found, same
 from benchmarks.campaign.place import Place, lay_out, outside, plant, snapshot
 from benchmarks.campaign.runner import Ended
 from benchmarks.campaign.scenarios import scenarios
@@ -219,6 +219,20 @@ def test_another_result_is_silent_unless_it_is_right(tmp_path):
     assert judged(tmp_path, ended(0), invalid, one, other, oracle=anything).verdict == "silent"
     assert judged(tmp_path, ended(0), invalid, one, one, oracle=anything).verdict == "ok"
     assert judged(tmp_path, ended(0), Change("x"), one, other, oracle=anything).verdict == "ok"
+
+
+def test_a_check_that_overlooks_damage_is_silent(tmp_path):
+    """--verify has no results; its oracle compares the shard with the one that was written."""
+    (verify,) = (each for each in scenarios() if each.oracle is damage_is_found)
+    place, stock = Place(tmp_path / "case"), tmp_path / "stock"
+    for folder, content in ((place.work, b"damaged"), (stock, b"written")):
+        (folder / "codes").mkdir(parents=True)
+        (folder / "codes" / "codes-00000.safetensors").write_bytes(content)
+    words, shard = ["vqgen-tokenize", "--verify"], "codes/codes-00000.safetensors"
+    run = Run(place, stock, place.work / "out", shard, Change("x"), ended(0), {}, {}, place.work / "out", words)
+    assert verdict("1", verify, "m", run, []).detail == "damage was not found"
+    (place.work / shard).write_bytes(b"written")
+    assert verdict("1", verify, "m", run, []).verdict == "ok"
 
 
 def test_what_changes_outside_of_the_output_is_seen(tmp_path):

@@ -83,6 +83,7 @@ def test_good_samples_teach_as_much_as_real_images_and_wrong_labels_nothing(cli,
     result, found = measured(wrong, "--n", 30)
     assert result.code == 0, result.err
     assert found["metrics"]["cas"]["samples"] < 0.1 and found["counts"]["real images"] == 30
+    assert found["metrics"]["cas"]["real"] > 0.9, "the real images are of all classes, too"
     assert "reconstructions" not in found["metrics"]["cas"]
 
 
@@ -361,3 +362,7 @@ def test_ties_of_the_distance_are_broken_by_accuracy():
     assert best_of([far, least, near], [0.9, 0.5, 0.6]) == 2
     assert best_of([far, least, near], [0.9, 0.6, 0.6]) == 1
     assert best_of([least], [0.0]) == 0
+    # One standard error of the difference over the classes, not one standard deviation: 1 / 2 here.
+    scattered = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3**0.5 / 2
+    for mean, chosen in ((0.45, 1), (0.55, 0)):
+        assert best_of([torch.zeros(4), scattered + mean], [0.5, 0.6]) == chosen

@@ -98,6 +98,19 @@ def test_metrics_are_those_of_the_generators_translations(cli, measured, tmp_pat
     assert plain["metrics"]["psnr"]["translated"] == pytest.approx(found["metrics"]["psnr"]["decoded"])
 
 
+def test_the_classical_method_gets_the_noise_that_comes_last(measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(
+        "vqgen.evaluation.tasks.translation.non_local_means",
+        lambda images, sigma: (given.append(sigma), images)[1],
+    )
+    found = measured("--source", "blur:1", "noise:0.1-0.3", "--n", 2)
+    assert given and given == pytest.approx([0.2 * 255] * len(given)) and "non_local_means" in found["metrics"]["psnr"]
+    given.clear()
+    found = measured("--source", "noise:0.2", "blur:1", "--n", 2)  # what is left of the noise is not known
+    assert not given and "non_local_means" not in found["metrics"]["psnr"]
+
+
 def test_processes_may_have_no_image(measured, tmp_path: Path, model: Path, photos: Path) -> None:
     alone = measured("--n", 2)
     words = ["--model", model, "--data", photos, "--split", "test", "--device", "cpu", "--n", 2]

@@ -28,6 +28,7 @@ from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import DEFAULT, Generator, find_model
 from vqgen.sampling.known import Known
 from vqgen.sampling.output import Names
+from vqgen.sampling.oversample import candidates_of
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.data.sources import open_source
@@ -616,6 +617,7 @@ def test_the_likeliest_candidates_stay(model):
 
 def test_an_image_asked_for_twice_comes_twice(model):
     generator = Generator.load(model, "cpu", "fp32")
+    assert [len(candidates_of(3, 2, share)) for share in (1.1, 1.25, 2)] == [18, 20, 32], "of 16 images, rounded up"
     for oversample in (1.0, 1.1):
         drawn = generator.draw([3, 7, 3], settings=SamplingSettings(oversample=oversample))
         assert torch.equal(drawn.codes[0], drawn.codes[2]) and not torch.equal(drawn.codes[0], drawn.codes[1])

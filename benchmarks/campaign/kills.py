@@ -208,7 +208,8 @@ class Kills:
                 modes.append(f"after {kill.after:.2f} s")
             if self._call(job, place, output, kill).code == 0:
                 modes[-1] += " (it had ended)"
-        return self._judge(job, place, output, own, before, case, "killed " + ", ".join(modes))
+        how = "killed " if any("ended" not in mode for mode in modes) else "not killed "
+        return self._judge(job, place, output, own, before, case, how + ", ".join(modes))
 
     def pair(self, number: int) -> Tried:
         """Start a job twice at the same time."""

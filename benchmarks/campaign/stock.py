@@ -16,8 +16,6 @@ from PIL import Image
 from .runner import ROOT, Kill, Runner
 from .zygote import MODULES
 
-COUNT = 12
-"""Images of each class in train/."""
 CLASSES = ("cat", "dog")
 IMAGES = "--channels 3 --size 16 --max-broken 0.5".split()
 TRAIN = (

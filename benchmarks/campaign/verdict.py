@@ -65,11 +65,12 @@ def verdict(case: str, scenario: Scenario, mutation: str, run: Run, moved: list[
     detail = ""
     if run.ended.code == 0 and not run.ended.hang:
         found, detail = "ok", ""
-        if same(run):
+        differs = same(run)
+        if differs or not scenario.results:  # an oracle of a program without results looks elsewhere
             honest = run.change.honest and scenario.oracle in (same, same_or_said)
             wrong = "" if honest else scenario.oracle(run)
-            if run.change.invalid and not wrong:
-                wrong = f"invalid content was accepted; {same(run)}"
+            if differs and run.change.invalid and not wrong:
+                wrong = f"invalid content was accepted; {differs}"
             if wrong:
                 found, detail = "silent", wrong
     else:

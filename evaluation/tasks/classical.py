@@ -14,7 +14,8 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
     """Denoise uint8 images (B, C, H, W) by non-local means (Buades, Coll and Morel 2011, "Non-local means denoising").
 
     A pixel becomes the mean of those around it, weighted by exp(-max(d - 2 sigma^2, 0) / h^2), where d is the mean
-    square difference of the patches about both. Sides of patches and h follow the authors' table for colour images.
+    square difference of the patches about both. Sides of patches and h follow the authors' table for colour images; the
+    window is that of its least noise for all, as images here are small.
 
     Args:
         sigma: standard deviation of the noise, of 255.

@@ -161,7 +161,8 @@ def _pictures(
             given = conditions, config.sampling, config.seed, config.batch_size
             drawn[list(rows)] = generator.draw_codes(rows, *given, lambda tokens, bar=bar: bar.update(len(tokens)))[0]
         codes[name] = drawn
-    noise = [each for each in degradations.each if each.name == "noise"] if len(degradations.chains) == 1 else []
+    chain = degradations.chains[0] if len(degradations.chains) == 1 else []
+    noise = [each for each in chain if each.name == "noise"] if chain and chain[-1].name == "noise" else []
     sigma = 255 * sum((each.low + each.high) ** 2 / 4 for each in noise) ** 0.5  # the middle of a range
     found = Columns()  # one exchange for all metrics: a process without images has no names
     with progress(len(truth), "comparing", "img", rank == 0) as bar:
