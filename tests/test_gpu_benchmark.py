@@ -25,7 +25,7 @@ def test_without_a_device_it_says_so_in_a_line() -> None:
 
 def test_a_part_that_takes_too_long_is_ended_and_recorded() -> None:
     found = run("machine", "cpu", 0.01)
-    assert "0 s" in found["error"] and found["wall_seconds"] < 60
+    assert "0 s" in found["error"] and set(found) <= {"wall_seconds", "error", "output"}, "it went on to its end"
 
 
 def test_a_part_that_fails_is_recorded_with_its_traceback(

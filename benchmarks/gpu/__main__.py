@@ -46,8 +46,10 @@ def run(name: str, device: str, limit: float) -> dict[str, Any]:
     process.start()
     process.join(limit)
     killed = limit if process.is_alive() else None
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)  # with all that it started
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # the part may have no group yet
+        os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+    process.kill()
     process.join()
     found = result_of(folder, killed)
     shutil.rmtree(folder, ignore_errors=True)
