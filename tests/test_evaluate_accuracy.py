@@ -87,6 +87,18 @@ def test_good_samples_teach_as_much_as_real_images_and_wrong_labels_nothing(cli,
     assert "reconstructions" not in found["metrics"]["cas"]
 
 
+def test_classes_may_be_in_another_order(measured, tmp_path, real):
+    """Those of folders are in alphabetical order, those of samples.json in the prior's."""
+    folder = write_classes(tmp_path / "samples", 24, 7)
+    _, found = measured(folder)
+    names, files = CLASSES[1:] + CLASSES[:1], sorted(folder.rglob("*.png"))
+    listed = [{"file": str(path.relative_to(folder)), "label": names.index(path.parent.name)} for path in files]
+    (folder / "samples.json").write_text(json.dumps({"class_names": names, "images": listed}))
+    _, again = measured(folder)
+    assert found["metrics"]["cas"]["samples"] > 0.9 and again["metrics"]["cas"]["samples"] > 0.9
+    assert list(again["metrics"]["cas_by_class"]["samples"]) == CLASSES
+
+
 def test_reconstructions_are_of_images_that_are_fitted_as_the_tokenizer_s(measured, tmp_path, model):
     samples = write_classes(tmp_path / "samples", 12)
     result, found = measured(samples, "--tokenizer", model / "tokenizer", "--fit", "pad")

@@ -68,9 +68,14 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
     read = reading(config, drawn.config.size, drawn.config.channels, drawn.config.fit)
     train, test = (open_images(config.data, split, read) for split in ("train", config.split))
     for other in (train, test):
-        if other.class_names != names:
+        if sorted(other.class_names or []) != sorted(names):
             theirs = ", ".join(other.class_names or []) or "none"
             raise UserError(f"--data: {config.data} has the classes {theirs}, the samples {', '.join(names)}")
+    known, names = names, train.class_names or []
+    order = torch.tensor(
+        [names.index(name) for name in known]
+    )  # folders are in alphabetical order, tables in their own
+    drawn.labels = torch.where(drawn.labels < 0, drawn.labels, order[drawn.labels])
     count = check_count(config.n, len(drawn), "--n", str(config.samples))
     sets = {"samples": Labelled.read(drawn, range(count), f"--samples: {config.samples}")}
     count, labelled = len(sets["samples"].images), np.flatnonzero(train.source.labels >= 0)
