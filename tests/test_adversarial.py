@@ -372,6 +372,16 @@ def test_lecam_keeps_the_logits_together(tmp_path):
     assert 0 < gaps[1] < 0.5 * gaps[0]
 
 
+def test_lecam_anchors_slow_down_over_the_run(tmp_path, monkeypatch):
+    """By the steps since the discriminator began."""
+    seen: list[int] = []
+    monkeypatch.setattr(LeCam, "update", lambda self, real, fake, since: seen.append(since))
+    made = Players(tmp_path, steps=6, gan_lecam=0.1, gan_start=2)
+    for step in range(6):
+        made.step(step)
+    assert seen == [0, 1, 2, 3]
+
+
 def test_accumulated_parts_are_one_batch(tmp_path):
     """To the discriminator; in the decoder's pass each part has an adaptive ratio of its own."""
     found = []

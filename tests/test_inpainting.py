@@ -25,6 +25,7 @@ from vqgen.prior.objective import objective
 from vqgen.prior.options import ObjectiveConfig, PriorConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.parts.source import UNKNOWN, MaskedSource, masked, random_masks
+from vqgen.prior.selection import NATS, NATS_OF_HOLES, selected_by
 from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.generate import image_uniforms
@@ -152,6 +153,11 @@ def test_a_prior_learns_to_use_what_comes_after_a_hole(cli, tmp_path: Path, back
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = {key: value for row in rows for key, value in row.items()}
     assert {"heldout/inpainting_nats_per_token", "train/inpainting_loss", "train/loss"} <= set(last)
+    validated = {row["step"]: row for row in rows if "heldout/inpainting_nats_per_token" in row}
+    assert any("best" in row for row in rows)
+    for row in (row for row in rows if "best" in row):  # what selects the weights is of both kinds of steps
+        nats = [validated[row["step"]][f"heldout/{name}"] for name in (NATS, NATS_OF_HOLES)]
+        assert row["best"] == pytest.approx(selected_by(*nats, 0.5))
     prior, files = Prior.load(tmp_path / "run"), CodeFiles(folder, "heldout")
     assert prior.conditioning.masked_source is not None and prior.conditioning.masked_source.inpainting == 0.5
     every, accelerator = range(len(files)), Accelerator(cpu=True)
