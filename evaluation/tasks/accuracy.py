@@ -71,10 +71,9 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
         if sorted(other.class_names or []) != sorted(names):
             theirs = ", ".join(other.class_names or []) or "none"
             raise UserError(f"--data: {config.data} has the classes {theirs}, the samples {', '.join(names)}")
-    known, names = names, train.class_names or []
-    order = torch.tensor(
-        [names.index(name) for name in known]
-    )  # folders are in alphabetical order, tables in their own
+    # Classes of folders are in alphabetical order, those of tables in their own.
+    drawn_as, names = names, train.class_names or []
+    order = torch.tensor([names.index(name) for name in drawn_as])
     drawn.labels = torch.where(drawn.labels < 0, drawn.labels, order[drawn.labels])
     count = check_count(config.n, len(drawn), "--n", str(config.samples))
     sets = {"samples": Labelled.read(drawn, range(count), f"--samples: {config.samples}")}
