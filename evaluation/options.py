@@ -166,6 +166,7 @@ class SamplesConfig(ExtractorOptions, ReadingOptions):
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:
+        # Before what is said of --weights, which such a call does not need.
         if self.extractor == "none" and self.classifier is None:
             raise UsageError("--extractor: found none and no --classifier, so there is nothing to measure; give one")
         super().__post_init__()

@@ -112,7 +112,7 @@ class Drawer:
         """Raise `UsageError` for a prior that fills in nothing."""
         if self.conditioning.masked_source is None:
             text = "the prior was trained without --inpainting, so it sees only what comes before a hole"
-            hint = "take one that was, such as cifar10-restorer, or keep upper rows (--keep-rows, complete)"
+            hint = "train one with --inpainting 0.5, take cifar10-restorer, or keep upper rows (--keep-rows, complete)"
             raise UsageError(f"{text}; {hint}")
 
     def check_translation(self) -> None:

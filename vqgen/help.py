@@ -15,8 +15,8 @@ _PLACEHOLDERS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT", Path:
 
 
 def help_text(program: str, description: str, config: type, everything: bool = False) -> str:
-    """The options in `config.COMMON` with syntax, default and help text, or every option by section, the
-    common ones first.
+    """The options in `config.COMMON` with syntax, default and help text, or every option by section, in
+    each the common ones first.
 
     A configuration without `COMMON: ClassVar[tuple[str, ...]]` shows every option.
     """

@@ -71,10 +71,12 @@ def measure_accuracy(config: AccuracyConfig) -> Measurement:
         if sorted(other.class_names or []) != sorted(names):
             theirs = ", ".join(other.class_names or []) or "none"
             raise UserError(f"--data: {config.data} has the classes {theirs}, the samples {', '.join(names)}")
-    # Classes of folders are in alphabetical order, those of tables in their own.
-    drawn_as, names = names, train.class_names or []
-    order = torch.tensor([names.index(name) for name in drawn_as])
-    drawn.labels = torch.where(drawn.labels < 0, drawn.labels, order[drawn.labels])
+    if names != train.class_names:  # those of folders are in alphabetical order, those of tables in their own
+        if len(set(names)) < len(names):
+            raise UserError(f"--data: {config.data} has classes of equal names in another order than the samples")
+        drawn_as, names = names, train.class_names or []
+        order = torch.tensor([names.index(name) for name in drawn_as])
+        drawn.labels = torch.where(drawn.labels < 0, drawn.labels, order[drawn.labels])
     count = check_count(config.n, len(drawn), "--n", str(config.samples))
     sets = {"samples": Labelled.read(drawn, range(count), f"--samples: {config.samples}")}
     count, labelled = len(sets["samples"].images), np.flatnonzero(train.source.labels >= 0)

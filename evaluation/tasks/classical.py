@@ -15,7 +15,7 @@ def non_local_means(images: Tensor, sigma: float) -> Tensor:
 
     A pixel becomes the mean of those around it, weighted by exp(-max(d - 2 sigma^2, 0) / h^2), where d is the mean
     square difference of the patches about both. Sides of patches and h follow the authors' table for colour images; the
-    window is that of its least noise for all, as images here are small.
+    window is always the one that it has for the least noise (21x21), as images here are small.
 
     Args:
         sigma: standard deviation of the noise, of 255.

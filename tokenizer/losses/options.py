@@ -30,7 +30,8 @@ class PerceptualOptions(Options):
     perceptual_net: PerceptualNet = "vgg"
     """Backbone of LPIPS."""
     perceptual_weights: str | None = None
-    """Convolutions of the LPIPS backbone: a safetensors file, or torchvision to download them; none = no LPIPS."""
+    """Convolutions of the LPIPS backbone: a safetensors file with torchvision's names, or torchvision to download them;
+    none = no LPIPS."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
