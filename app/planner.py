@@ -155,9 +155,8 @@ class Planner:
             searching = search.seconds if search else 0.0
             shares = self._share(encoding, max(passes, 2.0 * least) * found.step, searching)
             steps = prior.steps(shares.prior)
-            if rules.affordable(index, steps * found.batch * length) or self.configurations.given(
-                "prior", "dim", "layers"
-            ):
+            given = self.configurations.given("prior", "dim", "layers")
+            if given or rules.affordable(index, steps * found.batch * length):
                 break
             reason = f"a larger one would see only {steps * found.batch * length:,} codes in its time"
             index = rules.smaller(index, steps * found.batch * length)

@@ -203,21 +203,15 @@ def ranks(world: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def run_two(
+def run_together(
     module: str,
     *words: Any,
     hooks: Sequence[Callable[[], Any] | None] = (None, None),
     environ: Mapping[str, str] | None = None,
 ) -> list[Ended]:
-    """Two processes of one distributed run; `environ` comes on top for both."""
-    both = [{**rank, **(environ or {})} for rank in ranks(2)]
-    started = [start(module, *words, environ=each, hook=hook) for each, hook in zip(both, hooks)]
-    return [process.wait() for process in started]
-
-
-def run_three(module: str, *words: Any) -> list[Ended]:
-    """Three processes of one distributed run."""
-    started = [start(module, *words, environ=each) for each in ranks(3)]
+    """Processes of one distributed run, as many as there are `hooks`; `environ` comes on top for all."""
+    each = [{**rank, **(environ or {})} for rank in ranks(len(hooks))]
+    started = [start(module, *words, environ=own, hook=hook) for own, hook in zip(each, hooks)]
     return [process.wait() for process in started]
 
 

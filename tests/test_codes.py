@@ -23,7 +23,7 @@ from accelerate import PartialState
 from helpers.tokenizing import DIE, SIZE, content, environment, make_tokenizer, save_garments, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import TOKENIZE, run_two
+from processes import TOKENIZE, run_together
 from safetensors.torch import load_file
 
 from vqgen import artifact
@@ -474,7 +474,7 @@ def test_killed_at_any_point_a_run_ends_with_the_same_bytes(make, reference, tmp
 
 
 def test_two_processes_write_what_one_writes(make, reference, tmp_path):
-    first, second = run_two(TOKENIZE, *words(make(tmp_path / "codes")), environ={"OMP_NUM_THREADS": "1"})
+    first, second = run_together(TOKENIZE, *words(make(tmp_path / "codes")), environ={"OMP_NUM_THREADS": "1"})
     assert first.ok().out.count("training images") == 1 and not second.ok().out
     assert content(tmp_path / "codes") == content(reference)
 

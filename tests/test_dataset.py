@@ -682,7 +682,7 @@ def test_random_crop_reaches_along_the_long_side(photo, tmp_path):
 
 
 def test_training_batches_resume_slice_and_cover(rows, tmp_path):
-    dataset, _config = augmenting(rows, tmp_path)
+    dataset, _ = augmenting(rows, tmp_path)
 
     def take(count, first=0, rank=0, world=1, size=4, seed=5):
         return list(itertools.islice(training_batches(dataset, size, seed, first, rank, world), count))

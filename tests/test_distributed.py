@@ -21,7 +21,7 @@ from processes import (
     launch,
     rows,
     run,
-    run_two,
+    run_together,
     steps,
     weights,
     write_images,
@@ -79,7 +79,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two."""
     folder = tmp_path_factory.mktemp("double") / "run"
-    main_alone_speaks(run_two(TOKENIZER, *STAGE_ONE, "--output", folder))
+    main_alone_speaks(run_together(TOKENIZER, *STAGE_ONE, "--output", folder))
     return folder
 
 
@@ -98,16 +98,16 @@ def test_two_processes_resume(tmp_path: Path, double: Path) -> None:
     """One of them alone receives a signal: they stop together where the run next logs, and resume exactly."""
     folder = tmp_path / "run"
     words = [*STAGE_ONE, "--output", folder]
-    stopped = run_two(TOKENIZER, *words, "--log-every", 3, hooks=[None, in_step(2, signal.SIGTERM)])
+    stopped = run_together(TOKENIZER, *words, "--log-every", 3, hooks=[None, in_step(2, signal.SIGTERM)])
     assert [ended.code for ended in stopped] == [143, 143], stopped
     assert steps(folder) == [3]
-    main_alone_speaks(run_two(TOKENIZER, *words))
+    main_alone_speaks(run_together(TOKENIZER, *words))
     assert weights(folder) == weights(double)
     assert rows(folder)[1:] == [row for row in rows(double) if row["step"] > 3]
 
 
 def test_two_processes_refuse_a_batch_that_does_not_divide(tmp_path: Path) -> None:
-    ended = run_two(TOKENIZER, *STAGE_ONE, "--batch-size", 7, "--output", tmp_path / "run")
+    ended = run_together(TOKENIZER, *STAGE_ONE, "--batch-size", 7, "--output", tmp_path / "run")
     assert all(process.code for process in ended)
     # The other may have found its partner gone before it came to look.
     next(process for process in ended if process.code == 2).refused(2, "--batch-size", "7", "2 processes")
@@ -124,7 +124,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory, single: Path) -> Path:
 
 def test_two_processes_write_the_codes_that_one_does(tmp_path: Path, codes: Path, single: Path) -> None:
     words = [*TOKENIZING, "--data", codes.parent / "images", "--tokenizer", single, "--output", tmp_path / "codes"]
-    first, second = run_two(TOKENIZE, *words)
+    first, second = run_together(TOKENIZE, *words)
     assert "training images" in first.ok().out and not second.ok().out, "each took all the work"
     names = [path.name for path in sorted(codes.glob("*.safetensors"))]
     assert names == [path.name for path in sorted((tmp_path / "codes").glob("*.safetensors"))] and len(names) >= 5
@@ -135,7 +135,7 @@ def test_two_processes_write_the_codes_that_one_does(tmp_path: Path, codes: Path
 def test_two_processes_train_the_prior_that_one_does(tmp_path: Path, codes: Path) -> None:
     words = ["--codes", codes, *STAGE_TWO, "--output"]
     run(PRIOR, *words, tmp_path / "one").ok()
-    main_alone_speaks(run_two(PRIOR, *words, tmp_path / "two"))
+    main_alone_speaks(run_together(PRIOR, *words, tmp_path / "two"))
     first, expected = rows(tmp_path / "two")[0], rows(tmp_path / "one")[0]
     assert first["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
     # The gradient is summed in another order, and AdamW magnifies that where a gradient is about zero.
@@ -175,7 +175,7 @@ def test_a_sharded_prior_trains_as_a_whole_one_does(tmp_path: Path, codes: Path)
     """Half of everything on each of two; 33 held-out images make three batches on one, two on the other."""
     words = ["--codes", codes, *STAGE_TWO, "--validation-images", 33, "--accumulate", 2, "--output"]
     run(PRIOR, *words, tmp_path / "one").ok()
-    main, other = run_two(PRIOR, *words, tmp_path / "two", environ=FSDP, hooks=[_say_share, None])
+    main, other = run_together(PRIOR, *words, tmp_path / "two", environ=FSDP, hooks=[_say_share, None])
     main_alone_speaks([main, other])
     assert main.out.split() == ["share", "0.50"] * 3
     alike(tmp_path / "two", tmp_path / "one", PRIOR_NAMES, 1e-3)
@@ -203,7 +203,7 @@ def go(
     if environ is None:
         ended = [run(module, *words, hook=hook)]
     else:
-        ended = run_two(module, *words, environ=environ, hooks=[None, hook])
+        ended = run_together(module, *words, environ=environ, hooks=[None, hook])
     assert all(process.code == (143 if stop else 0) for process in ended), [process.err for process in ended]
     return steps(folder)
 
@@ -264,7 +264,7 @@ def test_what_fsdp_cannot_do_is_refused(tmp_path: Path, codes: Path) -> None:
         (PRIOR, prior, {**FSDP, "FSDP_VERSION": "1"}, ["fsdp_version 1", "fsdp_version: 2"]),
         (PRIOR, [*prior, "--optimizer", "muon"], FSDP, ["--optimizer", "muon", "adamw"]),
     ):
-        ended = run_two(module, *words, environ=environ)
+        ended = run_together(module, *words, environ=environ)
         assert all(process.code for process in ended)
         next(process for process in ended if process.code == 2).refused(2, *parts)
 

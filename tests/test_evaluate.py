@@ -15,7 +15,7 @@ import timm
 import torch
 from helpers.models import codes_for, make_prior, make_square_prior, text_part
 from helpers.streams import write_parquets
-from processes import run_two
+from processes import run_together
 from safetensors.torch import save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -451,7 +451,7 @@ def test_two_processes_measure_what_one_does(cli, tmp_path, model, photos, vgg16
         one, two = tmp_path / f"{program}-1.json", tmp_path / f"{program}-2.json"
         cache = [["--cache", tmp_path / name] if program == "samples" else [] for name in ("a", "b")]
         assert cli(evaluate.main, program, *words, *network, *cache[0], "--output", one).code == 0
-        first, second = run_two(EVALUATE, program, *words, *network, *cache[1], "--output", two)
+        first, second = run_together(EVALUATE, program, *words, *network, *cache[1], "--output", two)
         assert "receipt" in first.ok().out and not second.ok().out
         ours, theirs = receipt(two), receipt(one)
         assert ours["fingerprints"] == theirs["fingerprints"] and ours["counts"] == theirs["counts"]
@@ -472,7 +472,7 @@ def test_a_prior_is_measured_with_a_receipt(cli, tmp_path):
     prior = Prior.load(model)
     assert found["fingerprints"]["prior"] == prior.fingerprint
     assert found["fingerprints"]["tokenizer"] == prior.tokenizer_fingerprint
-    first, second = run_two(EVALUATE, "likelihood", *words, "--output", tmp_path / "two.json", "--batch-size", 2)
+    first, second = run_together(EVALUATE, "likelihood", *words, "--output", tmp_path / "two.json", "--batch-size", 2)
     assert "receipt" in first.ok().out and not second.ok().out
     both = receipt(tmp_path / "two.json")
     assert both["fingerprints"] == found["fingerprints"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import SIZE, make_photos, make_prior, make_square_prior
-from processes import run_two
+from processes import run_together
 from torch import Tensor, nn
 from torchvision.io import write_png
 
@@ -224,7 +224,7 @@ def test_a_receipt_is_replayed_and_two_processes_agree(cli, tmp_path: Path, mode
     assert set(one["metrics"]["diversity"]) == {"pixels"} and "lpips" not in one["metrics"]
     assert cli(evaluate.main, "replay", path).out.startswith("same: ")
     two = tmp_path / "two.json"
-    first, second = run_two("vqgen.evaluation.program", "inpainting", *words, "--device", "cpu", "--output", two)
+    first, second = run_together("vqgen.evaluation.program", "inpainting", *words, "--device", "cpu", "--output", two)
     assert "receipt" in first.ok().out and not second.ok().out
     both = json.loads(two.read_text())
     assert both["fingerprints"] == one["fingerprints"] and both["counts"] == one["counts"]

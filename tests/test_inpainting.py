@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from helpers.models import NAMES, SIZE, make_prior, write_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import SAMPLE, run_two
+from processes import SAMPLE, run_together
 from transformers import AutoModelForCausalLM
 
 import vqgen.sampling.sample as program
@@ -744,7 +744,7 @@ def test_two_processes_draw_what_one_draws(cli, with_source: Path, sample, tmp_p
     words = ["--model", with_source, *given, "--n", 7, "--seed", 2, "--device", "cpu", "--precision", "fp32"]
     if "--keep-rows" not in way:
         words += ["--source-guidance-scale", 2]
-    for ended in run_two(SAMPLE, *words, "--batch-size", 2, "--output", tmp_path / "two"):
+    for ended in run_together(SAMPLE, *words, "--batch-size", 2, "--output", tmp_path / "two"):
         ended.ok()
     result = cli(program.main, *words, "--output", tmp_path / "one")
     assert result.code == 0, result.err

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from processes import TOKENIZER, run, run_two
+from processes import TOKENIZER, run, run_together
 
 from vqgen.errors import UserError
 from vqgen.files import locked
@@ -145,7 +145,7 @@ def test_two_processes_of_one_run_both_stop(tmp_path: Path) -> None:
     run(TOKENIZER, "--help").ok()  # starts the server of forks, whose imports are no part of the time
     start = time.monotonic()
     with locked(tmp_path / "run"):
-        for ended in run_two(TOKENIZER, "--data", "demo", "--output", tmp_path / "run"):
+        for ended in run_together(TOKENIZER, "--data", "demo", "--output", tmp_path / "run"):
             ended.refused(1, str(tmp_path / "run"), f"process {os.getpid()}")
     assert time.monotonic() - start < 60
 

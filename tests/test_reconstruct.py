@@ -66,7 +66,7 @@ def measured():
 
 
 def validate(measured, batch_size: int, perceptual=None) -> Reconstructions:
-    tokenizer, data, _config, *_ = measured
+    tokenizer, data, *_ = measured
     return reconstruct(tokenizer, data, 20, batch_size, perceptual, Accelerator(cpu=True))
 
 
@@ -200,7 +200,7 @@ def test_comparison_shows_each_image_above_its_reconstruction(measured, tmp_path
 
 
 def test_broken_images_are_left_out_of_the_validate(measured, monkeypatch):
-    tokenizer, data, _config, originals, _, results = measured
+    tokenizer, data, _, originals, _, results = measured
     given = image_module.ordered_batches
 
     def without_the_first(dataset, indices, batch_size):
@@ -212,7 +212,7 @@ def test_broken_images_are_left_out_of_the_validate(measured, monkeypatch):
 
 
 def test_no_intact_image_is_one_line(measured, monkeypatch, tmp_path):
-    tokenizer, data, _config, *_ = measured
+    tokenizer, data, *_ = measured
     monkeypatch.setattr("vqgen.tokenizer.reconstruction.ordered_batches", lambda *_: iter(()))
     with pytest.raises(UserError, match="--data"):
         reconstruct(tokenizer, data, 20, 8, None, Accelerator(cpu=True))
@@ -428,7 +428,7 @@ def broken_decoder() -> Tokenizer:
 
 
 def test_an_output_that_is_not_finite_ends_no_validation(measured):
-    _, data, _config, *_ = measured
+    _, data, *_ = measured
     found = reconstruct(broken_decoder(), data, 4, 4, None, Accelerator(cpu=True))
     assert found.metrics.keys() >= {"psnr", "ssim"} and found.images.shape == (4, 1, 24, 16)
 

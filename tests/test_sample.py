@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import SAMPLE, run, run_two, tree
+from processes import SAMPLE, run, run_together, tree
 from torchvision.io import decode_image
 
 import vqgen.sampling.sample as program
@@ -457,7 +457,7 @@ def test_killed_midway_no_png_is_half_written(sample, model, tmp_path):
 def test_two_processes_write_what_one_writes(sample, model, tmp_path, precision):
     words = ["--model", model, "--n", 9, "--seed", 3, "--precision", precision, "--guidance-scale", 1.5]
     two = tmp_path / "two"
-    for ended in run_two(SAMPLE, *words, "--batch-size", 2, "--device", "cpu", "--output", two):
+    for ended in run_together(SAMPLE, *words, "--batch-size", 2, "--device", "cpu", "--output", two):
         ended.ok()
     assert sample(*words, "--device", "cpu").code == 0
     one = tmp_path / "samples"
@@ -465,7 +465,7 @@ def test_two_processes_write_what_one_writes(sample, model, tmp_path, precision)
     assert (two / "grid.png").read_bytes() == (one / "grid.png").read_bytes()
     assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
     assert about(two) == about(one)
-    for ended in run_two(SAMPLE, *words, "--temperature", 0.5, "--device", "cpu", "--output", two):
+    for ended in run_together(SAMPLE, *words, "--temperature", 0.5, "--device", "cpu", "--output", two):
         assert re.search("the samples of another run", ended.refused(2, "--overwrite"))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.streams import garments, sample, serving, write_tar, write_tars
 from helpers.tokenizing import DIE, content, environment, make_tokenizer
-from processes import TOKENIZE, run_two, start
+from processes import TOKENIZE, run_together, start
 
 from vqgen.tokenizer.codes.format import CodeFiles
 from vqgen.tokenizer.encode import main
@@ -93,7 +93,7 @@ def test_a_killed_run_is_finished_to_the_same_bytes(tars: Path, tokenizer: Path,
 @pytest.mark.slow
 def test_two_processes_and_workers_write_the_same(tars: Path, tokenizer: Path, whole: Path, tmp_path: Path) -> None:
     command = words(f"stream:{tars}", tokenizer, tmp_path / "out", *VIEWS, "--workers", "1")
-    for ended in run_two(TOKENIZE, *command, environ=ONE_THREAD):
+    for ended in run_together(TOKENIZE, *command, environ=ONE_THREAD):
         ended.ok()
     assert content(tmp_path / "out") == content(whole)
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.streams import garments, sample, serving, write_parquets, write_tar, write_tars
-from processes import TOKENIZER, at_row, rows, run, run_two, weights
+from processes import TOKENIZER, at_row, rows, run, run_together, weights
 
 from vqgen.errors import UserError
 from vqgen.tokenizer.data.dataset import ordered_batches
@@ -624,7 +624,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tars: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_two_processes_and_then_one(tars: Path, tmp_path: Path) -> None:
     words = ["--data", f"stream:{tars}", *WORDS, "--output", tmp_path / "run"]
-    for ended in run_two(TOKENIZER, *words):
+    for ended in run_together(TOKENIZER, *words):
         ended.ok()
     ended = run(TOKENIZER, *words, "--steps", 16).ok()
     assert "new epoch" in ended.err and max(row["step"] for row in rows(tmp_path / "run")) == 16

@@ -17,7 +17,7 @@ from helpers.models import NAMES, SIZE, make_prior, write_codes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import SAMPLE, run_two
+from processes import SAMPLE, run_together
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -390,7 +390,7 @@ def test_the_command_line_takes_prompts(cli, place: Path, tmp_path: Path) -> Non
     assert [image["class"] for image in about["images"]] == [None] * 4
     with Image.open(tmp_path / "one" / "grid.png") as grid:
         assert grid.size == (2 * 8 + 2, 2 * 6 + 2), "one column a prompt"
-    for ended in run_two(SAMPLE, *words, *prompts, "--batch-size", 1, "--output", tmp_path / "both"):
+    for ended in run_together(SAMPLE, *words, *prompts, "--batch-size", 1, "--output", tmp_path / "both"):
         ended.ok()
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "both"))
     assert one == two, "two processes draw the same"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import NAMES, SIZE, make_prior, write_codes
-from processes import run_two
+from processes import run_together
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -593,7 +593,7 @@ def test_two_processes_translate_what_one_translates(sample, model, folder: Path
     words = ["--source-image", folder, "--n", 9, "--source-guidance-scale", 2, "--class", "bag", "shoe"]
     words += ["--guidance-scale", 3, "--layout", "folders", "--source", "noise:0.1"]
     two = ["--model", model, *words, "--batch-size", 2, "--device", "cpu", "--output", tmp_path / "two"]
-    for ended in run_two("vqgen.sampling.sample", *two):
+    for ended in run_together("vqgen.sampling.sample", *two):
         ended.ok()
     assert sample(*words).code == 0
     assert files(tmp_path / "two") == files(tmp_path / "out") and len(files(tmp_path / "out")) == 10

@@ -197,7 +197,7 @@ class Kills:
         job = self.jobs[number % len(self.jobs)]
         reference = self.references[job.name]
         place, output = self._lay_out(job, case)
-        own, modes = self._begin(job, output), []
+        own, modes, codes = self._begin(job, output), [], []
         before = snapshot(place)
         for _ in range(random.choice([1, 1, 2, 3])):
             if random.random() < 0.65:
@@ -206,10 +206,11 @@ class Kills:
             else:
                 kill = Kill(after=random.uniform(0.02, 1) * reference.seconds)
                 modes.append(f"after {kill.after:.2f} s")
-            if self._call(job, place, output, kill).code == 0:
+            codes.append(self._call(job, place, output, kill).code)
+            if codes[-1] == 0:
                 modes[-1] += " (it had ended)"
-        how = "killed " if any("ended" not in mode for mode in modes) else "not killed "
-        return self._judge(job, place, output, own, before, case, how + ", ".join(modes))
+        how = "killed" if any(codes) else "not killed"
+        return self._judge(job, place, output, own, before, case, f"{how} {', '.join(modes)}")
 
     def pair(self, number: int) -> Tried:
         """Start a job twice at the same time."""
