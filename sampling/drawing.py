@@ -1,7 +1,7 @@
 """Drawing images of a series by their indices: conditions to codes to pixels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
 
@@ -46,6 +46,28 @@ class Samples:
     """uint8 (B, C, H, W)."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How images of a series are drawn: what decides them besides their indices and given codes, and the batches."""
+
+    conditions: Conditions | None = None
+    """Part of the prefix -> values that the series goes through in turn, as {"class": [3, 5]}; -1 for none. By default
+    every class."""
+    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    seed: int = 0
+    batch_size: int = 64
+    """Images drawn at once."""
+    on_token: Callable[[Tensor], object] | None = None
+    """Called with the tokens (b,) of each position as they are drawn, e.g. for a progress bar; what it raises ends the
+    drawing."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size: found {self.batch_size}, expected at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed: found {self.seed}, expected 0 to 2^64-1")
+
+
 class Drawer:
     """A prior and its tokenizer, ready to draw.
 
@@ -80,14 +102,6 @@ class Drawer:
         check_guidance(self.conditioning, settings, conditions)
         if conditions:
             self.conditioning.check_given(conditions)
-
-    @staticmethod
-    def check_series(seed: int, batch_size: int) -> None:
-        """Raise `UsageError` for what no series has."""
-        if batch_size < 1:
-            raise UsageError(f"--batch-size: found {batch_size}, expected at least 1")
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"--seed: found {seed}, expected 0 to 2^64-1")
 
     @staticmethod
     def series(n: int | None, given: int) -> range:
@@ -207,44 +221,31 @@ class Drawer:
 
         Args:
             indices: which images, e.g. range(64).
-            conditions: part of the prefix -> values that the series goes through in turn, as {"class": [3, 5]}; -1
-                for none. By default every class.
+            conditions: as in `Recipe`, like the other arguments that it has.
             settings: by default temperature 1 and nothing else.
-            batch_size: images drawn at once.
-            on_token: called with the tokens (b,) of each position as they are drawn, e.g. for a progress bar.
             known: codes that are given, not drawn.
         """
-        indices, settings = list(indices), settings or SamplingSettings()
-        chosen = self.conditioning.conditions(conditions)
-        codes, nats = self.draw_codes(indices, chosen, settings, seed, batch_size, on_token, known)
+        indices, chosen = list(indices), self.conditioning.conditions(conditions)
+        recipe = Recipe(chosen, settings or SamplingSettings(), seed, batch_size, on_token)
+        codes, nats = self.draw_codes(indices, recipe, known)
         labels = [chosen["class"][index % len(chosen["class"])] for index in indices]
         return Samples(indices, torch.tensor(labels, dtype=torch.long), codes, nats, self.decode(codes))
 
-    def draw_codes(
-        self,
-        indices: Sequence[int],
-        conditions: Conditions | None,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None = None,
-        known: Known | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def draw_codes(self, indices: Sequence[int], recipe: Recipe, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """The codes of `draw` (B, h, w[, depth]), and their NLL (B,), both on the CPU."""
-        conditions = self.conditioning.conditions(conditions)
+        conditions, settings, size = self.conditioning.conditions(recipe.conditions), recipe.settings, recipe.batch_size
         self.check(settings, conditions)
-        self.check_series(seed, batch_size)
         cycle = lcm(self.conditioning.cycle(conditions), 1 if known is None else len(known))
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)
         guidance = Guidance.of(layout, settings, conditions)
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, batch_size):
+        for batch in batches(list(dict.fromkeys(indices)), cycle, settings.oversample, size):
             candidates, groups = with_candidates(batch, cycle, settings.oversample)
             found = []
-            for part in batches(candidates, cycle, 1, batch_size):
-                prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(seed, part, length)
-                given, span = (None, None) if known is None else (known.rows(part), known.span)
-                found.append(self.tokens(guidance, prefix, uniforms, settings, given, span, batch_size, on_token))
+            for part in batches(candidates, cycle, 1, size):
+                prefix, uniforms = layout.prefixes(conditions, part), image_uniforms(recipe.seed, part, length)
+                given = (None, None) if known is None else (known.rows(part), known.span)
+                found.append(self.tokens(guidance, prefix, uniforms, recipe, *given))
             tokens = torch.cat([part.tokens for part in found]).cpu()
             nats = torch.cat([part.nats for part in found]).cpu()
             chosen = selected_rows(nats, groups) if groups else {index: row for row, index in enumerate(batch)}
@@ -259,16 +260,15 @@ class Drawer:
         guidance: Guidance,
         prefix: Tensor,
         uniforms: Tensor,
-        settings: SamplingSettings,
+        recipe: Recipe,
         known: Tensor | None,
         span: range | None,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None,
     ) -> Drawn:
         """Draw the codes of a batch after prefixes of the layout of `guidance`; see `generate`."""
         allowed = [self.vocabulary.allowed(position) for position in range(self.vocabulary.length)]
-        given = self.decoder, prefix, allowed, uniforms, settings, guidance.contrasts(prefix), known, span
-        return generate(*given, rows=batch_size, on_token=on_token)  # on CUDA the last batch is computed as a full one
+        given = self.decoder, prefix, allowed, uniforms, recipe.settings, guidance.contrasts(prefix), known, span
+        # On CUDA the last batch is computed as a full one.
+        return generate(*given, rows=recipe.batch_size, on_token=recipe.on_token)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w[, depth]) -> uint8 images (B, C, H, W) on the CPU; an image depends on its own codes alone."""

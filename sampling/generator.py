@@ -14,7 +14,7 @@ from vqgen.files import DESCRIPTION
 from vqgen.prior.model import Prior
 from vqgen.tokenizer.shipped import DEFAULT, SHIPPED, find_model
 
-from .drawing import Samples
+from .drawing import Recipe, Samples
 from .filling import Filling
 from .inpainter import Inpainter
 from .known import Known
@@ -221,7 +221,7 @@ class Generator(Inpainter):
         chosen = self._conditions(classes, conditions, absent)
         indices = list(self.series(n, len(filling)))
         applied = self.settings(settings, chosen, filling)
-        codes, nats = self.draw_filling(filling, indices, chosen, applied, seed, batch_size)
+        codes, nats = self.draw_filling(filling, indices, Recipe(chosen, applied, seed, batch_size))
         labels = torch.tensor([chosen["class"][i % len(chosen["class"])] for i in indices], dtype=torch.long)
         return Samples(indices, labels, codes, nats, filling.finished(indices, self.decode(codes)))
 

@@ -1,6 +1,7 @@
 """A drawer that fills in: what is kept of given images, and how the rest is drawn on grids of any size."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vqgen.errors import UsageError
 from vqgen.prior.conditioning import Conditions
 from vqgen.prior.parts.part import is_absent
 
-from .drawing import Drawer
+from .drawing import Drawer, Recipe
 from .filling import Filling, cells_of, fitted_masks, random_cells
 from .settings import SamplingSettings
 from .windows import Painter
@@ -127,24 +128,13 @@ class Inpainter(Drawer):
             raise UsageError(f"{option}: {trained}, and cannot {way}; use --source-image, or another prior")
         self.check(settings, self.seen(conditions, filling))
 
-    def draw_filling(
-        self,
-        filling: Filling,
-        indices: Sequence[int],
-        conditions: Conditions,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def draw_filling(self, filling: Filling, indices: Sequence[int], recipe: Recipe) -> tuple[Tensor, Tensor]:
         """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
-        conditions = self.conditioning.conditions(conditions)
-        self.check_filling(filling, settings, conditions)
-        self.check_series(seed, batch_size)
+        conditions = self.conditioning.conditions(recipe.conditions)
+        self.check_filling(filling, recipe.settings, conditions)
         if filling.grid == self.vocabulary.grid:
-            given = self.seen(conditions, filling)
-            return self.draw_codes(indices, given, settings, seed, batch_size, on_token, filling.known)
-        return Painter(self, filling).draw(indices, conditions, settings, seed, batch_size, on_token)
+            return self.draw_codes(indices, replace(recipe, conditions=self.seen(conditions, filling)), filling.known)
+        return Painter(self, filling).draw(indices, recipe)
 
     def seen(self, conditions: Conditions, filling: Filling) -> Conditions:
         """The conditions of a series with the source that filling in adds; of larger grids only that there is one."""

@@ -5,7 +5,7 @@ decoder makes no seams.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
@@ -20,11 +20,10 @@ from vqgen.prior.parts.source import masked
 from vqgen.seeding import hash64
 
 from .decoding.generate import image_uniforms
-from .drawing import Drawer
+from .drawing import Drawer, Recipe
 from .filling import Filling
 from .guidance import Guidance
 from .known import Known
-from .settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -116,32 +115,17 @@ class Painter:
         """Codes that are drawn or fed one by one for each image."""
         return sum(map(len, self.spans))
 
-    def draw(
-        self,
-        indices: Sequence[int],
-        conditions: Conditions,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def draw(self, indices: Sequence[int], recipe: Recipe) -> tuple[Tensor, Tensor]:
         """Codes (B, H, W[, depth]) of images of a series, and the NLL of those that were drawn, float64 (B,)."""
-        indices = list(indices)
-        parts = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-        found = [self._batch(part, conditions, settings, seed, batch_size, on_token) for part in parts]
+        indices, size = list(indices), recipe.batch_size
+        conditions = self.drawer.conditioning.conditions(recipe.conditions)
+        parts = [indices[first : first + size] for first in range(0, len(indices), size)]
+        found = [self._batch(part, conditions, recipe) for part in parts]
         none = self.filling.codes[:0], torch.zeros(0, dtype=torch.float64)
         codes, nats = zip(none, *found, strict=True)
         return torch.cat(codes), torch.cat(nats)
 
-    def _batch(
-        self,
-        indices: list[int],
-        conditions: Conditions,
-        settings: SamplingSettings,
-        seed: int,
-        batch_size: int,
-        on_token: Callable[[Tensor], object] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _batch(self, indices: list[int], conditions: Conditions, recipe: Recipe) -> tuple[Tensor, Tensor]:
         conditioning, vocabulary = self.drawer.conditioning, self.drawer.vocabulary
         rows = [index % len(self.filling) for index in indices]
         codes, nats = self.filling.codes[rows], torch.zeros(len(indices), dtype=torch.float64)
@@ -151,10 +135,11 @@ class Painter:
             if conditioning.masked_source and not window.unknown.all():
                 layout, given = conditioning, {"source": conditioning.masked_source.of_codes(masked(part, unknown))}
             prefix = layout.prefixes(conditions, indices, given)
-            uniforms = image_uniforms(hash64(seed, "window", window.number), indices, vocabulary.length)
+            uniforms = image_uniforms(hash64(recipe.seed, "window", window.number), indices, vocabulary.length)
             known = Known(part, ~unknown, vocabulary).tokens
-            guidance = Guidance.of(layout, settings, {**conditions, **{name: list(ids) for name, ids in given.items()}})
-            drawn = self.drawer.tokens(guidance, prefix, uniforms, settings, known, span, batch_size, on_token)
+            seen = {**conditions, **{name: list(ids) for name, ids in given.items()}}
+            guidance = Guidance.of(layout, recipe.settings, seen)
+            drawn = self.drawer.tokens(guidance, prefix, uniforms, recipe, known, span)
             codes[:, window.rows, window.columns] = vocabulary.to_codes(drawn.tokens.cpu())
             nats += drawn.nats.cpu()
         return codes, nats

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.pixels import image_grid
 from vqgen.tokenizer.reconstruction import write_png_atomic
 
+from .drawing import Recipe
 from .filling import Filling
 from .generator import Generator, find_model
 from .init_images import SourceImages, chosen_filling, chosen_sources, given_files
@@ -179,11 +179,14 @@ class Series:
     def codes(
         self, indices: Sequence[int], on_token: Callable[[Tensor], object] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw the codes (B, h, w[, depth]) of images and their NLL (B,); `on_token` is called as in `Drawer.draw`,
-        and what it raises ends the drawing."""
-        config = self.config
-        given = indices, self.conditions, self.settings, config.seed, config.batch_size, on_token
-        return self.generator.draw_filling(self.filling, *given) if self.filling else self.generator.draw_codes(*given)
+        """Draw the codes (B, h, w[, depth]) of images and their NLL (B,); `on_token` as in `Recipe`."""
+        config, generator = self.config, self.generator
+        recipe = Recipe(self.conditions, self.settings, config.seed, config.batch_size, on_token)
+        return (
+            generator.draw_filling(self.filling, indices, recipe)
+            if self.filling
+            else generator.draw_codes(indices, recipe)
+        )
 
     def images(self, indices: Sequence[int], codes: Tensor) -> Tensor:
         """Images uint8 (B, C, H, W) of their codes, with what is kept of the given ones."""
@@ -240,7 +243,7 @@ class Series:
 def write_samples(config: SampleConfig) -> PartialState:
     """Draw images into a folder, see `sample.py`; return the state of the processes. Raises `UserError`."""
     output, device = config.output, find_device(config.device)
-    state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))
+    state = processes(cpu=device.type == "cpu")
     if state.num_processes > 1 and device.type == "cuda":
         device = torch.device(state.device or device)
     # Every process checks everything before any of them writes, so that all stop together.

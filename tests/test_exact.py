@@ -21,6 +21,7 @@ from vqgen.sampling.decoding import generate
 from vqgen.sampling.decoding.generate import Drawn, image_uniforms
 from vqgen.sampling.decoding.linear import ROWS, Linear
 from vqgen.sampling.decoding.threads import on_threads
+from vqgen.sampling.drawing import Recipe
 from vqgen.sampling.generator import DEFAULT, Generator
 from vqgen.sampling.known import Known
 from vqgen.sampling.settings import SamplingSettings
@@ -141,13 +142,13 @@ def test_an_image_depends_on_no_batch_and_no_number_of_threads(name, precision, 
 @guidance
 def test_128_whole_images_depend_on_no_batch_and_no_number_of_threads(name, precision, scale, seen):
     generator, settings = generator_of(name, precision), SamplingSettings(guidance_scale=scale)
-    codes, marks = generator.draw_codes(range(COUNT), None, settings, 0, COUNT)
+    codes, marks = generator.draw_codes(range(COUNT), Recipe(None, settings, 0, COUNT))
     images = generator.decode(codes)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for size in SIZES:
             count = min(size + 7, COUNT)  # a batch and a part of the next
-            found = generator.draw_codes(range(count), None, settings, 0, size)
+            found = generator.draw_codes(range(count), Recipe(None, settings, 0, size))
             assert torch.equal(found[0], codes[:count]) and torch.equal(found[1], marks[:count]), (threads, size)
         assert torch.equal(generator.decode(codes), images)
 
@@ -159,7 +160,7 @@ def test_nor_does_an_oversampled_completion(precision, seen):
     whole = None
     for threads, size in ((1, 40), (1, 7), (2, 16), (2, 128)):
         torch.set_num_threads(threads)
-        found = generator.draw_codes(range(2, 5), {"class": [1]}, settings, 0, size, known=known)
+        found = generator.draw_codes(range(2, 5), Recipe({"class": [1]}, settings, 0, size), known)
         whole = whole or found
         assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1]), (threads, size)
 
@@ -186,9 +187,9 @@ def test_an_odd_shape_is_no_exception(seen):
     prior = Prior(shape, conditioning, (1, 32, 32), "odd")
     for precision in DTYPES:
         generator = Generator(prior, generator_of("demo", "fp32").tokenizer, torch.device("cpu"), precision)
-        codes, marks = generator.draw_codes(range(70), None, SamplingSettings(), 0, 70)
+        codes, marks = generator.draw_codes(range(70), Recipe(batch_size=70))
         for size in (1, 17, 33, 64):
-            found = generator.draw_codes(range(70), None, SamplingSettings(), 0, size)
+            found = generator.draw_codes(range(70), Recipe(batch_size=size))
             assert torch.equal(found[0], codes) and torch.equal(found[1], marks), (precision, size)
 
 
@@ -228,5 +229,5 @@ def test_an_error_in_one_thread_ends_the_others():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generator.draw_codes(range(128), None, SamplingSettings(), 0, 128, stop)
+        generator.draw_codes(range(128), Recipe(batch_size=128, on_token=stop))
     assert sum(counts) <= 128, "at most one position of each image"

@@ -12,6 +12,7 @@ from vqgen.evaluation.measurement import Measurement, held_out, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
+from vqgen.sampling.drawing import Recipe
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.degrade import Degradations, Keep, degrade, parse_degradations, source_seed
 from vqgen.tokenizer.codes.pairs import pair
@@ -158,8 +159,9 @@ def _pictures(
     for name, source in {"translated": sources.codes, "shuffled": sources.codes[truth.others]}.items():
         conditions, drawn = _conditions(generator, truth, range(len(truth)), source), truth.codes.clone()
         with progress(len(rows) * generator.vocabulary.length, f"drawing ({name})", "code", rank == 0) as bar:
-            given = conditions, config.sampling, config.seed, config.batch_size
-            drawn[list(rows)] = generator.draw_codes(rows, *given, lambda tokens, bar=bar: bar.update(len(tokens)))[0]
+            on_token = lambda tokens, bar=bar: bar.update(len(tokens))  # noqa: E731
+            recipe = Recipe(conditions, config.sampling, config.seed, config.batch_size, on_token)
+            drawn[list(rows)] = generator.draw_codes(rows, recipe)[0]
         codes[name] = drawn
     chain = degradations.chains[0] if len(degradations.chains) == 1 else []
     noise = [each for each in chain if each.name == "noise"] if chain and chain[-1].name == "noise" else []

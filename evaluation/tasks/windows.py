@@ -9,6 +9,7 @@ from vqgen.evaluation.measurement import Measurement, SetHash, start_processes
 from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.progress import progress
+from vqgen.sampling.drawing import Recipe
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.windows import windows
 
@@ -43,6 +44,7 @@ def measure_windows(config: WindowsConfig) -> Measurement:
         found = " ".join(map(str, config.size))
         raise UsageError(f"--size: {found} is the size of training, drawn in one window; give a larger one")
     conditions = generator.conditioning.conditions()
+    recipe = Recipe(conditions, config.sampling, config.seed, config.batch_size)
     generator.check(config.sampling, generator.seen(conditions, canvas))
 
     def over_pixels(values: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def measure_windows(config: WindowsConfig) -> Measurement:
     with progress(config.n, "drawing", "img", rank == 0) as bar:
         for first in range(0, len(indices), config.batch_size):
             part = indices[first : first + config.batch_size]
-            codes, _ = generator.draw_filling(canvas, part, conditions, config.sampling, config.seed, config.batch_size)
+            codes, _ = generator.draw_filling(canvas, part, recipe)
             images = generator.decode(codes)
             pixels.add_images(images, torch.full((len(part),), -1))
             columns.add("seams", seams.step(images))
