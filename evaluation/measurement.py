@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgen.devices import find_device, processes
+from vqgen.devices import find_device, gather_objects, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file, read_json
 from vqgen.metric import Metric
@@ -28,8 +27,6 @@ from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.train import TokenizerTraining
 
 from .receipt import MEASUREMENTS
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -158,15 +155,6 @@ def start_processes(name: str) -> torch.device:
     device = find_device(name)
     state = processes(cpu=device.type == "cpu")
     return torch.device(state.device or device) if state.num_processes > 1 else device
-
-
-def gather_objects(value: T) -> list[T]:
-    """The value of each process, in all processes."""
-    if not dist.is_initialized():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 @dataclass

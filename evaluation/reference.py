@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vqgen.artifact import load_artifact, save_artifact
-from vqgen.devices import on_main, rank_and_world
+from vqgen.devices import gather_objects, on_main, rank_and_world
 from vqgen.errors import UsageError, UserError
 from vqgen.files import read_json, write_json
 from vqgen.progress import progress
@@ -24,7 +24,7 @@ from vqgen.tokenizer.data.sources import Source
 
 from .extractors import Extractor, extract
 from .features import FeatureSets, Statistics
-from .measurement import SetHash, check_count, gather_objects, warn
+from .measurement import SetHash, check_count, warn
 from .options import SamplesConfig
 
 SETTLED_SECONDS = 2.0

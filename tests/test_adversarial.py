@@ -610,6 +610,9 @@ def test_the_adaptive_weight_runs_the_last_layer_backwards_alone(compiled: bool)
             "--gan-adaptive",
         ),
         ("--perceptual-net alex", "--perceptual-net", "--perceptual-weights"),
+        ("--entropy-temperature 0.1", "--entropy-temperature", "--entropy-weight"),
+        ("--quantizer gumbel --entropy-weight 0 --entropy-diversity 3", "--entropy-diversity", "--entropy-weight"),
+        ("--codebook gradient --codebook-decay 0.9", "--codebook-decay", "--codebook ema"),
     ],
 )
 def test_options_without_an_effect_are_refused_in_a_new_run(
@@ -617,4 +620,11 @@ def test_options_without_an_effect_are_refused_in_a_new_run(
 ) -> None:
     result = cli(train, "--data", "demo", "--size", 16, *options.split(), "--output", tmp_path / "run")
     assert result.code == 2 and f"{named}: has no effect without {needed}" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_codebook_size_beside_levels_is_refused(tmp_path: Path, cli) -> None:
+    options = "--quantizer fsq --levels 5 5 --codebook-size 64".split()
+    result = cli(train, "--data", "demo", "--size", 16, *options, "--output", tmp_path / "run")
+    assert result.code == 2 and "--codebook-size: has no effect beside --levels" in result.err
     assert not (tmp_path / "run").exists()

@@ -631,6 +631,17 @@ def test_another_tokenizer_beside_the_codes_is_found(make, reference, tmp_path, 
     one_line(error, str(folder / "tokenizer"))
 
 
+@pytest.mark.parametrize("left", [[], ["vqgen.json"]])
+def test_a_lost_tokenizer_beside_finished_codes_is_copied_again(make, reference, tmp_path, left, capsys):
+    folder = tmp_path / "codes"
+    shutil.copytree(reference, folder)
+    for path in (folder / "tokenizer").iterdir():
+        if path.name not in left:
+            path.unlink()
+    tokenize(make(folder))
+    assert content(folder) == content(reference) and "is finished" in capsys.readouterr().out
+
+
 def test_an_encoder_whose_output_is_not_finite_writes_no_shard(make, tmp_path, monkeypatch):
     """Also where the device is waited for only when the codes of a shard are read."""
     note = Tokenizer._note_finite

@@ -26,7 +26,8 @@ from vqgen import seeding as order
 from vqgen.errors import UsageError, UserError
 from vqgen.tokenizer import train
 from vqgen.tokenizer.data import sources, tables
-from vqgen.tokenizer.data.dataset import BrokenImages, ImageDataset, open_images, ordered_batches, training_batches
+from vqgen.tokenizer.data.broken import BrokenImages
+from vqgen.tokenizer.data.dataset import ImageDataset, open_images, ordered_batches, training_batches
 from vqgen.tokenizer.data.decoding import BrokenImage, decode
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.pixels import fit, to_float, to_uint8
@@ -786,7 +787,7 @@ def test_labels_of_one_split_survive_another_without_any(tmp_path, rows):
 
 
 def test_broken_images_beyond_those_whose_names_are_kept_count_once(monkeypatch):
-    monkeypatch.setattr("vqgen.tokenizer.data.dataset.MOST_NAMED", 3)
+    monkeypatch.setattr("vqgen.tokenizer.data.broken.MOST_NAMED", 3)
     broken, said = BrokenImages("photos", replace(SMALL, max_broken=0.06), 100), list[str]()
     broken.report = said.append
     for _ in range(3):
@@ -795,6 +796,37 @@ def test_broken_images_beyond_those_whose_names_are_kept_count_once(monkeypatch)
     assert broken.count == 6 and len(said) == len(broken.names) == 3
     with pytest.raises(UserError, match=r"7 broken images, the last 7\.png"):
         broken.add(["7.png"])
+
+
+def test_broken_images_of_other_processes_count_once(monkeypatch):
+    said: list[str] = []
+    two = [BrokenImages("photos", replace(SMALL, max_broken=0.03), None) for _ in range(2)]
+    two[0].report = said.append
+    found: list = [None, None]
+    monkeypatch.setattr("vqgen.tokenizer.data.broken.gather_objects", lambda _: list(found))
+
+    def exchange(rank):
+        monkeypatch.setattr("vqgen.tokenizer.data.broken.rank_and_world", lambda: (rank, 2))
+        two[rank].exchange()
+
+    def meet():
+        found[:] = [each.untold for each in two]
+        return [exchange(rank) for rank in range(2)]
+
+    two[0].add(["a", "b"], 600)
+    two[1].add(["b", "c"], 700)
+    meet()
+    assert [(each.count, each.seen, each.images) for each in two] == [(3, 1300, 1300)] * 2
+    assert said == ["skipped, broken: a", "skipped, broken: b", "skipped, broken: c"]
+    two[1].add(["a", "d"], 100)
+    meet()
+    assert [(each.count, each.seen) for each in two] == [(4, 1400)] * 2 and len(said) == 4
+    for rank, each in enumerate(two):  # 22 and 22 are too many together
+        each.add((f"{rank} {number}" for number in range(22)), 0)
+    found[:] = [each.untold for each in two]
+    for rank in range(2):
+        with pytest.raises(UserError, match="photos has 48 broken images"):
+            exchange(rank)
 
 
 def test_broken_images_end_the_run_where_configured(damaged):

@@ -32,6 +32,7 @@ from torch.multiprocessing.spawn import start_processes
 from vqgen.artifact import load_artifact
 from vqgen.tokenizer.quantizers import quantizer_for
 from vqgen.tokenizer.quantizers.base import Quantizer
+from vqgen.tokenizer.reconstruction import write_png_atomic
 from vqgen.training.folder import read_sessions
 
 # No dropout: its noise is each process's own.
@@ -73,6 +74,21 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single") / "run"
     run(TOKENIZER, *STAGE_ONE, "--output", folder).ok()
     return folder
+
+
+def test_broken_images_of_every_process_are_named_and_counted(tmp_path: Path) -> None:
+    for split, count in ("train", 24), ("val", 4):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        for index in range(count):
+            image = torch.full((1, 16, 16), 9 * index, dtype=torch.uint8)
+            write_png_atomic(tmp_path / "in" / split / f"{index:02d}.png", image)
+    for index in (1, 3):  # in the share of the second process
+        (tmp_path / "in" / "val" / f"{index:02d}.png").write_bytes(b"no image")
+    words = [*STAGE_ONE, "--data", tmp_path / "in", "--max-broken", 0.2, "--output", tmp_path / "run"]
+    first, second = run_together(TOKENIZER, *words)
+    for index in (1, 3):
+        assert first.ok().err.count(f"val/{index:02d}.png") == 1 and f"val/{index:02d}.png" not in second.ok().err
+    assert "(2 broken images skipped)" in first.err
 
 
 @pytest.fixture(scope="module")

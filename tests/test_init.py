@@ -149,11 +149,13 @@ def test_options_that_change_the_codes_are_named(source: Path, tmp_path: Path, c
 
 
 def test_options_of_training_alone_do_not_change_the_codes(source: Path, tmp_path: Path, cli) -> None:
-    options = "--codebook gradient --codebook-decay 0.9 --revive-after 7 --commitment-weight 1 --estimator rotation"
-    words = [*SIZES, *SHORT, "--codebook-size", 32, "--dropout", 0.1, *options.split(), "--init", source]
-    result = cli(main, *words, "--steps", 2, "--decoder-only", "--output", tmp_path / "run")
-    assert result.code == 0 and "--init:" not in result.err
-    assert Tokenizer.load(tmp_path / "run").has_codes_of(Tokenizer.load(source))
+    options = "--revive-after 7 --commitment-weight 1 --estimator rotation"
+    for codebook in ("--codebook gradient", "--codebook-decay 0.9"):
+        given = f"{options} {codebook}".split()
+        words = [*SIZES, *SHORT, "--codebook-size", 32, "--dropout", 0.1, *given, "--init", source]
+        result = cli(main, *words, "--steps", 2, "--decoder-only", "--overwrite", "--output", tmp_path / "run")
+        assert result.code == 0 and "--init:" not in result.err
+        assert Tokenizer.load(tmp_path / "run").has_codes_of(Tokenizer.load(source))
 
 
 def test_names_of_options_of_training_exist() -> None:

@@ -150,6 +150,26 @@ def test_splits_by_name_and_broken_images(tokenizer: Path, tmp_path: Path, cli: 
     assert "bad.png" in ended.err and "31m" in ended.err and "\x1b" not in ended.err
     strict = words(f"{tmp_path}/in/*.tar", tokenizer, tmp_path / "strict", "--broken", "error")
     assert "bad" in cli(main, *strict).err
+    # What was skipped under a lenient limit does not pass a stricter one when the run is finished later.
+    (tmp_path / "out" / "manifest.json").unlink()
+    resumed = words(f"{tmp_path}/in/*.tar", tokenizer, tmp_path / "out")
+    refused = cli(main, *resumed, "--broken", "error")
+    assert refused.code == 1 and "--broken error: 2 of 24 images are broken" in refused.err
+    again = cli(main, *resumed)
+    assert again.code == 0 and "2 broken images skipped" in again.out, "those of the first call, too"
+    assert CodeFiles(tmp_path / "out", "train").verify() is None
+
+
+def test_processes_that_each_skip_few_images_skip_too_many_together(tokenizer: Path, tmp_path: Path) -> None:
+    """Of 1,000 images each may skip ten."""
+    for number in range(2):
+        members = [part for n, each in enumerate(garments(9)) for part in sample(f"{number} {n}", each)]
+        members += [(f"{number} {n}.png", b"no") for n in range(9, 15)]
+        write_tar(tmp_path / "in" / f"{number}.tar", members)
+    command = words(f"stream:{tmp_path}/in", tokenizer, tmp_path / "out", "--holdout", "0.5", "--text-column", "none")
+    ended = run_together(TOKENIZE, *command)
+    assert [each.code for each in ended] == [1, 1], [each.err for each in ended]
+    assert "--max-broken 0.01: 12 of 30 images are broken" in ended[0].err
 
 
 def test_captions_that_are_all_empty_are_refused(tokenizer: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vqgen.config import shown
+from vqgen.config import shown, values_of
 from vqgen.devices import compile_module, to_device
 from vqgen.errors import UsageError
 from vqgen.options import option_name
@@ -260,6 +260,8 @@ class TokenizerTrainer:
             self.perceptual,
             self.run.accelerator,
         )
+        for dataset in (self.train_images, self.heldout_images):
+            dataset.broken.exchange()
         if self.run.main:
             write_comparison(self.run.folder / "images" / f"step-{step:08d}.png", result)
         return result.metrics
@@ -291,13 +293,19 @@ class TokenizerTrainer:
 def refuse_unused(config: "TokenizerTraining") -> None:
     """Raise `UsageError` for an option of the command line that has no effect without another one."""
     of_gan = {name for name in config.given if name.startswith("gan_") and name != "gan_weight"}
+    quantizer = values_of(config.quantizer)
     for needed, missing, names in (
         ("--gan-weight", not config.gan.gan_weight, of_gan),
         ("--gan-adaptive", not config.gan.gan_adaptive, {"gan_adaptive_max"}),
         ("--perceptual-weights", not config.loss.perceptual_weights, {"perceptual_net"}),
+        ("--entropy-weight", quantizer.get("entropy_weight") == 0, {"entropy_diversity", "entropy_temperature"}),
+        ("--codebook ema", quantizer.get("codebook") == "gradient", {"codebook_decay"}),
     ):
         if missing and (found := sorted(names & config.given)):
             raise UsageError(f"{option_name(found[0])}: has no effect without {needed}; add that, or leave this out")
+    if found := sorted(config.quantizer.unread & config.given):
+        beside = f"has no effect beside {config.quantizer.codes_option}; leave it out"
+        raise UsageError(f"{option_name(found[0])}: {beside}")
 
 
 def build(config: "TokenizerTraining") -> tuple[Run, TokenizerTrainer] | None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -98,8 +99,9 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
     """Return Accelerate's state of the processes; the first call initializes it with torch's process group `settings`.
 
     `cpu` is always set where there is no accelerator: Accelerate would otherwise take the processes of a launcher for
-    independent runs of one process each.
+    independent runs of one process each. A process may wait long for one that checks, writes or draws more than it.
     """
+    settings = {"timeout": timedelta(days=7), **settings}
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     first = not dist.is_initialized()
     state = PartialState(cpu=cpu, **settings)
@@ -111,6 +113,15 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
 def rank_and_world() -> tuple[int, int]:
     """Index of this process and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value of each process, in all processes."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def on_main(compute: Callable[[], T]) -> T:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqgen.devices import rank_and_world
+from vqgen.devices import gather_objects, rank_and_world
 from vqgen.errors import UsageError, UserError
-from vqgen.evaluation.measurement import SetHash, check_classes, check_count, gather_objects, reading, warn
+from vqgen.evaluation.measurement import SetHash, check_classes, check_count, reading, warn
 from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator

@@ -4,6 +4,7 @@ Codes and source codes are in the smallest of uint8, uint16 and int32 that fits 
 one after another, and where each begins.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from .manifest import MANIFEST, REPAIR
 _CHUNK = 2**22
 # Bytes between the beginnings of rows up to which they are read at once, with what is between them.
 _NEAR = 2**14
+BROKEN = "broken"
+"""Key of `Shard.broken` in the metadata of a shard."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Shard:
     source: NDArray[Any] | None = None
     """(n, views, h', w'[, depth])"""
     captions: Captions | None = None
+    broken: int = 0
+    """Images of a file of a stream that were left out as broken; those of other sources are counted by their index."""
 
     def read_at_random(self) -> None:
         """Have the system read only the pages that are accessed: without this, megabytes around each of them."""
@@ -113,6 +118,7 @@ def write_shard(
     codebook_size: int,
     source: NDArray[Any] | None = None,
     captions: Sequence[str] | None = None,
+    broken: int = 0,
 ) -> None:
     """Write a shard atomically.
 
@@ -121,6 +127,7 @@ def write_shard(
         labels: (n,), -1 for none.
         source: source codes (n, views, h', w'[, depth]) under the same codebook.
         captions: n texts, "" for none.
+        broken: see `Shard`.
 
     Raises `ValueError` for codes outside 0 .. codebook_size - 1, another number of anything than of codes, and captions
     longer than `MAX_CAPTION` bytes; `UserError` where the file cannot be written.
@@ -141,7 +148,9 @@ def write_shard(
             raise ValueError(f"captions: found {len(texts)}, of up to {longest} bytes, for {len(codes)} images")
         tensors["caption_bytes"] = np.frombuffer(b"".join(texts), np.uint8).copy()
         tensors["caption_offsets"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    write_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()})
+    metadata = {BROKEN: str(broken)} if broken else None
+    held = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
+    write_tensors(path, held, metadata)
 
 
 def open_shard(
@@ -170,10 +179,13 @@ def open_shard(
         with safe_open(path, framework="pt") as file:
             others = sorted(set(file.keys()) ^ set(names))
             held = {name: file.get_tensor(name).numpy() for name in names if name not in others}
+            broken = (file.metadata() or {}).get(BROKEN, "0")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; restore it, or run vqgen-tokenize again to rewrite it") from None
     except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"{path} is no complete shard of codes ({error}); {REPAIR}") from error
+    if not re.fullmatch("[0-9]{1,12}", broken):
+        raise UserError(f"{path} says that {broken[:100]!r} images are broken, expected a number; {REPAIR}")
     for name in others:
         found = "no" if name in names else "unexpected"
         raise UserError(f"{path} is no complete shard of codes: it has {found} {name}; {REPAIR}")
@@ -191,7 +203,7 @@ def open_shard(
             found = f"{name} {held[name].dtype} {held[name].shape}, expected {np.dtype(kind)} {shape}"
             raise UserError(f"{path} holds other codes: found {found}; {REPAIR}")
     texts = Captions(path, held["caption_bytes"], held["caption_offsets"]) if captions else None
-    return Shard(path, held["codes"], held["labels"], held.get("source"), texts)
+    return Shard(path, held["codes"], held["labels"], held.get("source"), texts, int(broken))
 
 
 def check_range(path: Path, what: str, values: NDArray[Any], first: int, limit: int) -> None:

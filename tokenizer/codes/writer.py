@@ -7,12 +7,11 @@ of images is fixed, batches do not cross shards, and every augmented view has it
 import dataclasses
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, cast
@@ -27,8 +26,9 @@ from vqgen.artifact import copy_artifact, load_artifact
 from vqgen.config import one_line, save, shown
 from vqgen.devices import locked_by_main, on_main, processes
 from vqgen.errors import UserError
-from vqgen.files import DESCRIPTION, is_file
+from vqgen.files import DESCRIPTION
 from vqgen.progress import progress
+from vqgen.tokenizer.data.broken import LEAST_SEEN
 from vqgen.tokenizer.data.holdout import is_same_data, reading_of
 from vqgen.tokenizer.data.loader import prefetch
 from vqgen.tokenizer.data.options import Split
@@ -79,7 +79,7 @@ class _Encoded:
     captions: list[str] | None
 
 
-def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
+def _write(job: Job, shard: ShardRange, parts: list[_Encoded], broken: int) -> None:
     """Assemble and write a shard; images of which a view is missing (broken ones) are left out."""
     indices = np.concatenate([np.zeros(0, np.int64), *(part.indices.numpy() for part in parts)])
     found, rows, views_found = np.unique(indices, return_inverse=True, return_counts=True)
@@ -101,8 +101,8 @@ def _write(job: Job, shard: ShardRange, parts: list[_Encoded]) -> None:
     source = None if source is None else source[complete]
     if captions is not None:
         captions = [captions[row] for row in np.flatnonzero(complete)]
-    size = job.tokenizer.codebook_size
-    write_shard(job.path(shard), codes[complete], labels[complete], size, source, captions)
+    size, broken = job.tokenizer.codebook_size, broken if job.streams else 0
+    write_shard(job.path(shard), codes[complete], labels[complete], size, source, captions, broken)
 
 
 def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
@@ -115,9 +115,10 @@ def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
         writing: Future[None] | None = None
         in_flight: deque[Any] = deque()
         for _, batches in groupby(prefetch(stream, _AHEAD), key=lambda batch: batch.shard.group):
-            parts: dict[ShardRange, list[_Encoded]] = {}
+            parts, broken = dict[ShardRange, list[_Encoded]](), defaultdict[ShardRange, set[str]](set)
             for batch in batches:
                 of_shard = parts.setdefault(batch.shard, [])
+                broken[batch.shard].update(batch.broken)
                 for text in batch.broken:
                     if text not in told:
                         bar.write(one_line(f"skipped, broken: {text}"), file=sys.stderr)
@@ -137,7 +138,7 @@ def _encode(job: Job, shards: Sequence[ShardRange]) -> None:
             for shard, of_shard in parts.items():
                 if writing:
                     writing.result()
-                writing = writer.submit(_write, job, shard, of_shard)
+                writing = writer.submit(_write, job, shard, of_shard, len(broken[shard]))
         if writing:
             writing.result()
 
@@ -158,20 +159,20 @@ def _prepare(job: Job) -> None:
     present = [shard for shard in job.shards if job.path(shard).exists()]
     for shard in present:
         job.open(shard)
-    if present and is_file(output / TOKENIZER / DESCRIPTION):
-        before = None
-        with suppress(UserError):  # a damaged copy is made again, or found by --verify
-            before = Tokenizer.load(output / TOKENIZER).config
-        if before not in (None, job.tokenizer.config):  # the fingerprint is of the weights alone
-            raise UserError(
-                f"--tokenizer: {job.config.tokenizer} has the weights of {output / TOKENIZER}, but other settings "
-                f"({DESCRIPTION}): give that one to finish it, --overwrite to start anew, or another --output"
-            )
+    kept = None
+    with suppress(UserError):  # a damaged copy is made again
+        kept = Tokenizer.load(output / TOKENIZER)
+    if present and kept and kept.config != job.tokenizer.config:  # the fingerprint is of the weights alone
+        raise UserError(
+            f"--tokenizer: {job.config.tokenizer} has the weights of {output / TOKENIZER}, but other settings "
+            f"({DESCRIPTION}): give that one to finish it, --overwrite to start anew, or another --output"
+        )
     # A finished folder of version 0.1 has no shards of a test split, and needs none.
-    finished = Manifest.read(output).splits if (output / MANIFEST).is_file() else {}
-    if any(not job.path(shard).exists() for shard in job.shards if shard.split in finished):
+    manifest = Manifest.read(output) if (output / MANIFEST).is_file() else None
+    if manifest and any(not job.path(shard).exists() for shard in job.shards if shard.split in manifest.splits):
         reopen(output)
-    if not (output / MANIFEST).is_file():
+    lost = kept is None and manifest and manifest.tokenizer_fingerprint == job.tokenizer.fingerprint
+    if lost or not (output / MANIFEST).is_file():
         copy_artifact(find_tokenizer(cast(Path, job.config.tokenizer)), output / TOKENIZER)
         if load_artifact(output / TOKENIZER, "tokenizer").fingerprint != job.tokenizer.fingerprint:
             raise UserError(f"--tokenizer: {job.config.tokenizer} changed while it was read; run this again")
@@ -193,16 +194,18 @@ def _check_labels(job: Job, planned: ShardRange, shard: Shard) -> None:
         raise UserError(f"{shard.path} holds labels that its images do not have; delete it and run this again")
 
 
-def _finish(job: Job) -> tuple[Manifest, float]:
-    """Read every shard once, write the manifest, and return it with the share of the codebook in use."""
+def _finish(job: Job) -> tuple[Manifest, float, int]:
+    """Read every shard once, write the manifest, and return it with the share of the codebook in use and the number of
+    broken images."""
     tokenizer, config = job.tokenizer, job.config
     used = np.zeros((tokenizer.depth, tokenizer.codebook_size), dtype=bool)
     entries: dict[str, list[ShardEntry]] = {split: [] for split in job.datasets}
-    highest, captioned = -1, False
+    highest, captioned, broken = -1, False, 0
     for planned in job.shards:
         shard = job.open(planned)
         _check_labels(job, planned, shard)
         used |= used_codes(shard, tokenizer.codebook_size, tokenizer.depth)
+        broken += shard.broken
         highest = max(highest, int(shard.labels.max(initial=-1)))
         captioned |= shard.captions is not None and len(shard.captions.data) > 0
         entries[planned.split].append(ShardEntry(shard.path.name, len(shard.labels), checksum(shard.path)))
@@ -216,12 +219,16 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         splits[split] = SplitEntry(config.views if split == "train" else 1, found, entries[split])
         if job.streams and not found and split != "test":
             raise UserError(f"--data: {shown(str(config.data))} has no {split} image; add some, or change --holdout")
+    option = f"--max-broken {config.images.max_broken}" if skip else "--broken error"
+    images = broken + sum(split.count for split in splits.values())
+    if job.streams and broken > (config.images.max_broken * max(images, LEAST_SEEN) if skip else 0):
+        raise UserError(f"{option}: {broken} of {images} images are broken; replace or remove them")
     for split, dataset in job.indexed.items():
         total, found = len(dataset), splits[split].count
+        broken += total - found
         if total - found > (dataset.broken.most if skip else 0):
-            option = f"--max-broken {config.images.max_broken}" if skip else "--broken error"
-            broken = f"{total - found} of {total} {split} images are broken"
-            raise UserError(f"{option}: {broken}; replace or remove them")
+            text = f"{total - found} of {total} {split} images are broken"
+            raise UserError(f"{option}: {text}; replace or remove them")
         if not found:
             raise UserError(f"--data: none of the {total} {split} images of {dataset.name} is intact; replace them")
     manifest = Manifest(
@@ -240,7 +247,7 @@ def _finish(job: Job) -> tuple[Manifest, float]:
         captions=config.text_column is not None,
     )
     manifest.write(config.output)
-    return manifest, float(used.mean())
+    return manifest, float(used.mean()), broken
 
 
 def tokenize(config: TokenizeConfig) -> Manifest:
@@ -249,8 +256,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     Under several processes each writes its share of the shards and all return the manifest. A folder that was begun
     with the same options is resumed; a finished one is left as it is. Raises `UserError`.
     """
-    # A process may wait long for another one with a larger share.
-    state = processes(cpu=config.device == "cpu", timeout=timedelta(days=7))
+    state = processes(cpu=config.device == "cpu")
     job = build_job(config, torch.device(state.device or "cpu"))
     with locked_by_main(config.output):
         return _tokenize(job, state)
@@ -286,11 +292,11 @@ def _tokenize(job: Job, state: PartialState) -> Manifest:
         raise UserError(f"--batch-size: {found}; use fewer") from error
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
-    manifest, usage = on_main(lambda: _finish(job))
+    manifest, usage, broken = on_main(lambda: _finish(job))
     if main:
         counts = {shard.file: shard.count for split in manifest.splits.values() for shard in split.shards}
         done = sum(counts[job.path(shard).name] * shard.views for shard in missing)
-        _print_summary(job, manifest, usage, done / seconds)
+        _print_summary(job, manifest, usage, broken, done / seconds)
     state.wait_for_everyone()
     return Manifest.read(output)
 
@@ -307,12 +313,8 @@ def _other_holdout(job: Job) -> str:
     return "" if own else f"--holdout: {text}; it was trained on some that validate the prior"
 
 
-def _print_summary(job: Job, manifest: Manifest, usage: float, rate: float) -> None:
+def _print_summary(job: Job, manifest: Manifest, usage: float, broken: int, rate: float) -> None:
     train, counts = manifest.splits["train"], {name: split.count for name, split in manifest.splits.items()}
-    if job.streams:  # the main process knows those of its own share
-        broken = job.streams["train"].broken.count
-    else:
-        broken = sum(len(dataset) for dataset in job.indexed.values()) - sum(counts.values())
     codes = int(np.prod(code_shape(manifest.grid, manifest.depth)))
     classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no classes"
     test = f" and {counts['test']} test images" if "test" in counts else ""

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqgen.config import one_line
 from vqgen.errors import UserError
 from vqgen.seeding import epoch_slice, hash64
 
+from .broken import BrokenImages
 from .decoding import BrokenImage
 from .loader import Loader, worker_count
 from .options import ImageConfig, Split
@@ -31,10 +31,6 @@ from .views import augmented, fitted
 
 Key = int | tuple[int, int]
 REPLACEMENTS = 64
-MOST_NAMED = 100_000
-"""Broken images of which the name is kept, and printed; of further ones a hash."""
-LEAST_SEEN = 1000
-"""Where the number of images is not known, the share of broken ones is one of at least so many."""
 CACHED, BROKEN = 1, 2  # states of an image in the cache; 0 is unknown
 
 
@@ -56,64 +52,6 @@ class Batch:
     indices: Tensor
     broken: list[str]
     """Names of broken images, each with the reason."""
-
-
-class BrokenImages:
-    """The broken images of one split found so far, and the limit that the configuration sets.
-
-    Args:
-        name: of the data.
-        total: number of images of all its splits; None where it is not known: then the limit is a share of those seen.
-        own: number of images of the split.
-        option: what an error names where broken images are errors.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        config: ImageConfig,
-        total: int | None,
-        own: float = math.inf,
-        option: str = "--broken error",
-    ):
-        self.name, self.config, self.total, self.own, self.option = name, config, total, own, option
-        self.names: dict[str, None] = {}
-        self.further: set[int] = set()
-        self.count = self.seen = 0
-        self.report: Callable[[str], None] | None = None  # called with a line for each broken image
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "report": None}  # a callback of the main process
-
-    @property
-    def images(self) -> int:
-        """The number that the limit is a share of."""
-        return self.total or max(self.seen, LEAST_SEEN)
-
-    @property
-    def most(self) -> float:
-        """How many may be broken: not all of a split, unless that is said."""
-        most = self.config.max_broken * self.images
-        return most if self.config.max_broken == 1 else min(most, self.own - 1)
-
-    def add(self, names: Iterable[str], seen: int = 0) -> None:
-        """Count the broken images of a batch of `seen` images. Raises `UserError` beyond `max_broken`, or on any with
-        --broken error."""
-        new = [name for name in names if name not in self.names and hash64(name) not in self.further]
-        named = new[: MOST_NAMED - len(self.names)]
-        self.names.update(dict.fromkeys(named))
-        self.further.update(map(hash64, new[len(named) :]))
-        self.count += len(new)
-        self.seen += seen
-        if self.report:
-            for name in named:
-                self.report(one_line(f"skipped, broken: {name}"))
-        if new and self.config.broken == "error":
-            raise UserError(f"{self.option}: {new[0]}; replace or remove it")
-        if new and self.count > self.most:
-            found = f"{self.name} has {self.count} broken images, the last {new[-1]}"
-            skipped = f"at most {int(self.most)} of {self.images} are skipped"
-            raise UserError(f"--max-broken {self.config.max_broken}: {found}; {skipped}, replace or remove them")
 
 
 class ImageDataset(Dataset[Sample]):
@@ -191,7 +129,7 @@ class ImageDataset(Dataset[Sample]):
 
         The median over 16 images: a single large one says nothing of the others.
         """
-        if self._seen is None or self.config.workers:
+        if self._seen is None or worker_count(self.config.workers):
             return 0.0
         chosen = np.linspace(0, len(self) - 1, min(17, len(self))).astype(int)
         first, *keys = [(int(index), 0) for index in chosen]
@@ -273,6 +211,7 @@ class ImageDataset(Dataset[Sample]):
             finally:
                 if not self.cached():
                     self._loaders.append(loader)
+            del loader  # else its workers, idle by now, would live as long as this generator
         for keys in plan(done):
             yield self.__getitems__(keys)
 

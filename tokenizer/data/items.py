@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,30 @@ from vqgen.files import read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+def files_below(root: Path, option: str) -> Iterator[Path]:
+    """The files below a folder, without hidden ones; links are followed, those to a parent folder once.
+
+    Raises `UserError`, beginning with `option`, for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(
+            f"{option}: {error.filename} cannot be read: {error.strerror}; check its permissions"
+        ) from error
+
+    above: list[tuple[str, str]] = []  # the folders that lead to one, each with its real path
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        while above and above[-1][0] != os.path.dirname(folder):
+            above.pop()
+        endless = any(real == place for _, place in above)  # a link to a parent folder
+        folders[:] = [] if endless else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        if endless:
+            continue
+        above.append((folder, real))
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 class Files:

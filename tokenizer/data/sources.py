@@ -20,7 +20,7 @@ from vqgen.errors import UserError
 from vqgen.seeding import hash64
 
 from .captions import of_folder
-from .items import Files, FoundSplit, Items
+from .items import Files, FoundSplit, Items, files_below
 from .options import SUFFIXES, Split, is_stream
 from .tables import (
     MAX_CLASSES,
@@ -227,27 +227,12 @@ def _list_files(root: Path, unread: list[str] | None = None) -> dict[str, int]:
 
     `unread` gets the paths of images of other kinds.
     """
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"--data: {error.filename} cannot be read: {error.strerror}; check its permissions") from error
-
     files: dict[str, int] = {}
-    above: list[tuple[str, str]] = []  # the folders that lead to one, each with its real path
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        while above and above[-1][0] != os.path.dirname(folder):
-            above.pop()
-        endless = any(real == place for _, place in above)  # a link to a parent folder
-        folders[:] = [] if endless else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        if endless:
-            continue
-        above.append((folder, real))
-        for name in names:
-            if unread is not None and os.path.splitext(name)[1].lower() in OTHERS and not name.startswith("."):
-                unread.append(Path(folder, name).relative_to(root).as_posix())
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES | {".parquet"}:
-                full = os.path.join(folder, name)
-                files[Path(full).relative_to(root).as_posix()] = os.path.getsize(full) if os.path.exists(full) else -1
+    for path in files_below(root, "--data"):
+        if unread is not None and path.suffix.lower() in OTHERS:
+            unread.append(path.relative_to(root).as_posix())
+        if path.suffix.lower() in SUFFIXES | {".parquet"}:
+            files[path.relative_to(root).as_posix()] = os.path.getsize(path) if os.path.exists(path) else -1
     return dict(sorted(files.items()))
 
 

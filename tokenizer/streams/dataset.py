@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
-from vqgen.tokenizer.data.dataset import Batch, BrokenImages, ImageDataset
+from vqgen.tokenizer.data.broken import BrokenImages
+from vqgen.tokenizer.data.dataset import Batch, ImageDataset
 from vqgen.tokenizer.data.decoding import BrokenImage
 from vqgen.tokenizer.data.loader import Loader, prefetch, worker_count
 from vqgen.tokenizer.data.options import ImageConfig

@@ -10,7 +10,8 @@ from vqgen.config import shown
 from vqgen.devices import on_main
 from vqgen.errors import UserError
 from vqgen.seeding import hash64
-from vqgen.tokenizer.data.dataset import LEAST_SEEN, ImageDataset
+from vqgen.tokenizer.data.broken import LEAST_SEEN
+from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.items import Kept
 from vqgen.tokenizer.data.options import ImageConfig
 from vqgen.tokenizer.data.sources import Source
