@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -132,7 +133,17 @@ def test_another_model_is_refused(cli, model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [["../a.png"], ["/a.png"], ["a/../b.png"], ["a.png", "A.jpg"], [".hidden.png"], [""], ["x" * 300], ["a\\b"]],
+    [
+        ["../a.png"],
+        ["/a.png"],
+        ["a/../b.png"],
+        ["a.png", "A.jpg"],
+        [".hidden.png"],
+        [""],
+        ["x" * 300],
+        ["a\\b"],
+        ["a.jpg", "A.png/b.png"],
+    ],
 )
 def test_names_that_leave_the_folder_or_coincide_are_refused(names: list[str]) -> None:
     with pytest.raises(ValueError):
@@ -159,13 +170,31 @@ def test_all_images_below_a_folder_are_restored_with_their_paths(cli, model: Pat
     photos(folder / "trip" / "day 1", [(6, 9)])
     photos(folder / ".hidden", [(4, 6)])
     (folder / "trip" / "notes.txt").write_text("no image")
+    photos(tmp_path / "elsewhere", [(4, 6)])
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "trip" / "back").symlink_to(folder)
     assert cli(main_compress, folder, "--model", model, "--output", tmp_path / "small").code == 0
     result = cli(main_decompress, tmp_path / "small", "--model", model, "--output", tmp_path / "restored")
     assert result.code == 0, result.err
     found = sorted(
         path.relative_to(tmp_path / "restored").as_posix() for path in (tmp_path / "restored").rglob("*.png")
     )
-    assert found == ["photo 0.png", "photo 1.png", "trip/day 1/photo 0.png"]
+    assert found == ["linked/photo 0.png", "photo 0.png", "photo 1.png", "trip/day 1/photo 0.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(cli, model: Path, tmp_path: Path, monkeypatch) -> None:
+    folder, scan = photos(tmp_path / "photos", [(4, 6)]), os.scandir
+    photos(folder / "private", [(4, 6)])
+
+    def refused(path):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    result = cli(main_compress, folder, "--model", model, "--output", tmp_path / "small")
+    assert result.code == 1 and "IMAGES" in result.err and str(folder / "private") in result.err
+    assert not (tmp_path / "small").exists()
 
 
 def test_an_image_that_could_not_be_restored_is_not_compressed(cli, model: Path, tmp_path: Path) -> None:

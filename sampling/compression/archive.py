@@ -84,6 +84,10 @@ def file_names(pictures: list[Picture]) -> list[str]:
         if name.casefold() in found:
             raise ValueError(f"{picture.name!r} and {found[name.casefold()]!r} would be the same file")
         found[name.casefold()] = picture.name
+    for picture in pictures:
+        for folder in PurePosixPath(picture.name).parents:
+            if (name := folder.as_posix().casefold()) in found:
+                raise ValueError(f"{found[name]!r} would be a file where {picture.name!r} needs a folder")
     return [PurePosixPath(picture.name).with_suffix(".png").as_posix() for picture in pictures]
 
 

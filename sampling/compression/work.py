@@ -26,6 +26,7 @@ from vqgen.progress import Progress, progress
 from vqgen.sampling.decoding.threads import on_threads
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.init_images import read_image
+from vqgen.tokenizer.data.items import files_below
 from vqgen.tokenizer.data.options import SUFFIXES
 from vqgen.tokenizer.data.pixels import to_uint8
 from vqgen.tokenizer.reconstruction import write_png_atomic
@@ -93,11 +94,10 @@ def _named(given: list[Path]) -> dict[str, Path]:
     """The images by their name in the archive, which is relative to the folder that was given. Raises `UserError`."""
     found: dict[str, Path] = {}
     for path in given:
-        folder = os.path.isdir(path)
-        below = [Path(place, name) for place, _, names in os.walk(path) for name in names] if folder else [path]
-        files = [(file.relative_to(path).as_posix() if folder else file.name, file) for file in below]
-        if folder:  # hidden files, and those in hidden folders, are none
-            files = [(n, f) for n, f in files if f.suffix.lower() in SUFFIXES and not f"/{n}".count("/.")]
+        files = [(path.name, path)]
+        if os.path.isdir(path):
+            below = files_below(path, "IMAGES")
+            files = [(file.relative_to(path).as_posix(), file) for file in below if file.suffix.lower() in SUFFIXES]
         if not files:
             raise UserError(f"IMAGES: {path} holds no images; name image files or folders of them")
         for name, file in sorted(files):
