@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqgen.errors import UserError
 from vqgen.seeding import fixed_subset
 
 KEPT = 10_000
@@ -141,7 +142,8 @@ class FeatureSets:
                 score.add(positions[inside], logits[inside])
 
     def reduce(self, main: bool) -> dict[int, Statistics]:
-        """Statistics by n in the main process, nothing in the others; every process must call it."""
+        """Statistics by n in the main process, nothing in the others; every process must call it. Raises `UserError`
+        for fewer than 2 images, as those that cannot be read are left out."""
         positions, features = torch.cat(self._positions), torch.cat(self._features)
         if dist.is_initialized():
             parts: list[Any] = [None] * dist.get_world_size()
@@ -154,6 +156,8 @@ class FeatureSets:
         for count, moments in zip(self.counts, self._moments, strict=True):
             moments.reduce(self.device)
             total.merge(moments)
+            if total.count < 2:  # in every process
+                raise UserError(f"a distance needs at least 2 images that can be read, found {total.count}; give more")
             score = self._scores[count].compute(self.device) if self._scores else None
             if main:
                 subset = torch.isin(positions, torch.tensor(fixed_subset(KEPT, count)))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from vqgen.errors import UsageError
 from vqgen.files import cache_folder
@@ -74,6 +74,14 @@ class ExtractorOptions(Options):
         super().__post_init__()
         if self.extractor == "none" and self.weights:
             raise UsageError("--weights: found with --extractor none, which has none; name the extractor they are for")
+
+
+def refuse_drawing(config: Any, where: str, *others: str) -> None:
+    """Raise `UsageError` for settings of drawing, or values of `others`, that are not the defaults."""
+    plain = {name: getattr(type(config), name) for name in others} | vars(SamplingSettings())
+    for name, value in {**{name: getattr(config, name) for name in others}, **vars(config.sampling)}.items():
+        if value != plain[name]:
+            raise UsageError(f"{option_name(name)}: found {value} with {where}; leave it out")
 
 
 @dataclass(kw_only=True)
@@ -179,10 +187,8 @@ class SamplesConfig(ExtractorOptions, ReadingOptions):
             raise UsageError(f"--reference-n: {text}; leave it out")
         if self.model is not None and self.fit:
             raise UsageError(f"--fit: found {self.fit} with --model, whose tokenizer decides; leave it out")
-        drawing = {"seed": 0, "precision": "auto", **vars(SamplingSettings())}
-        for name, value in {"seed": self.seed, "precision": self.precision, **vars(self.sampling)}.items():
-            if self.samples is not None and value != drawing[name]:
-                raise UsageError(f"{option_name(name)}: found {value} with --samples, which are drawn; leave it out")
+        if self.samples is not None:
+            refuse_drawing(self, "--samples, which are drawn", "seed", "precision")
 
 
 @dataclass(kw_only=True)

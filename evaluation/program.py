@@ -17,6 +17,7 @@ from vqgen.evaluation.tasks.options import (
     TranslationConfig,
     WindowsConfig,
 )
+from vqgen.metric import written
 from vqgen.options import option_name
 
 from . import options
@@ -43,7 +44,7 @@ def _measure_with_receipt(program: str, config: Any, write: "Callable[[Any, Meas
     if rank_and_world()[0] == 0:
         for name, value in flatten(found.metrics):
             title, unit = label_of(program, name)
-            print(f"{title:<40} {value:.5g} {unit}".rstrip())
+            print(f"{title:<40} {written(value, unit, 5)}")
         if write:
             write(config, found)
         write_receipt(path, program, values_of(config), found)

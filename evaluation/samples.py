@@ -1,6 +1,7 @@
 """Samples compared with real images, and with the classes they were drawn as."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -85,7 +86,10 @@ def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str]
     elif (folder / UNFINISHED).is_file():
         raise UserError(f"--samples: {folder} is not complete; run the same vqgen-sample again")
     else:
-        source = open_source(str(folder), "all", ImageConfig.holdout)
+        try:
+            source = open_source(os.path.abspath(folder), "all", ImageConfig.holdout)
+        except UserError as error:
+            raise UserError(f"--samples: {str(error).removeprefix('--data: ')}") from error
         order = epoch_slice(len(source), 0, 0, len(source))  # a folder of classes lists one class after the other
         source = replace(source, rows=source.rows[order], labels=source.labels[order])
     if not len(source):

@@ -168,7 +168,7 @@ def test_metrics_of_the_same_images_are_those_of_no_distance():
     assert found["fid"] == pytest.approx(0, abs=1e-5) and found["precision"] == found["recall"] == 1
     assert found["coverage"] == 1 and (found["inception_score"], found["inception_score_std"]) == (9.5, 0.1)
     assert "kid_std" not in found  # one subset alone
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(UserError, match="at least 2"):
         statistics(features(1))
 
 
@@ -430,6 +430,8 @@ def test_reconstruction_gives_what_the_tokenizer_gives(cli, tmp_path, model, pho
     assert found["fingerprints"]["tokenizer"] == tokenizer.fingerprint
     assert found["fingerprints"]["extractor"] and not found["fingerprints"]["perceptual"]
     assert found["metrics"]["rfd-vgg16"] > 0 and "PSNR" in result.out and "rFD (VGG16)" in result.out
+    (usage,) = [line for line in result.out.splitlines() if line.startswith("Codebook usage")]
+    assert usage.split()[2:] == [f"{100 * used / tokenizer.codebook_size:.5g}", "%", "of", "the", "codes"]
     # The same in another pass, in smaller batches, and of fewer images.
     assert cli(evaluate.main, "replay", tmp_path / "receipt.json").code == 0
     cli(evaluate.main, "reconstruction", *words, "--extractor", "fd-vgg16", "--weights", vgg16, "--batch-size", 3)
@@ -857,7 +859,7 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         (data, ["--samples or --model"]),
         ([*data, *own, "--model", model], ["--samples or --model"]),
         ([*data, "--samples", "nowhere"], ["--samples", "nowhere is no folder"]),
-        ([*data, "--samples", "empty"], ["empty", "no images"]),
+        ([*data, "--samples", "empty"], ["--samples: ", "empty", "no images"]),
         ([*data, "--samples", "one"], ["--n: found 1", "at least 2"]),
         ([*data, "--samples", "mixed"], ["mixed", ".png has ", "20x20", "16x16", "give images of one size"]),
         ([*data, "--samples", "broken"], ["0.png cannot be read"]),
@@ -899,6 +901,12 @@ def test_bad_input_ends_in_one_line(cli, evaluated, tmp_path, model, photos, dra
         ),
         (["inpainting", *data, "--model", model, "--perceptual-net", "alex"], ["--perceptual-net: found alex and no"]),
         (["settings", *data, "--model", "cifar10"], ["--model", "in the installed package", "copy"]),
+        (
+            ["settings", *data, "--model", model, "--guidance-scale", 1, "--guidance-schedule", "linear"],
+            ["--guidance-sch"],
+        ),
+        (["text", *data, "--model", reads, "--extractor", "none", "--per-prompt", 3], ["--per-prompt: found 3 with"]),
+        (["text", *data, "--model", reads, "--extractor", "none", "--top-k", 3], ["--top-k: found 3 with --extractor"]),
         (
             ["settings", *data, "--model", model, "--classifier", "x", "--no-flip"],
             ["--no-flip: found with --classifier"],

@@ -22,9 +22,10 @@ from vqgen.evaluation.tasks.inpainting import Hole
 from vqgen.evaluation.tasks.options import InpaintingConfig
 from vqgen.evaluation.tasks.windows import owners
 from vqgen.prior.likelihood import token_nats
-from vqgen.prior.parts.source import MaskedSource
+from vqgen.prior.parts.source import MaskedSource, PairedSource
 from vqgen.sampling.filling import REACH, paste
 from vqgen.sampling.generator import Generator
+from vqgen.tokenizer.codes.format import SourceRecord
 
 DATA = 12  # images
 
@@ -130,6 +131,11 @@ def test_a_plain_prior_is_given_the_classes_that_it_knows(cli, measured, tmp_pat
     for folder, further, found in ((other, [], "a, b, c"), (always, ["--unconditional"], "--label-dropout 0")):
         result = cli(evaluate.main, *words, "--plain", folder, *further)
         assert result.code == 1 and found in result.err and "--plain" in result.err and result.err.count("\n") == 1
+    about = json.loads((model / "vqgen.json").read_text())
+    source = SourceRecord("degraded", about["grid"], "0" * 64, ["grey"])
+    required = make_square_prior(tmp_path / "required", PairedSource(source, dropout=0.0))
+    result = cli(evaluate.main, *words, "--plain", required)
+    assert result.code == 2 and f"--plain: {required}" in result.err and "--source-dropout 0" in result.err
     assert "plain" in measured("--plain", other, "--unconditional")["metrics"]["hole_nats"]
 
 

@@ -341,8 +341,12 @@ def test_as_many_images_are_held_out_as_in_the_run(tmp_path, cli, grey):
     for i in range(20):
         save(folder / f"{i:02d}.png", pixels(1, 24, 16, seed=i))
     shutil.copytree(grey, model)
-    save_config(TokenizerTraining(str(folder), images=ImageConfig(holdout=0.1)), model / "config.yaml")
     words = [folder, "--tokenizer", model, "--pictures", 0, "--output"]
+    result = cli(main, *words, tmp_path / "unknown", "--split", "heldout")
+    assert content(tmp_path / "unknown")["images"] == 1 and f"--holdout 0.05 of {folder}, as no run" in result.err
+    result = cli(main, *words, tmp_path / "said", "--split", "heldout", "--holdout", 0.1)
+    assert content(tmp_path / "said")["images"] == 2 and "--holdout" not in result.err
+    save_config(TokenizerTraining(str(folder), images=ImageConfig(holdout=0.1)), model / "config.yaml")
     for split, count in (("heldout", 2), ("train", 18)):
         assert cli(main, *words, tmp_path / split, "--split", split).code == 0
         assert content(tmp_path / split)["images"] == count
@@ -497,6 +501,12 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, cli, colour):
     refused(cli(main, image, *end, "--perceptual-net", "alex"), 2, "--perceptual-net: found alex and no")
     refused(cli(main, image, *end, "--amplify", "nan"), 2, "--amplify: found nan")
     refused(cli(main, image, *end, "--holdout", 1), 2, "--holdout: found 1")
+    for split in ([], ["--split", "test"]):
+        refused(
+            cli(main, "demo", *end, *split, "--holdout", 0.1), 2, "--holdout: found 0.1, but --split", "nothing out"
+        )
+    refused(cli(main, image, *end, "--split", "heldout"), 2, "--split: found heldout", str(image))
+    refused(cli(main, image, *end, "--amplify", 2, "--pictures", 0), 2, "--amplify: found 2", "--pictures 0")
     refused(cli(main, image, "--tokenizer", colour, "--output", image), 2, "--output", "is a file")
     assert names(tmp_path) == {"a.png", "text.txt", "empty"}
 
@@ -569,6 +579,20 @@ def test_an_interrupted_run_is_done_again(tmp_path, cli, grey, monkeypatch):
     # Also where it now has fewer pictures than before.
     assert cli(main, *words, "--pictures", 1).code == 0
     assert len(names(out)) == 3 and names(out) > {"metrics.json", "grid.png"} and content(out)["images"] == 5
+
+
+def test_a_run_that_computes_nothing_removes_nothing(tmp_path, cli, grey, monkeypatch):
+    write_images(tmp_path / "in", 3)
+    words = [tmp_path / "in", "--tokenizer", grey, "--output", tmp_path / "out"]
+    assert cli(main, *words).code == 0
+    before = names(tmp_path / "out")
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(comparison.ReconstructionMetrics, "reconstruct", full)
+    refused(cli(main, *words, "--overwrite"), 1, "--batch-size", "do not fit")
+    assert names(tmp_path / "out") == before and content(tmp_path / "out")["images"] == 3
 
 
 def test_metrics_alone(tmp_path, cli, grey):

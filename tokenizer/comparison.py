@@ -16,6 +16,7 @@ from vqgen.devices import find_device, precision_of, processes
 from vqgen.errors import UsageError, UserError
 from vqgen.files import locked, read_record, write_json
 from vqgen.files.output_folder import OutputFolder
+from vqgen.metric import written
 from vqgen.progress import progress
 from vqgen.tokenizer.data.pixels import center_crop
 from vqgen.tokenizer.losses.lpips import PerceptualDistance, check_size, check_weights
@@ -154,11 +155,13 @@ def _compare(config: ReconstructConfig) -> dict[str, Any]:
     first = next(batches, None)
     if first is None:
         raise UserError(f"--data: none of {len(locations)} images can be reconstructed; the first is {skipped[0]}")
+    results = reconstruct_batches(chain([first], batches), metrics)
+    results = chain([next(results)], results)  # an earlier run is removed once the first images were reconstructed
     folder.clear()
     write_json(output / PARTIAL, {"pictures": [{"file": name} for name in names]})
     counts, entries, shown = Counter[str](), list[dict[str, Any]](), list[tuple[Tensor, Tensor]]()
     with progress(len(locations), "reconstructing", "img", True) as bar:
-        for item, result, values in reconstruct_batches(chain([first], batches), metrics):
+        for item, result, values in results:
             bar.update(item.index + 1 - bar.n)
             now = list(item.image.shape[1:])
             counts.update(["images", item.change, *(["other_size"] if now != size else [])])
@@ -197,7 +200,7 @@ def _compare(config: ReconstructConfig) -> dict[str, Any]:
 
 def _in_words(values: dict[str, float]) -> str:
     known = [(RECONSTRUCTION[name], value) for name, value in values.items() if name in RECONSTRUCTION]
-    return ", ".join(f"{metric.title} {value:.4g} {metric.unit}".rstrip() for metric, value in known)
+    return ", ".join(f"{metric.title} {written(value, metric.unit, 4)}" for metric, value in known)
 
 
 def summary(found: dict[str, Any], config: ReconstructConfig) -> Iterator[str]:

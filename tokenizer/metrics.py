@@ -59,7 +59,7 @@ _METRICS = (
     Metric("ssim", "SSIM", "", "higher", ssim),
     Metric("lpips", "LPIPS", "", "lower"),
     Metric("codes_used", "Codes used"),
-    Metric("usage", "Codebook usage", "of the codes", "higher"),
+    Metric("usage", "Codebook usage", "share of the codes", "higher"),
     Metric("perplexity", "Perplexity of the codes"),
 )
 RECONSTRUCTION = {metric.name: metric for metric in _METRICS}

@@ -60,6 +60,13 @@ class ReconstructConfig(PerceptualOptions):
             raise UsageError("--data: found nothing; name image files, a folder of images or another source")
         if self.resize and self.largest != type(self).largest:
             raise UsageError(f"--largest: found {self.largest} with --resize, which decides the size; leave it out")
+        if self.holdout is not None and self.split in ("auto", "test"):
+            text = f"found {self.holdout:g}, but --split {self.split} holds nothing out"
+            raise UsageError(f"--holdout: {text}; leave it out, or add --split heldout")
+        if not self.pictures and self.amplify != type(self).amplify:
+            raise UsageError(
+                f"--amplify: found {self.amplify:g}, but --pictures 0 makes no picture; leave one of them out"
+            )
 
 
 def run(config: ReconstructConfig) -> None:

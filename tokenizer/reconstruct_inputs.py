@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -49,6 +49,10 @@ def find_images(config: ReconstructConfig) -> list[Location]:
     for word in config.data:
         path = Path(os.path.expanduser(word))
         if os.path.isfile(path) and path.suffix.lower() != ".parquet":
+            if config.split != "auto":
+                raise UsageError(
+                    f"--split: found {config.split}, but {word} is an image, which has no splits; leave it out"
+                )
             found.append((Files(path.parent, [path.name]), 0))
         elif path.suffix.lower() in SUFFIXES and not os.path.lexists(path):  # a file name, not that of a dataset
             raise UserError(f"--data: {word} does not exist; give image files, folders or other sources")
@@ -58,7 +62,7 @@ def find_images(config: ReconstructConfig) -> list[Location]:
                 items = next(splits[name] for name in ("heldout", "test", "all") if name in splits).items
                 rows = range(len(items))
             else:
-                if run and config.split == "heldout" and (note := check_held_out(word, holdout, run)):
+                if config.split == "heldout" and (note := _note(config, word, run)):
                     tqdm.write(one_line(note), file=sys.stderr)
                 source = open_source(word, config.split, holdout)
                 items, rows = source.items, source.rows.tolist()
@@ -68,6 +72,15 @@ def find_images(config: ReconstructConfig) -> list[Location]:
     if not found:
         raise UserError(f"--data: {' '.join(config.data)} holds no images; add some")
     return found[: config.n or None]
+
+
+def _note(config: ReconstructConfig, word: str, run: Mapping[str, Any] | None) -> str:
+    """What is to be said of the images of a source that count as held out; see `find_images`."""
+    if run:
+        return check_held_out(word, config.holdout or run["holdout"], run)
+    if config.holdout is not None or "heldout" in find_splits(word):
+        return ""
+    return f"--holdout {ImageConfig.holdout:g} of {word}, as no run of the tokenizer records another"
 
 
 def shrink(image: Tensor, largest: int) -> Tensor:

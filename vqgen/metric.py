@@ -5,6 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
+def written(value: float, unit: str, digits: int) -> str:
+    """A value with its unit as a person reads it: a "share of ..." in percent."""
+    if unit.startswith("share of "):
+        return f"{100 * value:.{digits}g} % {unit.removeprefix('share ')}"
+    return f"{value:.{digits}g} {unit}".rstrip()
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric, registered once; logs, receipts, reports and tables take everything from here."""

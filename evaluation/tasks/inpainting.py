@@ -16,6 +16,7 @@ from vqgen.evaluation.receipt import environment
 from vqgen.metric import Metric
 from vqgen.prior.parts.part import ABSENT
 from vqgen.progress import progress
+from vqgen.sampling.drawing import Recipe
 from vqgen.sampling.filling import Filling, box_mask, cells_of
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
@@ -117,6 +118,9 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     if plain:
         _check_plain(config, plain, generator, images)
     encoded = images.encoded()
+    if plain:
+        given = plain.conditioning.conditions(_known(plain, encoded.given(range(len(encoded)))), absent=True)
+        plain.conditioning.check_given(given, f"--plain: {config.plain}:", "give another")
     whole = generator.conditioning.conditions(encoded.given(range(len(encoded))), absent=True)
     generator.check(config.sampling, generator.seen(whole, hole.filling(encoded.codes, generator, True)))
     metrics, details = likelihoods(config, generator, plain, hole, encoded)
@@ -233,8 +237,8 @@ def pictures(
         with progress(len(rows) * generator.tokens_of(filling), f"drawing ({name})", "code", rank == 0) as bar:
             on_token = lambda tokens, bar=bar: bar.update(len(tokens))  # noqa: E731
             settings = config.sampling if sourced else config.sampling.without_source_guidance()
-            given = filling, rows, whole, settings, config.seed, config.batch_size, on_token
-            drawn[list(rows)] = generator.draw_filling(*given)[0]
+            recipe = Recipe(whole, settings, config.seed, config.batch_size, on_token)
+            drawn[list(rows)] = generator.draw_filling(filling, rows, recipe)[0]
         codes[name] = drawn
     borders = {
         "seam": (Neighbours.where(hole.pixels, torch.ne), Neighbours.where(hole.pixels, torch.logical_and)),
@@ -284,13 +288,13 @@ def diversity(
     """How much several fillings of one image differ."""
     rows, found = shares(min(config.diverse, len(encoded))), Columns()
     whole = generator.conditioning.conditions(encoded.given(range(len(encoded))), absent=True)
+    recipe = Recipe(whole, config.sampling, config.seed, config.batch_size)
     filling = hole.filling(encoded.codes, generator, True)
     with progress(len(rows), "diversity", "img", rank_and_world()[0] == 0) as bar:
         for row in rows:
             # Further fillings of an image follow after whole series of images; the first is that of `pictures`.
             indices = [row + k * len(encoded) for k in range(config.fillings)]
-            given = whole, config.sampling, config.seed, config.batch_size
-            shown = generator.decode(generator.draw_filling(filling, indices, *given)[0])
+            shown = generator.decode(generator.draw_filling(filling, indices, recipe)[0])
             inside = shown[:, :, hole.pixels].double()
             found.add("pixels", inside.std(0, unbiased=False).mean()[None])
             if perceptual is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from vqgen.errors import UsageError
-from vqgen.evaluation.options import DeviceOptions, ExtractorOptions, Network, Precision, ReadingOptions
+from vqgen.evaluation.options import DeviceOptions, ExtractorOptions, Network, Precision, ReadingOptions, refuse_drawing
 from vqgen.options import (
     MOST_IMAGES,
     Count,
@@ -119,6 +119,11 @@ class TextConfig(ExtractorOptions, TaskConfig):
     """Images drawn of each caption."""
     extractor: Literal["none"] | Network = "fd-vgg16"
     """Network whose features are compared; none = rank by the prior's likelihood alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor == "none":
+            refuse_drawing(self, "--extractor none, for which nothing is drawn", "seed", "per_prompt")
 
 
 @dataclass

@@ -80,6 +80,9 @@ def candidates(config: SettingsConfig, guidable: bool = True) -> list[SamplingSe
     by classes no guidance that nobody asked for."""
     asked = guidable or (config.stated is not None and "guidance_scale" in config.stated)
     scales = config.guidance_scale if asked else [1.0]
+    if set(scales) == {1.0} and config.stated is not None and "guidance_schedule" in config.stated:
+        text = "has no effect, as no guidance is tried; leave it out, or give --guidance-scale"
+        raise UsageError(f"--guidance-schedule: {text}")
     combinations = itertools.product(config.temperature, scales, config.guidance_schedule, config.min_p, config.top_p)
     found: dict[str, SamplingSettings] = {}
     for temperature, scale, schedule, min_p, top_p in combinations:

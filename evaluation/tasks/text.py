@@ -26,7 +26,7 @@ from .options import TextConfig
 _METRICS = (
     Metric("reciprocal_rank", "Mean reciprocal rank of the right image", "", "higher"),
     Metric("median_rank", "Median rank of the right image", "", "lower"),
-    Metric("first", "Right image ranked first", "of the captions", "higher"),
+    Metric("first", "Right image ranked first", "share of the captions", "higher"),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
 """Each has what is expected of chance (`chance`), and two ranks, from 1 on, among n images with n different captions.
