@@ -43,6 +43,7 @@ def write_codes(stage: "Stage", folder: Path) -> None:
         captions = None
         if stage.text_column:
             found = open_source(config.data, split, config.images.holdout, stage.text_column).captions or [""]
+            found = list(filter(None, found)) or found  # the first images may have none
             captions = [found[row % len(found)] for row in range(count)]
         sources = random.permutation(codes) if source else None
         write_shard(path, codes, labels, model.codebook_size, sources, captions)

@@ -132,7 +132,9 @@ class Plan:
 
     def forget_removed(self, output: Path, stage: str) -> None:
         """Take a stage out of `replaced` where another run has begun in its place: that one is to go on."""
-        marks = [output / stage / name for name in ("config.yaml", "manifest.json", "samples.json")]
+        marks = [
+            output / stage / name for name in ("config.yaml", "manifest.json", "samples.partial.json", "samples.json")
+        ]
         since = self.removing.get(stage, math.inf)
         if stage in self.replaced and any(mark.exists() and mark.stat().st_mtime >= since for mark in marks):
             self.replaced.remove(stage)

@@ -99,6 +99,7 @@ class TrainConfig(Options):
         words = {n: [f"--{word}" for word in getattr(self, n)] for n in GIVEN}
         weights = self.perceptual_weights
         data = str(Path(self.data)) if os.path.exists(self.data) else self.data
+        data = "./demo" if data == "demo" != self.data else data  # demo is the images of the package
         return Request(data, self.size, self.channels, self.flip, self.text_column, weights, **words)
 
 
@@ -112,7 +113,7 @@ def check_places(config: TrainConfig) -> None:
     check_output(config.output)
     check_page(config.output / "report.html")
     check_folders(config.output)
-    check_outside(config.output, Path(config.data))
+    check_outside(config.output, Path(os.path.expanduser(config.data)))
 
 
 def made_or_found(config: TrainConfig) -> "Plan":

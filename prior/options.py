@@ -87,8 +87,8 @@ class ObjectiveConfig(Options):
     """Share of sequences trained without their caption, which guidance needs."""
     scan_orders: bool = False
     """Train on flips and transpositions of the grids of codes, too, named by a token of the prefix: against
-    overfitting. Their share falls from 7 in 8 to none between half and three quarters of the run; images are drawn in
-    raster order."""
+    overfitting. Their share falls from 7 in 8 (3 in 4 where a grid is not square) to none between half and three
+    quarters of the run; images are drawn in raster order."""
     token_corruption: Share = 0.0
     """Share of the input codes that are replaced by random ones, against overfitting; the targets stay (1 - pkeep of
     Esser et al. 2021)."""

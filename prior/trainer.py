@@ -203,7 +203,7 @@ class PriorTrainer:
             filled = likelihood(average, self.heldout_codes.ordered(own, size, masks), self.run.accelerator)
             found[NATS_OF_HOLES] = filled.nats_per_token
             mean = selected_by(mean, filled.nats_per_token, source.inpainting)
-        losses = [row["train/loss"] for row in self.run.rows if "train/loss" in row]
+        losses = [loss for row in self.run.rows if isinstance(loss := row.get("train/loss"), (int, float))]
         if losses:
             found["gap"] = found[NATS] - losses[-1]
         better = mean < self.extra["best"]
@@ -267,15 +267,16 @@ class PriorTrainer:
 
 def refuse_unused(config: PriorTraining, files: CodeFiles) -> None:
     """Raise `UsageError` for an option of the command line that is for classes or text, which the prior lacks."""
-    # Beside text or a source it says how often all are dropped together, with or without classes.
-    conditioned = files.class_names or files.has_captions or files.source
+    text = files.has_captions and config.objective.text_length != 0
+    # Beside text and a source it says how often both are dropped together, also without classes.
+    conditioned = files.class_names or (text and files.source)
     lacking = [] if conditioned else [("label_dropout", "classes", "images with classes")]
-    if not files.has_captions or config.objective.text_length == 0:
+    if not text:
         lacking += [(name, "text", "--text-column") for name in ("text_dropout", "text_vocabulary")]
     for name, part, remedy in lacking:
         if name in config.given and getattr(config.objective, name):  # 0 asks for nothing
-            text = f"found {getattr(config.objective, name):g}, but the prior has no {part}"
-            raise UsageError(f"{option_name(name)}: {text}; take codes of {remedy}, or leave the option out")
+            found = f"found {getattr(config.objective, name):g}, but the prior has no {part}"
+            raise UsageError(f"{option_name(name)}: {found}; take codes of {remedy}, or leave the option out")
 
 
 def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:

@@ -80,6 +80,12 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert steps(folder) == []
 
 
+def test_a_trial_whose_loss_is_not_finite(tmp_path: Path) -> None:
+    options = [word for word in TINY if word not in ("--steps", "6")]
+    words = [*options, "--lr", "1e19", "--lr-warmup", 0, "--grad-clip", 0, "--minutes", 1, "--output", tmp_path / "run"]
+    run(TOKENIZER, *words).refused(1, "not finite: ", "in the trial", "lower --lr")
+
+
 def deferred() -> None:
     """As on an accelerator: the device is read where the run logs, validates or saves."""
     from vqgen.training.finite import FiniteCheck

@@ -703,6 +703,17 @@ def test_a_trial_has_captions_whatever_is_held_out(tmp_path: Path, holdout: str)
     assert CodeFiles(tmp_path / "codes", "train").captions([27])[0].startswith("number ")
 
 
+def test_a_trial_has_captions_where_the_first_images_have_none(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(30):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index:02d}.png")
+        (tmp_path / "images" / f"{index:02d}.txt").write_text("late" if index > 20 else "")
+    monkeypatch.setattr("vqgen.app.made_up.MOST_IMAGES", 4)
+    words = [*TINY.split(), "--data", str(tmp_path / "images"), "--channels", "3"]
+    write_codes(Stage(words, [], [], [28, 2], [], "txt"), tmp_path / "codes")
+    assert CodeFiles(tmp_path / "codes", "train").captions([0, 3]) == ["late", "late"]
+
+
 def test_a_trial_that_fails_ends_the_program(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         tried(Stage([*TINY.split(), "--groups", "3"], [], [], [1, 1], [], None))

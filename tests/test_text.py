@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,21 @@ def test_the_options_of_text(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"{option}: found {value}"):
             refuse_unused(parse(PriorTraining, ["--codes", "codes", option, value]), without)
     refuse_unused(parse(PriorTraining, ["--codes", "codes", "--config", "emoji-prior"]), without)  # a preset may
-    refuse_unused(parse(PriorTraining, ["--codes", "codes", "--label-dropout", "0.3"]), without)
+    # Without classes it says how often text and source are dropped together, where there are both and they are read.
+    dropout = ["--codes", "codes", "--label-dropout", "0.3"]
+    refuse_unused(parse(PriorTraining, dropout), without)
+    labels = np.full(9, -1)
+    for name, source, further, used in (
+        ("t", False, [], False),
+        ("s", True, [], False),
+        ("b", True, [], True),
+        ("n", True, ["--text-length", "0"], False),
+    ):
+        read = None if name == "s" else ["a shoe"] * 9
+        write_codes(tmp_path / name, size=SIZE, names=None, labels=labels, source=source, captions=read)
+        config, files = parse(PriorTraining, [*dropout, *further]), CodeFiles(tmp_path / name, "train")
+        with nullcontext() if used else pytest.raises(UsageError, match=r"--label-dropout: found 0\.3"):
+            refuse_unused(config, files)
     with pytest.raises(UserError, match="--text-length 0"):
         squares(tmp_path / "e", [""] * 4)
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -429,6 +431,29 @@ def test_a_prior_that_was_trained_by_its_printed_command_is_not_lengthened(tmp_p
     plan = dataclasses.replace(plan, minutes=40)
     left = (2400 - 60 - 900 - 600 - 600 - TRIAL) / 60
     assert plan.settled(stages.times_of(tmp_path)).prior_minutes == pytest.approx(max(left, share / 2), abs=1e-3)
+
+
+def test_a_folder_called_demo_is_not_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for data, found in (("./demo", "./demo"), ("demo/", "./demo"), ("demo", "demo"), ("./other", "./other")):
+        assert parse(train.TrainConfig, ["--data", data]).request().data == found
+
+
+def test_a_drawing_that_has_begun_is_not_replaced_again(tmp_path: Path) -> None:
+    request = parse(train.TrainConfig, ["--data", "demo"]).request()
+    expected = {name: Expected(600.0, 0.0, 0) for name in ("tokenizer", "codes", "prior", "samples")}
+    plan = Plan(request, 60, None, [Row("size", "64", "")], expected, {})
+    plan = dataclasses.replace(plan, replaced=["samples"], removing={"samples": time.time()})
+    (tmp_path / "samples").mkdir()
+    begun = tmp_path / "samples" / "samples.partial.json"
+    begun.touch()
+    os.utime(begun, (0, 0))  # of the run that is replaced
+    plan.forget_removed(tmp_path, "samples")
+    assert plan.replaced == ["samples"]
+    os.utime(begun)
+    plan.forget_removed(tmp_path, "samples")
+    assert plan.replaced == []
 
 
 def test_another_request_has_the_usual_minutes(tmp_path: Path, cli: Callable[..., Any], trials: list[Stage]) -> None:

@@ -1,6 +1,7 @@
 """Conversion of a value from YAML or the command line to the type that its option declares."""
 
 import operator
+import os
 import re
 import types
 import typing
@@ -103,7 +104,8 @@ def _converted(hint: Any, value: Any) -> Any:
     elif hint is bool and str(value).lower() in _SWITCH:
         return _SWITCH[str(value).lower()]
     elif hint is Path and value and isinstance(value, (str, Path)):
-        return Path(value)
+        # A shell leaves ~/ in --output=~/runs, and nobody reads a configuration before us.
+        return Path(os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value)
     elif hint is str and isinstance(value, str):
         return value
     elif hint in (int, float):

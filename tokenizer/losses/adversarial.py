@@ -60,8 +60,8 @@ def adaptive_ratio(
 ) -> Tensor:
     """Ratio |grad reconstruction loss| / |grad adversarial loss| at the decoder's last weights (), detached.
 
-    Esser et al. 2021, eq. 7. Always finite and within 0 to `largest`: `largest` where the adversarial gradient is 0,
-    and 0 where either gradient is not finite. Float32 whatever autocast says.
+    Esser et al. 2021, eq. 7. Always finite and within 0 to `largest`, which it may reach where the adversarial gradient
+    is 0; 0 where either gradient is not finite. Float32 whatever autocast says.
 
     Args:
         last_weight: of the module itself, not of a distributed wrapper.
@@ -188,7 +188,7 @@ class AdversarialTraining:
         Args:
             reals, fakes: images (B, C, H, W) and their detached reconstructions, one tensor a part of accumulation.
 
-        Raises `NonFinite` before the weights change.
+        Raises `NonFinite`, in one process on a CPU before the weights change; else the next check does.
         """
         since = self.since(step)
         if since < 0:

@@ -19,6 +19,7 @@ from vqgen.devices import keep_memory, on_main, release_memory
 from vqgen.errors import UsageError, UserError
 from vqgen.options import changed, key_of
 
+from .finite import REMEDY, NonFinite
 from .folder import CONFIG, has_trained, run_folder
 from .options import RunConfig
 from .run import Run
@@ -150,8 +151,12 @@ def measured(
         start, taken, first = time.perf_counter() - began, list[float](), trainer.loading()
         while len(taken) < steps and not (len(taken) >= 4 and on_main(lambda: sum(taken) > seconds)):
             before = time.perf_counter()
-            trainer.step(len(taken))
-            run.finite.check()  # waits for the device
+            try:
+                trainer.step(len(taken))
+                run.finite.check()  # waits for the device
+            except NonFinite as error:
+                text = f"not finite: {error}, in the trial that times a step; it began in {trainer.origin()}"
+                raise UserError(f"{text}; use {REMEDY}") from error
             taken.append(time.perf_counter() - before)
         before = time.perf_counter()
         trainer.validate(0)

@@ -11,6 +11,9 @@ from .fsdp import full_tensors
 _NEVER = 2**62
 
 
+REMEDY = "a lower --lr, a longer --lr-warmup or --precision fp32"
+
+
 class NonFinite(Exception):
     """A loss, a gradient norm or a weight is NaN or infinite; the message names it and the step."""
 

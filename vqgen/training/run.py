@@ -30,7 +30,7 @@ from vqgen.seeding import step_seed
 from vqgen.threads import oversubscription
 
 from .checkpoint import SCALER, load_checkpoint, newest_checkpoint, read_state, rotate, save_checkpoint
-from .finite import FiniteCheck, NonFinite, non_finite
+from .finite import REMEDY, FiniteCheck, NonFinite, non_finite
 from .folder import CHECKPOINTS, Session, check_folder, checkpoints, completed, finish, prepare_folder, save_options
 from .fsdp import configure_fsdp, forget_former_run, full_tensors, is_sharded
 from .health import Row
@@ -232,8 +232,7 @@ class Run:
             last = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was saved yet"
             text = f"not finite: {error}; it began in {trainer.origin()}"
             self.log({"health": "not finite", "message": text}, self.done)
-            remedy = "Start again (--overwrite) with a lower --lr, a longer --lr-warmup or --precision fp32"
-            raise UserError(f"{text}; {last}. {remedy}") from error
+            raise UserError(f"{text}; {last}. Start again (--overwrite) with {REMEDY}") from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
