@@ -45,8 +45,9 @@ class TokenizerTraining(Options):
     """Tokenizer whose weights the run starts from; its encoder and decoder must have the same sizes. Its quantizer is
     kept where it has the same sizes, and else starts new."""
     decoder_only: bool = False
-    """Keep encoder and quantizer of --init as they are, and train its decoder alone. Images keep their codes, so that a
-    prior of them can draw with the new decoder: vqgen-export --tokenizer."""
+    """Keep encoder and quantizer of --init as they are, and train its decoder alone: options by which a quantizer
+    learns have no effect. Images keep their codes, so a prior of them can draw with the new decoder: vqgen-export
+    --tokenizer."""
     overwrite: bool = False
     """Remove an earlier run in --output and start again. To resume an interrupted run, leave it out."""
     validation_images: CountOrZero = 1000

@@ -19,7 +19,8 @@ from vqgen.files import is_file, open_regular, read_json, read_record, write_jso
 from vqgen.files.output_folder import OutputFolder
 from vqgen.options import option_name
 
-# Options that do not change what a run computes, so that they may differ when it resumes.
+# Options that do not change what a run computes, so that they may differ when it resumes. But --compile of a prior in
+# bf16 on a CPU draws dropout in another order.
 _OPERATIONAL = {"output", "overwrite", "workers", "cache_mb", "broken", "max_broken", "log_with", "log_every"}
 _OPERATIONAL |= {"checkpoint_every", "keep_checkpoints", "steps", "minutes", "epochs", "patience", "compile"}
 FINISHED = "finished.json"
