@@ -1,6 +1,7 @@
 """What stands in, in the trial of a prior, for what is not there yet: its codes, and what samples are drawn from."""
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def write_codes(stage: "Stage", folder: Path) -> None:
         captions = None
         if stage.text_column:
             found = open_source(config.data, split, config.images.holdout, stage.text_column).captions or [""]
-            found = list(filter(None, found)) or found  # the first images may have none
+            found = list(islice(filter(None, found), count)) or found  # the first images may have none
             captions = [found[row % len(found)] for row in range(count)]
         sources = random.permutation(codes) if source else None
         write_shard(path, codes, labels, model.codebook_size, sources, captions)

@@ -53,7 +53,7 @@ ROWS: dict[str, dict[str, list[str]]] = {
     },
 }
 TOKENIZERS_ALONE = {name for name in ROWS["cifar10"] if name not in QUANTIZERS}
-"""Rows without a prior: that of the package (`cifar10-prior`, 83 minutes) goes with the best of them."""
+"""Rows without a prior: that of the package, which began as `cifar10-prior`, goes with the best of them."""
 CHANNELS = {"cifar10": 3, "fashion-mnist": 1}
 CLASSIFIER = {"cifar10": ["--steps", "4000", "--width", "48"], "fashion-mnist": ["--steps", "1200"]}
 

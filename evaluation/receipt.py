@@ -176,10 +176,9 @@ def _options(path: Path, former: dict[str, Any], config: ReplayConfig) -> dict[s
     for name in former["options"]:
         if name not in known:
             raise UserError(f"{path}: unknown option {name}; another version of vqgen wrote it")
-    if config.without_classifier and former["program"] != "samples":
-        raise UsageError(
-            f"--without-classifier: {path} is of {former['program']}, all of which depends on it; leave it out"
-        )
+    if config.without_classifier and former["program"] == "settings":
+        text = f"{path} is of vqgen-eval settings, all of which depends on the classifier"
+        raise UsageError(f"--without-classifier: {text}; leave it out")
     for name in given:
         if name not in known:
             raise UsageError(f"{option_name(name)}: a receipt of {former['program']} has no such option; leave it out")

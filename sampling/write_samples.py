@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ class Series:
 def write_samples(config: SampleConfig) -> PartialState:
     """Draw images into a folder, see `sample.py`; return the state of the processes. Raises `UserError`."""
     output, device = config.output, find_device(config.device)
-    state = processes(cpu=device.type == "cpu")
+    state = processes(cpu=device.type == "cpu", timeout=timedelta(days=7))  # for one with a larger share
     if state.num_processes > 1 and device.type == "cuda":
         device = torch.device(state.device or device)
     # Every process checks everything before any of them writes, so that all stop together.

@@ -802,6 +802,8 @@ def test_broken_images_of_other_processes_count_once(monkeypatch):
     said: list[str] = []
     two = [BrokenImages("photos", replace(SMALL, max_broken=0.03), None) for _ in range(2)]
     two[0].report = said.append
+    for each in two:
+        each.shared = True
     found: list = [None, None]
     monkeypatch.setattr("vqgen.tokenizer.data.broken.gather_objects", lambda _: list(found))
 

@@ -78,11 +78,14 @@ def test_programs_know_tokenizers_and_priors_by_name(cli, tmp_path, monkeypatch)
 
 def test_its_receipts_are_of_this_very_model():
     generator = vqgen.Generator.load(DEFAULT, "cpu")
-    marks = {generator.prior.fingerprint, generator.tokenizer.fingerprint}
+    marks = {"prior": generator.prior.fingerprint, "tokenizer": generator.tokenizer.fingerprint}
     names = ("reconstruction", "reconstruction-1000", "likelihood", "samples", "samples-guided", "samples-guidance-1.5")
     for name in (*names, "settings"):
-        found = read_receipt(RECEIPTS / f"{name}.json")
-        assert marks & set(found["fingerprints"].values()), name
+        found = read_receipt(RECEIPTS / f"{name}.json")["fingerprints"]
+        assert marks.items() & found.items() and all(found.get(key, mark) == mark for key, mark in marks.items()), name
+    drawn = read_receipt(RECEIPTS / "samples.json")["fingerprints"]["samples"]
+    for name in ("accuracy", "samples-efficientnet-lite0"):
+        assert read_receipt(RECEIPTS / f"{name}.json")["fingerprints"]["samples"] == drawn, name
     chosen = read_receipt(RECEIPTS / "settings.json")["details"]["chosen"]
     assert generator.settings({}) == SamplingSettings(**chosen)
 
@@ -142,5 +145,5 @@ def test_its_likelihood_is_what_the_card_says():
     labels = [sample.label for sample in given]
     nats = -generator.log_likelihood(torch.stack([sample.image for sample in given]), labels).mean() / 64
     card = (DEFAULT / "README.md").read_text(encoding="utf-8")
-    stated = float(card.split(" nats per token")[0].split()[-1])
+    stated = float(card.split("| prior, given the class | ")[1].split()[0])
     assert nats.item() == pytest.approx(stated, rel=0.01)

@@ -444,14 +444,15 @@ def test_a_drawing_that_has_begun_is_not_replaced_again(tmp_path: Path) -> None:
     request = parse(train.TrainConfig, ["--data", "demo"]).request()
     expected = {name: Expected(600.0, 0.0, 0) for name in ("tokenizer", "codes", "prior", "samples")}
     plan = Plan(request, 60, None, [Row("size", "64", "")], expected, {})
-    plan = dataclasses.replace(plan, replaced=["samples"], removing={"samples": time.time()})
+    since = time.time()
+    plan = dataclasses.replace(plan, replaced=["samples"], removing={"samples": since})
     (tmp_path / "samples").mkdir()
     begun = tmp_path / "samples" / "samples.partial.json"
     begun.touch()
     os.utime(begun, (0, 0))  # of the run that is replaced
     plan.forget_removed(tmp_path, "samples")
     assert plan.replaced == ["samples"]
-    os.utime(begun)
+    os.utime(begun, (since + 1, since + 1))
     plan.forget_removed(tmp_path, "samples")
     assert plan.replaced == []
 

@@ -127,7 +127,7 @@ class TokenizerTrainer:
         accelerator, seed = self.run.accelerator, self.config.run.seed
         share = self.run.micro_batch * self.config.run.accumulate
         for dataset in (self.train_images, self.heldout_images):
-            dataset.broken.report = self.run.say
+            dataset.broken.report, dataset.broken.shared = self.run.say, accelerator.num_processes > 1
         if self.perceptual is None:
             self.run.say("LPIPS is not measured; --perceptual-weights gives the weights of its backbone")
         if self.gan:

@@ -99,9 +99,10 @@ def processes(cpu: bool = False, **settings: Any) -> PartialState:
     """Return Accelerate's state of the processes; the first call initializes it with torch's process group `settings`.
 
     `cpu` is always set where there is no accelerator: Accelerate would otherwise take the processes of a launcher for
-    independent runs of one process each. A process may wait long for one that checks, writes or draws more than it.
+    independent runs of one process each. A process waits two hours for one that checks codes or writes a checkpoint
+    alone.
     """
-    settings = {"timeout": timedelta(days=7), **settings}
+    settings = {"timeout": timedelta(hours=2), **settings}
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     first = not dist.is_initialized()
     state = PartialState(cpu=cpu, **settings)

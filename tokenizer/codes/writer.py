@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, cast
@@ -256,7 +257,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     Under several processes each writes its share of the shards and all return the manifest. A folder that was begun
     with the same options is resumed; a finished one is left as it is. Raises `UserError`.
     """
-    state = processes(cpu=config.device == "cpu")
+    state = processes(cpu=config.device == "cpu", timeout=timedelta(days=7))  # for one with a larger share
     job = build_job(config, torch.device(state.device or "cpu"))
     with locked_by_main(config.output):
         return _tokenize(job, state)

@@ -39,7 +39,8 @@ class BrokenImages:
         self.names: dict[str, None] = {}
         self.further: set[int] = set()
         self.count = self.seen = 0
-        self.untold: tuple[list[str], int] = [], 0  # new names, and images seen, that other processes do not know
+        self.shared = False  # whether all processes call `exchange`
+        self.untold: tuple[list[str], int] = [], 0  # new names, and images seen, that others do not know; where shared
         self.report: Callable[[str], None] | None = None  # called with a line for each broken image
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,7 +66,8 @@ class BrokenImages:
         self.further.update(map(hash64, new[len(named) :]))
         self.count += len(new)
         self.seen += seen
-        self.untold = [*self.untold[0], *new], self.untold[1] + seen
+        if self.shared:
+            self.untold = [*self.untold[0], *new], self.untold[1] + seen
         if self.report:
             for name in named:
                 self.report(one_line(f"skipped, broken: {name}"))
@@ -78,6 +80,8 @@ class BrokenImages:
 
     def exchange(self) -> None:
         """Count what other processes found since the last call, too; all of them call this. Raises as `add`."""
+        if not self.shared:
+            return
         others = gather_objects(self.untold)
         others.pop(rank_and_world()[0])
         names = dict.fromkeys(name for names, _ in others for name in names)
