@@ -14,7 +14,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from vqgen.devices import on_main, rank_and_world
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError, UserError, data_named
 from vqgen.files import read_record
 from vqgen.progress import progress
 from vqgen.sampling.generator import Generator
@@ -86,10 +86,8 @@ def open_samples(folder: Path, config: Reading) -> tuple[ImageDataset, list[str]
     elif (folder / UNFINISHED).is_file():
         raise UserError(f"--samples: {folder} is not complete; run the same vqgen-sample again")
     else:
-        try:
+        with data_named("--samples"):
             source = open_source(os.path.abspath(folder), "all", ImageConfig.holdout)
-        except UserError as error:
-            raise UserError(f"--samples: {str(error).removeprefix('--data: ')}") from error
         order = epoch_slice(len(source), 0, 0, len(source))  # a folder of classes lists one class after the other
         source = replace(source, rows=source.rows[order], labels=source.labels[order])
     if not len(source):

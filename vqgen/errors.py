@@ -1,6 +1,8 @@
 """Errors that a user can cause. The message names the file or option, what was found, and what to do."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -26,3 +28,12 @@ class OtherRun(UsageError):
 
 class DataError(UserError):
     """Training data that cannot be read any more, found before a step computed anything: what is done can be saved."""
+
+
+@contextmanager
+def data_named(option: str) -> Iterator[None]:
+    """Within, errors that name --data name the option by which the data was given instead."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("--data:", f"{option}:", 1)) from error

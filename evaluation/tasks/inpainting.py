@@ -118,10 +118,11 @@ def measure_inpainting(config: InpaintingConfig) -> Measurement:
     if plain:
         _check_plain(config, plain, generator, images)
     encoded = images.encoded()
+    given = encoded.given(range(len(encoded)))
     if plain:
-        given = plain.conditioning.conditions(_known(plain, encoded.given(range(len(encoded)))), absent=True)
-        plain.conditioning.check_given(given, f"--plain: {config.plain}:", "give another")
-    whole = generator.conditioning.conditions(encoded.given(range(len(encoded))), absent=True)
+        known = plain.conditioning.conditions(_known(plain, given), absent=True)
+        plain.conditioning.check_given(known, f"--plain: {config.plain}:", "give another")
+    whole = generator.conditioning.conditions(given, absent=True)
     generator.check(config.sampling, generator.seen(whole, hole.filling(encoded.codes, generator, True)))
     metrics, details = likelihoods(config, generator, plain, hole, encoded)
     metrics |= pictures(config, generator, hole, images, encoded, perceptual)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError, UserError, data_named
 from vqgen.tokenizer.data.dataset import ImageDataset
 from vqgen.tokenizer.data.items import Files, Items, Joined, Rows
 from vqgen.tokenizer.data.options import ImageConfig, Split
@@ -91,10 +91,8 @@ def _resolved(folder: str) -> str:
 
 def _open_all(data: str) -> tuple[Source, list[str]]:
     """All images of a source, without labels, and the split of each. Raises `UserError` naming --source-data."""
-    try:
+    with data_named("--source-data"):
         splits = find_splits(data)
-    except UserError as error:
-        raise type(error)(str(error).replace("--data:", "--source-data:", 1)) from error
     items = Joined([found.items for found in splits.values()])
     text = "\n".join(line for split, found in splits.items() for line in (split, *found.listing))
     fingerprint = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
