@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqgen.devices import compile_module, matrix_rate, to_device
+from vqgen.devices import compile_module, matrix_rate, on_main, to_device
 from vqgen.errors import UsageError, UserError
 from vqgen.options import option_name
 from vqgen.seeding import fixed_subset
@@ -186,10 +186,11 @@ class PriorTrainer:
         return {**logged, "grad_norm": norm, "lr": torch.tensor(self.schedule.get_last_lr()[0])}
 
     def rates(self, per_second: float) -> dict[str, float]:
-        """Tokens a second, and model-FLOPs utilisation: the matrix products of the model as a share of the machine's
-        matrix rate (Chowdhery et al. 2022, appendix B)."""
-        tokens = per_second * self.vocabulary.length
-        return {"tokens_per_second": tokens, "mfu": tokens * self.flops / self.peak}
+        """Codes a second, and model-FLOPs utilisation: the matrix products of the model, prefixes included, as a share
+        of the machine's matrix rate (Chowdhery et al. 2022, appendix B). Masked steps count as plain ones."""
+        plain, codes = self.conditioning.plain, self.vocabulary.length
+        fed = plain.length + codes - 1
+        return {"tokens_per_second": per_second * codes, "mfu": per_second * fed * self.flops / self.peak}
 
     def validate(self, step: int) -> dict[str, float]:
         count = len(self.heldout_codes)
@@ -236,7 +237,7 @@ class PriorTrainer:
     def _preview_conditions(self) -> dict[str, Tensor]:
         """Token ids of all parts for the first held-out images; none where the prior takes nothing but a class."""
         parts = self.conditioning.plain.parts
-        if len(parts) == 1:
+        if not any(part.informative for part in parts if part.name != "class"):
             return {}
         indices = np.arange(self.config.preview_images)
         rows = self.heldout_codes.rows(indices % len(self.heldout_codes), np.zeros_like(indices))
@@ -293,7 +294,5 @@ def build(config: PriorTraining) -> tuple[Run, PriorTrainer] | None:
         raise UserError(f"{config.codes} holds no held-out codes; tokenize again with --holdout above 0")
     if config.overwrite or not has_trained(config.output):  # runs of earlier versions resume
         refuse_unused(config, train)
-    if run.main:
-        train.check()
-        heldout.check()
+    on_main(lambda: [files.check() for files in (train, heldout)])
     return run, PriorTrainer(run, config, train, heldout)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,10 +63,10 @@ class Recipe:
     drawing."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size: found {self.batch_size}, expected at least 1")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"--seed: found {self.seed}, expected 0 to 2^64-1")
+        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
+            raise UsageError(f"--batch-size: found {self.batch_size}, expected an integer of at least 1")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed: found {self.seed}, expected an integer from 0 to 2^64-1")
 
 
 class Drawer:
@@ -106,8 +107,8 @@ class Drawer:
     @staticmethod
     def series(n: int | None, given: int) -> range:
         """The images of a series of `n`, by default one for each of `given`. Raises `UsageError`."""
-        if n is not None and n < 0:
-            raise UsageError(f"--n: found {n}, expected at least 0")
+        if n is not None and (not isinstance(n, Integral) or n < 0):
+            raise UsageError(f"--n: found {n}, expected an integer of at least 0")
         return range(given if n is None else n)
 
     def settings(self, given: Mapping[str, Any], conditions: Conditions | None = None) -> SamplingSettings:
@@ -234,6 +235,8 @@ class Drawer:
     def draw_codes(self, indices: Sequence[int], recipe: Recipe, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """The codes of `draw` (B, h, w[, depth]), and their NLL (B,), both on the CPU."""
         conditions, settings, size = self.conditioning.conditions(recipe.conditions), recipe.settings, recipe.batch_size
+        if unfit := [index for index in indices if not isinstance(index, Integral) or not 0 <= index < 2**64]:
+            raise UsageError(f"indices: found {unfit[0]}, expected integers from 0 to 2^64-1")
         self.check(settings, conditions)
         cycle = lcm(self.conditioning.cycle(conditions), 1 if known is None else len(known))
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)

@@ -21,6 +21,7 @@ from vqgen.prior.vocabulary import Vocabulary
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.pixels import center_crop, fit
 
+from .decoding.threads import on_threads
 from .known import Known
 
 REACH = 4
@@ -177,15 +178,21 @@ class Filling:
             return self.known.tokens[self.known.tokens >= 0]
         return self.codes[~self.cells].flatten()
 
-    @property
+    @cached_property
     def conditions(self) -> dict[str, list[Tensor]]:
         """The source of every image, where the prior takes one."""
         return {"source": list(masked(self.codes, self.cells))} if self.sourced else {}
 
     def finished(self, indices: Sequence[int], images: Tensor) -> Tensor:
         """Decoded images uint8 (B, C, H, W) of a series, with their known pixels where these are pasted back."""
-        if self.originals is None or self.pixels is None:
+        originals, pixels = self.originals, self.pixels
+        if originals is None or pixels is None or not len(images):
             return images
-        rows = [index % len(self) for index in indices]
-        factor = images.shape[-1] // self.codes.shape[2]
-        return paste(images, self.originals[rows], self.pixels[rows], REACH * factor)
+        reach = REACH * (images.shape[-1] // self.codes.shape[2])
+
+        def pasted(place: int) -> Tensor:
+            row = indices[place] % len(self)
+            return paste(images[place, None], originals[row, None], pixels[row, None], reach)
+
+        # One thread an image: torch divides the interpolation of large images, and rounds differently where it does.
+        return torch.cat(on_threads(pasted, range(len(images))))

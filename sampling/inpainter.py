@@ -109,8 +109,9 @@ class Inpainter(Drawer):
         """Whether several images of a series differ in nothing but their randomness."""
         return filling.given is None and filling.grid == self.vocabulary.grid
 
-    def check_filling(self, filling: Filling, settings: SamplingSettings, conditions: Conditions) -> None:
-        """Raise `UsageError` for settings and conditions that do not fit what is filled in, see also `check`."""
+    def check_filling(self, filling: Filling, settings: SamplingSettings, conditions: Conditions) -> Conditions:
+        """What `seen` returns. Raises `UsageError` for settings and conditions that do not fit what is filled in, see
+        also `check`."""
         if settings.oversample != 1 and not self._has_groups(filling):
             text = "but images in windows, and variations, are drawn without further candidates; leave it out"
             raise UsageError(f"--oversample: found {settings.oversample:g}, {text}")
@@ -126,14 +127,16 @@ class Inpainter(Drawer):
             )
             trained = f"the prior was trained with {source.undropped}, always with a source image"
             raise UsageError(f"{option}: {trained}, and cannot {way}; use --source-image, or another prior")
-        self.check(settings, self.seen(conditions, filling))
+        seen = self.seen(conditions, filling)
+        self.check(settings, seen)
+        return seen
 
     def draw_filling(self, filling: Filling, indices: Sequence[int], recipe: Recipe) -> tuple[Tensor, Tensor]:
         """The codes of images of which a part is drawn, and the NLL of that part, both on the CPU."""
         conditions = self.conditioning.conditions(recipe.conditions)
-        self.check_filling(filling, recipe.settings, conditions)
+        seen = self.check_filling(filling, recipe.settings, conditions)
         if filling.grid == self.vocabulary.grid:
-            return self.draw_codes(indices, replace(recipe, conditions=self.seen(conditions, filling)), filling.known)
+            return self.draw_codes(indices, replace(recipe, conditions=seen), filling.known)
         return Painter(self, filling).draw(indices, recipe)
 
     def seen(self, conditions: Conditions, filling: Filling) -> Conditions:

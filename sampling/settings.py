@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from vqgen.config import from_dict
+from vqgen.config import check_types, from_dict
 from vqgen.errors import UsageError, UserError
 from vqgen.files import is_file, read_json, write_json
 from vqgen.options import CountOrZero, Options, Range, Share, option_name
@@ -138,6 +138,8 @@ def write_recommended(folder: Path, settings: SamplingSettings, generation: Mapp
 
 def combined(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
     """The given settings, and the recommended ones for all others that these leave an effect. Raises `UsageError`."""
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    check_types(SamplingSettings, given)
     chosen = {**recommended, **given}
     plain = SamplingSettings()
 

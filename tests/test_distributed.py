@@ -1,6 +1,7 @@
 """Two processes on the CPU compute what one does, and hold the same codebook."""
 
 import math
+import shutil
 import signal
 import sys
 from datetime import timedelta
@@ -146,6 +147,18 @@ def test_two_processes_write_the_codes_that_one_does(tmp_path: Path, codes: Path
     assert names == [path.name for path in sorted((tmp_path / "codes").glob("*.safetensors"))] and len(names) >= 5
     for name in [*names, "manifest.json", "tokenizer/model.safetensors"]:
         assert (codes / name).read_bytes() == (tmp_path / "codes" / name).read_bytes(), name
+
+
+def test_damaged_codes_are_refused_in_every_process(tmp_path: Path, codes: Path) -> None:
+    """The main process alone checks them; the others ended in the errors of a lost connection."""
+    damaged = tmp_path / "codes"
+    shutil.copytree(codes, damaged)
+    shard = min(damaged.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for process in run_together(PRIOR, *STAGE_TWO, "--codes", damaged, "--output", tmp_path / "run"):
+        process.refused(1, shard.name)
 
 
 def test_two_processes_train_the_prior_that_one_does(tmp_path: Path, codes: Path) -> None:

@@ -267,6 +267,14 @@ def test_recommended_settings_are_passed_on_and_stated(cli, tmp_path):
         assert settings.items() <= written.items() and written["max_new_tokens"] == 6
 
 
+def test_recommended_settings_that_are_none_are_not_dropped_unsaid(cli, tmp_path):
+    model = make_prior(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"vqgen": [1]}))
+    refused = cli(exporting.main, "--model", model, "--output", tmp_path / "export")
+    assert refused.code == 1 and "generation_config.json: found vqgen [1]" in refused.err
+    assert not (tmp_path / "export").exists()
+
+
 def test_the_grid_of_samples_of_this_prior_is_shown(cli, tmp_path):
     model, other = make_prior(tmp_path / "model"), make_prior(tmp_path / "other", "gpt2")
     assert cli(sample.main, "--model", model, "--n", 3, "--output", tmp_path / "samples", "--device", "cpu").code == 0

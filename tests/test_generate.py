@@ -390,6 +390,20 @@ def test_steps_compose_to_the_whole():
     torch.testing.assert_close(drawn.nats, whole.nats, rtol=1e-5, atol=1e-5)  # of another number of rows
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_p": 0.9}], ids=str)
+def test_a_contrast_that_is_not_finite_is_an_error(settings: dict[str, float]):
+    """The NLL is that of the row with all conditions, which is finite."""
+    spec = layout(codebook_size=8, depth=1, grid=(2, 2), classes=2)
+    model = model_of(spec)
+    absent = torch.full((2, 1), spec.null)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[spec.null] = torch.nan
+    given = CachedTransformer(model, 4), conditions(spec, 2), allowed_of(spec), image_uniforms(0, range(2), 4)
+    assert generate(*given, SamplingSettings(**settings)).nats.isfinite().all()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not finite"):
+        generate(*given, SamplingSettings(**settings), [Contrast(absent, 2.0)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0}, {}, {"temperature": 0.9}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str

@@ -30,7 +30,7 @@ from vqgen.prior.train import main
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.decoding.generate import image_uniforms
 from vqgen.sampling.decoding.logits import choose
-from vqgen.sampling.filling import cells_of, continued, fitted_masks, paste
+from vqgen.sampling.filling import Filling, cells_of, continued, fitted_masks, paste
 from vqgen.sampling.generator import Generator
 from vqgen.sampling.settings import SamplingSettings
 from vqgen.sampling.windows import windows
@@ -426,6 +426,26 @@ def test_a_prior_without_a_source_says_so(tmp_path: Path) -> None:
     for call in (lambda: generator.inpaint(photos(), everything), lambda: generator.vary(photos(), 0.5)):
         with pytest.raises(UsageError, match="trained without --inpainting"):
             call()
+
+
+def test_pasted_pixels_do_not_depend_on_the_number_of_threads():
+    """torch interpolates large images in parts, by the number of threads, and rounds differently where it does."""
+    random = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (12, 3, 24, 24), generator=random, dtype=torch.uint8)
+    originals = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    drawn = torch.randint(256, originals.shape, generator=random, dtype=torch.uint8)
+    pixels = torch.zeros(12, 192, 192, dtype=torch.bool)
+    pixels[:, 40:150, 30:170] = True
+    codes, cells = torch.zeros(12, 24, 24, dtype=torch.long), cells_of(pixels, 8)
+    filling = Filling(codes, cells, Vocabulary(SIZE, 1, (24, 24)), True, originals, pixels)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found += [filling.finished(range(12), drawn), filling.finished([4], drawn[4:5])]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1][0], found[0][4]) and torch.equal(found[1], found[3])
 
 
 # vqgen-sample

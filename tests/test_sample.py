@@ -718,10 +718,49 @@ def test_the_generator_as_people_call_it(model):
     with pytest.raises(UserError, match=r"images: found .*\(3, 0, 5\)|\(1, 3, 0, 5\)"):
         generator.encode(image[:, :0, :5])
     assert generator.sample(2, classes=torch.tensor(1)).labels.tolist() == [1, 1]
-    with pytest.raises(UsageError, match="--n: found -3"):
-        generator.sample(-3)
+    for n in (-3, 1.5):
+        with pytest.raises(UsageError, match=f"--n: found {n}"):
+            generator.sample(n)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--precision: found half"):
         Generator.load(model, "cpu", "half")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("top_k", 2.5), ("temperature", "1"), ("guidance_scale", None), ("min_p", True), ("guidance_interval", [0, "1"])],
+)
+def test_settings_of_another_type_are_refused_in_python_too(model, name, value):
+    generator = Generator.load(model, "cpu", "fp32")
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: found .*, expected "):
+        generator.sample(1, **{name: value})
+
+
+@pytest.mark.parametrize("option, value", [("seed", 1.5), ("seed", "1"), ("batch_size", 2.0), ("batch_size", None)])
+def test_seeds_and_batches_that_are_no_integers_are_refused(model, option, value):
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}: found {value}, expected an integer"):
+        Generator.load(model, "cpu", "fp32").sample(1, **{option: value})
+
+
+def test_what_numpy_and_tuples_hold_is_taken(model):
+    generator = Generator.load(model, "cpu", "fp32")
+    expected = generator.sample(
+        2, temperature=0.5, seed=3, guidance_scale=2, guidance_schedule="interval", guidance_interval=[0.25, 1]
+    )
+    found = generator.sample(
+        np.int64(2),
+        temperature=np.float64(0.5),
+        seed=np.uint64(3),
+        guidance_scale=2,
+        guidance_schedule="interval",
+        guidance_interval=(0.25, 1),
+    )  # type: ignore[arg-type]
+    assert torch.equal(found.images, expected.images)
+
+
+@pytest.mark.parametrize("index", [-1, 2**64, 0.5])
+def test_indices_are_integers_of_the_series(model, index):
+    with pytest.raises(UsageError, match=f"indices: found {index}"):
+        Generator.load(model, "cpu", "fp32").draw([0, index])
 
 
 def test_many_images_are_encoded_in_batches(model, monkeypatch):

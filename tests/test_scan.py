@@ -19,6 +19,7 @@ from vqgen.prior.options import ObjectiveConfig
 from vqgen.prior.parts.part import Classes
 from vqgen.prior.parts.scan import Scan, scanned
 from vqgen.prior.train import main as train
+from vqgen.prior.trainer import PriorTrainer
 from vqgen.prior.vocabulary import Vocabulary
 from vqgen.sampling.generator import Generator
 from vqgen.tokenizer.codes.format import (
@@ -88,7 +89,14 @@ def test_square_grids_are_transposed_too() -> None:
         assert Scan.for_files(files, ObjectiveConfig()) is None
 
 
-def test_a_prior_of_several_orders_draws_in_raster_order(cli, tmp_path: Path) -> None:
+def test_utilisation_counts_the_tokens_of_prefixes() -> None:
+    """A sequence of 2 tokens and 6 codes is fed but for its last code."""
+    layout = Conditioning(Vocabulary(SIZE, 1, (2, 3)), [Scan(4), Classes(3, NAMES)])
+    trainer = cast(PriorTrainer, SimpleNamespace(conditioning=layout, vocabulary=layout.vocabulary, flops=5, peak=1000))
+    assert PriorTrainer.rates(trainer, 10.0) == {"tokens_per_second": 60.0, "mfu": 10 * 7 * 5 / 1000}
+
+
+def test_a_prior_of_several_orders_draws_in_raster_order(cli, tmp_path: Path, monkeypatch) -> None:
     model = make_prior(tmp_path / "of")
     folder, mark = tmp_path / "codes", str(Prior.load(model).tokenizer_fingerprint)
     folder.mkdir()
@@ -102,7 +110,11 @@ def test_a_prior_of_several_orders_draws_in_raster_order(cli, tmp_path: Path) ->
     shutil.copytree(model / "tokenizer", folder / "tokenizer")
     words = ["--codes", tmp_path / "codes", "--output", tmp_path / "run", "--dim", 16, "--layers", 1, "--heads", 2]
     words += ["--steps", 8, "--batch-size", 4, "--lr-warmup", 1, "--validate-every", 4, "--inpainting", 0.5]
+    shown: list[dict[str, torch.Tensor]] = []
+    conditions = PriorTrainer._preview_conditions
+    monkeypatch.setattr(PriorTrainer, "_preview_conditions", lambda own: shown.append(conditions(own)) or shown[-1])
     result = cli(train, *words, "--scan-orders", "--preview-images", 2)
+    assert shown and not any(shown), "the classes in columns, as without other orders"
     assert result.code == 0, result.err
     assert "scan, 1 token" in result.err + result.out
     generator = Generator.load(tmp_path / "run", "cpu", "fp32")

@@ -22,7 +22,7 @@ from .errors import UsageError, UserError, lacks_memory
 from .files import write_text
 from .files.yaml_text import dump_yaml
 from .option_types import type_name
-from .options import choice_of, is_section, key_of, options
+from .options import choice_of, is_section, key_of, option_name, options
 from .terminal import close_stdout, noted_interrupts, prepared_streams, stdout_has_no_reader
 from .threads import limit_threads, without_threads
 
@@ -114,6 +114,15 @@ def from_dict(config: type[C], tree: Any, where: str) -> C:
         return config(**given)
     except (TypeError, UsageError) as error:  # a field that is missing, or a value out of range
         raise UserError(f"{where}: {error}; {other}") from error
+
+
+def check_types(config: type, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where values, by name, are of other types than a dataclass's fields: for Python, where no
+    command line was parsed. Other names are for the dataclass to refuse."""
+    hints = typing.get_type_hints(config)
+    for name, value in values.items():
+        if name in hints and not _is(hints[name], value):
+            raise UsageError(f"{option_name(name)}: found {value!r:.200}, expected {type_name(hints[name])}")
 
 
 def _is(hint: Any, value: Any) -> bool:

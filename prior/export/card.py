@@ -37,7 +37,9 @@ def recommended(model: Path) -> dict[str, Any]:
     """The generation_config.json of a prior's folder where it holds recommended settings (`vqgen`); else nothing."""
     path = model / GENERATION
     found = read_json(path) if is_file(path) else {}
-    return found if isinstance(found.get(RECOMMENDED), dict) else {}
+    if not isinstance(own := found.get(RECOMMENDED, {}), dict):
+        raise UserError(f"{path}: found {RECOMMENDED} {own!r:.80}, expected settings; correct or remove it")
+    return found if RECOMMENDED in found else {}
 
 
 def measured(model: Path, prior: Prior) -> list[Row]:

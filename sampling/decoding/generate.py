@@ -68,7 +68,7 @@ class Drawn:
 def decode_one(
     logits: Tensor, start: int, uniforms: Tensor, settings: SamplingSettings, scales: Sequence[float] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token an image: token ids (B,), and the NLL of each, float32 (B,).
+    """Draw one token an image: token ids (B,), and the NLL of each, float32 (B,); not finite where its logits are not.
 
     Args:
         logits: of the allowed ids, which begin at `start`: ((1 + len(scales)) * B, K), B rows with all conditions,
@@ -77,8 +77,11 @@ def decode_one(
         scales: of the contrasts, see `guide`.
     """
     rows = logits.chunk(1 + len(scales))
-    chosen = choose(guide(rows, scales), uniforms, settings)
+    guided = guide(rows, scales)
+    chosen = choose(guided, uniforms, settings)
     nats = rows[0].logsumexp(-1) - rows[0].gather(1, chosen[:, None])[:, 0]
+    if scales:  # a contrast that is not finite shows in the NLL, which is checked once after the loop
+        nats = nats + 0 * guided.amax(-1)
     return chosen + start, nats
 
 
