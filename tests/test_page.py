@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import tempfile
 import threading
 import time
 import urllib.error
@@ -34,6 +35,16 @@ from vqgen.sampling.sample import main as vqgen_sample
 from vqgen.tokenizer.codes.format import SourceRecord
 
 LIMITS = LimitConfig()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the files of Gradio and its client, in place of the machine's."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "files"))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +122,9 @@ def test_a_model_called_as_that_of_the_package_is_offered_beside_it(tmp_path: Pa
 def test_models_are_loaded_once_and_only_by_the_names_that_are_offered(models: Path) -> None:
     found = Models(models, "cpu", "fp32")
     assert found.load("run") is found.load("run")
-    for name in ("../run", str(models / "run" / "prior"), "notes.txt", "broken", ""):
-        with pytest.raises(UserError):
+    wrong: list[Any] = ["../run", str(models / "run" / "prior"), "notes.txt", "broken", "", None, ["run"]]
+    for name in wrong:
+        with pytest.raises(UserError, match=r"^model: found"):
             found.load(name)
 
 
@@ -121,6 +133,10 @@ def test_errors_of_loading_name_the_model_and_not_its_place_on_disk(models: Path
     with pytest.raises(UserError) as caught:
         Models(tmp_path, "cpu", "fp32").load("damaged")
     assert "damaged" in str(caught.value) and str(tmp_path) not in str(caught.value)
+    found = Models(tmp_path, "cpu", "fp32")
+    (tmp_path / "damaged" / "vqgen.json").unlink()
+    with pytest.raises(UserError, match=r"^the model damaged "):  # the page begins with a capital letter
+        found.load("damaged")
 
 
 def test_the_page_begins_with_the_first_model_that_can_be_read(
@@ -184,6 +200,10 @@ def test_broken_uploads_are_one_line(tmp_path: Path, content: bytes) -> None:
         read_upload(str(tmp_path / "a.png"), 3, LIMITS)
     with pytest.raises(UserError, match=r"^image: "):
         read_upload(None, 3, LIMITS)
+    with pytest.raises(UserError, match="upload it again"):
+        read_upload(str(tmp_path / "gone.png"), 3, LIMITS)
+    with pytest.raises(UserError, match="draw it again"):
+        read_upload(str(tmp_path / "gone.png"), 3, LIMITS, drawn=True)
 
 
 def test_pixels_and_bytes_of_uploads_are_limited_before_they_are_decoded(
@@ -383,6 +403,114 @@ def test_a_stop_holds_for_what_waits_and_not_for_what_comes_later(fills: Loaded,
     assert found == [0, 1, 1]
 
 
+def test_a_stop_of_one_kind_leaves_the_drawings_of_others() -> None:
+    jobs = Jobs()
+    with jobs.job("mine", "drawn") as drawn, jobs.job("mine", "edited") as edited, jobs.job("other", "drawn") as other:
+        assert jobs.stop("mine", "drawn") == 1
+        assert [job.stop.is_set() for job in (drawn, edited, other)] == [True, False, False]
+        arrived = Session("mine", time.monotonic())
+        assert jobs.stop("mine", "translated") == 0
+        kinds = ("translated", "edited")
+        assert [_stopped(jobs, arrived, kind) for kind in kinds] == [True, False]
+        assert jobs.stop("mine") == 2
+        assert edited.stop.is_set() and not other.stop.is_set()
+        assert all(_stopped(jobs, arrived, kind) for kind in kinds)
+    assert jobs.running == 0
+
+
+def _stopped(jobs: Jobs, session: Session, kind: str) -> bool:
+    """Whether a drawing whose turn comes now ends at once."""
+    with jobs.job(session, kind) as job:
+        return job.stop.is_set()
+
+
+def test_the_line_says_which_of_the_prompts_and_classes_are_left_out(fills: Loaded, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    import gradio as gr
+
+    from vqgen.app.page.controls import Results, left_out
+
+    with gr.Blocks(analytics_enabled=False):
+        results = Results("Drawn images")
+    Path(results.folder).mkdir(parents=True, exist_ok=True)
+    lines = {}
+    for n in (2, 3):
+        series = series_of(fills, {"n": n, "class": ["bag", "shirt", "shoe"]}, LIMITS, {})
+        lines[n] = [part[2] for part in results.follow(series, Jobs(), "mine", {})][-1]
+    assert "3 classes" in lines[2] and "first 2" in lines[2] and lines[3].endswith("nats each")
+    assert left_out(series_of(fills, {"n": 1}, LIMITS, {})) == ""  # every class, as none was given
+    part = text_part(["a red bag"] * 3)
+    read = Loaded("read", Generator.load(make_square_prior(tmp_path / "read", part), "cpu", "fp32"))
+    texts = {"prompt": ["red", "blue"]}
+    assert "2 prompts" in left_out(series_of(read, {"n": 1, **texts}, LIMITS, {}))
+    pairs = {"class": ["bag", "shirt", "shoe"], **texts}
+    assert "6 pairs of prompt and class" in left_out(series_of(read, {"n": 5, **pairs}, LIMITS, {}))
+    assert left_out(series_of(read, {"n": 6, **pairs}, LIMITS, {})) == ""
+
+
+def test_errors_call_options_as_the_tab_does_and_models_by_their_names() -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.controls import sentence, short
+
+    labels = {"n": "Variations", "sides": "Sides", "rows": "Rows that are kept", "classes": "Classes"}
+    inputs = {name: gr.Textbox(label=label) for name, label in labels.items()}
+    expected = {
+        "--n: found 101": "Variations: found 101.",
+        "--extend: found 1 2": "Sides: found 1 2.",
+        "give --keep-rows, or --top-k": "Give Rows that are kept, or Top k.",
+        "--class: found x": "Classes: found x.",
+        "--size: found 1": "Height and width: found 1.",
+        "--source-image: trained without": "The image: trained without.",
+        "larger than the --init-image": "Larger than the image.",
+        "train one on codes of vqgen-tokenize --source": "Train one on codes of vqgen-tokenize --source.",
+        "trained without --inpainting": "Trained without --inpainting.",
+        "ffhq-small/model.safetensors is damaged": "ffhq-small/model.safetensors is damaged.",
+        "image.png is small": "image.png is small.",
+    }
+    assert {text: sentence(UserError(text), inputs) for text in expected} == expected
+    assert short("Guidance by the --source-image, or that of --guidance-scale: 1 = none") == (
+        "Guidance by the image, or that of Guidance scale."
+    )
+
+
+def test_an_empty_setting_shows_what_the_model_recommends() -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.controls import SETTINGS, setting_control, setting_update
+
+    schedule: Any = setting_control(SETTINGS["guidance_schedule"], "cosine")
+    assert schedule.value == "" and schedule.choices[0] == ("as recommended: cosine", "")
+    changed = setting_update("guidance_schedule", "linear")["choices"]
+    assert changed == [("as recommended: linear", ""), *schedule.choices[1:]]
+    assert setting_update("guidance_interval", [0.2, 0.8])["placeholder"] == "0.2 0.8"
+
+
+def test_a_lack_of_memory_is_no_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.controls import answer
+
+    def fails(values: dict[str, Any], session: str) -> None:
+        raise values["error"]
+
+    request = SimpleNamespace(session_hash="s", request=SimpleNamespace(state=SimpleNamespace(arrived=0.0)))
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()):
+        with pytest.raises(gr.Error, match="not enough memory"):
+            answer(fails, {"error": gr.Textbox()})(request, error)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(gr.Error, match="defect"):
+        answer(fails, {"error": gr.Textbox()})(request, RuntimeError("another"))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_number_of_a_code_is_explained_where_codes_have_depths() -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
+    from vqgen.app.page.codebook import numbering
+
+    def model(depth: int) -> Any:
+        return SimpleNamespace(generator=SimpleNamespace(tokenizer=SimpleNamespace(depth=depth, codebook_size=512)))
+
+    assert numbering(model(1)) is None and "d × 512 + c" in (numbering(model(4)) or "")
+
+
 def test_a_drawing_that_takes_too_long_ends_with_what_is_there(fills: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
     import gradio as gr
@@ -542,16 +670,14 @@ def test_base64_is_not_read_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="module")
-def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def page(models: Path) -> Any:
     pytest.importorskip("gradio", reason="the page needs gradio, which is not installed: pip install 'vqgen[app]'")
     from vqgen.app.page.layout import build
 
-    jobs = Jobs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("page") / "files"))
-        found: Any = build(Models(models, "cpu", "fp32"), LIMITS, jobs)
-        found.jobs = jobs
-        yield found
+    jobs, offered = Jobs(), Models(models, "cpu", "fp32")
+    found: Any = build(offered, LimitConfig(most_waiting=3), jobs)
+    found.jobs, found.models = jobs, offered
+    return found
 
 
 def forged(path: Any) -> list[Any]:
@@ -612,11 +738,16 @@ def address(page: Any) -> Iterator[str]:
     page.close(verbose=False)
 
 
-def test_all_drawings_wait_for_their_turn(address: str) -> None:
+@pytest.fixture
+def connect(address: str, tmp_path: Path) -> Any:
+    """A new client of the page: `connect()`."""
     from gradio_client import Client
 
-    client = Client(address, verbose=False)
-    pictures, archive, text = client.predict(model="fills", n=1, api_name="/draw")
+    return lambda: Client(address, verbose=False, download_files=tmp_path / "downloads")
+
+
+def test_all_drawings_wait_for_their_turn(address: str, connect: Any) -> None:
+    pictures, archive, text = connect().predict(model="fills", n=1, api_name="/draw")
     assert len(pictures) == 1 and text.startswith("1 of 1") and zipfile.is_zipfile(archive)
     request = urllib.request.Request(f"{address}gradio_api/run/draw", b'{"data": []}')
     request.add_header("content-type", "application/json")
@@ -626,10 +757,8 @@ def test_all_drawings_wait_for_their_turn(address: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_request_that_waits_is_stopped_by_its_session(page: Any, address: str) -> None:
-    from gradio_client import Client
-
-    first, second = Client(address, verbose=False), Client(address, verbose=False)
+def test_a_request_that_waits_is_stopped_by_its_session(page: Any, connect: Any) -> None:
+    first, second = connect(), connect()
     with page.jobs.turn:  # the first cannot end before the second waits
         under_way = first.submit(model="fills", n=40, api_name="/draw")
         while page.jobs.running == 0 and not under_way.done():
@@ -642,20 +771,156 @@ def test_a_request_that_waits_is_stopped_by_its_session(page: Any, address: str)
     assert second.predict(model="fills", n=1, api_name="/draw")[2].startswith("1 of 1")
 
 
-def test_a_model_that_cannot_be_read_is_listed_with_the_reason(models: Path, address: str) -> None:
-    from gradio_client import Client
-
-    found = Client(address, verbose=False).predict(api_name="/models")
+def test_a_model_that_cannot_be_read_is_listed_with_the_reason(models: Path, connect: Any) -> None:
+    found = connect().predict(api_name="/models")
     assert list(found) == ["colours", "damaged", "fills", "run", *SHIPPED]
     assert "16×16 pixels" in found["fills"] and "pixels" not in found["damaged"] and str(models) not in str(found)
 
 
-def test_errors_on_the_page_have_no_elements_of_a_visitor(address: str) -> None:
-    from gradio_client import Client
+def test_errors_on_the_page_have_no_elements_of_a_visitor(connect: Any) -> None:
     from gradio_client.exceptions import AppError
 
     wrong: list[dict[str, Any]] = [{"model": "<b>x</b>"}, {"model": "fills", "classes": ["<b>x</b>"]}]
     for values in wrong:
         with pytest.raises(AppError) as caught:
-            Client(address, verbose=False).predict(**values, api_name="/draw")
+            connect().predict(**values, api_name="/draw")
         assert "&lt;b&gt;" in str(caught.value) and "<" not in str(caught.value)
+
+
+def component(page: Any, **about: Any) -> Any:
+    """The first component of the page with these attributes."""
+    return next(
+        each
+        for each in page.blocks.values()
+        if all(getattr(each, name, None) == value for name, value in about.items())
+    )
+
+
+def followed(page: Any, control: str, model: str) -> dict[str, Any]:
+    """Label -> what changes, where a control by which models are chosen is set to a model."""
+    chosen = component(page, label=control)
+    changing = [fn for fn in page.fns.values() if (chosen._id, "input") in fn.targets]
+    follow = max(changing, key=lambda fn: len(fn.outputs))  # another one shows an upload
+    request = SimpleNamespace(session_hash="s", request=SimpleNamespace(state=SimpleNamespace(arrived=0.0)))
+    return dict(zip([each.label for each in follow.outputs], follow.fn(request, model), strict=True))
+
+
+def test_the_controls_show_what_a_model_recommends_and_its_pixels(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("Box", "Sides"):
+        assert "16×16" in component(page, label=label).info
+        assert "6×4" in followed(page, "Model", "run")[label]["info"]
+    monkeypatch.setattr(page.models.load("fills").generator, "recommended", {"guidance_schedule": "linear"})
+    for control in ("Model", "Task and model"):
+        choices = followed(page, control, "fills")["Guidance schedule"]["choices"]
+        assert choices[0] == ("as recommended: linear", "")
+
+
+def test_the_button_to_stop_stops_what_its_tab_draws(page: Any) -> None:
+    stops = [each._id for each in page.blocks.values() if getattr(each, "value", None) == "Stop"]
+    draws, edits, _ = (next(fn for fn in page.fns.values() if (stop, "click") in fn.targets) for stop in stops)
+    request = SimpleNamespace(session_hash="s")
+    with page.jobs.job("s", "Drawn images") as drawn, page.jobs.job("s", "Edited images") as edited:
+        draws.fn(request)
+        assert drawn.stop.is_set() and not edited.stop.is_set()
+        edits.fn(request)
+        assert edited.stop.is_set()
+    assert "Nothing" in draws.fn(request)
+
+
+def test_an_image_that_is_still_shown_can_be_taken_on_after_a_drawing_was_refused(page: Any) -> None:
+    onward = component(page, value="Edit the chosen image")
+    draw = next(fn for fn in page.fns.values() if fn.api_name == "draw")
+    failed = next(fn for fn in page.fns.values() if onward in fn.outputs and fn.trigger_after == draw._id)
+    assert failed.trigger_only_on_failure
+    shown = [("a.png", "bag"), ("b.png", "bag")]
+    chosen = [("b.png", "fills", "bag", ""), ("c.png", "fills", "bag", ""), ("", "", "", "")]
+    assert [failed.fn(shown, each)["interactive"] for each in chosen] == [True, False, False]
+    assert failed.fn(None, chosen[0])["interactive"] is False
+
+
+def test_models_are_read_for_their_list_once(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = next(fn for fn in page.fns.values() if fn.api_name == "models").fn
+    first, read = listing(), []
+    kept, load = page.models.load("fills"), Generator.load
+    monkeypatch.setattr(Generator, "load", lambda folder, *rest: (read.append(folder), load(folder, *rest))[1])
+    assert listing() == first and read == [page.models.folders["damaged"]]
+    assert page.models.load("fills") is kept
+
+
+def test_values_of_another_type_are_refused_by_one_sentence_that_names_them(
+    connect: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from gradio_client.exceptions import AppError
+
+    client = connect()
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("draw", {"n": None}, "n: found None"),
+        ("draw", {"n": "many"}, "n: found 'many'"),
+        ("draw", {"n": "4"}, "n: found '4'"),
+        ("draw", {"seed": "x"}, "seed: found 'x'"),
+        ("draw", {"n": 1.5}, "Images: found 1.5"),
+        ("draw", {"n": 1, "model": ["fills"]}, "Model: found"),
+        ("codebook", {"first": "x"}, "first: found 'x'"),
+        ("reconstruct", {"image": 3}, "Use via API"),
+    ]
+    for name, values, said in wrong:
+        with pytest.raises(AppError) as caught:
+            client.predict(**{"model": "fills", **values}, api_name=f"/{name}")
+        assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1 and "<" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_class_0_is_a_class_and_no_way_the_first_one_of_the_model(connect: Any, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    client, image = connect(), handle_file(image_file(tmp_path / "a.png"))
+
+    def drawn(name: str, **values: Any) -> dict[str, Any]:
+        archive = client.predict(**{"model": "fills", "n": 1, "class_name": 0, **values}, api_name=f"/{name}")[1]
+        with zipfile.ZipFile(archive) as file:
+            return json.loads(file.read("samples.json"))
+
+    filled = drawn("edit", image=image, way=None, box="4 4 8 8")
+    assert filled["labels"] == [0] and filled["box"] == [4, 4, 8, 8]
+    assert drawn("translate", model="colours", image=image)["labels"] == [0]
+    with pytest.raises(AppError, match=r"^'?The model run was not trained"):
+        drawn("edit", model="run", image=image, way="vary")
+    lower = drawn("edit", model="run", image=image, way=None, box="4 4 8 8")
+    assert "box" not in lower and lower["init_images"]
+    archive = client.predict(model="fills", n=1, classes=0, api_name="/draw")[1]
+    with zipfile.ZipFile(archive) as file:
+        assert json.loads(file.read("samples.json"))["labels"] == [0]
+    rates = [
+        client.predict(model="fills", image=image, class_name=name, api_name="/reconstruct")[3]["bits"]
+        for name in (0, "bag", "")
+    ]
+    assert rates[0] == rates[1] != rates[2]
+
+
+def test_a_drawn_image_is_offered_in_place_of_an_upload_where_one_can_be_taken(connect: Any) -> None:
+    from gradio_client.exceptions import AppError
+
+    client, said = connect(), {}
+    for name, model in (("edit", "fills"), ("translate", "colours"), ("reconstruct", "fills")):
+        with pytest.raises(AppError) as caught:
+            client.predict(model=model, image=None, api_name=f"/{name}")
+        said[name] = str(caught.value)
+    assert all("upload one" in text for text in said.values())
+    assert {name for name, text in said.items() if "drawn" in text} == {"edit"}
+
+
+def test_requests_beyond_those_that_may_wait_are_refused(page: Any, connect: Any) -> None:
+    from gradio_client.utils import QueueError
+
+    client, asked = connect(), {"model": "fills", "n": 1, "api_name": "/draw"}
+    deadline = time.monotonic() + 60
+    with page.jobs.turn:  # nothing ends before one request is refused
+        under_way = client.submit(**asked)
+        while page.jobs.running == 0 and not under_way.done():
+            time.sleep(0.01)
+        waiting = [client.submit(**asked) for _ in range(3 + 1)]
+        while not any(job.done() for job in waiting) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    errors = [job.exception() for job in (under_way, *waiting)]
+    assert [type(error) for error in errors if error] == [QueueError]

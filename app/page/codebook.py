@@ -11,12 +11,21 @@ from vqgen.evaluation.codebook import TILE, code_vectors, nearest_codes, tiles
 from vqgen.tokenizer.data.pixels import image_grid
 
 from .controls import answer, gallery
+from .models import Loaded
 from .shared import PRIVATE, Page
 
 SHEET = 256
 """Codes on one sheet."""
 NEAR = 11
 """Codes that are shown beside one."""
+
+
+def numbering(model: Loaded) -> str | None:
+    """Which number a code has; None where it is the code itself."""
+    tokenizer = model.generator.tokenizer
+    if tokenizer.depth == 1:
+        return None
+    return f"Code c of depth d, both from 0, has the number d × {tokenizer.codebook_size} + c."
 
 
 def add(page: Page) -> None:
@@ -27,7 +36,8 @@ def add(page: Page) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             with gr.Row():
-                first = gr.Number(0, label="First code", precision=0, minimum=0, min_width=120)
+                about: dict[str, Any] = {"info": numbering(page.first), "precision": 0, "minimum": 0, "min_width": 120}
+                first = gr.Number(0, label="First code", **about)
                 button = gr.Button("Show", variant="primary", min_width=120)
             sheet = gr.Image(
                 label="Codes", show_label=False, format="png", elem_classes="sheet", buttons=["fullscreen"],
@@ -35,7 +45,7 @@ def add(page: Page) -> None:
             )  # fmt: skip
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
-                code = gr.Number(0, label="Code", precision=0, minimum=0, min_width=120)
+                code = gr.Number(0, label="Code", **about)
                 find = gr.Button("Nearest", min_width=120)
             near = gallery("It and the codes nearest to it, with their distances", 4)
     shown = gr.State(0)
@@ -84,5 +94,6 @@ def add(page: Page) -> None:
     picked = sheet.select(chosen, [page.model, shown], code, **PRIVATE)
     picked.then(answer(nearest, asked), list(asked.values()), near, api_visibility="private")
     page.follow_model(sheet, lambda m: None)
-    page.follow_model(first, lambda m: 0)
+    page.follow_model(first, lambda m: gr.update(value=0, info=numbering(m)))
+    page.follow_model(code, lambda m: gr.update(info=numbering(m)))
     page.follow_model(near, lambda m: None)

@@ -19,7 +19,7 @@ from gradio.data_classes import ImageData
 from gradio.utils import get_upload_folder
 
 from vqgen.config import one_line
-from vqgen.errors import UserError
+from vqgen.errors import UserError, lacks_memory
 from vqgen.options import Option, options
 from vqgen.sampling.settings import SamplingOptions
 from vqgen.sampling.write_samples import Series
@@ -27,6 +27,11 @@ from vqgen.sampling.write_samples import Series
 from .drawing import Jobs, Picture, Session, draw, pack
 
 SETTINGS = {option.name: option for option in options(SamplingOptions)}
+OPTION_OF = {
+    "classes": "class", "class_name": "class", "prompts": "prompt", "sides": "extend", "rows": "keep_rows",
+    "share": "vary", "degraded": "source",
+}  # fmt: skip
+"""Input of the page -> the option of vqgen-sample that it gives, where that has another name."""
 
 
 def image_file() -> gr.Image:
@@ -64,7 +69,8 @@ def is_below(path: Any, folder: str) -> bool:
 
 
 def closed(page: gr.Blocks) -> gr.Blocks:
-    """Let a page refuse values with a file that was not uploaded to it; what Gradio itself refuses is as `told`.
+    """Let a page refuse values with a file that was not uploaded to it; what Gradio itself refuses is as `told`,
+    values of other types than its components take included.
 
     Gradio fetches addresses, and checks paths only where a value is marked as a file. It does so whatever the component
     is, and an update makes a new component: so not each of them is guarded.
@@ -78,30 +84,57 @@ def closed(page: gr.Blocks) -> gr.Blocks:
             return await prepare(block_fn, inputs, state, explicit_call)
         except gr.Error as error:  # of Gradio's own checks, with what was found
             raise told(error.message) from None
+        except ValueError as error:
+            raise told(misfit(block_fn, inputs, error)) from None
 
     page.preprocess_data = checked
     return page
 
 
+def misfit(block_fn: Any, inputs: Sequence[Any], error: ValueError) -> str:
+    """A sentence on values that components cannot take; it names the parameter where Gradio's error says which."""
+    place = re.search(r"component at index (\d+)", str(error))
+    index = int(place[1]) if place else 0
+    if not place or not (kind := block_fn.inputs[index].api_info().get("type")):
+        return "The values of this request do not fit its parameters; see Use via API at the foot of the page."
+    return f"{block_fn.input_parameter_names[index]}: found {inputs[index]!r:.80}, expected a value of the type {kind}."
+
+
 def label_of(name: str) -> str:
-    """The label of an option on the page: `top_p` -> Top p."""
+    """The label of a setting on the page: `top_p` -> Top p."""
     return name.replace("_", " ").capitalize()
 
 
-def without_flags(text: str) -> str:
-    """A text in which options are called by their labels."""
-    return re.sub(r"(?<![\w/-])--([a-z]+(?:-[a-z]+)*)", lambda m: label_of(m[1].replace("-", "_")), text)
+def labels_of(inputs: Mapping[str, Component]) -> dict[str, str]:
+    """Option -> what it is called on the page, in a tab with these inputs."""
+    image = dict.fromkeys(("init_image", "source_image"), "the image")
+    found = {"size": "Height and width", **image, **{name: label_of(name) for name in SETTINGS}}
+    return found | {OPTION_OF.get(name, name): str(getattr(each, "label", name)) for name, each in inputs.items()}
+
+
+def without_flags(text: str, labels: Mapping[str, str]) -> str:
+    """A text in which options are called by their labels, but for those after the name of a program."""
+
+    def called(match: re.Match[str]) -> str:
+        label = labels.get((match[2] or "").replace("-", "_"), match[0])
+        return label if label.startswith("the ") or label == match[0] else f"{match[1] or ''}{label}"
+
+    return re.sub(r"vqgen-[a-z]+ --[a-z-]+|(the )?(?<![\w/-])--([a-z]+(?:-[a-z]+)*)", called, text)
 
 
 def short(text: str) -> str:
     """The beginning of an option's help text: its first part, without what is in brackets."""
-    return without_flags(re.split(r"[;:.](?: |$)", re.sub(r" \([^)]*\)", "", text))[0]) + "."
+    return without_flags(re.split(r"[;:.](?: |$)", re.sub(r" \([^)]*\)", "", text))[0], labels_of({})) + "."
 
 
-def sentence(error: UserError) -> str:
-    """An error of the command line as a sentence for the page."""
-    text = without_flags(one_line(str(error)))
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+def sentence(error: UserError, inputs: Mapping[str, Component] | None = None) -> str:
+    """An error of the command line as a sentence for the page, in a tab with these inputs.
+
+    It begins with a capital letter, unless with the name of a file.
+    """
+    text = without_flags(one_line(str(error)), labels_of(inputs or {}))
+    begins = text[:1].upper() if re.match(r"\w+\W?( |$)", text) else text[:1]
+    return begins + text[1:].rstrip(".") + "."
 
 
 @contextmanager
@@ -124,7 +157,9 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Cal
         if isinstance(error, gr.Error):
             return error
         if isinstance(error, UserError):
-            return told(sentence(error))
+            return told(sentence(error, inputs))
+        if lacks_memory(error):
+            return told("There is not enough memory; ask for fewer or smaller images.")
         print("".join(traceback.format_exception(error)), file=sys.stderr)
         return told("This is a defect of vqgen, whose traceback is where the server runs; please report it.")
 
@@ -159,19 +194,22 @@ def answer(function: Callable[..., Any], inputs: Mapping[str, Component]) -> Cal
 def setting_control(option: Option, usual: Any) -> Component:
     """The control of a sampling setting, by its type; empty, and showing what it then is, until it is set."""
     about: dict[str, Any] = {"label": label_of(option.name), "info": short(option.help), "min_width": 160}
-    if choices := typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else ():
-        return gr.Dropdown([("", ""), *((each, each) for each in choices)], value="", **about)
-    return gr.Textbox("", placeholder=shown(usual), **about)  # an empty gr.Number is 0 in the browser
+    about |= {"value": "", **usual_shown(option, usual)}
+    return gr.Dropdown(**about) if "choices" in about else gr.Textbox(**about)  # an empty gr.Number is 0 in the browser
 
 
-def setting_update(usual: Any) -> Any:
-    """What changes of a control with the model."""
-    return gr.update(placeholder=shown(usual)) if not isinstance(usual, str) else gr.update()
+def setting_update(name: str, usual: Any) -> Any:
+    """What changes of the control of a setting with the model: what it shows while it is empty."""
+    return gr.update(**usual_shown(SETTINGS[name], usual))
 
 
-def shown(value: Any) -> str:
-    """A setting as text."""
-    return " ".join(f"{each:g}" for each in value) if isinstance(value, (list, tuple)) else f"{value:g}"
+def usual_shown(option: Option, usual: Any) -> dict[str, Any]:
+    """How the control of a setting shows the value that it has while it is empty: as the name of the empty choice, or
+    in the empty field."""
+    if typing.get_origin(option.type) is typing.Literal:
+        choices = typing.get_args(option.type)
+        return {"choices": [(f"as recommended: {usual}", ""), *((each, each) for each in choices)]}
+    return {"placeholder": " ".join(f"{each:g}" for each in (usual if isinstance(usual, (list, tuple)) else [usual]))}
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +243,8 @@ class Results:
     """Where a drawing appears: a line of text, the images with what each was drawn of, and the archive."""
 
     def __init__(self, label: str) -> None:
+        self.kind = label
+        """What is drawn there, for `Jobs`."""
         self.status = gr.Markdown("", label="Status", elem_classes="status")
         self.gallery = gallery(label, 8)
         self.archive = gr.DownloadButton("Download as zip", size="sm", interactive=False)
@@ -219,7 +259,7 @@ class Results:
 
     def follow(self, series: Series, jobs: Jobs, session: str, given: Mapping[str, Path]) -> Iterator[list[Any]]:
         """Values of `outputs` while a series is drawn."""
-        with temporary(self.folder) as place, jobs.job(session) as job:
+        with temporary(self.folder) as place, jobs.job(session, self.kind) as job:
             pictures: list[Picture] = []
 
             def conditions() -> list[tuple[str, str, str]]:
@@ -235,8 +275,21 @@ class Results:
             stopped = f"Stopped{late}: " if len(pictures) < series.n else ""
             mean = sum(picture.nats for picture in pictures) / len(pictures)
             text = f"{stopped}{len(pictures)} of {series.n} images, on average {mean:.1f} nats each"
+            text += "" if stopped else left_out(series)
             packed = str(pack(series, place, pictures, given))
             yield [captioned(pictures), packed, text, conditions()]
+
+
+def left_out(series: Series) -> str:
+    """The end of a line on the images of a series: how many of the prompts and classes that were given it leaves out,
+    "" where none."""
+    given = {"prompts": series.config.prompts, "classes": series.config.class_}
+    kinds = [name for name, values in given.items() if values]
+    count = series.generator.conditioning.cycle(series.conditions)
+    if not kinds or series.n >= count:
+        return ""
+    what = kinds[0] if len(kinds) == 1 else "pairs of prompt and class"
+    return f"; of {count} {what} these are the first {series.n}, ask for {count} images to have all"
 
 
 def captioned(pictures: Sequence[Picture]) -> list[tuple[str, str]]:

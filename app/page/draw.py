@@ -9,8 +9,14 @@ from .controls import Results, answer, settings_of
 from .shared import PRIVATE, Page, lines_of, prompt_update, random_seed
 
 
-def add(page: Page) -> tuple[Results, gr.Button]:
-    """Build the tab; returns where its images appear, and the button that takes one of them on."""
+def still_shown(pictures: list[tuple[str, str]] | None, chosen: tuple[str, ...]) -> Any:
+    """What changes of the button that takes the chosen image on: it works where that image is among those shown."""
+    return gr.update(interactive=chosen[0] in [path for path, _ in pictures or []])
+
+
+def add(page: Page) -> tuple[Results, gr.State, gr.Button]:
+    """Build the tab; returns where its images appear, which of them was chosen (its file, model, class and prompt), and
+    the button that takes it on."""
     loaded, limits = page.first, page.limits
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -36,12 +42,14 @@ def add(page: Page) -> tuple[Results, gr.Button]:
         with gr.Column(scale=3, min_width=320):
             results = Results("Drawn images")
             onward = gr.Button("Edit the chosen image", size="sm", interactive=False)
+            chosen = gr.State(("", "", "", ""))
 
     def draw(values: dict[str, Any], session: str) -> Iterator[list[Any]]:
         """Draw images. Yields after each batch; the last value has the archive."""
         model, size = page.models.load(values["model"]), [values["height"], values["width"]]
-        asked = {"n": values["n"], "seed": values["seed"], "class": values["classes"] or None}
+        asked = {"n": values["n"], "seed": values["seed"]}
         asked |= {
+            "class": None if values["classes"] in (None, "", []) else values["classes"],
             "prompt": lines_of(values["prompts"]),
             "size": [side or own for side, own in zip(size, model.size)] if any(size) else None,
         }
@@ -52,7 +60,8 @@ def add(page: Page) -> tuple[Results, gr.Button]:
     inputs |= {"height": height, "width": width, **settings}
     # The chosen image is one of those that go.
     buttons[0].click(lambda: gr.update(interactive=False), None, onward, **PRIVATE)
-    page.draws(buttons, answer(draw, inputs), inputs, results, "draw")
+    drawing = page.draws(buttons, answer(draw, inputs), inputs, results, "draw")
+    drawing.failure(still_shown, [results.gallery, chosen], onward, **PRIVATE)
     page.follow_model(classes, lambda m: gr.Dropdown(m.classes, value=[], visible=bool(m.classes)))
     page.follow_model(prompts, prompt_update)
-    return results, onward
+    return results, chosen, onward

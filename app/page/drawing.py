@@ -35,7 +35,7 @@ BATCH = 8
 MOST_CHARACTERS = 20_000
 """Of one option of a request but the prompts, which have their own limit: the conversion of more would take seconds."""
 REMEMBERED = 10_000
-"""Sessions whose last stop is remembered: more than requests can wait."""
+"""Stops that are remembered: more than requests can wait."""
 
 
 class Stopped(Exception):
@@ -81,35 +81,39 @@ class Jobs:
         self.most_seconds = most_seconds
         self.turn = Lock()
         """Held while models compute."""
-        self._stops: dict[str, list[Event]] = {}
-        self._stopped: OrderedDict[str, float] = OrderedDict()
+        self._stops: dict[tuple[str, str], list[Event]] = {}
+        self._stopped: OrderedDict[tuple[str, str | None], float] = OrderedDict()
         self._lock = Lock()
 
     @contextmanager
-    def job(self, session: str) -> Iterator[Job]:
-        """Register a drawing, which ends once the session was stopped, or where a `Session` was stopped since the
-        request came."""
-        job = Job(self.most_seconds)
+    def job(self, session: str, kind: str = "") -> Iterator[Job]:
+        """Register a drawing of a kind, which ends once the session was stopped, as a whole or in this kind, or where
+        a `Session` was stopped since the request came."""
+        job, key = Job(self.most_seconds), (str(session), kind)
         with self._lock:
-            if isinstance(session, Session) and session.arrived <= self._stopped.get(session, -math.inf):
+            stopped = max(self._stopped.get(each, -math.inf) for each in (key, (key[0], None)))
+            if isinstance(session, Session) and session.arrived <= stopped:
                 job.stop.set()
-            self._stops.setdefault(session, []).append(job.stop)
+            self._stops.setdefault(key, []).append(job.stop)
         try:
             yield job
         finally:
             with self._lock:
-                self._stops[session].remove(job.stop)
-                if not self._stops[session]:
-                    del self._stops[session]
+                self._stops[key].remove(job.stop)
+                if not self._stops[key]:
+                    del self._stops[key]
 
-    def stop(self, session: str) -> int:
-        """Stop the drawings of a session, and those that wait; return how many were under way."""
+    def stop(self, session: str, kind: str | None = None) -> int:
+        """Stop the drawings of a session, of one kind or of all, and those that wait; return how many were under
+        way."""
+        key = str(session), kind
         with self._lock:
-            self._stopped[session] = time.monotonic()
-            self._stopped.move_to_end(session)
+            self._stopped[key] = time.monotonic()
+            self._stopped.move_to_end(key)
             if len(self._stopped) > REMEMBERED:
                 self._stopped.popitem(last=False)
-            found = list(self._stops.get(session, []))
+            kinds = [each for each in self._stops if each[0] == key[0] and kind in (None, each[1])]
+            found = [event for each in kinds for event in self._stops[each]]
         for event in found:
             event.set()
         return len(found)

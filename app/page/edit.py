@@ -12,10 +12,12 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .controls import Results, answer, image_file, settings_of, temporary, words_of
 from .models import Loaded
-from .shared import PRIVATE, QUEUED, Page, lines_of
+from .shared import PRIVATE, QUEUED, Page, lines_of, one_of
 from .uploads import png_url, read_mask, read_upload
 
 WAYS = FILL, EXTEND, VARY, LOWER = "fill in", "extend", "vary", "lower part"
+ADDED = "; added to what is painted"
+"""Of the box."""
 
 
 def note(model: Loaded) -> str:
@@ -28,6 +30,11 @@ def note(model: Loaded) -> str:
 def first_way(model: Loaded) -> str:
     """The first edit that a model can do."""
     return FILL if model.inpaints else LOWER
+
+
+def in_pixels(model: Loaded, further: str = "") -> str:
+    """What the numbers of a box or of sides are, and something further, as a sentence."""
+    return f"In pixels of the image as the model sees it, {model.size[1]}×{model.size[0]}{further}."
 
 
 def shown_if(wanted: bool) -> Any:
@@ -52,11 +59,9 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
             mask = gr.Textbox("", label="mask", visible=False)
             with gr.Column(visible=shown_if(first == FILL)) as filled:
                 view = gr.HTML("", elem_id="edit-view")
-                box = gr.Textbox(
-                    "", label="Box", placeholder="X Y WIDTH HEIGHT", info="In pixels, added to what is painted."
-                )
+                box = gr.Textbox("", label="Box", placeholder="X Y WIDTH HEIGHT", info=in_pixels(loaded, ADDED))
             with gr.Column(visible=shown_if(first == EXTEND)) as extended:
-                sides = gr.Textbox("", label="Sides", placeholder="LEFT TOP RIGHT BOTTOM", info="In pixels.")
+                sides = gr.Textbox("", label="Sides", placeholder="LEFT TOP RIGHT BOTTOM", info=in_pixels(loaded))
             with gr.Column(visible=shown_if(first == VARY)) as varied:
                 share = gr.Slider(0.05, 1, value=0.4, step=0.05, label="Share of the codes that is drawn anew")
             with gr.Column(visible=shown_if(first == LOWER)) as lower:
@@ -73,7 +78,7 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
 
     def fitted(model: Loaded, path: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """An upload, and the same as the model sees it; uint8 (C, H, W) both."""
-        upload = read_upload(path, model.generator.tokenizer.config.channels, limits)
+        upload = read_upload(path, model.generator.tokenizer.config.channels, limits, drawn=True)
         return upload, model.generator.fitted(upload[None])[0]
 
     def show(values: dict[str, Any], session: str) -> str:
@@ -98,11 +103,12 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
 
     def edit(values: dict[str, Any], session: str) -> Iterator[list[Any]]:
         """Draw a part of an image anew. Yields after each batch; the last value has the archive."""
-        model, chosen = page.models.load(values["model"]), values["way"]
+        model = page.models.load(values["model"])
+        chosen = values["way"] or first_way(model)
         asked = {"n": values["n"], "seed": values["seed"], "prompt": lines_of(values["prompt"])}
-        asked["class"] = [values["class_name"]] if values["class_name"] else None
+        asked["class"] = one_of(values["class_name"])
         if chosen != LOWER and not model.inpaints:
-            raise UserError(f"{model.name} was not trained to fill in; choose {LOWER}, or another model")
+            raise UserError(f"the model {model.name} was not trained to fill in; choose {LOWER}, or another model")
         with temporary(results.folder) as place:
             upload, seen = fitted(model, values["image"])
             given = {"image.png": place / "image.png"}
@@ -140,5 +146,7 @@ def add(page: Page) -> tuple[gr.Image, gr.Dropdown, gr.Textbox]:
         **PRIVATE,
     )  # fmt: skip
     page.follow_model(about, note)
+    page.follow_model(box, lambda m: gr.update(info=in_pixels(m, ADDED)))
+    page.follow_model(sides, lambda m: gr.update(info=in_pixels(m)))
     page.follow_model(way, lambda m: gr.Radio(value=first_way(m), visible=m.inpaints))
     return image, one, prompt

@@ -40,7 +40,7 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
         shared = Page(models, limits, jobs, first, model)
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
-                drawn, onward = draw.add(shared)
+                drawn, chosen, onward = draw.add(shared)
             with gr.Tab("Edit", id="edit"):
                 edited = edit.add(shared)
             with gr.Tab("Translate", id="translate"):
@@ -49,7 +49,6 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
                 reconstruct.add(shared)
             with gr.Tab("Codebook", id="codebook"):
                 codebook.add(shared)
-        chosen = gr.State(("", "", "", ""))
 
         def choose(
             pictures: list[tuple[str, str]], conditions: list[tuple[str, str, str]], event: gr.SelectData
@@ -74,12 +73,12 @@ def build(models: Models, limits: LimitConfig, jobs: Jobs) -> gr.Blocks:
         model.input(answer(follow, {"model": model}), model, outputs, **QUEUED)
 
         def listing() -> dict[str, str]:
-            """The models by name, and what each is, or why it cannot be read; those that were not used yet are read."""
+            """The models by name, and what each is, or why it cannot be read; those that were not read yet are read."""
             return {name: summary_of(name) for name in models.names}
 
         def summary_of(name: str) -> str:
             try:
-                return models.load(name).summary
+                return models.summary(name)
             except UserError as error:
                 return sentence(error)
 

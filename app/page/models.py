@@ -131,7 +131,7 @@ class Loaded:
 
 
 class Models:
-    """Models by name. Those used last stay in memory."""
+    """Models by name. Those used last stay in memory, and the summaries of all that were read."""
 
     def __init__(self, folder: Path | None, device: str, precision: str) -> None:
         """Find the models. Raises `UserError`."""
@@ -139,6 +139,7 @@ class Models:
         self.translators = translators_of(self.folders)
         self._device, self._precision = device, precision
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self._summaries: dict[str, str] = {}
         self._lock = Lock()
 
     @property
@@ -185,9 +186,13 @@ class Models:
         except UserError:
             return other
 
+    def summary(self, name: str) -> str:
+        """The summary of the model of this name, which is read only if it was not before. Raises `UserError`."""
+        return self._summaries.get(name) or self.load(name).summary
+
     def load(self, name: str) -> Loaded:
         """The model of this name. Raises `UserError`, in which its folder has no path."""
-        if name not in self.folders:
+        if not isinstance(name, str) or name not in self.folders:
             raise UserError(f"model: found {str(name)[:80]!r}, expected one of {', '.join(self.names)}")
         with self._lock:
             if name not in self._loaded:
@@ -195,7 +200,9 @@ class Models:
                 try:
                     self._loaded[name] = Loaded(name, Generator.load(folder, self._device, self._precision))
                 except UserError as error:
-                    raise type(error)(str(error).replace(str(folder), name)) from error
+                    text = str(error).replace(str(folder), name)
+                    raise type(error)(f"the model {text}" if text.startswith(f"{name} ") else text) from error
+                self._summaries[name] = self._loaded[name].summary
                 if len(self._loaded) > LOADED:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(name)

@@ -13,7 +13,7 @@ from vqgen.tokenizer.metrics import psnr
 
 from .controls import answer, gallery, image_file
 from .drawing import check_length
-from .shared import Page
+from .shared import Page, one_of
 from .uploads import read_upload
 
 AMPLIFY = 4
@@ -21,14 +21,15 @@ LABELLED = 16
 """Largest number of rows and columns of codes whose numbers are written on the map."""
 
 
-def bits_of(generator: Generator, codes: Tensor, name: str, prompt: str = "") -> Tensor | None:
-    """Bits of the codes (1, h, w[, depth]) of an image of the class `name` and a text, "" for none: (h, w, depth).
+def bits_of(generator: Generator, codes: Tensor, name: str | int, prompt: str = "") -> Tensor | None:
+    """Bits of the codes (1, h, w[, depth]) of an image of a class, by name or index, and a text, "" for none:
+    (h, w, depth).
 
     None where the prior never had an image without something that an upload does not have. Raises `UsageError` where
     that is the class.
     """
     conditioning = generator.conditioning
-    given = {key: [value] for key, value in (("class", name), ("text", prompt.strip())) if value}
+    given = {key: found for key, value in (("class", name), ("text", prompt.strip())) if (found := one_of(value))}
     needed = [part for part in conditioning.parts if part.required and part.name not in given]
     for part in (conditioning.classes, conditioning.text):
         if part in needed:

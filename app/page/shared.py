@@ -27,6 +27,11 @@ def lines_of(text: str | None) -> list[str] | None:
     return [line for line in (text or "").splitlines() if line.strip()] or None
 
 
+def one_of(value: Any) -> list[Any] | None:
+    """The value of a field for one class as a list; None where it is empty. 0 is a class."""
+    return None if value in (None, "") else [value]
+
+
 def prompt_update(model: Loaded) -> Any:
     """What changes of a prompt with the model: where it takes none, none stays in the hidden field."""
     return gr.Textbox(visible=True) if model.takes_text else gr.Textbox(value="", visible=False)
@@ -64,7 +69,7 @@ class Page:
             with gr.Row():
                 found = {name: setting_control(option, usual[name]) for name, option in SETTINGS.items()}
         for name, control in () if model else found.items():
-            self.follow_model(control, lambda m, name=name: setting_update(defaults_of(m)[name]))
+            self.follow_model(control, lambda m, name=name: setting_update(name, defaults_of(m)[name]))
         return found
 
     def one_class(self, info: str = "") -> gr.Dropdown:
@@ -115,13 +120,14 @@ class Page:
         further: Sequence[Any] = (),
         js: str | None = None,
     ) -> Any:
-        """Let the first button draw, see `runs`, and the second one stop it; `further` are outputs after those of the
-        results."""
+        """Let the first button draw, see `runs`, and the second one stop what the visitor draws there; `further` are
+        outputs after those of the results."""
         (begin, stop), archive = buttons, results.archive
 
         def end(request: gr.Request) -> Any:
-            running = self.jobs.stop(request.session_hash or "")
-            return gr.update() if running else "Nothing is being drawn for you; what waits ends when its turn comes."
+            running = self.jobs.stop(request.session_hash or "", results.kind)
+            text = "Nothing is being drawn for you here; what waits ends when its turn comes."
+            return gr.update() if running else text
 
         begin.click(lambda: gr.update(interactive=False), None, archive, **PRIVATE)
         event = self.runs(begin, function, inputs, [*results.outputs, *further], name, js)

@@ -12,7 +12,7 @@ from vqgen.tokenizer.reconstruction import write_png_atomic
 
 from .controls import Results, answer, image_file, setting_update, settings_of, temporary, told
 from .drawing import defaults_of
-from .shared import PRIVATE, QUEUED, Page, lines_of
+from .shared import PRIVATE, QUEUED, Page, lines_of, one_of
 from .uploads import as_url, png_url, read_upload
 
 NONE = "No model here was trained to translate; train one on codes of `vqgen-tokenize --source`, and start with it."
@@ -86,7 +86,7 @@ def add(page: Page) -> None:
         asked = {
             "n": values["n"],
             "seed": values["seed"],
-            "class": [values["class_name"]] if values["class_name"] else None,
+            "class": one_of(values["class_name"]),
             "prompt": lines_of(values["prompt"]),
             "source": specs or None,
         }
@@ -120,7 +120,7 @@ def add(page: Page) -> None:
     def recommended(values: dict[str, Any], session: str) -> list[Any]:
         """Let the settings show what another model recommends."""
         usual = defaults_of(page.models.load(values["model"]))
-        return [setting_update(usual[name]) for name in settings]
+        return [setting_update(name, usual[name]) for name in settings]
 
     model.input(answer(recommended, {"model": model}), model, list(settings.values()), **QUEUED)
     inputs = {"model": model, "image": image, "degraded": worse, "class_name": one, "n": n, "seed": seed, **settings}

@@ -16,15 +16,19 @@ from .program import MASK_BYTES, LimitConfig
 PNG_URL = "data:image/png;base64,"
 
 
-def read_upload(path: str | None, channels: int, limits: LimitConfig) -> Tensor:
-    """Read an uploaded image as uint8 (channels, h, w). Raises `UserError`."""
+def read_upload(path: str | None, channels: int, limits: LimitConfig, drawn: bool = False) -> Tensor:
+    """Read an uploaded image as uint8 (channels, h, w). Raises `UserError`.
+
+    Args:
+        drawn: whether a drawn image can be taken in place of an upload.
+    """
     if not path:
-        raise UserError("image: none was given; upload one, or pick a drawn one")
+        raise UserError(f"image: none was given; upload one{', or pick a drawn one' if drawn else ''}")
     most = int(limits.upload_megabytes * 2**20)
     try:
         data = read_bytes(Path(path), most)
     except FileNotFoundError as error:
-        raise UserError("image: it was removed, as it is old; upload or draw it again") from error
+        raise UserError(f"image: it was removed, as it is old; upload {'or draw ' if drawn else ''}it again") from error
     except OSError as error:
         raise UserError(f"image: it cannot be read, or has more than {limits.upload_megabytes:g} MB") from error
     return decoded(data, channels, limits, "image")
