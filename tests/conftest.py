@@ -10,10 +10,14 @@ from typing import Any
 
 # Before torch is imported; processes that tests start inherit it. pytest's workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of gradio's client, with which tests call the page, from a thread of its own.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from helpers.network import no_requests
 from hypothesis import settings
+from processes import Ended
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,6 +38,23 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let this process compute with one thread, whatever the environment says: bytes may be compared then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda() -> str:
+    """CUDA, for a test that compares it with the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"
+
+
 @pytest.fixture
 def trained_on(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A device that programs which ask Accelerate for one get, in a process that may have had another."""
@@ -43,6 +64,22 @@ def trained_on(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     PartialState._reset_state()
     yield device
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def refused_requests() -> Iterator[list[str]]:
+    """Other machines that anything in this process has asked for, in vain."""
+    with no_requests() as asked:
+        yield asked
+
+
+@pytest.fixture(autouse=True)
+def no_program_makes_a_request(refused_requests: list[str]) -> Iterator[None]:
+    """SECURITY.md promises it of all but those that are asked for one."""
+    yield
+    asked = refused_requests[:]
+    refused_requests.clear()
+    assert not asked
 
 
 @pytest.fixture(autouse=True)
@@ -59,27 +96,18 @@ def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a program ended with."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Call a program's `main` with words of the command line (anything with a `str`); a `Result` comes back."""
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Call a program's `main` with words of the command line (anything with a `str`); an `Ended` comes back."""
 
-    def call(main: Callable[[Sequence[str]], int], *words: Any) -> Result:
+    def call(main: Callable[[Sequence[str]], int], *words: Any) -> Ended:
         capsys.readouterr()
         try:
             code = main([str(word) for word in words])
         except SystemExit as ending:  # a run that a signal stopped
             code = int(ending.code or 0)
         captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
+        return Ended(code, captured.out, captured.err)
 
     return call
 

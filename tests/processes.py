@@ -41,7 +41,7 @@ _LIMIT = 900.0  # seconds; whatever takes longer hangs
 
 @dataclass(frozen=True)
 class Ended:
-    """What a process ended with: its exit code (minus the signal that killed it) and what it wrote."""
+    """What a program ended with: its exit code (minus the signal that killed it) and what it wrote."""
 
     code: int
     out: str
@@ -53,7 +53,7 @@ class Ended:
         return (self.err.strip().splitlines() or [""])[-1]
 
     def ok(self) -> "Ended":
-        """Itself, where the process ended well."""
+        """Itself, where the program ended well."""
         assert self.code == 0, self.err
         return self
 

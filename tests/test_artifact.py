@@ -10,12 +10,11 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.errors import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -38,13 +37,6 @@ TYPES = [
     torch.uint16,
     torch.bool,
 ]
-
-
-def refusal(call: Callable[..., Any], *arguments: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Attention of the next token to the cache: both versions against float64, and each sequence alone."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,15 +7,8 @@ from torch import Tensor
 from vqgen.sampling.decoding.attention import GROWTH, Fused, Products, attention_of
 
 POSITIONS = 3 * GROWTH - 5
+pytestmark = pytest.mark.usefixtures("one_thread")
 kinds = pytest.mark.parametrize("kind", [Fused, Products])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(rows: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,6 @@ from vqgen.tokenizer.codes.format import (
 )
 
 STYLE = SourceRecord("paired", [2, 3], "d" * 64, description="other by name")
-UNKNOWN_ID = SIZE + 4
 
 
 def conditioning(dropout: float = 0.1) -> Conditioning:

@@ -1,9 +1,11 @@
 """The hostile campaign itself: mutations repeat, and verdicts see what they are there for."""
 
+import dataclasses
 import faulthandler
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import time
@@ -19,6 +21,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from benchmarks.campaign import kills, stock, zygote
+from benchmarks.campaign.cases import Campaign
 from benchmarks.campaign.mutations import (
     KINDS,
     REGISTRY,
@@ -35,9 +38,10 @@ from benchmarks.campaign.place import Place, lay_out, outside, plant, snapshot
 from benchmarks.campaign.runner import Ended
 from benchmarks.campaign.scenarios import scenarios
 from benchmarks.campaign.table import failures, markdown
-from benchmarks.campaign.verdict import Outcome, verdict
+from benchmarks.campaign.verdict import CONTROL, Outcome, verdict
 from vqgen.sampling.compression.archive import Header, Picture, Stream, write_archive
 
+ROOT = Path(__file__).parents[1]
 FILES = (
     "image.png",
     "image.jpg",
@@ -159,7 +163,17 @@ def test_jobs_and_scenarios_name_inputs_that_the_stock_makes():
         for name in scenario.inputs:
             assert f'"{name.partition("/")[0]}"' in made or name.startswith("parquet"), name
         assert scenario.targets or scenario.kind == "command lines"
+    for job in kills.jobs():
+        for name in (*job.inputs, *filter(None, [job.begun])):
+            assert f'"{name.partition("/")[0]}"' in made, name
     assert len({job.name for job in kills.jobs()}) == len(kills.jobs())
+
+
+def test_every_program_is_killed_but_those_that_are_named(project):
+    covered = {job.program for job in kills.jobs()}
+    assert sorted(project["project"]["scripts"]) == sorted([*covered, *kills.UNCOVERED])
+    told = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in told for name in kills.UNCOVERED)
 
 
 # ---- verdicts ----
@@ -172,8 +186,6 @@ def run_of(tmp_path: Path, ended: Ended, change: Change = Change("x"), results=(
 
 
 def judged(tmp_path, ended, change=Change("x"), results=(), reference=(), moved=(), oracle=same) -> Outcome:  # noqa: B008
-    import dataclasses
-
     scenario = dataclasses.replace(scenarios()[0], oracle=oracle)
     return verdict("1", scenario, "m", run_of(tmp_path, ended, change, results, reference), list(moved))
 
@@ -309,6 +321,33 @@ def test_the_table_counts_and_failures_are_repeated_by_their_number(tmp_path):
         outcomes, tried
     )
     assert [each.case for each in failures(outcomes, tried)] == ["1", "kill-3"]
+
+
+@pytest.mark.parametrize(("code", "counted"), [(0, False), (1, True), (2, True)])
+def test_a_control_that_is_refused_is_a_failure(tmp_path, code, counted):
+    """A program that refuses every input would pass otherwise."""
+    control = dataclasses.replace(judged(tmp_path, ended(code, LINE)), mutation=CONTROL)
+    mutated = dataclasses.replace(control, mutation="flipped_bits")
+    assert failures([control, mutated], {}) == [control] * counted
+
+
+class Refusing:
+    """In place of a runner: every program ends with this code and writes nothing."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def run(self, words, folder, home, *given, **more) -> Ended:
+        return ended(self.code, LINE)
+
+
+@pytest.mark.parametrize(("code", "said"), [(1, LINE), (0, "codes-*.safetensors")], ids=["refused", "nothing written"])
+def test_a_scenario_has_a_result_on_valid_inputs(inputs, tmp_path, code, said):
+    """Without one, no result of damaged inputs could be found to be another."""
+    scenario = dataclasses.replace(scenarios()[0], inputs=("files",), targets=("files/*",))
+    assert scenario.results
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        Campaign("0", inputs, tmp_path, Refusing(code), [scenario]).case(0)
 
 
 def test_registering_needs_a_kind():

@@ -1,17 +1,17 @@
 """Sections whose options depend on a choice, on the command line, in YAML and in what vqgen writes."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
+from helpers.errors import refusal
 
 from vqgen.config import as_dict, build, from_dict, options, parse, read_saved, save, values_of
 from vqgen.config_layers import MARK
-from vqgen.errors import UsageError, UserError
+from vqgen.errors import UsageError
 from vqgen.help import help_text
 from vqgen.options import Count, Options, choice
 
@@ -76,13 +76,6 @@ def program(*words: str) -> Program:
 def file(folder: Path, text: str, name: str = "c.yaml") -> list[str]:
     (folder / name).write_text(text)
     return ["--config", str(folder / name)]
-
-
-def refusal(call: Callable[..., Any], *arguments: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

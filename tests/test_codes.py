@@ -12,7 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ from vqgen.tokenizer.data.views import flips
 from vqgen.tokenizer.encode import TokenizeConfig
 from vqgen.tokenizer.model import Tokenizer
 from vqgen.tokenizer.train import TokenizerTraining
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # in every process of these tests: their bytes are compared
 
 
 def write_folder(folder: Path, counts: list[int], views=1, grid=(2, 3), depth=1, size=300, seed=0) -> np.ndarray:
@@ -318,15 +320,6 @@ def test_used_codes_counts_each_depth_by_itself(tmp_path):
 # --- vqgen-tokenize -------------------------------------------------------------------------------------------------
 
 SHARD = 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Every process of these tests computes with one thread, so that their bytes can be compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
+from helpers.errors import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,13 +84,6 @@ def example(*words: str) -> Example:
 def in_file(tmp_path: Path, text: str, *words: str) -> Example:
     (tmp_path / "c.yaml").write_text(text)
     return parse(Example, ["--config", str(tmp_path / "c.yaml"), "--output", "o", *words])
-
-
-def refusal(call: Callable[..., Any], *arguments: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_defaults_sections_and_option_names() -> None:
@@ -550,13 +544,23 @@ def test_an_error_that_is_not_the_users_prints_its_traceback(cli: Callable[..., 
     assert result.err.splitlines()[-1].startswith("vqgen-x: ")
 
 
-@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--output o", 1), ("--output o --no-ema", 0)])
-def test_a_reader_that_stops_reading_is_no_error(words: str, code: int) -> None:
+ONE, SEVERAL = "command('vqgen-x', t.Example, run)", "commands('vqgen-x', {'do': (t.Example, run)})"
+
+
+@pytest.mark.parametrize(
+    ("call", "words", "code"),
+    [
+        *((ONE, *given) for given in (("--help", 0), ("--output o", 1), ("--output o --no-ema", 0))),
+        *((SEVERAL, *given) for given in (("--help", 0), ("--version", 0), ("do --help", 0), ("do --output o", 1))),
+    ],
+)
+def test_a_reader_that_stops_reading_is_no_error(call: str, words: str, code: int) -> None:
     """As after `| head`: nothing is printed about it, not even at exit. Short output fails in the last flush."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import test_config as t\n"
+        "from vqgen.config import command, commands\n"
         "def run(config): 'Prints.'; print('x\\n' * (100_000 if config.ema else 10))\n"
-        "sys.exit(t.command('vqgen-x', t.Example, run))"
+        f"sys.exit({call})"
     )
     run = [sys.executable, "-c", script, str(Path(__file__).parent), *words.split()]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

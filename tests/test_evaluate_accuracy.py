@@ -285,7 +285,7 @@ def test_no_guidance_is_tried_unasked_where_every_image_had_its_class(cli, tmp_p
 def test_a_classifier_tells_how_images_are_turned():
     """Squares by quarters, other images by halves; the seed decides which."""
     images = open_images(str(DEMO), "train", ImageConfig(size=[16, 16], channels=1), augment=True)
-    training = ClassifierTraining(data=str(DEMO), output=Path("none"), size=[16, 16], channels=1, steps=150)
+    training = ClassifierTraining(data=str(DEMO), output=Path("none"), size=[16, 16], channels=1, steps=40)
     model = classifier_of(images, training, torch.device("cpu"), turned=True)
     shown = open_images(str(DEMO), "heldout", ImageConfig(size=[16, 16], channels=1)).__getitems__(range(100)).images
     right = [(model.choose(shown.rot90(turn, (2, 3))) == turn).float().mean() for turn in range(4)]

@@ -2,7 +2,10 @@
 
 import os
 import socket
+import struct
+import time
 import tracemalloc
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +15,28 @@ from annotated_types import Ge
 
 from vqgen.errors import UserError
 from vqgen.files import is_file, open_regular, read_bytes, read_json, read_record, read_text, write_json
+from vqgen.files.png import png_state
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("count", [1, 3, 20_000])
+def test_pixels_of_a_png_may_be_in_many_chunks(tmp_path: Path, count: int) -> None:
+    """In a time that grows with their bytes: those of all chunks together are copied once."""
+    height, width = (6000, 6600) if count > 3 else (4, 5)
+    stream = zlib.compress(bytes(height * (1 + width)), 0)
+    step = -(-len(stream) // count)
+    pixels = [chunk(b"IDAT", stream[first : first + step]) for first in range(0, len(stream), step)]
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0))
+    path, start = tmp_path / "a.png", time.process_time()
+    path.write_bytes(b"".join([b"\x89PNG\r\n\x1a\n", header, *pixels, chunk(b"IEND")]))
+    assert png_state(path, None, (width, height)) == "ours"
+    assert png_state(path, None, (width, height + 1)) == "other"
+    path.write_bytes(b"".join([b"\x89PNG\r\n\x1a\n", header, *pixels[1:], chunk(b"IEND")]))
+    assert png_state(path, None, None) == "damaged"
+    assert time.process_time() - start < 20
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

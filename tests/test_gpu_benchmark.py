@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import main, run
+from benchmarks.gpu import __doc__ as about
+from benchmarks.gpu.__main__ import options, run
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.table import table
 
@@ -28,15 +29,28 @@ def test_a_part_that_takes_too_long_is_ended_and_recorded() -> None:
     assert "0 s" in found["error"] and set(found) <= {"wall_seconds", "error", "output"}, "it went on to its end"
 
 
-def test_a_part_that_fails_is_recorded_with_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_its_help_are_right() -> None:
+    lines = [line.partition("#")[0].split() for line in (about or "").splitlines() if "python -m" in line]
+    assert len(lines) == 3
+    for _, _, module, *words in lines:
+        assert module == "benchmarks.gpu" and options(words)
+
+
+WITH_A_DEVICE = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = lambda index: "Some Device"
+from benchmarks.gpu.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_part_that_fails_is_recorded_with_its_traceback(tmp_path: Path) -> None:
     """And the next one is run."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Some Device")
     output = tmp_path / "result.json"
-    assert main(["--parts", "quantizer", "processes", "--output", str(output)]) == 1
+    words = ["--parts", "quantizer", "processes", "--output", str(output)]
+    done = subprocess.run([sys.executable, "-c", WITH_A_DEVICE, *words], cwd=ROOT, env=NO_DEVICE, capture_output=True)
+    assert done.returncode == 1, done.stderr
     found = json.loads(output.read_text())["parts"]
     assert "Traceback" in found["quantizer"]["error"] and "--device" in found["quantizer"]["error"]
     assert "two are needed" in found["processes"]["not_run"] and "error" not in found["processes"]

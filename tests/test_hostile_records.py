@@ -19,12 +19,17 @@ from vqgen.evaluation.report import program as report
 from vqgen.evaluation.samples import open_samples
 from vqgen.files import read_json
 from vqgen.prior import train
+from vqgen.tokenizer import train as train_tokenizer
 from vqgen.tokenizer.codes.format import MANIFEST
 from vqgen.tokenizer.data.pixels import to_uint8
+from vqgen.tokenizer.diagnosis import diagnose
+from vqgen.tokenizer.losses.options import GanConfig
+from vqgen.tokenizer.quantizers.options import VQConfig
 from vqgen.tokenizer.reconstruction import write_png_atomic
-from vqgen.training.health import adversary_dominates
+from vqgen.training.health import adversary_dominates, overfitting
 from vqgen.training.trackers import read_rows
 
+OLD = Path(__file__).parent / "data" / "version-0.1"
 DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
 NO_JSON = ["", "{", "[1]", "null", "\udcff{}", DEEP, '{"steps": 1, "steps": 2}', '{"steps": ' + "9" * 5000 + "}"]
 VALUES = [None, "x", -1, 1.5, True, [], {}, 10**18, 2**63, 1e308, [[]], "\0", float("nan"), float("-inf")]
@@ -101,6 +106,36 @@ def test_a_run_resumes_without_them(run: Path, codes: Path, cli: Callable[..., A
     assert len([line for line in result.err.splitlines() if "metrics.jsonl" in line and str(len(LINES)) in line]) == 1
     rows, damaged = read_rows(path)
     assert rows[: len(good)] == good and len(rows) > len(good) and not damaged
+
+
+@pytest.mark.parametrize("growth", [(0,), (0.0, 1e-90), (1e-90, 1e90), (-1.5,)])
+def test_a_tokenizer_resumes_from_numbers_that_no_run_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any], growth: tuple[float, ...]
+) -> None:
+    shutil.copytree(OLD, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")  # from where the run names its data
+    path = Path("tokenizer-stopped/metrics.jsonl")
+    odd = [json.dumps({"step": 1, "train/weight_growth": value}) for value in growth]
+    path.write_text("\n".join([*odd, path.read_text()]))
+    result = cli(train_tokenizer.main, "--config", path.with_name("config.yaml"), "--output", path.parent)
+    assert result.code == 0 and "resuming from" in result.err, result.err
+    rows, damaged = read_rows(path)
+    assert [row["train/weight_growth"] for row in rows[: len(odd)]] == list(growth) and not damaged
+
+
+LOGGED = "train/weight_growth train/lr train/loss train/reconstruction train/adversarial train/discriminator"
+LOGGED += " train/discriminator_real train/discriminator_fake heldout/psnr heldout/lpips heldout/codes_used"
+LOGGED += " heldout/perplexity heldout/nats_per_token"
+ODD = [0, -1, True, 1.5, 5e-324, 1e-90, 1e90, -9e99]
+
+
+def test_no_numbers_in_a_history_are_too_odd_for_its_diagnosis() -> None:
+    draw = random.Random(0)
+    for _ in range(1000):
+        chosen = {name: draw.choices(ODD, k=10) for name in draw.sample(LOGGED.split(), 6)}
+        rows = [{"step": draw.randrange(30), **{name: each[n] for name, each in chosen.items()}} for n in range(10)]
+        diagnose(rows, VQConfig(), GanConfig(), 10**6, 10**6)
+        overfitting(rows)
 
 
 @pytest.mark.parametrize("name", ["finished.json", "vqgen.json", "config.json", "machine.json"])

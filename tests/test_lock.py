@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import TOKENIZER, run, run_together
@@ -16,6 +18,7 @@ from processes import TOKENIZER, run, run_together
 from vqgen.errors import UserError
 from vqgen.files import locked
 from vqgen.files.write import LOCK
+from vqgen.sampling.compression import compress
 
 OLD = Path(__file__).parent / "data" / "version-0.1"
 
@@ -69,22 +72,30 @@ def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
         owner.wait()
 
 
-def test_a_lock_file_that_is_something_else(tmp_path: Path) -> None:
+PUT: dict[str, Callable[[Path], object]] = {
+    "fifo": os.mkfifo,
+    "folder": Path.mkdir,
+    "link": lambda path: path.symlink_to("../mine"),
+    "dangling link": lambda path: path.symlink_to("../nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", PUT)
+def test_what_is_no_lock_file_is_left_alone(tmp_path: Path, kind: str) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine")
+    PUT[kind](tmp_path / "run" / LOCK)
     with pytest.raises(UserError, match=LOCK), locked(tmp_path / "run"):
         pass
-    assert (tmp_path / "mine").read_text() == "mine"
-    (tmp_path / "run" / LOCK).unlink()
-    (tmp_path / "run" / LOCK).mkdir()
-    with pytest.raises(UserError, match=LOCK), locked(tmp_path / "run"):
-        pass
-    (tmp_path / "run" / LOCK).rmdir()
-    (tmp_path / "run" / LOCK).write_text("\x1b[31m forged\n" * 9)  # left by something dead
-    with locked(tmp_path / "run"):
-        (tmp_path / "run" / LOCK).write_text("\x1b[31m forged")
-        with pytest.raises(UserError, match="by another process"), locked(tmp_path / "run"):
+    assert os.path.lexists(tmp_path / "run" / LOCK) and (tmp_path / "mine").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"]
+
+
+def test_what_a_lock_file_says_is_shown_only_where_it_can_be_printed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("\x1b[31m forged\n" * 9)  # left by something dead
+    with locked(tmp_path):
+        (tmp_path / LOCK).write_text("\x1b[31m forged")
+        with pytest.raises(UserError, match="by another process"), locked(tmp_path):
             pass
 
 
@@ -94,6 +105,19 @@ def test_a_lock_that_was_replaced_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / LOCK).rename(tmp_path / "old")  # keeps its number from being used again
         (tmp_path / LOCK).write_text("another's")
     assert (tmp_path / LOCK).read_text() == "another's"
+
+
+def test_an_interrupt_while_a_lock_is_taken_releases_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vqgen.files.lock._sign", interrupted)
+        with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        (tmp_path / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -117,25 +141,48 @@ def test_where_nothing_can_be_written_the_writer_says_why(tmp_path: Path) -> Non
 
 
 PROGRAMS = {
-    "tokenizer.train": "--data demo",
-    "prior.train": f"--codes {OLD}/codes",
-    "tokenizer.encode": f"--data {OLD}/images --tokenizer {OLD}/tokenizer",
-    "tokenizer.reconstruct": f"{OLD}/images --tokenizer {OLD}/tokenizer",
-    "prior.convert.program": f"--input {OLD}/tokenizer --to diffusers",
-    "prior.export.program": f"--model {OLD}/prior",
-    "sampling.sample": f"--model {OLD}/prior --device cpu",
-    "evaluation.program codebook": f"--tokenizer {OLD}/tokenizer",
-    "evaluation.program classifier": f"--data {OLD}/images --size 16",
-    "app.demo": "",
+    "vqgen-train-tokenizer": "--data demo",
+    "vqgen-train-prior": f"--codes {OLD}/codes",
+    "vqgen-tokenize": f"--data {OLD}/images --tokenizer {OLD}/tokenizer",
+    "vqgen-reconstruct": f"{OLD}/images --tokenizer {OLD}/tokenizer",
+    "vqgen-convert": f"--input {OLD}/tokenizer --to diffusers",
+    "vqgen-export": f"--model {OLD}/prior",
+    "vqgen-sample": f"--model {OLD}/prior --device cpu",
+    "vqgen-compress": f"{OLD}/images --model {OLD}/prior --probabilities histogram",
+    "vqgen-decompress": f"ARCHIVE --model {OLD}/prior",
+    "vqgen-eval codebook": f"--tokenizer {OLD}/tokenizer",
+    "vqgen-eval classifier": f"--data {OLD}/images --size 16",
+    "vqgen-demo": "",
+    "vqgen-train": f"--data {OLD}/images",
 }
+ONE_FILE = {"vqgen-report", *(f"vqgen-eval {name}" for name in (
+    "reconstruction likelihood samples accuracy inpainting windows translation text settings replay".split()
+))}  # fmt: skip
+"""Programs that replace single files as a whole, and so need no lock."""
+NONE = {"vqgen-app"}
+"""Programs that write no output."""
+
+
+def test_every_program_is_known_to_write_into_a_folder_or_not(programs: dict[str, Any]) -> None:
+    assert sorted(programs) == sorted([*PROGRAMS, *ONE_FILE, *NONE])
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "archive"
+    assert compress.main([*PROGRAMS["vqgen-compress"].split(), "--output", str(path)]) == 0
+    return path
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_that_writes_into_a_folder_takes_its_lock(program: str, tmp_path: Path, cli) -> None:
-    module, *command = program.split()
-    main = import_module(f"vqgen.{module}").main
+def test_every_program_that_writes_into_a_folder_takes_its_lock(
+    program: str, tmp_path: Path, cli: Any, project: dict[str, Any], archive: Path
+) -> None:
+    name, *command = program.split()
+    main = import_module(project["project"]["scripts"][name].partition(":")[0]).main
+    words = [archive if word == "ARCHIVE" else word for word in PROGRAMS[program].split()]
     with locked(tmp_path / "out"):
-        ended = cli(main, *command, *PROGRAMS[program].split(), "--output", tmp_path / "out")
+        ended = cli(main, *command, *words, "--output", tmp_path / "out")
         assert ended.code == 1 and f"{tmp_path / 'out'} is in use by process {os.getpid()}" in ended.err, ended.err
         assert len(ended.err.strip().splitlines()) == 1
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
@@ -148,12 +195,3 @@ def test_two_processes_of_one_run_both_stop(tmp_path: Path) -> None:
         for ended in run_together(TOKENIZER, "--data", "demo", "--output", tmp_path / "run"):
             ended.refused(1, str(tmp_path / "run"), f"process {os.getpid()}")
     assert time.monotonic() - start < 60
-
-
-@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
-def test_what_is_no_lock_file_is_left_alone(tmp_path, kind):
-    path = tmp_path / ".vqgen.lock"
-    {"fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("other"), "folder": path.mkdir}[kind]()
-    with pytest.raises(UserError, match=r"vqgen\.lock"), locked(tmp_path):
-        pass
-    assert os.path.lexists(path) and not (tmp_path / "other").exists()

@@ -102,6 +102,13 @@ def test_constraints_pin_every_direct_dependency(project: dict[str, Any]) -> Non
                 assert requirement.specifier.contains(dict(exact)[requirement.name.lower()]), requirement
 
 
+def test_types_are_checked_of_every_package(project: dict[str, Any]) -> None:
+    """Each folder that `make types` links is to be listed, as pyright follows no other link."""
+    linked = {name for name in project["tool"]["setuptools"]["packages"] if name.count(".") < 2}
+    listed = set(project["tool"]["pyright"]["include"]) - {"benchmarks"}
+    assert listed == {f"build/types/{name.replace('.', '/')}" for name in linked}
+
+
 # ---- imports ----
 
 

@@ -1,11 +1,10 @@
 """LPIPS as computed here against the `lpips` library's own passes, and the parts it is computed with."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.realdata import backbone
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,9 +13,6 @@ from vqgen.tokenizer.losses import lpips_kernels as features
 from vqgen.tokenizer.losses.lpips import PerceptualDistance
 from vqgen.tokenizer.losses.lpips_kernels import FixedConvolution, difference, with_cached_gradient
 from vqgen.tokenizer.networks import group_norm as norm
-
-REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
-FILES = {"vgg": "vgg16_features.safetensors", "alex": "alexnet_features.safetensors"}
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,10 +29,7 @@ def pair(batch: int, height: int, width: int, channels: int = 3) -> tuple[Tensor
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])
 def distance(request) -> PerceptualDistance:
-    path = REALDATA / "weights" / FILES[request.param]
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    return PerceptualDistance(request.param, str(path))
+    return PerceptualDistance(request.param, str(backbone(request.param)))
 
 
 def with_gradient(function, images: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.realdata import real
 from PIL import Image
 from safetensors import safe_open
 
@@ -23,7 +24,6 @@ from vqgen.tokenizer.model import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECEIPTS = ROOT / "benchmarks" / "results" / "receipts" / "cifar10" / "package"
-REAL = Path("~/.cache/vqgen-realdata").expanduser()
 STYLES = ["fluent-3d", "fluent-flat", "noto", "twemoji"]
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -123,10 +123,8 @@ def test_the_receipts_of_emoji_are_of_this_very_model():
 @pytest.mark.slow
 def test_its_reconstructions_are_what_the_receipt_says(cli):
     """The metrics of the first 1,000 test images of CIFAR-10, measured again."""
-    if not (REAL / "cifar10").is_dir():
-        pytest.skip("CIFAR-10 is not on this machine")
     path = RECEIPTS / "reconstruction-1000.json"
-    words = ["--data", REAL / "cifar10", "--tokenizer", DEFAULT / "tokenizer", "--device", "cpu"]
+    words = ["--data", real("cifar10"), "--tokenizer", DEFAULT / "tokenizer", "--device", "cpu"]
     result = cli(evaluate.main, "replay", path, *words)
     assert result.code == 0 and result.out.startswith("same"), result.err
 
@@ -134,13 +132,11 @@ def test_its_reconstructions_are_what_the_receipt_says(cli):
 @pytest.mark.slow
 def test_its_likelihood_is_what_the_card_says():
     """Nats a token of the first 1,000 test images of CIFAR-10, against the card's value over all 10,000."""
-    if not (REAL / "cifar10").is_dir():
-        pytest.skip("CIFAR-10 is not on this machine")
     from vqgen.tokenizer.data.dataset import open_images
     from vqgen.tokenizer.data.options import ImageConfig
 
+    images = open_images(str(real("cifar10")), "test", ImageConfig([32, 32]))
     generator = vqgen.Generator.load(DEFAULT, "cpu", "fp32")
-    images = open_images(str(REAL / "cifar10"), "test", ImageConfig([32, 32]))
     given = [images[index] for index in range(1000)]
     labels = [sample.label for sample in given]
     nats = -generator.log_likelihood(torch.stack([sample.image for sample in given]), labels).mean() / 64

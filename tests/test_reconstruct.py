@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.realdata import backbone, real
 from PIL import Image
 from processes import write_images
 from torch import nn
@@ -34,9 +35,6 @@ from vqgen.tokenizer.reconstruct import ReconstructConfig, main
 from vqgen.tokenizer.reconstruct_inputs import batches_of_one_size, find_images, read_images
 from vqgen.tokenizer.reconstruction import Reconstructions, reconstruct, write_comparison
 from vqgen.tokenizer.train import TokenizerTraining
-
-REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
-ALEX = REALDATA / "weights" / "alexnet_features.safetensors"
 
 
 def make(size=(24, 16), channels=1, quantizer=None, multipliers=(1, 2)) -> Tokenizer:
@@ -603,12 +601,10 @@ def test_metrics_alone(tmp_path, cli, grey):
 
 
 def test_lpips_with_real_weights(tmp_path, cli, colour):
-    cifar = REALDATA / "cifar10" / "test.parquet"
-    if not (ALEX.is_file() and cifar.is_file()):
-        pytest.skip(f"{ALEX} or {cifar} is not here")
+    cifar, weights = real("cifar10/test.parquet"), backbone("alex")
     save(tmp_path / "small.png", pixels(3, 28, 40))
     out = tmp_path / "out"
-    lpips = ["--perceptual-net", "alex", "--perceptual-weights", ALEX]
+    lpips = ["--perceptual-net", "alex", "--perceptual-weights", weights]
     result = cli(main, tmp_path / "small.png", cifar, "--n", 9, *lpips, "--tokenizer", colour, "--output", out)
     assert result.code == 0 and "alex needs at least 31 pixels a side, found 28x40" in result.err
     found = content(out)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from processes import (
 )
 from safetensors.torch import load_file
 
+from vqgen.prior import train as train_prior
+from vqgen.tokenizer import train as train_tokenizer
 from vqgen.tokenizer.model import Tokenizer
 
 # Everything that has a state: discriminator and its optimizer, averages, dropout, augmentation, revival, accumulation.
@@ -290,18 +293,18 @@ def test_tokenizer_killed_in_other_settings(tmp_path: Path, changes: str) -> Non
     same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_finished_run(tmp_path: Path, one: Path) -> None:
+def test_a_finished_run(tmp_path: Path, one: Path, cli: Any) -> None:
     folder = tmp_path / "run"
     shutil.copytree(one, folder)
     words = [*STAGE_ONE, "--output", folder]
     before = tree(folder)
 
-    again = run(TOKENIZER, *words, "--log-with", "tensorboard", "--keep-checkpoints", 5).ok()
+    again = cli(train_tokenizer.main, *words, "--log-with", "tensorboard", "--keep-checkpoints", 5).ok()
     assert "is finished" in again.last
-    fewer = run(TOKENIZER, *words, "--steps", 7).ok()
+    fewer = cli(train_tokenizer.main, *words, "--steps", 7).ok()
     assert "is finished" in fewer.last
-    run(TOKENIZER, *words, "--lr", 0.5).refused(1, "--lr", "0.003", "0.5", "--overwrite")
-    run(TOKENIZER, *words, "--no-flip").refused(1, "--flip", "True", "False")
+    cli(train_tokenizer.main, *words, "--lr", 0.5).refused(1, "--lr", "0.003", "0.5", "--overwrite")
+    cli(train_tokenizer.main, *words, "--no-flip").refused(1, "--flip", "True", "False")
     assert tree(folder) == before, "a finished run was touched"
 
     # An unfinished one cannot end before the step it has reached.
@@ -309,7 +312,8 @@ def test_a_finished_run(tmp_path: Path, one: Path) -> None:
     shutil.copytree(one, half)
     for name in ("finished.json", "vqgen.json"):
         (half / name).unlink()
-    run(TOKENIZER, *STAGE_ONE, "--output", half, "--steps", 7).refused(1, "--steps", "7", "step-00000012")
+    ended = cli(train_tokenizer.main, *STAGE_ONE, "--output", half, "--steps", 7)
+    ended.refused(1, "--steps", "7", "step-00000012")
 
     # What does not change the result may change when it goes on.
     more = ["--steps", 14, "--log-every", 2, "--checkpoint-every", 13, "--workers", 0, "--cache-mb", 0]
@@ -321,9 +325,9 @@ def test_a_finished_run(tmp_path: Path, one: Path) -> None:
     # The model alone, without what resuming needs, is finished still, and not trained over.
     shutil.rmtree(folder / "checkpoints")
     before = tree(folder)
-    assert "is finished" in run(TOKENIZER, *words).ok().last
-    run(TOKENIZER, *words, "--steps", 20).refused(1, str(folder), "no checkpoint", "--overwrite")
-    assert {**tree(folder), "config.yaml": b""} == {**before, "config.yaml": b""}
+    assert "is finished" in cli(train_tokenizer.main, *words).ok().last
+    cli(train_tokenizer.main, *words, "--steps", 20).refused(1, str(folder), "no checkpoint", "--overwrite")
+    assert tree(folder) == before, "what is refused changes nothing"
 
     (folder / "notes.txt").write_text("mine")
     run(TOKENIZER, *words, "--overwrite").ok()
@@ -345,14 +349,15 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, one: Path, co
     (foreign / "images").mkdir(parents=True)
     (foreign / "images" / "holiday.png").write_bytes(b"a picture")
     (foreign / "model.safetensors").write_bytes(b"a model")
-    before = tree(foreign)
-    for words in ([], ["--overwrite"]):
-        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(2, "--output", str(foreign), "choose another")
-    (foreign / "config.yaml").write_text("model: resnet\n")
-    for words in ([], ["--overwrite"]):
-        run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(2, "--output", str(foreign), "choose another")
-    del before
-    assert sorted(tree(foreign)) == ["config.yaml", "images/holiday.png", "model.safetensors"]
+    for theirs in ({}, {"config.yaml": "model: resnet\n"}):
+        for name, text in theirs.items():
+            (foreign / name).write_text(text)
+        before = tree(foreign)
+        for words in ([], ["--overwrite"]):
+            run(TOKENIZER, *STAGE_ONE, "--output", foreign, *words).refused(
+                2, "--output", str(foreign), "choose another"
+            )
+            assert tree(foreign) == before
 
     # The other stage's run is something else, too, and so are code files.
     for words in ([], ["--overwrite"]):
@@ -459,7 +464,7 @@ def test_a_tokenizer_says_that_its_images_are_others(tmp_path: Path) -> None:
     assert "other images" not in run(TOKENIZER, *words, 5).ok().err
 
 
-def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path) -> None:
+def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path, cli: Any) -> None:
     """Each of its options changes the first steps' loss, or adds a term of its own."""
     found = {}
     for option in ("", "--label-dropout 0.9", "--token-corruption 0.9", "--label-smoothing 0.3", "--z-loss 0.1"):
@@ -467,7 +472,8 @@ def test_the_objective_is_what_was_asked_for(tmp_path: Path, codes: Path) -> Non
         words = (
             "--dim 16 --layers 1 --heads 2 --dropout 0 --batch-size 8 --steps 3 --precision fp32 --log-every 1".split()
         )
-        run(PRIOR, *words, "--preview-images", 0, *option.split(), "--codes", codes, "--output", folder).ok()
+        words += ["--preview-images", 0, *option.split(), "--codes", codes, "--output", folder]
+        cli(train_prior.main, *words).ok()
         found[folder.name] = [row for row in rows(folder) if "train/loss" in row]
     plain = found.pop("plain")
     for option, other in found.items():

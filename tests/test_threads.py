@@ -52,11 +52,13 @@ def test_the_option_wins_over_the_environment() -> None:
     assert started(OMP_NUM_THREADS="2").stdout == "2\n"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "99999999999999999999", "2048"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "two", "1.5", "99999999999999999999", "2048", "0000019999999", "9" * 5000]
+)
 def test_what_is_no_number_of_threads_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("threads", Nothing, lambda config: None, ["--threads", value]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "--threads" in lines[0] and value in lines[0]
+    assert len(lines) == 1 and "--threads" in lines[0] and value[:99] in lines[0]
 
 
 def test_the_value_is_needed() -> None:

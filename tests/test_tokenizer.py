@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.realdata import backbone, real
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,8 +31,6 @@ from vqgen.tokenizer.networks.discriminator import PatchDiscriminator
 from vqgen.tokenizer.networks.options import VQGANConfig
 from vqgen.tokenizer.options import TokenizerConfig
 from vqgen.tokenizer.quantizers.options import QUANTIZERS, VQConfig
-
-REALDATA = Path(os.environ.get("VQGEN_REALDATA", "~/.cache/vqgen-realdata")).expanduser()
 
 
 def sizes(**options) -> VQGANConfig:
@@ -230,35 +228,22 @@ def test_too_many_strided_layers_are_named(size, layers):
 
 # ---- LPIPS ----
 
-NETS = {"vgg": "vgg16_features.safetensors", "alex": "alexnet_features.safetensors"}
-
-
-def weights(net: str) -> Path:
-    path = REALDATA / "weights" / NETS[net]
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    return path
-
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])
 def lpips_of(request):
     """A backbone's name and its distance; built once, since that takes seconds."""
-    path = weights(request.param)
-    return request.param, PerceptualDistance(request.param, str(path))
+    return request.param, PerceptualDistance(request.param, str(backbone(request.param)))
 
 
 @pytest.fixture(scope="module")
 def alex():
-    return PerceptualDistance("alex", str(weights("alex")))
+    return PerceptualDistance("alex", str(backbone("alex")))
 
 
 @pytest.fixture(scope="module")
 def photos() -> torch.Tensor:
     """16 photographs of the CIFAR-10 test set, uint8 (16, 3, 32, 32)."""
-    path = REALDATA / "cifar10" / "test.parquet"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    rows = next(pq.ParquetFile(path).iter_batches(16, columns=["image"]))["image"].to_pylist()
+    rows = next(pq.ParquetFile(real("cifar10/test.parquet")).iter_batches(16, columns=["image"]))["image"].to_pylist()
     encoded = [torch.from_numpy(np.frombuffer(row["bytes"], np.uint8).copy()) for row in rows]
     return torch.stack([decode_png(data) for data in encoded])
 
@@ -270,7 +255,7 @@ def fake_backbone(net: str):
     """A torchvision network as `lpips` calls it, with the convolutions of the local file."""
     # The layers of vgg16 and alexnet without their classifiers, which are nearly all of their weight.
     features = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False) if net == "vgg" else alexnet().features
-    stored = load_file(weights(net))
+    stored = load_file(backbone(net))
     features.load_state_dict({name.removeprefix("features."): value for name, value in stored.items()})
     return SimpleNamespace(
         features=features, state_dict=lambda: {**stored, "classifier.0.weight": torch.zeros(1), "classifier.0.bias": 0}
@@ -386,7 +371,7 @@ def test_lpips_with_a_missing_or_an_unknown_tensor(tmp_path):
 
 
 def test_lpips_with_a_wrong_shape(tmp_path):
-    tensors = load_file(weights("alex"))
+    tensors = load_file(backbone("alex"))
     tensors["features.3.weight"] = tensors["features.3.weight"][:, :, :3, :3].contiguous()
     save_file(tensors, tmp_path / "w.safetensors")
     text = refused("alex", tmp_path / "w.safetensors")

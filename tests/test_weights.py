@@ -81,6 +81,14 @@ def test_a_checkpoint_has_plain_tensors_only(tmp_path: Path, tensor: Tensor) -> 
         extractor_for("inception", str(tmp_path / "a.pt"), torch.device("cpu"))
 
 
+def test_numbers_of_4_bits_are_no_plain_tensor(tmp_path: Path) -> None:
+    """Safetensors has them, and torch a type without any arithmetic."""
+    header = b'{"odd":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=r"a\.safetensors: odd .*plain tensor"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
 def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_refused(tmp_path: Path) -> None:
     torch.save({"zeros": torch.zeros(2**20)}, tmp_path / "plain.pt")
     assert read_checkpoint(tmp_path / "plain.pt")["zeros"].shape == (2**20,)

@@ -63,8 +63,9 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
     Reads each tensor once, at memory speed, without a copy. `where` names their file.
     """
     for name, tensor in tensors.items():
-        # A stride of 0 makes a tensor larger than what its file stores, without bound.
-        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+        # A stride of 0 makes a tensor larger than what its file stores, without bound. Torch has nothing for 4 bits.
+        packed = tensor.is_quantized or tensor.dtype == torch.float4_e2m1fn_x2
+        plain = tensor.layout == torch.strided and not (packed or tensor.is_meta)
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{where}: {name} is sparse, quantized or expanded; save it as a plain tensor")
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -165,16 +165,8 @@ def command(program: str, config: type[C], run: Callable[[C], None], arguments: 
     returned.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with prepared_streams(), noted_interrupts() as interrupts:
-        return _ended(program, config, run, words, interrupts)
 
-
-def _ended(
-    program: str, config: type[C], run: Callable[[C], None], words: Sequence[str], interrupts: Sequence[int]
-) -> int:
-    """Run a program and return the exit code, see `command`."""
-    finished = "--version" in words or bool(_HELP & set(words))
-    try:
+    def act() -> None:
         if "--version" in words:
             print(f"vqgen {__version__}")
         elif _HELP & set(words):
@@ -185,6 +177,15 @@ def _ended(
         else:
             limit_threads(without_threads(words)[1])
             run(parse(config, words))
+
+    with prepared_streams(), noted_interrupts() as interrupts:
+        return _ended(program, act, "--version" in words or bool(_HELP & set(words)), interrupts)
+
+
+def _ended(program: str, act: Callable[[], None], finished: bool, interrupts: Sequence[int]) -> int:
+    """Call `act` and return the exit code, see `command`; with `finished` its text need not be read to the end."""
+    try:
+        act()
         finished = True
         print(end="", flush=True)
         return 0
@@ -237,24 +238,18 @@ def commands(
     if words and words[0] in known:
         config, run = known[words[0]]
         return command(f"{program} {words[0]}", config, run, words[1:])
-    with prepared_streams():
-        try:
-            return _usage(program, known, words)
-        except UserError as error:
-            print(f"{program}: {error}", file=sys.stderr)
-            return error.exit_code
+    with prepared_streams(), noted_interrupts() as interrupts:
+        return _ended(program, lambda: _show_commands(program, known, words), True, interrupts)
 
 
-def _usage(program: str, known: Mapping[str, tuple[type, Callable[[Any], None]]], words: Sequence[str]) -> int:
-    """Print version or commands, or say that `words` name no command; return the exit code."""
+def _show_commands(program: str, known: Mapping[str, tuple[type, Callable[[Any], None]]], words: Sequence[str]) -> None:
+    """Print version or commands. Raises `UsageError` where `words` ask for neither: they name no command."""
     if "--version" in words:
-        print(f"vqgen {__version__}", flush=True)
-        return 0
-    lines = [f"usage: {program} COMMAND [--option VALUE ...]; {program} COMMAND --help lists its options", ""]
-    lines += [f"  {name:<16} {(run.__doc__ or '').splitlines()[0]}" for name, (_, run) in known.items()]
-    if _HELP & set(words):
-        print("\n".join(lines), flush=True)
-        return 0
-    found = f"unknown command {words[0]!r}" if words else "no command"
-    print(f"{program}: {found}; the commands are {', '.join(known)}", file=sys.stderr)
-    return 2
+        print(f"vqgen {__version__}")
+    elif _HELP & set(words):
+        lines = [f"usage: {program} COMMAND [--option VALUE ...]; {program} COMMAND --help lists its options", ""]
+        lines += [f"  {name:<16} {(run.__doc__ or '').splitlines()[0]}" for name, (_, run) in known.items()]
+        print("\n".join(lines))
+    else:
+        found = f"unknown command {words[0]!r}" if words else "no command"
+        raise UsageError(f"{found}; the commands are {', '.join(known)}")

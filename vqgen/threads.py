@@ -65,9 +65,9 @@ def without_threads(words: Sequence[str]) -> tuple[list[str], int | None]:
             rest.append(word)
             continue
         value = value if has_value else words.pop(0) if words else ""
-        if not value.isdecimal() or not 1 <= int(value[:6]) <= MOST:
+        number = int(value) if value.isdecimal() and len(value) < 100 else 0  # int() refuses thousands of digits
+        if not 1 <= number <= MOST:
             raise UsageError(f"{OPTION}: found {value or 'nothing'}, expected a number from 1 to {MOST}")
-        number = int(value)
     return rest, number
 
 

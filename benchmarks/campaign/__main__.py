@@ -18,9 +18,9 @@ from .kills import Kills, Tried
 from .mutations import load
 from .runner import runner
 from .scenarios import scenarios
-from .verdict import FAILURES, Outcome
+from .verdict import Outcome
 
-T = TypeVar("T")
+T = TypeVar("T", Outcome, Tried)
 
 
 def options(words: list[str] | None) -> argparse.Namespace:
@@ -44,8 +44,8 @@ def progress(results: Iterable[T], count: int, what: str) -> Iterator[T]:
     """Pass results on; print how far it is now and then, and each failure with what repeats it."""
     start = shown = time.monotonic()
     for number, each in enumerate(results, 1):
-        if getattr(each, "verdict", "ok") in FAILURES or getattr(each, "identical", True) is False:
-            print(each.line, flush=True)  # type: ignore[attr-defined]
+        if each.failed:
+            print(each.line, flush=True)
         if time.monotonic() - shown > 30 or number == count:
             shown = time.monotonic()
             print(f"{number} of {count} {what}, {shown - start:.0f} s", file=sys.stderr, flush=True)

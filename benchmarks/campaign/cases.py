@@ -12,7 +12,7 @@ from .oracles import Results, Run, digests
 from .place import Place, lay_out, outside, plant, snapshot
 from .runner import Runner
 from .scenarios import Scenario
-from .verdict import Outcome, verdict
+from .verdict import CONTROL, Outcome, verdict
 
 UNCHANGED = Change("unchanged")
 
@@ -45,18 +45,24 @@ class Campaign:
 
     def control(self, scenario: Scenario) -> Outcome:
         """Run a scenario on unmutated inputs."""
-        return self.execute("control", scenario, None)
+        return self.execute(CONTROL, scenario, None)
 
     def reference(self, scenario: Scenario) -> tuple[Results, Path]:
-        """Digests of the result on unmutated inputs, and the output folder; made once."""
+        """Digests of the result on unmutated inputs, and the output folder; made once.
+
+        Raises `RuntimeError` where the program fails on them, or the scenario's patterns find no result.
+        """
         with self.lock:
             making = self.making.setdefault(scenario.name, Lock())
         with making:
             if scenario.name not in self.references:
                 place = self._lay_out(scenario, f"reference-{self.scenarios.index(scenario)}")
-                self.run.run(scenario.words, place.work, place.home)
+                self.run.run(scenario.words, place.work, place.home).expect(scenario.words)
                 output = place.work / scenario.output
-                self.references[scenario.name] = digests(output, scenario.results), output
+                results = digests(output, scenario.results)
+                if scenario.results and not results:
+                    raise RuntimeError(f"{scenario.name}: no file of the output is {' or '.join(scenario.results)}")
+                self.references[scenario.name] = results, output
         return self.references[scenario.name]
 
     def _lay_out(self, scenario: Scenario, name: str) -> Place:
@@ -113,7 +119,7 @@ class Campaign:
             for path in inside.rglob("*")
             if (self.stock / path.relative_to(place.work)).exists()
         }
-        target, mutation, change = self.mutate(scenario, place, random) if random else ("", "control", UNCHANGED)
+        target, mutation, change = self.mutate(scenario, place, random) if random else ("", CONTROL, UNCHANGED)
         line = scenario.words
         if random and not scenario.targets:
             line = words.read(place.home / "words.txt")

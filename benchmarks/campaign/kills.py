@@ -24,7 +24,7 @@ _HISTORY = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes into `out`."""
+    """A command that writes the folder or file `out`."""
 
     name: str
     words: Sequence[str]
@@ -38,8 +38,16 @@ class Job:
         return self.words[0]
 
 
+UNCOVERED = {
+    "vqgen-train": "plans by the time that this machine takes; its stages are programs of their own",
+    "vqgen-demo": "trains for minutes; its stages are programs of their own",
+    "vqgen-app": "writes no output",
+}
+"""Programs without a job, and why."""
+
+
 def jobs() -> list[Job]:
-    """Every program that writes, anew, continuing and replacing another run."""
+    """Every program but `UNCOVERED`, anew, continuing and replacing another run."""
     found = []
     run = ("model.safetensors", "vqgen.json", _HISTORY, "checkpoints/step-00000006/*.safetensors")
     for words, name, other in ((stock.TOKENIZER_RUN, "tokenizer", "images"), (stock.PRIOR_RUN, "prior", "codes")):
@@ -76,8 +84,11 @@ def jobs() -> list[Job]:
         Job("convert", f"vqgen-convert --input {taming} --size 32 32".split(), (taming,), model),
         Job("convert to diffusers", "vqgen-convert --input tokenizer --to diffusers".split(), ("tokenizer",), ("*",)),
         Job("export", "vqgen-export --model prior".split(), ("prior",), ("*", "tokenizer/*")),
+        Job("compress", stock.COMPRESS_RUN, ("images", "prior"), ("*",)),
+        Job("decompress", "vqgen-decompress archive --model prior".split(), ("archive", "prior"), ("*.png",)),
         Job("codebook", codebook.split(), ("tokenizer", "codes"), ("*",)),
         Job("classifier", stock.CLASSIFIER, ("images",), ("*",)),
+        Job("report", "vqgen-report tokenizer".split(), ("tokenizer",), (".",)),
     ]
 
 
@@ -90,6 +101,10 @@ class Tried:
     mode: str
     identical: bool
     detail: str
+
+    @property
+    def failed(self) -> bool:
+        return not self.identical
 
     @property
     def line(self) -> str:
@@ -153,7 +168,7 @@ class Kills:
         ended = self._call(job, place, output, count=True)
         moved = self._moved(place, output, own, before)
         names = {path.relative_to(output).as_posix() for path in output.rglob("*")}
-        size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
         found = Reference(digests(output, job.results), names, len(ended.operations), ended.seconds, size)
         shutil.rmtree(place.root)
         problem = "" if ended.code == 0 else f"exit code {ended.code}: {(ended.lines or [''])[-1]}"

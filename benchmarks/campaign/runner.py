@@ -42,6 +42,12 @@ class Ended:
         seen = [line.rpartition("\r")[2] for line in self.err.replace("\r\n", "\n").split("\n")]
         return [line for line in seen if line.strip() and not re.search(r"\d+%\||\d+it \[|\[\d\d:\d\d<", line)]
 
+    def expect(self, words: Sequence[str], code: int = 0) -> None:
+        """Raise `RuntimeError` where a program has ended otherwise on valid inputs."""
+        if self.code != code:
+            how = f"hang, {self.seconds:.0f} s" if self.hang else f"exit code {self.code}"
+            raise RuntimeError(f"{' '.join(words)} on valid inputs: {how}\n{self.err[-3000:]}")
+
 
 @dataclass(frozen=True)
 class Kill:

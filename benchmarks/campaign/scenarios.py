@@ -193,10 +193,8 @@ def _foreign() -> list[Scenario]:
     """Weights of other projects."""
     foreign, found = partial(Scenario, "foreign weights"), []
     for name in ("taming.ckpt", "taming.safetensors", "llamagen.pt", "llamagen.safetensors"):
-        size, file = stock.FOREIGN[name.partition(".")[0]], f"foreign/{name}"
-        found.append(
-            foreign(_to(f"vqgen-convert --input {file} --size {size} {size}"), (file,), (file,), WEIGHTS, finite)
-        )
+        about, file = stock.FOREIGN[name.partition(".")[0]], f"foreign/{name}"
+        found.append(foreign(_to(f"vqgen-convert --input {file} {about}"), (file,), (file,), WEIGHTS, finite))
     config, files = "foreign/taming.yaml", ("foreign/taming.ckpt", "foreign/taming.yaml")
     words = _to(f"vqgen-convert --input {files[0]} --taming-config {config}")
     lpips = _to(_short(["vqgen-train-tokenizer", "--data", "images", *stock.LPIPS]))

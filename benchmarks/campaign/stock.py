@@ -48,8 +48,8 @@ RECONSTRUCT_RUN = "vqgen-reconstruct images --tokenizer tokenizer --split heldou
 COMPRESS_RUN = "vqgen-compress images/train/cat --model prior".split()
 LIKELIHOOD = "vqgen-eval likelihood --model prior --codes codes".split()
 CLASSIFIER = "vqgen-eval classifier --data images --size 16 --steps 3 --batch-size 4 --width 8".split()
-FOREIGN = {"taming": "32", "llamagen": "16"}
-"""Weights of other projects and the image size to give."""
+FOREIGN = {"taming": "--size 32 32", "llamagen": "--size 16 16 --codebook-l2-norm true"}
+"""Weights of other projects and what to say of them."""
 
 
 def pictures() -> dict[str, bytes]:
@@ -143,7 +143,8 @@ def _weights(folder: Path) -> None:
     (folder / "foreign" / "taming.yaml").write_text(text)
     torch.manual_seed(0)
     (folder / "lpips").mkdir()
-    save_file(alexnet(weights=None).features.state_dict(), folder / "lpips" / "alex.safetensors")
+    backbone = {k: v for k, v in alexnet(weights=None).state_dict().items() if k.startswith("features.")}
+    save_file(backbone, folder / "lpips" / "alex.safetensors")
 
 
 def _configs(folder: Path) -> None:
@@ -183,8 +184,7 @@ def make(folder: Path, run: Runner) -> None:
 
     def do(words: Sequence[str], output: str, kill: Kill | None = None) -> None:
         ended = run.run([*words, "--output", output], folder, folder / ".home", kill)
-        if ended.code != (-9 if kill else 0):
-            raise RuntimeError(f"{' '.join(words)} on valid inputs: exit code {ended.code}\n{ended.err[-3000:]}")
+        ended.expect(words, -9 if kill else 0)
 
     do(TOKENIZER_RUN, "tokenizer")
     do(TOKENIZER_RUN, "tokenizer-stopped", Kill(1, "step-00000006"))

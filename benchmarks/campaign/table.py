@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .kills import Tried
-from .verdict import FAILURES, Outcome
+from .verdict import Outcome
 
 COLUMNS = ("ok", "refused", "clumsy", "crash", "hang", "unhandled", "outside", "silent")
 HEADINGS = ("exit 0", "refused", "refused clumsily", "crashes", "hangs", "unhandled", "outside", "silent")
@@ -51,8 +51,7 @@ def markdown(outcomes: Sequence[Outcome], tried: Mapping[str, Sequence[Tried]]) 
 
 def failures(outcomes: Sequence[Outcome], tried: Mapping[str, Sequence[Tried]]) -> list[Outcome | Tried]:
     """Everything that must not happen."""
-    bad: list[Outcome | Tried] = [each for each in outcomes if each.verdict in FAILURES]
-    return bad + [each for rows in tried.values() for each in rows if not each.identical]
+    return [each for rows in (outcomes, *tried.values()) for each in rows if each.failed]
 
 
 def write(

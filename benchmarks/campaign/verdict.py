@@ -10,6 +10,9 @@ from .scenarios import Scenario
 Verdict = Literal["ok", "refused", "clumsy", "crash", "hang", "unhandled", "outside", "silent"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "refused", "clumsy", "crash", "hang", "unhandled", "outside", "silent")
 FAILURES = VERDICTS[3:]
+"""What must not happen to a mutated input; a control must be ok."""
+CONTROL = "control"
+"""In place of a mutation's name, where nothing was done to the input."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Outcome:
     detail: str
     """The last line of the errors, or what was found."""
     seconds: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether this must not happen."""
+        return self.verdict in FAILURES or (self.mutation == CONTROL and self.verdict != "ok")
 
     @property
     def line(self) -> str:

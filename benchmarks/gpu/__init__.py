@@ -1,7 +1,7 @@
 """All that is claimed of CUDA, measured in one run of minutes: see docs/gpu.md.
 
     make gpu                                                     # needs a CUDA device
-    python -m benchmarks.gpu --parts machine drawing             # some of its parts
+    python -m benchmarks.gpu --parts machine drawing-11m         # some of its parts
     python -m benchmarks.gpu --device cpu                        # a rehearsal at tiny sizes, whose numbers mean nothing
     python -m benchmarks.gpu --table benchmarks/results/gpu/NAME.json
 

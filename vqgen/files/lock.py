@@ -43,6 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise UserError(f"cannot lock {folder}: {path}: {error.strerror}; remove it") from error
             print(f"{folder}: this file system has no locks; start one program at a time there", file=sys.stderr)
+    mine = None
     try:
         mine = _sign(path) if lock.is_locked else None
         yield

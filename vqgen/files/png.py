@@ -42,12 +42,13 @@ def png_state(path: Path, sha256: str | None, size: tuple[int, int] | None) -> L
 
 def _pixels(data: bytes) -> tuple[bytes, int]:
     """The compressed pixels of a PNG whose chunks are intact, and the place behind its last chunk."""
-    at, stream, kind = 8, b"", b""
+    at, parts, kind = 8, list[bytes](), b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, at)
-        stream += data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+        if kind == b"IDAT":
+            parts.append(data[at + 8 : at + 8 + length])
         at += 12 + length
-    return stream, at
+    return b"".join(parts), at
 
 
 def _inflates_to(stream: bytes, wanted: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.composer import Composer
 from yaml.constructor import ConstructorError
 
 from vqgen.errors import UserError
@@ -23,7 +24,7 @@ MAX_VALUES = 20_000
 _TAG, _PLAIN = "tag:yaml.org,2002:", ("str", "int", "float", "bool", "null", "seq", "map")
 
 
-class _Checked(yaml.composer.Composer):
+class _Checked(Composer):
     """Checks the composed text before any value is made of it."""
 
     def get_single_node(self) -> Node | None:

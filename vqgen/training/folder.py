@@ -102,7 +102,7 @@ def prepare_folder(folder: Path, config: Any, overwrite: bool) -> None:
         output.clear(keep=[CONFIG])  # by which a removal that was killed is recognised
     else:
         output.remove_leftovers()
-    if not checkpoints(folder / CHECKPOINTS):
+    if overwrite or not has_trained(folder):
         save_options(folder, config)
 
 

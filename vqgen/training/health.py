@@ -76,8 +76,10 @@ def learning_rate_too_high(rows: Sequence[Row]) -> Finding | None:
     step, norm = 0, 1.0
     for row in rows:
         for after in _last([row], "train/weight_growth", 1):
+            if after <= 0:  # a norm is positive: the record is damaged
+                continue
             growth = after / norm
-            if growth**2 - 1 > 0.03 * max(1, row["step"] - step):
+            if growth * growth - 1 > 0.03 * max(1, row["step"] - step):  # `**` raises an error where it overflows
                 text = f"the norm of the weights grew {growth:.2g}-fold from step {step} to step {row['step']}"
                 return Finding(name, text, remedy)
             step, norm = row["step"], after
