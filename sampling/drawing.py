@@ -63,10 +63,15 @@ class Recipe:
     drawing."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, Integral) or self.batch_size < 1:
-            raise UsageError(f"--batch-size: found {self.batch_size}, expected an integer of at least 1")
-        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise UsageError(f"--seed: found {self.seed}, expected an integer from 0 to 2^64-1")
+        if not _is_integer(self.batch_size) or self.batch_size < 1:
+            raise UsageError(f"--batch-size: found {self.batch_size!r}, expected an integer of at least 1")
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed: found {self.seed!r}, expected an integer from 0 to 2^64-1")
+
+
+def _is_integer(value: object) -> bool:
+    """Whether a number given in Python is an integer, of Python or numpy; tensors are unequal as keys."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Drawer:
@@ -107,8 +112,8 @@ class Drawer:
     @staticmethod
     def series(n: int | None, given: int) -> range:
         """The images of a series of `n`, by default one for each of `given`. Raises `UsageError`."""
-        if n is not None and (not isinstance(n, Integral) or n < 0):
-            raise UsageError(f"--n: found {n}, expected an integer of at least 0")
+        if n is not None and (not _is_integer(n) or n < 0):
+            raise UsageError(f"--n: found {n!r}, expected an integer of at least 0")
         return range(given if n is None else n)
 
     def settings(self, given: Mapping[str, Any], conditions: Conditions | None = None) -> SamplingSettings:
@@ -235,8 +240,8 @@ class Drawer:
     def draw_codes(self, indices: Sequence[int], recipe: Recipe, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """The codes of `draw` (B, h, w[, depth]), and their NLL (B,), both on the CPU."""
         conditions, settings, size = self.conditioning.conditions(recipe.conditions), recipe.settings, recipe.batch_size
-        if unfit := [index for index in indices if not isinstance(index, Integral) or not 0 <= index < 2**64]:
-            raise UsageError(f"indices: found {unfit[0]}, expected integers from 0 to 2^64-1")
+        if unfit := [index for index in indices if not _is_integer(index) or not 0 <= index < 2**64]:
+            raise UsageError(f"indices: found {unfit[0]!r}, expected integers from 0 to 2^64-1")
         self.check(settings, conditions)
         cycle = lcm(self.conditioning.cycle(conditions), 1 if known is None else len(known))
         length, layout = self.vocabulary.length, self.conditioning.layout(conditions)

@@ -138,7 +138,7 @@ def write_recommended(folder: Path, settings: SamplingSettings, generation: Mapp
 
 def combined(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> SamplingSettings:
     """The given settings, and the recommended ones for all others that these leave an effect. Raises `UsageError`."""
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    given = {name: _plain(value) for name, value in given.items()}
     check_types(SamplingSettings, given)
     chosen = {**recommended, **given}
     plain = SamplingSettings()
@@ -155,6 +155,13 @@ def combined(given: Mapping[str, Any], recommended: Mapping[str, Any]) -> Sampli
     if schedule != "interval":
         without("guidance_interval")
     return SamplingSettings(**chosen)
+
+
+def _plain(value: Any) -> Any:
+    """A value given in Python as the command line would give it: numbers of numpy and torch, and tuples."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def in_words(values: Mapping[str, Any]) -> str:

@@ -735,31 +735,26 @@ def test_settings_of_another_type_are_refused_in_python_too(model, name, value):
         generator.sample(1, **{name: value})
 
 
-@pytest.mark.parametrize("option, value", [("seed", 1.5), ("seed", "1"), ("batch_size", 2.0), ("batch_size", None)])
+@pytest.mark.parametrize(
+    "option, value", [("seed", 1.5), ("seed", "1"), ("seed", True), ("batch_size", 2.0), ("batch_size", None)]
+)
 def test_seeds_and_batches_that_are_no_integers_are_refused(model, option, value):
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}: found {value}, expected an integer"):
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}: found {value!r}, expected an integer"):
         Generator.load(model, "cpu", "fp32").sample(1, **{option: value})
 
 
-def test_what_numpy_and_tuples_hold_is_taken(model):
-    generator = Generator.load(model, "cpu", "fp32")
-    expected = generator.sample(
-        2, temperature=0.5, seed=3, guidance_scale=2, guidance_schedule="interval", guidance_interval=[0.25, 1]
-    )
-    found = generator.sample(
-        np.int64(2),
-        temperature=np.float64(0.5),
-        seed=np.uint64(3),
-        guidance_scale=2,
-        guidance_schedule="interval",
-        guidance_interval=(0.25, 1),
-    )  # type: ignore[arg-type]
-    assert torch.equal(found.images, expected.images)
+def test_numbers_of_numpy_and_torch_and_tuples_are_taken(model):
+    generator, scheduled = Generator.load(model, "cpu", "fp32"), {"guidance_schedule": "interval"}
+    plain = {"temperature": 0.5, "top_k": 3, "guidance_scale": 2, "guidance_interval": [0.25, 1]}
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "guidance_scale": torch.tensor(2.0)}
+    given["guidance_interval"] = (np.float64(0.25), 1)  # type: ignore[assignment]
+    found = generator.sample(np.int64(2), seed=np.uint64(3), **given, **scheduled)  # type: ignore[arg-type]
+    assert torch.equal(found.images, generator.sample(2, seed=3, **plain, **scheduled).images)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("index", [-1, 2**64, 0.5])
+@pytest.mark.parametrize("index", [-1, 2**64, 0.5, torch.tensor(1)])
 def test_indices_are_integers_of_the_series(model, index):
-    with pytest.raises(UsageError, match=f"indices: found {index}"):
+    with pytest.raises(UsageError, match=re.escape(f"indices: found {index!r}")):
         Generator.load(model, "cpu", "fp32").draw([0, index])
 
 

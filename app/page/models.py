@@ -201,7 +201,9 @@ class Models:
                     self._loaded[name] = Loaded(name, Generator.load(folder, self._device, self._precision))
                 except UserError as error:
                     text = str(error).replace(str(folder), name)
-                    raise type(error)(f"the model {text}" if text.startswith(f"{name} ") else text) from error
+                    raise type(error)(
+                        f"the model {text}" if text.startswith((f"{name} ", f"{name}:")) else text
+                    ) from error
                 self._summaries[name] = self._loaded[name].summary
                 if len(self._loaded) > LOADED:
                     self._loaded.popitem(last=False)
