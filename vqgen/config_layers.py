@@ -83,6 +83,8 @@ class Layer:
 def read_file(config: type, name: str) -> Layer:
     """Options of a YAML file or preset."""
     file, text = find_preset(name)
+    if not text.strip():  # a file of comments alone may be meant, an emptied one is not
+        raise UsageError(f"{file}: the file is empty; restore it, or leave --config out")
     try:
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
