@@ -20,7 +20,7 @@ from vqgen.tokenizer.model import Tokenizer
 
 from .decoding.cached_transformer import CachedTransformer
 from .decoding.generate import Drawn, generate, image_uniforms
-from .decoding.threads import on_threads
+from .decoding.threads import in_parts
 from .guidance import Guidance, check_guidance
 from .known import Known, Sources
 from .oversample import batches, selected_rows, with_candidates
@@ -295,10 +295,7 @@ class Drawer:
         on a CPU is computed by one thread, so that an image does not depend on the others."""
         count = max(PART_PIXELS[self.device.type] // (size[0] * size[1]), PART_IMAGES[self.device.type])
 
-        @torch.inference_mode()
-        def of(part: Tensor) -> Tensor:
-            fill = torch.arange(count).clamp(max=len(part) - 1)  # padding repeats the last image
-            return function(part[fill])[: len(part)]
+        def in_turn(of: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+            return [of(part) for part in parts]
 
-        parts = given.split(count) if len(given) else []
-        return on_threads(of, parts) if self.device.type == "cpu" else [of(part) for part in parts]
+        return in_parts(torch.inference_mode()(function), given, count, None if self.device.type == "cpu" else in_turn)

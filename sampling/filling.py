@@ -21,11 +21,13 @@ from vqgen.prior.vocabulary import Vocabulary
 from vqgen.seeding import step_seed
 from vqgen.tokenizer.data.pixels import center_crop, fit
 
-from .decoding.threads import on_threads
+from .decoding.threads import in_parts
 from .known import Known
 
 REACH = 4
 """Codes over which what is drawn takes on the colours of the known pixels around it."""
+PASTED_PIXELS = 2**15
+"""Pixels of the images into which one thread pastes at once."""
 SWEEPS, RELAXATION = 32, 1.9
 """Iterations of `continued` at each scale, and the factor by which their steps are longer."""
 
@@ -190,9 +192,11 @@ class Filling:
             return images
         reach = REACH * (images.shape[-1] // self.codes.shape[2])
 
-        def pasted(place: int) -> Tensor:
-            row = indices[place] % len(self)
-            return paste(images[place, None], originals[row, None], pixels[row, None], reach)
+        rows = torch.tensor([index % len(self) for index in indices])
 
-        # One thread an image: torch divides the interpolation of large images, and rounds differently where it does.
-        return torch.cat(on_threads(pasted, range(len(images))))
+        def pasted(places: Tensor) -> Tensor:
+            return paste(images[places], originals[rows[places]], pixels[rows[places]], reach)
+
+        # One thread a part: torch divides the interpolation of large images, and rounds differently where it does.
+        count = max(PASTED_PIXELS // (images.shape[-2] * images.shape[-1]), 1)
+        return torch.cat(in_parts(pasted, torch.arange(len(images)), count))

@@ -428,15 +428,16 @@ def test_a_prior_without_a_source_says_so(tmp_path: Path) -> None:
             call()
 
 
-def test_pasted_pixels_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("scale", [2, 8])  # several images a thread at once, and one
+def test_pasted_pixels_do_not_depend_on_the_number_of_threads(scale):
     """torch interpolates large images in parts, by the number of threads, and rounds differently where it does."""
     random = torch.Generator().manual_seed(0)
     blocks = torch.randint(256, (12, 3, 24, 24), generator=random, dtype=torch.uint8)
-    originals = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    originals = blocks.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     drawn = torch.randint(256, originals.shape, generator=random, dtype=torch.uint8)
-    pixels = torch.zeros(12, 192, 192, dtype=torch.bool)
-    pixels[:, 40:150, 30:170] = True
-    codes, cells = torch.zeros(12, 24, 24, dtype=torch.long), cells_of(pixels, 8)
+    pixels = torch.zeros(12, 24 * scale, 24 * scale, dtype=torch.bool)
+    pixels[:, 5 * scale : 19 * scale, 4 * scale : 21 * scale] = True
+    codes, cells = torch.zeros(12, 24, 24, dtype=torch.long), cells_of(pixels, scale)
     filling = Filling(codes, cells, Vocabulary(SIZE, 1, (24, 24)), True, originals, pixels)
     before, found = torch.get_num_threads(), []
     try:

@@ -14,6 +14,7 @@ from threading import Barrier
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,6 +50,19 @@ def _pool(count: int, process: int) -> ThreadPoolExecutor:
     ready.wait()
     torch.set_num_threads(count)  # for the threads of others
     return pool
+
+
+def in_parts(
+    function: Callable[[Tensor], Tensor], rows: Tensor, count: int, each: Callable[..., list[Tensor]] | None = None
+) -> list[Tensor]:
+    """Results of `function` for parts of `count` rows, so that a row does not depend on how many there are; the last
+    part is padded with its last row. `each` computes the parts, by default `on_threads`."""
+
+    def of(part: Tensor) -> Tensor:
+        fill = torch.arange(count).clamp(max=len(part) - 1)
+        return function(part[fill])[: len(part)]
+
+    return (each or on_threads)(of, rows.split(count) if len(rows) else [])
 
 
 def on_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
